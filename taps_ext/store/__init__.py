@@ -1,0 +1,39 @@
+"""The `.taps` file: format, codecs, fingerprints, atomic writes. Knows tensors and bytes, not models."""
+
+from . import codecs, errors
+from .compare import check_parent, check_tensors
+from .errors import TaskFileError
+from .fingerprint import fingerprint, plain_name
+from .format import FORMAT, TensorInfo
+from .io import FileHeader, TensorFile, Verification, read, read_header, read_safetensors, verify, write
+from .metadata import Claim, LayerEntry, Metadata
+from .task_file import LayerRecord, TaskFile, load, save
+from .tensors import tensor_digest
+
+__all__ = [
+    "FORMAT",
+    "Claim",
+    "FileHeader",
+    "LayerEntry",
+    "LayerRecord",
+    "Metadata",
+    "TaskFile",
+    "TaskFileError",
+    "TensorFile",
+    "TensorInfo",
+    "Verification",
+    "check_parent",
+    "check_tensors",
+    "codecs",
+    "errors",
+    "fingerprint",
+    "load",
+    "plain_name",
+    "read",
+    "read_header",
+    "read_safetensors",
+    "save",
+    "tensor_digest",
+    "verify",
+    "write",
+]

@@ -1,0 +1,130 @@
+"""Every way in which a task file is refused, one class each.
+
+All are `TaskFileError`, hence `ValueError`: a caller that only wants one line for the user catches that. The
+text reads `<file>: <problem>`, and the problem names the tensor or key, what was expected and what came. Text
+that was taken from the file goes through `show`, so that a hostile name can neither flood nor steer a
+terminal.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+Path = str | os.PathLike[str]
+
+
+def show(value: object, limit: int = 96) -> str:
+    """`repr(value)` cut to `limit` characters."""
+    if isinstance(value, (str, bytes)) and len(value) > limit:
+        return repr(value[:limit]) + "..."
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+class TaskFileError(ValueError):
+    """A task file, or what should become one, is refused. `path` is the file (or operation), `problem` the
+    rest.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = os.fspath(path)
+        self.problem = problem
+        super().__init__(f"{self.path}: {problem}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.problem)
+
+
+class MissingFileError(TaskFileError, FileNotFoundError):
+    """There is no such file, or no folder to write it in."""
+
+
+class NotRegularFileError(TaskFileError):
+    """The path is a folder, a pipe, a device or a socket."""
+
+
+class TruncatedFileError(TaskFileError):
+    """The file ends before the bytes that its header promises."""
+
+
+class LimitError(TaskFileError):
+    """A size that no honest task file reaches: header, tensor count, name length, rank, element count,
+    nesting.
+    """
+
+
+class HeaderError(TaskFileError):
+    """The header is not the JSON that the safetensors format prescribes."""
+
+
+class DuplicateKeyError(HeaderError):
+    """A JSON object names one key twice."""
+
+
+class LayoutError(TaskFileError):
+    """Tensor bytes overlap, leave a hole, disagree with dtype and shape, or do not reach the end of the
+    file.
+    """
+
+
+class TensorNameError(TaskFileError):
+    """A tensor or layer name is empty or holds unprintable characters."""
+
+
+class UnknownDtypeError(TaskFileError):
+    """The file holds a dtype that this format does not have."""
+
+
+class UnsupportedTensorError(TaskFileError):
+    """A tensor cannot be stored or fingerprinted: sparse, quantised, complex, meta, uninitialised,
+    sharded.
+    """
+
+
+class MetadataError(TaskFileError):
+    """A `taps.*` entry is absent, or its content is not what that entry must hold."""
+
+
+class UnknownKeyError(MetadataError):
+    """A `taps.*` entry that this version does not know, so could not honour."""
+
+
+class FormatVersionError(MetadataError):
+    """The file's format has another major version."""
+
+
+class KindError(MetadataError):
+    """The file is neither a task nor a shared file, or not the one asked for."""
+
+
+class CodecError(TaskFileError):
+    """A codec is unknown, or its parts do not decode."""
+
+
+class GateError(TaskFileError):
+    """A layer's gate, score and delta contradict each other, or a score is not a finite number."""
+
+
+class DigestError(TaskFileError):
+    """Bytes are not those that were written, or a digest is missing or belongs to nothing."""
+
+
+class ParentMismatchError(TaskFileError):
+    """The file was trained on another base (or shared file)."""
+
+
+class MissingTensorError(TaskFileError):
+    """An expected tensor is absent."""
+
+
+class UnexpectedTensorError(TaskFileError):
+    """A tensor that nothing asks for is present."""
+
+
+class ShapeMismatchError(TaskFileError):
+    """A tensor has another shape than expected."""
+
+
+class DtypeMismatchError(TaskFileError):
+    """A tensor has another dtype than expected."""

@@ -1,0 +1,370 @@
+"""Files on disk: durable, atomic writes, and reads that check before they hand anything out.
+
+`write` streams: it holds no second copy of the payload, and other processes see the old file or the whole new
+one. `read` works on one open descriptor and needs the tensors' size in memory, plus one tensor where it
+copies to a device.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import secrets
+import stat
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import codecs
+from .errors import (
+    DigestError,
+    DtypeMismatchError,
+    GateError,
+    MissingFileError,
+    MissingTensorError,
+    NotRegularFileError,
+    Path,
+    ShapeMismatchError,
+    TruncatedFileError,
+    UnexpectedTensorError,
+    show,
+)
+from .format import (
+    DIGEST_KEY,
+    DTYPE_NAMES,
+    Header,
+    TensorInfo,
+    check_canonical,
+    encode_header,
+    header_digest,
+    header_length,
+    parse_header,
+    plan_layout,
+)
+from .metadata import Claim, Metadata, check_version, parse_digests, parse_metadata
+from .strict_json import dumps
+from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """All of a task file but its tensors' bytes, validated.
+
+    `digest` identifies the whole file (a task trained on a shared file names it as parent). `tensors` maps
+    stored names to dtype, shape and offsets, `claims` to what they are, `digests` to "sha256:<hex>".
+    `file_bytes` in bytes.
+    """
+
+    path: str
+    file_bytes: int
+    digest: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Metadata
+    claims: Mapping[str, Claim]
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFile:
+    """A file as read: its header and its tensors by stored name, in file order."""
+
+    header: FileHeader
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of `verify`: the header, and the stored names of tensors whose bytes are not those written."""
+
+    header: FileHeader
+    damaged: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
+    """Writes a task file and returns its size in bytes. `tensors` are by stored name, exactly
+    `metadata.claims`.
+
+    The same input gives the same bytes. The file appears at once and only when it is on disk: temporary file
+    in the same folder, fsync, rename, fsync of the folder; whatever is raised on the way (KeyboardInterrupt
+    too), the old file is left as it was and the temporary one is removed. A new file's mode follows the
+    umask, an existing one keeps its mode. A symbolic link stays, and the file that it points to is replaced,
+    as with a plain `open`.
+
+    Raises UnsupportedTensorError, MissingTensorError, UnexpectedTensorError, GateError, the errors of
+    `Metadata.validate`, MissingFileError (no such folder), NotRegularFileError, and OSError from the disk.
+    """
+    strings = metadata.to_strings(path=path)
+    sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
+    plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
+    claims = metadata.claims(path=path)
+    check_claims(claims, plan, metadata, path=path)
+    strings["taps.digests"] = dumps({name: "sha256:" + "0" * 64 for name in plan})
+    strings[DIGEST_KEY] = "sha256:" + "0" * 64
+    draft = encode_header(
+        plan, strings, path=path
+    )  # digests have one length, so the header's is known already
+    digests: dict[str, str] = {}
+    with _replacing(path) as fd:
+        _write_all(fd, memoryview(draft))
+        for name, info in plan.items():
+            data, owner = to_bytes(sources[name])
+            hasher = TensorHash(info.dtype, info.shape)
+            for piece in chunks(data):
+                _check_piece(info, claims[name], piece, path=path)
+                hasher.update(piece)
+                _write_all(fd, piece)
+            digests[name] = hasher.digest()
+            del data, owner
+        strings["taps.digests"] = dumps(digests)
+        strings[DIGEST_KEY] = header_digest(plan, strings, path=path)
+        os.lseek(fd, 0, os.SEEK_SET)
+        _write_all(fd, memoryview(encode_header(plan, strings, path=path)))
+    return len(draft) + sum(info.nbytes for info in plan.values())
+
+
+def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu") -> TensorFile:
+    """Reads a task file. The header is proven before tensors are allocated, and no tensor is returned before
+    all match their digests. `verify=False` skips the tensor digests (for a file verified before), never the
+    header's.
+
+    Raises MissingFileError, NotRegularFileError, the errors of `read_header`, and DigestError,
+    TruncatedFileError, GateError (a score that is not finite), DtypeMismatchError (bytes that are no
+    booleans).
+    """
+    tensors: dict[str, Tensor] = {}
+    with _open_regular(path) as (fd, size):
+        header = _file_header(fd, size, path=path)
+        for name, info in header.tensors.items():
+            expected = header.digests[name] if verify else None
+            tensors[name] = _read_tensor(fd, info, header.claims[name], expected, path=path).to(device)
+    return TensorFile(header, tensors)
+
+
+def read_header(path: Path) -> FileHeader:
+    """Reads and validates everything but the tensors' bytes: milliseconds for any file.
+
+    Raises MissingFileError, NotRegularFileError, the errors of `format.parse_header` and
+    `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError, GateError, CodecError,
+    ShapeMismatchError and DtypeMismatchError (of scores).
+    """
+    with _open_regular(path) as (fd, size):
+        return _file_header(fd, size, path=path)
+
+
+def verify(path: Path) -> Verification:
+    """Compares every tensor with its digest, 16 MiB at a time. Header errors raise as in `read_header`."""
+    damaged: list[str] = []
+    with _open_regular(path) as (fd, size):
+        header = _file_header(fd, size, path=path)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        for name, info in header.tensors.items():
+            hasher = TensorHash(info.dtype, info.shape)
+            bad = False
+            for begin in range(0, info.nbytes, CHUNK_BYTES):
+                piece = buffer[: min(CHUNK_BYTES, info.nbytes - begin)]
+                _read_all(fd, piece, path=path)
+                hasher.update(piece)
+                try:
+                    _check_piece(info, header.claims[name], piece, path=path)
+                except (GateError, DtypeMismatchError):
+                    bad = True
+            bad = bad or hasher.digest() != header.digests[name]
+            if bad:
+                damaged.append(name)
+    return Verification(header, tuple(damaged))
+
+
+def read_safetensors(
+    path: Path, *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file (base weights, say) in our dtypes, with the same proof of
+    layout.
+
+    Nothing vouches for the values: such files carry no digests. Raises as `format.parse_header` does.
+    """
+    with _open_regular(path) as (fd, size):
+        header, _ = _container(fd, size, path=path)
+        plain = Claim("value", "")
+        tensors = {
+            n: _read_tensor(fd, t, plain, None, path=path).to(device) for n, t in header.tensors.items()
+        }
+    return tensors, dict(header.metadata)
+
+
+def check_claims(
+    claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], metadata: Metadata, *, path: Path
+) -> None:
+    """Raises unless the tensors are exactly the claimed ones, and every score is a float32 scalar."""
+    for stored, claim in claims.items():
+        info = tensors.get(stored)
+        what = f"{claim.group} of" if claim.group in ("score", "delta") else claim.group
+        if info is None:
+            raise MissingTensorError(
+                path, f"tensor {show(stored)}: expected the {what} {show(claim.name)}, got none"
+            )
+        if claim.group == "score" and info.dtype != "F32":
+            raise DtypeMismatchError(path, f"tensor {show(stored)}: expected an F32 score, got {info.dtype}")
+        if claim.group == "score" and info.shape != ():
+            raise ShapeMismatchError(
+                path, f"tensor {show(stored)}: expected a score of shape [], got {show(list(info.shape))}"
+            )
+    for stored in tensors:
+        if stored in claims:
+            continue
+        layer, _, part = stored.rpartition(".")
+        entry = metadata.layers.get(layer)
+        if entry is not None and not entry.open and part in codecs.part_suffixes():
+            raise GateError(
+                path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}"
+            )
+        raise UnexpectedTensorError(path, f"tensor {show(stored)}: no layer, value, norm or head claims it")
+
+
+def _container(fd: int, size: int, *, path: Path) -> tuple[Header, bytes]:
+    prefix = bytearray(min(8, size))
+    _read_all(fd, memoryview(prefix), path=path)
+    raw = bytearray(header_length(bytes(prefix), size, path=path))
+    _read_all(fd, memoryview(raw), path=path)
+    return parse_header(bytes(raw), size, path=path), bytes(raw)
+
+
+def _file_header(fd: int, size: int, *, path: Path) -> FileHeader:
+    header, raw = _container(fd, size, path=path)
+    check_version(header.metadata, path=path)
+    check_canonical(header, raw, path=path)
+    metadata = parse_metadata(header.metadata, path=path)
+    digests = parse_digests(header.metadata, header.tensors, path=path)
+    claims = metadata.claims(path=path)
+    check_claims(claims, header.tensors, metadata, path=path)
+    return FileHeader(
+        os.fspath(path), size, header.metadata[DIGEST_KEY], header.tensors, metadata, claims, digests
+    )
+
+
+def _read_tensor(fd: int, info: TensorInfo, claim: Claim, expected: str | None, *, path: Path) -> Tensor:
+    tensor = torch.empty(info.shape, dtype=info.torch_dtype, device="cpu")
+    hasher = TensorHash(info.dtype, info.shape)
+    for piece in chunks(memory(tensor)):
+        _read_all(fd, piece, path=path)
+        if expected is not None:
+            hasher.update(piece)
+    if expected is not None and hasher.digest() != expected:
+        raise DigestError(
+            path, f"tensor {show(info.name)}: expected {expected}, got bytes of {hasher.digest()}"
+        )
+    for piece in chunks(memory(tensor)):
+        _check_piece(info, claim, piece, path=path)
+    return swap_bytes(tensor) if sys.byteorder == "big" else tensor
+
+
+def _check_piece(info: TensorInfo, claim: Claim, piece: memoryview, *, path: Path) -> None:
+    """Values that a right digest does not excuse: booleans other than 0 and 1, scores that are not finite."""
+    if info.dtype == "BOOL":
+        check_bool(info.name, piece, path=path)
+    if claim.group == "score":
+        (score,) = struct.unpack("<f", piece)
+        if not math.isfinite(score):
+            raise GateError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")
+
+
+@contextmanager
+def _open_regular(path: Path) -> Iterator[tuple[int, int]]:
+    """A descriptor and its size. Opening never blocks, even on a pipe; what is checked is what is then
+    read.
+    """
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    )
+    try:
+        fd = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(path, "no such file") from None
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise NotRegularFileError(path, "expected a regular file, got a socket or device") from None
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotRegularFileError(path, f"expected a regular file, got {_file_type(status.st_mode)}")
+        yield fd, status.st_size
+    finally:
+        os.close(fd)
+
+
+def _file_type(mode: int) -> str:
+    for test, word in ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device")):
+        if test(mode):
+            return word
+    return "a special file"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A descriptor to write; on leaving without an exception, its file durably takes the place of `path`."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    mode = None
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.stat(target).st_mode
+        if not stat.S_ISREG(mode):
+            raise NotRegularFileError(path, f"expected a file to replace, got {_file_type(mode)}")
+    temporary = os.path.join(folder, f".taps-{secrets.token_hex(8)}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    fd = -1
+    try:
+        try:
+            fd = os.open(temporary, flags, 0o666)  # the kernel applies the umask
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFileError(path, f"no such folder: {folder}") from None
+        if mode is not None and hasattr(os, "fchmod"):
+            os.fchmod(fd, stat.S_IMODE(mode) & 0o777)
+        yield fd
+        os.fsync(fd)
+        fd, written = -1, fd
+        os.close(written)
+        os.replace(temporary, target)
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    if os.name != "posix":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _read_all(fd: int, view: memoryview, *, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.readv(fd, [view[done:]])
+        if count == 0:
+            raise TruncatedFileError(path, f"ended while being read, {len(view) - done} bytes short")
+        done += count

@@ -1,0 +1,127 @@
+"""JSON without JSON's loopholes: no duplicate keys, no NaN, no giant integers, no lone surrogates, bounded
+size.
+
+`json.loads` keeps the last of two equal keys, takes NaN, Infinity and 1e999, and recurses as deep as the text
+says. Here the text is scanned once in C before it is parsed, so its depth and its number of values are known
+first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import accumulate
+from typing import Any
+
+from .errors import DuplicateKeyError, HeaderError, LimitError, Path, show
+
+MAX_DEPTH = 32
+MAX_INT_DIGITS = 20  # any 64-bit integer, signed or not
+
+_STRUCTURE = b'"[]{},:'
+_NOT_STRUCTURE = bytes(b for b in range(256) if b not in _STRUCTURE)
+_STRING = re.compile(rb'"[^"]*"?')
+_STEP = bytes(2 if b in b"[{" else 0 if b in b"]}" else 1 for b in range(256))  # depth change, plus one
+
+
+def dumps(value: object) -> str:
+    """The canonical text of a JSON value: sorted keys, no spaces, characters not escaped unless they must
+    be.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def scan(text: str, *, path: Path, where: str, max_tokens: int) -> None:
+    """Bounds nesting depth and value count of JSON text without parsing it.
+
+    Both are exact up to the first syntax error, where the parser stops anyway. Raises LimitError.
+    """
+    data = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"")
+    tokens = _STRING.sub(b"", data.translate(None, _NOT_STRUCTURE))
+    if len(tokens) > max_tokens:
+        raise LimitError(path, f"{where}: at most {max_tokens} JSON tokens are read, got {len(tokens)}")
+    # Ends at the first excess: sums over a prefix that is already too deep need no further look.
+    if any(depth > MAX_DEPTH for depth in accumulate(step - 1 for step in tokens.translate(_STEP))):
+        raise LimitError(path, f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
+
+
+def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> Any:
+    """Parses JSON text. `where` names the place in the file for messages.
+
+    Raises HeaderError (not JSON, NaN or Infinity, lone surrogate), DuplicateKeyError, LimitError (depth,
+    number of values, integers of more than 20 digits).
+    """
+    scan(text, path=path, where=where, max_tokens=max_tokens)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            for key, _ in items:
+                if key in seen:
+                    raise DuplicateKeyError(
+                        path, f"{where}: the key {show(key)} occurs twice in one JSON object"
+                    )
+                seen.add(key)
+        return result
+
+    def integer(digits: str) -> int:
+        if len(digits.lstrip("-")) > MAX_INT_DIGITS:
+            raise LimitError(
+                path, f"{where}: an integer of {len(digits)} digits; at most {MAX_INT_DIGITS} are read"
+            )
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if len(digits) > 400 or not math.isfinite(number := float(digits)):
+            raise HeaderError(path, f"{where}: expected finite numbers, got {show(digits)}")
+        return number
+
+    def constant(word: str) -> float:
+        raise HeaderError(path, f"{where}: {word} is not JSON; expected finite numbers")
+
+    try:
+        value = json.loads(
+            text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant
+        )
+        text.encode("utf-8")
+        if "\\u" in text:  # an escape can still spell half a surrogate pair
+            dumps(value).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise HeaderError(path, f"{where}: not JSON: {error.msg} at character {error.pos}") from None
+    except UnicodeEncodeError:
+        raise HeaderError(path, f"{where}: a lone surrogate; expected UTF-8 text") from None
+    return value
+
+
+def check(value: object, *, path: Path, where: str, depth: int = 0) -> None:
+    """Raises HeaderError or LimitError unless `loads(dumps(value))` gives `value` back, types included."""
+    if isinstance(value, (dict, list)) and depth >= MAX_DEPTH:
+        raise LimitError(path, f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str:
+                raise HeaderError(path, f"{where}: expected string keys, got {show(key)}")
+            check(key, path=path, where=where, depth=depth + 1)
+            check(item, path=path, where=f"{where}.{key}", depth=depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check(item, path=path, where=f"{where}[{index}]", depth=depth + 1)
+    elif type(value) is str:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise HeaderError(
+                path, f"{where}: a lone surrogate in {show(value)}; expected UTF-8 text"
+            ) from None
+    elif type(value) is int:
+        if abs(value) >= 10**MAX_INT_DIGITS:
+            raise LimitError(path, f"{where}: integers of at most {MAX_INT_DIGITS} digits are stored")
+    elif type(value) is float:
+        if not math.isfinite(value):
+            raise HeaderError(path, f"{where}: expected a finite number, got {value}")
+    elif value is not None and type(value) is not bool:
+        raise HeaderError(
+            path, f"{where}: expected dict, list, str, int, float, bool or None, got {type(value).__name__}"
+        )
