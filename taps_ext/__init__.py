@@ -1,3 +1,30 @@
 """Task adaptive parameter sharing for PyTorch (TAPS, arXiv 2203.16708)."""
 
-__version__ = "0.1.0"
+from . import nn
+from .errors import BypassedLayerError, ConfigError, GateError, TapsError, UnsupportedModuleError
+from .methods import FullConfig, MethodConfig, ProbeConfig, TapsConfig, register_method
+from .model import TaskModel
+from .ops import gated_conv2d, gated_linear
+from .report import Report
+from .store import TaskFileError
+from .version import __version__
+
+__all__ = [
+    "BypassedLayerError",
+    "ConfigError",
+    "FullConfig",
+    "GateError",
+    "MethodConfig",
+    "ProbeConfig",
+    "Report",
+    "TapsConfig",
+    "TapsError",
+    "TaskFileError",
+    "TaskModel",
+    "UnsupportedModuleError",
+    "__version__",
+    "gated_conv2d",
+    "gated_linear",
+    "nn",
+    "register_method",
+]

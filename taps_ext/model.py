@@ -1,0 +1,450 @@
+"""TaskModel: one frozen base model, many tasks."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, taskfile
+from .errors import BypassedLayerError, ConfigError, TapsError, suggestion
+from .methods import MethodConfig
+from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn.forward import GATED_TYPES
+from .nn.own import NORM_TYPES
+from .nn.route import Frame, enter, leave, route, unroute
+from .report import Report, make_report
+from .scan import find_head, inside, match, scan
+from .task import TaskState, make_head, module_key
+
+_ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
+_BASE_LOCK = threading.Lock()  # the base's mode flags are the one thing that two threads would share
+
+
+@contextmanager
+def _evaluating(base: nn.Module) -> Iterator[None]:
+    """Evaluation mode for one forward of the bare base, and back."""
+    flags = [(module, module.training) for module in base.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class TaskModel(nn.Module):
+    """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
+
+    The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
+
+    Args:
+        base: any module. Its parameters stop requiring gradients until :meth:`unload`.
+        config: the method for tasks that bring none of their own.
+        gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
+            "device" reads scores where they live, for captured graphs and compilation without recompiling.
+        head_module: the classifier's name, where it is not found (see :func:`taps_ext.scan.find_head`).
+
+    Raises:
+        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MethodConfig | None = None,
+        *,
+        gates: str = "host",
+        head_module: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Module):
+            raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
+        if isinstance(base, (TaskModel, nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ConfigError(f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead")
+        if gates not in ("host", "device"):
+            raise ConfigError(f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}")
+        if config is not None and not isinstance(config, MethodConfig):
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+        clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
+        if clash:
+            raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
+        self.base = base
+        self.config = config
+        self.gates = gates
+        self._states = nn.ModuleDict()
+        self._names: dict[str, TaskState] = {}
+        self._active: str | None = None
+        self._merged: str | None = None
+        self._head = self._find_head(head_module) if head_module is not None else find_head(base)
+        self._flags = [(p, p.requires_grad) for p in base.parameters()]
+        base.requires_grad_(False)
+        for name, module in list(base.named_modules()):
+            if isinstance(module, GATED_TYPES + NORM_TYPES) and not inside(name, self._head):
+                route(module, name)
+
+    # -- tasks
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order they were added."""
+        return list(self._names)
+
+    @property
+    def active_task(self) -> str | None:
+        """The task that `model(x)` runs, or None for the base."""
+        return self._active
+
+    def _find_head(self, path: str) -> str:
+        names = [name for name, _ in self.base.named_modules() if name]
+        if path not in names:
+            raise ConfigError(f"head_module: the base has no module {path!r}{suggestion(path, names)}")
+        return path
+
+    def state(self, name: str | None) -> TaskState:
+        """The parts of one task. Raises ConfigError for an unknown name."""
+        state = self._names.get(name) if isinstance(name, str) else None
+        if state is None:
+            hint = suggestion(str(name), self._names)
+            raise ConfigError(f"task: expected one of {self.tasks}, got {name!r}{hint}")
+        return state
+
+    def _new_name(self, name: str) -> str:
+        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or len(name) > 255:
+            raise ConfigError(f"name: expected a printable name without '/', got {name!r}")
+        if name in self._names or module_key(name) in self._states:
+            raise ConfigError(f"name: a task called {name!r} exists already")
+        return name
+
+    def _states_for(self, tasks: Iterable[str] | str | None) -> list[TaskState]:
+        if tasks is None:
+            return list(self._names.values())
+        return [self.state(name) for name in ([tasks] if isinstance(tasks, str) else tasks)]
+
+    def add_task(
+        self,
+        name: str,
+        *,
+        num_classes: int | None = None,
+        head: nn.Module | None = None,
+        head_module: str | None = None,
+        config: MethodConfig | None = None,
+    ) -> None:
+        """Add a task that starts as the base with a new head.
+
+        Args:
+            name: printable, without '/'.
+            num_classes: makes a linear head with that many outputs, drawn from torch's generator.
+            head: a head of your own instead. Without either, the task starts from a copy of the base's head.
+            head_module: the name of the module that the head replaces, where it is not the model's.
+            config: a method for this task only.
+
+        Raises:
+            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
+            UnsupportedModuleError: a layer that cannot be gated, naming it.
+        """
+        name = self._new_name(name)
+        config = config if config is not None else self.config
+        if not isinstance(config, MethodConfig):
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+        path = self._head if head_module is None else self._find_head(head_module)
+        own = make_head(self.base, path, num_classes, head)
+        found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
+        plan = config.plan(found)
+        state = TaskState(self.base, config, plan, path, own, self.gates)
+        for module in state.table:
+            route(self.base.get_submodule(module), module)
+        state.train(self.training)
+        self._install(name, state)
+
+    def _install(self, name: str, state: TaskState) -> None:
+        self._states[module_key(name)] = state
+        self._names[name] = state
+
+    def delete_task(self, name: str) -> None:
+        """Forget a task. The active task becomes the base if it was this one."""
+        self.state(name)
+        if self._merged == name:
+            self.unmerge_task()
+        if self._active == name:
+            self._active = None
+        del self._states[module_key(name)], self._names[name]
+
+    def rename_task(self, name: str, new_name: str) -> None:
+        """Rename a task, keeping its place in the order."""
+        self.state(name)
+        self._new_name(new_name)
+        renamed = {new_name if n == name else n: s for n, s in self._names.items()}
+        self._states = nn.ModuleDict({module_key(n): s for n, s in renamed.items()})
+        self._names = renamed
+        self._active = new_name if self._active == name else self._active
+        self._merged = new_name if self._merged == name else self._merged
+
+    def set_task(self, name: str | None) -> None:
+        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
+        if name is not None:
+            self.state(name)
+        self._active = name
+
+    @contextmanager
+    def use_task(self, name: str | None) -> Iterator[TaskModel]:
+        """`with model.use_task("birds"):` sets the task and restores the previous one."""
+        before = self._active
+        self.set_task(name)
+        try:
+            yield self
+        finally:
+            self._active = before
+
+    # -- forward
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
+        """Run the base with one task's parts.
+
+        Args:
+            task: the task of this call; by default the active one. None is the base, as it was before.
+            args, kwargs: what the base's forward takes.
+
+        Raises:
+            ConfigError: an unknown task.
+            GateError: a NaN score; Inf or NaN in a closed Delta while training.
+            BypassedLayerError: the task's first forward did not enter every layer that has parts.
+        """
+        if tasks is not None:
+            raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
+        name = self._active if task is _ACTIVE else task
+        if name is None:
+            return self._base_forward(*args, **kwargs)
+        state = self.state(name)
+        if self.gates == "host":
+            state.refresh()
+        learning = self.training and torch.is_grad_enabled()
+        if learning and self._merged == name:
+            raise TapsError(f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+        if learning and self.gates == "host":
+            state.check_rest()
+        entered: set[str] | None = None if state.checked else set()
+        token = enter(Frame(state.table, entered))
+        try:
+            output = self.base(*args, **kwargs)
+        finally:
+            leave(token)
+        if entered is not None:
+            self._check_entered(name, state, entered)
+        return output
+
+    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        token = enter(Frame({}, None))
+        try:
+            if not self.base.training:
+                return self.base(*args, **kwargs)
+            with _BASE_LOCK, _evaluating(self.base):
+                return self.base(*args, **kwargs)
+        finally:
+            leave(token)
+
+    def _check_entered(self, name: str, state: TaskState, entered: set[str]) -> None:
+        missed = [module for module in state.table if module not in entered]
+        if missed:
+            raise BypassedLayerError(
+                f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
+                "have no effect; something reads these weights directly. Name them in exclude_modules"
+            )
+        state.checked = True
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
+        super().train(mode)
+        return self
+
+    # -- gates
+
+    def refresh_gates(self) -> None:
+        """Read all scores again, for writes that leave no trace (`.data`, graph replay). Checks for NaN."""
+        for state in self._names.values():
+            state.refresh(force=True)
+
+    def set_gates(self, name: str, open: Sequence[str], *, learn: bool = False) -> None:
+        """Fix a task's gates: layers that a glob in `open` matches are open, all others closed.
+
+        Raises:
+            ConfigError: a pattern matches no layer; a layer without a Delta is to be opened; `learn=True`
+                (a score is learned, never set).
+        """
+        if learn:
+            raise ConfigError("learn: expected False; scores are learned, not set")
+        state = self.state(name)
+        layers = dict(state.gated())
+        if isinstance(open, str):
+            raise ConfigError(f"open: expected a list of patterns, got {open!r}")
+        chosen = match(open, list(layers), "open")
+        for layer in chosen:
+            if layers[layer].delta is None:
+                raise ConfigError(f"open: {layer} has no Delta under method {state.config.method!r}")
+        for layer, part in layers.items():
+            part.fix(layer in chosen)
+
+    def freeze_gates(self, tasks: Iterable[str] | str | None = None) -> None:
+        """Fix every learned gate in its present state; closed layers then keep no input for backward."""
+        for state in self._states_for(tasks):
+            opened = set(state.open_layers())
+            for name, part in state.learned():
+                part.fix(name in opened)
+
+    def sparsity_loss(self, tasks: Iterable[str] | str | None = None, scale: float = 1.0) -> Tensor:
+        """`scale * sum over tasks of lam / L * sum_i w_i |s_i|` (equation 5), a scalar.
+
+        Args:
+            tasks: which tasks; by default the active one.
+            scale: 0 during warm-up.
+        """
+        chosen = tasks if tasks is not None else [] if self._active is None else [self._active]
+        terms = [term for state in self._states_for(chosen) if (term := state.sparsity_loss()) is not None]
+        if not terms:
+            return torch.zeros([], device=next(self.parameters()).device)
+        return scale * torch.stack(terms).sum()
+
+    def drop_closed_gradients(self, tasks: Iterable[str] | str | None = None) -> None:
+        """Set gradients of closed Deltas to None before an optimizer step (needed for gates="device" only)."""
+        for state in self._states_for(tasks):
+            state.drop_closed_gradients()
+
+    def parameter_groups(
+        self,
+        tasks: Iterable[str] | str | None = None,
+        *,
+        lr: float,
+        score_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups named "delta", "score", "norm", "other" and "head".
+
+        Args:
+            tasks: which tasks; by default all.
+            lr: learning rate. score_lr: that of the scores (default: lr).
+            weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
+        """
+        groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
+        for state in self._states_for(tasks):
+            for part in state.table.values():
+                if isinstance(part, GatedLayer):
+                    groups["delta"] += [p for p in [part.delta] if p is not None]
+                    groups["score"] += [p for p in [part.score] if p is not None]
+                    groups["other"] += [p for p in [part.bias] if p is not None]
+                elif isinstance(part, TaskTensors):
+                    groups["norm" if isinstance(part, TaskNorm) else "other"] += part.parameters()
+                else:
+                    groups["head"] += part.parameters()
+        result = []
+        for key, parameters in groups.items():
+            trained = [p for p in parameters if p.requires_grad]
+            if trained:
+                rate = score_lr if key == "score" and score_lr is not None else lr
+                decay = weight_decay if key in ("delta", "head") else 0.0
+                result.append({"name": key, "params": trained, "lr": rate, "weight_decay": decay})
+        return result
+
+    # -- reports and files
+
+    def report(self, name: str | None = None) -> Report:
+        """Which layers a task (default: the active one) changed, and what it holds."""
+        name = self._active if name is None else name
+        return make_report(str(name), self.state(name), self.base)
+
+    def fingerprint(self, head_module: str | None = None) -> str:
+        """SHA-256 over the base's parameters and buffers outside the head."""
+        return taskfile.base_fingerprint(self.base, self._head if head_module is None else head_module)
+
+    def save_task(self, name: str, path: str | PathLike[str], **extra: Any) -> int:
+        """Write a task to a `.taps` file, atomically; returns the bytes written.
+
+        Args:
+            extra: `labels` (list of class names), `metrics` (JSON-ready mapping).
+        """
+        return taskfile.save(name, self.state(name), self.base, path, **extra)
+
+    def load_task(self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None) -> str:
+        """Add the task in a `.taps` file under its own name or `name`; returns the name.
+
+        Args:
+            head: a module of the saved head's structure, needed where the head is not a plain linear layer.
+
+        Raises:
+            TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
+        """
+        record = taskfile.read(path, self.base)
+        name = self._new_name(record.name if name is None else name)
+        state = taskfile.build(record, self.base, self.gates, head, path)
+        for module in state.table:
+            route(self.base.get_submodule(module), module)
+        state.train(self.training)
+        self._install(name, state)
+        return name
+
+    # -- merging and unloading
+
+    def merge_task(self, name: str) -> None:
+        """Install `W + Delta` of the open layers beside the base, so that the task runs at the base's cost."""
+        if self._merged is not None:
+            raise TapsError(f"merge_task: task {self._merged!r} is merged already; call unmerge_task() first")
+        state = self.state(name)
+        opened = set(state.open_layers())
+        for layer, part in state.gated():
+            weight: Tensor = self.base.get_submodule(layer).weight  # type: ignore[assignment]
+            if layer in opened:
+                part.merged = ops.reconstruct_(torch.empty_like(weight), weight.detach(), part.delta.detach(), gate=True)  # type: ignore[union-attr]
+            else:
+                part.merged = weight.detach()
+        self._merged = name
+
+    def unmerge_task(self) -> None:
+        """Drop the merged weights; the base was never changed, so this is exact."""
+        if self._merged is not None:
+            for _, part in self.state(self._merged).gated():
+                part.merged = None
+        self._merged = None
+
+    def unload(self) -> nn.Module:
+        """Give the base back as it was: classes, flags, modes and tensors. All tasks are dropped."""
+        for module in self.base.modules():
+            unroute(module)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._states, self._names = nn.ModuleDict(), {}
+        self._active = self._merged = None
+        return self.base
+
+    def merge_and_unload(self, name: str) -> nn.Module:
+        """A plain copy of the base with one task's weights, norms and head in place; the TaskModel is unloaded."""
+        state = self.state(name)
+        opened = set(state.open_layers())
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for layer, part in state.gated():
+            weight: Tensor = self.base.get_submodule(layer).weight  # type: ignore[assignment]
+            if layer in opened:
+                out = torch.empty_like(weight)
+                tensors.setdefault(layer, {})["weight"] = ops.reconstruct_(out, weight.detach(), part.delta.detach(), gate=True)  # type: ignore[union-attr]
+            if part.bias is not None:
+                tensors.setdefault(layer, {})["bias"] = part.bias
+        for kind in (TaskNorm, TaskTensors):
+            for module, own in state.owned(kind):
+                tensors[module] = dict(own.state_dict(keep_vars=True))
+        head, path = state.head, state.head_path
+        plain = copy.deepcopy(self.unload())
+        with torch.no_grad():
+            for module, values in tensors.items():
+                target = plain.get_submodule(module)
+                for key, value in values.items():
+                    getattr(target, key).copy_(value)
+        if head is not None and path is not None:
+            plain.set_submodule(path, copy.deepcopy(head))
+        return plain

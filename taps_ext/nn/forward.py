@@ -1,0 +1,77 @@
+"""One gated forward for each supported stock layer: linear and 2-d convolution.
+
+`host` owns the base `weight` (and its geometry), `layer` the task's `delta`, `score`, `gate` and `merged`;
+for the standalone layers both are the same module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+GATED_TYPES = (nn.Linear, nn.Conv2d)
+
+
+def resting_weight(host: nn.Module, input: Tensor) -> Tensor:
+    """The base weight in the type it is multiplied in; under autocast a frozen weight is cast once and kept."""
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    if weight.requires_grad or torch.compiler.is_compiling():
+        return weight
+    dtype = ops.autocast_dtype(input)
+    if dtype is None or dtype == weight.dtype:
+        return weight
+    key = (dtype, weight.data_ptr(), weight._version)
+    kept = host.__dict__.get("_taps_cast")
+    if kept is None or kept[0] != key:
+        kept = host.__dict__["_taps_cast"] = (key, weight.detach().to(dtype))
+    return kept[1]  # type: ignore[no-any-return]
+
+
+def _conv2d_input(host: nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
+    """Pad as the layer's padding mode asks; return the input and the padding left for the convolution."""
+    if host.padding_mode == "zeros":
+        return input, host.padding
+    return F.pad(input, host._reversed_padding_repeated_twice, mode=host.padding_mode), 0
+
+
+def stock_forward(host: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The stock op of `host` on another weight."""
+    if isinstance(host, nn.Linear):
+        return F.linear(input, weight, bias)
+    assert isinstance(host, nn.Conv2d)
+    input, padding = _conv2d_input(host, input)
+    return F.conv2d(input, weight, bias, host.stride, padding, host.dilation, host.groups)
+
+
+def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs."""
+    if layer.merged is not None:
+        return stock_forward(host, input, layer.merged, bias)
+    gate = layer.gate
+    weight: Tensor = resting_weight(host, input) if gate is False else host.weight  # type: ignore[assignment]
+    if layer.delta is None:
+        return stock_forward(host, input, weight, bias)
+    if isinstance(host, nn.Linear):
+        return ops.gated_linear(
+            input, weight, layer.delta, layer.score, bias, gate=gate, threshold=layer.threshold
+        )
+    assert isinstance(host, nn.Conv2d)
+    input, padding = _conv2d_input(host, input)
+    return ops.gated_conv2d(
+        input,
+        weight,
+        layer.delta,
+        layer.score,
+        bias,
+        host.stride,
+        padding,
+        host.dilation,
+        host.groups,
+        gate=gate,
+        threshold=layer.threshold,
+    )

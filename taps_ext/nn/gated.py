@@ -1,0 +1,110 @@
+"""GatedLayer: what one task adds to one linear or convolution layer of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GateError
+from .forward import gated_forward
+
+
+def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> Any:
+    """Wrap `fn` of `Module._apply` so that the named float32 parameters change device but never dtype."""
+    kept = {id(p) for name in names if (p := module._parameters.get(name)) is not None}
+    kept |= {id(p.grad) for name in names if (p := module._parameters.get(name)) is not None and p.grad is not None}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in kept:
+            return fn(tensor)
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+def float32_bound(threshold: float) -> float:
+    """The threshold as a float32 score is compared with it, on the host as on the device."""
+    return torch.tensor(threshold, dtype=torch.float32).item()
+
+
+class GatedLayer(nn.Module):
+    """A task's share of one layer: `W_t = W + g * Delta`, `g = 1[score >= threshold]`.
+
+    Args:
+        shape: the base weight's shape; None makes no Delta (a layer that is closed for good).
+        learn: True trains a score that decides the gate; False fixes it to `open`.
+        open: the state of a fixed gate.
+        score_init: the score's first value (0.15 in the authors' code).
+        threshold: tau (0.1 in the authors' code).
+        bias: a task's own bias `[N]`, or None to use the base layer's.
+        device: where Delta and score live. Both are float32 and stay so through `.half()` and `.bfloat16()`.
+
+    `gate` is what the forward uses: a bool known to the host, or None to read the score on its device.
+    """
+
+    delta: nn.Parameter | None
+    score: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        shape: torch.Size | None,
+        *,
+        learn: bool = True,
+        open: bool = True,
+        score_init: float = 0.15,
+        threshold: float = 0.1,
+        bias: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        delta = None if shape is None else nn.Parameter(torch.zeros(shape, **options))
+        self.register_parameter("delta", delta)
+        self.register_parameter("score", nn.Parameter(torch.full([], score_init, **options)) if learn else None)
+        own = None if bias is None else nn.Parameter(bias.detach().clone(memory_format=torch.preserve_format))
+        self.register_parameter("bias", own)
+        self.threshold = float32_bound(threshold)
+        self.learn = learn
+        self.gate: bool | None = (score_init >= threshold) if learn else open
+        self.merged: Tensor | None = None
+        self._seen: int | None = None
+
+    def forward(self, host: nn.Module, input: Tensor) -> Tensor:
+        return gated_forward(host, self, input, host.bias if self.bias is None else self.bias)  # type: ignore[arg-type]
+
+    def stale(self) -> bool:
+        """True if the host's copy of the gate may differ from the score."""
+        return self.learn and self.score is not None and self._seen != self.score._version
+
+    def take(self, score: float, name: str) -> None:
+        """Set the host gate from the score's value; a NaN score raises :class:`GateError`."""
+        assert self.score is not None
+        if score != score:
+            raise GateError(f"{name}: score: expected a number, got NaN")
+        self.gate = score >= self.threshold
+        self._seen = self.score._version
+
+    def fix(self, open: bool) -> None:
+        """Turn a learned gate into a fixed one; Delta keeps its values."""
+        self.learn, self.gate, self._seen = False, open, None
+        self.register_parameter("score", None)
+        if self.delta is not None:
+            self.delta.requires_grad_(open)
+            if not open:
+                self.delta.grad = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLayer:
+        self._seen = None
+        result: GatedLayer = super()._apply(keep_float32(self, fn, ("delta", "score")), recurse)
+        if self.merged is not None:
+            self.merged = fn(self.merged)
+        return result
+
+    def extra_repr(self) -> str:
+        kind = "learned" if self.learn else "fixed"
+        return f"{kind}, gate={self.gate}, threshold={self.threshold:.6g}"

@@ -1,0 +1,116 @@
+"""Routing: base modules keep their place, tensors and hooks; only their forward asks which task is running.
+
+`route` swaps a module's class for a generated subclass of it and `unroute` swaps it back, so that adapting and
+unloading is the identity. The running task is a frame held in a context variable for the length of one
+`TaskModel.forward`: threads never see each other's, and nothing remembers a task between calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import forward as _forward
+from .own import NORM_TYPES
+
+
+class Frame(NamedTuple):
+    """One forward: the parts of the running task by module name, and where entered modules are noted."""
+
+    parts: Mapping[str, nn.Module]
+    entered: set[str] | None
+
+
+_frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
+enter = _frame.set
+leave = _frame.reset
+
+
+def _outside(name: str) -> None:
+    """A forward with no frame is the base, unless autograd is recomputing: then the task is unknown."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name}: forward was recomputed during backward, outside TaskModel.forward, where its task is not "
+            "known; activation checkpointing inside the base model is not supported yet: switch it off"
+        )
+
+
+class _Routed(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name: str = self.__dict__["_taps_name"]
+        frame = _frame.get()
+        if frame is None:
+            _outside(name)
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if frame.entered is not None:
+            frame.entered.add(name)
+        part = frame.parts.get(name)
+        if part is not None:
+            return part(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _RoutedLayer(_Routed):
+    """A linear or convolution layer: closed for a task without a part, its weight cast once under autocast."""
+
+    def forward(self, input: torch.Tensor) -> Any:
+        name: str = self.__dict__["_taps_name"]
+        frame = _frame.get()
+        if frame is None:
+            _outside(name)
+        elif frame.entered is not None:
+            frame.entered.add(name)
+        part = None if frame is None else frame.parts.get(name)
+        if part is not None:
+            return part(self, input)
+        weight = _forward.resting_weight(self, input)
+        return _forward.stock_forward(self, input, weight, self.bias)  # type: ignore[arg-type]
+
+
+class _RoutedNorm(_Routed):
+    """A normalisation layer: the base's own stays in evaluation mode always, also under `.train()`."""
+
+    def train(self, mode: bool = True) -> _RoutedNorm:
+        return super().train(False)
+
+
+@functools.cache
+def _routed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(cls, NORM_TYPES):
+        router: type[nn.Module] = _RoutedNorm
+    elif cls.forward in (nn.Linear.forward, nn.Conv2d.forward) and issubclass(cls, _forward.GATED_TYPES):
+        router = _RoutedLayer
+    else:
+        router = _Routed
+    return type(cls.__name__, (router, cls), {"__module__": cls.__module__})
+
+
+def route(module: nn.Module, name: str) -> None:
+    """Make `module` ask the running task for its part called `name`."""
+    if not isinstance(module, _Routed):
+        module.__dict__["_taps_class"] = type(module)
+        module.__dict__["_taps_name"] = name
+        module.__class__ = _routed_class(type(module))
+        if isinstance(module, _RoutedNorm):
+            module.__dict__["_taps_training"] = module.training
+            module.training = False
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` before it was routed."""
+    return module.__dict__.get("_taps_class", type(module))  # type: ignore[no-any-return]
+
+
+def unroute(module: nn.Module) -> None:
+    """Undo `route`, leaving nothing behind."""
+    if isinstance(module, _Routed):
+        training = module.__dict__.pop("_taps_training", module.training)
+        module.__class__ = module.__dict__.pop("_taps_class")
+        module.training = training
+        module.__dict__.pop("_taps_name")
+        module.__dict__.pop("_taps_cast", None)

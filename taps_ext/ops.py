@@ -1,0 +1,413 @@
+"""Python side of the custom operators: fake kernels, autograd and the public signatures.
+
+The schemas live in `csrc/ops.cpp`. Eager autograd goes through `torch.autograd.Function` (cheaper to call);
+compiled graphs and direct users of `torch.ops.taps_ext` get the same backward through `register_autograd`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from . import reference
+
+_C: ModuleType | None
+try:
+    _C = importlib.import_module("taps_ext._C")
+except ImportError as error:
+    _C = None
+    warnings.warn(
+        f"taps_ext: the compiled extension cannot be loaded ({error}); using the slower pure-torch reference",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+HAS_EXTENSION: bool = _C is not None
+
+__all__ = ["HAS_EXTENSION", "gated_conv2d", "gated_linear", "reconstruct_"]
+
+_INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both forward ops
+
+
+def _output_mask(ctx: Any) -> list[bool]:
+    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give; a closed Delta rests."""
+    need = ctx.needs_input_grad
+    return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for."""
+    input, weight, delta, score, bias, gate = inputs[:6]
+    ctx.gate = gate
+    mask = _output_mask(ctx)
+    keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(
+        input if mask[1] or mask[2] or mask[4] else None,
+        weight,
+        delta if keep_delta else None,
+        score if mask[2] or gate is None else None,
+    )
+
+
+def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
+    """Backward results in the order of the forward's arguments; what was not asked for is None."""
+    dinput, ddelta, dscore, dbias, dweight = (g if m else None for g, m in zip(grads, mask, strict=True))
+    if dbias is not None and dbias.dtype != ctx.bias_dtype:
+        dbias = dbias.to(ctx.bias_dtype)
+    return [dinput, dweight, ddelta, dscore, dbias]
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The autocast type that applies to `input`, or None."""
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind) and input.is_floating_point() and input.dtype != torch.float64:
+        return torch.getautocast_dtype(kind)
+    return None
+
+
+def _check(
+    input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | None, gate: bool | None
+) -> Tensor:
+    """Check what the kernels cannot and return the input in its compute type."""
+    if delta is not None and delta.shape != weight.shape:
+        raise ValueError(f"delta: expected shape {list(weight.shape)} like weight, got {list(delta.shape)}")
+    if delta is not None and gate is None and score is None:
+        raise ValueError("score: expected a one-element tensor when gate is None, got None")
+    if score is not None and score.numel() != 1:
+        raise ValueError(f"score: expected one element, got shape {list(score.shape)}")
+    dtype = autocast_dtype(input)
+    if dtype is not None:
+        return input.to(dtype)
+    if input.dtype != weight.dtype:
+        raise TypeError(f"input: expected dtype {weight.dtype} like weight (or autocast), got {input.dtype}")
+    return input
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- linear
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.threshold = inputs[6]
+    _save(ctx, inputs)
+
+
+def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, delta, score = ctx.saved_tensors
+    mask = _output_mask(ctx)
+    grads = torch.ops.taps_ext.gated_linear_backward(
+        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, None, 1.0
+    )
+    return (*_order(ctx, grads, mask), None, None)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output: Tensor = torch.ops.taps_ext.gated_linear(*inputs)
+        _linear_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _linear_backward(ctx, *grads)
+
+
+def gated_linear(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor | None,
+    score: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """Linear layer on `W + g * Delta` (TAPS, arXiv 2203.16708, equation 2).
+
+    Args:
+        input: `[..., K]`, floating point.
+        weight: the frozen base weight W, `[N, K]`, in the input's dtype (any under autocast).
+        delta: Delta, `[N, K]`, any floating dtype, or None for the base layer.
+        score: one element; the gate is open where `score >= threshold`. Its gradient is <dL/dW_t, Delta>.
+        bias: `[N]` or None.
+        gate: the gate as the host knows it. None reads the score on its device, without synchronising.
+        threshold: tau of the paper.
+
+    Returns:
+        `[..., N]` in the compute dtype. A closed host gate is bit-equal to `F.linear(input, weight, bias)`.
+
+    Raises:
+        ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with
+            Inf or NaN in a closed layer whose score is trained.
+        TypeError: input and weight of different dtypes outside autocast.
+    """
+    if delta is None:
+        return F.linear(input, weight, bias)
+    input = _check(input, weight, delta, score, gate)
+    if gate is False and (score is None or not (score.requires_grad and torch.is_grad_enabled())):
+        if weight.dtype == input.dtype or weight.requires_grad:
+            return F.linear(input, weight, bias)
+    if not HAS_EXTENSION:
+        return reference.gated_linear(input, weight, delta, score, bias, gate=gate, threshold=threshold)
+    if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
+        return torch.ops.taps_ext.gated_linear(  # type: ignore[no-any-return]
+            input, weight, delta, score, bias, gate, threshold
+        )
+    return _GatedLinear.apply(  # type: ignore[no-any-return]
+        input, weight, delta, score, bias, gate, threshold
+    )
+
+
+# ---------------------------------------------------------------------------------------------- conv2d
+
+
+def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.threshold = inputs[6]
+    ctx.geometry = inputs[7:11]
+    ctx.input_size = tuple(inputs[0].shape[-2:])
+    _save(ctx, inputs)
+
+
+def _conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, delta, score = ctx.saved_tensors
+    mask = _output_mask(ctx)
+    grads = torch.ops.taps_ext.gated_conv2d_backward(
+        grad_output,
+        input,
+        ctx.input_size,
+        weight,
+        delta,
+        score,
+        ctx.gate,
+        ctx.threshold,
+        *ctx.geometry,
+        mask,
+        None,
+        1.0,
+    )
+    return (*_order(ctx, grads, mask), *[None] * 6)
+
+
+class _GatedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output: Tensor = torch.ops.taps_ext.gated_conv2d(*inputs)
+        _conv2d_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        return _conv2d_backward(ctx, *grads)
+
+
+def _padding(
+    padding: str | int | tuple[int, int], weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[list[int], list[int] | None]:
+    """Symmetric padding `[h, w]`, and what `F.pad` must add first where "same" is asymmetric."""
+    if not isinstance(padding, str):
+        return list(_pair(padding)), None
+    if padding == "valid":
+        return [0, 0], None
+    if padding != "same":
+        raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+    if tuple(stride) != (1, 1):
+        raise ValueError(f"padding: 'same' expects stride 1, got stride {tuple(stride)}")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    extra = [t % 2 for t in total]  # the odd element goes behind, as in F.conv2d
+    ahead = [0, extra[1], 0, extra[0]] if any(extra) else None
+    return [t // 2 for t in total], ahead
+
+
+def gated_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor | None,
+    score: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """2-D convolution with `W + g * Delta` (TAPS, arXiv 2203.16708, equation 2).
+
+    Args:
+        input: `[B, C, H, W]` or `[C, H, W]`, contiguous or channels_last.
+        weight: the frozen base weight W, `[O, C / groups, kh, kw]`.
+        delta: Delta, shaped like `weight`, or None for the base layer.
+        score, gate, threshold: as in :func:`gated_linear`.
+        bias: `[O]` or None.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
+
+    Returns:
+        `[B, O, H', W']` (or unbatched). A closed host gate is bit-equal to `F.conv2d`.
+
+    Raises:
+        ValueError, TypeError: as :func:`gated_linear`; an unknown padding; "same" with a stride.
+    """
+    if delta is None:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
+    input = _check(input, weight, delta, score, gate)
+    if gate is False and (score is None or not (score.requires_grad and torch.is_grad_enabled())):
+        if weight.dtype == input.dtype or weight.requires_grad:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if not HAS_EXTENSION:
+        return reference.gated_conv2d(
+            input, weight, delta, score, bias, stride, padding, dilation, groups, gate=gate, threshold=threshold
+        )
+    if input.dim() == 3:
+        batched = gated_conv2d(
+            input[None], weight, delta, score, bias, stride, padding, dilation, groups, gate=gate, threshold=threshold
+        )
+        return batched[0]
+    stride, dilation = _pair(stride), _pair(dilation)
+    pad, ahead = _padding(padding, weight, stride, dilation)
+    if ahead is not None:
+        input = F.pad(input, ahead)
+    arguments = (input, weight, delta, score, bias, gate, threshold, stride, pad, dilation, groups)
+    if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
+        return torch.ops.taps_ext.gated_conv2d(*arguments)  # type: ignore[no-any-return]
+    return _GatedConv2d.apply(*arguments)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------------- reconstruct, merging
+
+
+def reconstruct_(
+    out: Tensor,
+    weight: Tensor,
+    delta: Tensor | None,
+    score: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """Write `round(W + g * Delta)` into `out` (shape of `weight`, any floating dtype) and return it."""
+    if HAS_EXTENSION:
+        torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
+    else:
+        out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
+    return out
+
+
+# ------------------------------------------------------------------------------- fakes and registration
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty([0])
+
+
+def _fake_linear(
+    input: Tensor, weight: Tensor, delta: Any, score: Any, bias: Any, gate: Any, threshold: float
+) -> Tensor:
+    return input.new_empty([*input.shape[:-1], weight.shape[0]])
+
+
+def _fake_backward(
+    dinput: Tensor | None, grad: Tensor, weight: Tensor, delta: Any, score: Any, mask: list[bool]
+) -> tuple[Tensor, ...]:
+    return (
+        _empty(grad) if dinput is None else dinput,
+        torch.empty_like(delta) if mask[1] else _empty(grad),
+        torch.empty_like(score) if mask[2] else _empty(grad),
+        grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
+        torch.empty_like(weight) if mask[4] else _empty(grad),
+    )
+
+
+def _fake_linear_backward(
+    grad_output: Tensor,
+    input: Any,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    gate: Any,
+    threshold: float,
+    output_mask: list[bool],
+    rows: Any,
+    row_scale: float,
+) -> tuple[Tensor, ...]:
+    shape = [*grad_output.shape[:-1], weight.shape[1]]
+    dinput = grad_output.new_empty(shape) if output_mask[0] else None
+    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
+
+
+def _fake_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    bias: Any,
+    gate: Any,
+    threshold: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    bias = None if bias is None else bias.to(input.dtype)
+    return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
+
+
+def _fake_conv2d_backward(
+    grad_output: Tensor,
+    input: Any,
+    input_size: Any,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    gate: Any,
+    threshold: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_mask: list[bool],
+    rows: Any,
+    row_scale: float,
+) -> tuple[Tensor, ...]:
+    dinput = None
+    if output_mask[0]:
+        like = grad_output.new_empty([grad_output.shape[0], weight.shape[1] * groups, *input_size])
+        weight_t = weight.to(grad_output.dtype)
+        dinput = torch.ops.aten.convolution_backward(
+            grad_output, like, weight_t, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )[0]
+    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
+
+
+def _register() -> None:
+    fake = torch.library.register_fake
+    fake("taps_ext::reconstruct", lambda out, weight, delta, score, gate, threshold: None)
+    fake("taps_ext::gated_linear", _fake_linear)
+    fake("taps_ext::gated_linear_backward", _fake_linear_backward)
+    fake("taps_ext::gated_conv2d", _fake_conv2d)
+    fake("taps_ext::gated_conv2d_backward", _fake_conv2d_backward)
+    autograd = torch.library.register_autograd
+    autograd("taps_ext::gated_linear", _linear_backward, setup_context=_linear_setup)
+    autograd("taps_ext::gated_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
+
+
+if HAS_EXTENSION:
+    _register()

@@ -1,0 +1,116 @@
+"""Report: which layers a task changed, and what each of them holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .nn import TaskNorm, TaskTensors
+from .task import TaskState
+
+
+@dataclass(frozen=True)
+class Row:
+    """One gated layer: its state, its score (None for a fixed gate), its weights and its stored bytes."""
+
+    layer: str
+    open: bool
+    score: float | None
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one task adds to the base.
+
+    Attributes:
+        rows: the gated layers in module order.
+        gated: weights in gated layers. open: those in open ones. share: open / gated.
+        norms, others, head: the task's own further values (parameters and persistent buffers).
+        parameters: all trainable values that the task adds: open Deltas, norms, others and head.
+        base_parameters: parameters of the base.
+    """
+
+    task: str
+    method: str
+    rows: list[Row] = field(repr=False)
+    gated: int
+    open: int
+    norms: int
+    others: int
+    head: int
+    base_parameters: int
+
+    @property
+    def share(self) -> float:
+        return self.open / self.gated if self.gated else 0.0
+
+    @property
+    def parameters(self) -> int:
+        return self.open + self.norms + self.others + self.head
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def layers_open(self) -> int:
+        return sum(row.open for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        extra = {name: getattr(self, name) for name in ("share", "parameters", "bytes", "layers_open")}
+        return {**asdict(self), **extra}
+
+    def to_json(self, **kwargs: Any) -> str:
+        return json.dumps(self.to_dict(), **kwargs)
+
+    def table(self) -> str:
+        """A plain-text table with a line for each layer and the totals."""
+        width = max([5, *(len(row.layer) for row in self.rows)])
+        lines = [f"{'layer':<{width}}  gate    score   parameters        bytes"]
+        for row in self.rows:
+            score = "  fixed" if row.score is None else f"{row.score:7.4f}"
+            state = "open  " if row.open else "closed"
+            lines.append(f"{row.layer:<{width}}  {state} {score} {row.parameters:12,} {row.bytes:12,}")
+        lines.append(
+            f"{self.task} ({self.method}): {self.layers_open} of {len(self.rows)} layers open, "
+            f"{100 * self.share:.1f} % of {self.gated:,} gated weights; norms {self.norms:,}, "
+            f"others {self.others:,}, head {self.head:,}; base {self.base_parameters:,}"
+        )
+        return "\n".join(lines)
+
+    __str__ = table
+
+
+def _values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
+    """The report of a task; reads the scores from their device once."""
+    open_layers = set(state.open_layers())
+    rows = []
+    biases = 0
+    for layer, part in state.gated():
+        weight = base.get_submodule(layer).weight
+        size = weight.numel()  # type: ignore[operator, union-attr]
+        is_open = layer in open_layers
+        score = part.score.item() if part.learn and part.score is not None else None
+        stored = part.delta.nbytes if is_open and part.delta is not None else 0
+        rows.append(Row(layer, is_open, score, size, stored))
+        biases += 0 if part.bias is None else part.bias.numel()
+    return Report(
+        task=name,
+        method=state.config.method,
+        rows=rows,
+        gated=sum(row.parameters for row in rows),
+        open=sum(row.parameters for row in rows if row.open),
+        norms=sum(_values(part) for _, part in state.owned(TaskNorm)),
+        others=biases + sum(_values(part) for _, part in state.owned(TaskTensors)),
+        head=0 if state.head is None else _values(state.head),
+        base_parameters=sum(p.numel() for p in base.parameters()),
+    )

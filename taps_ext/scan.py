@@ -1,0 +1,148 @@
+"""What the base model is made of: layers that can be gated, norms, other tensors, and the head."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from .errors import ConfigError, UnsupportedModuleError, suggestion
+from .nn.forward import GATED_TYPES
+from .nn.own import NORM_TYPES
+from .nn.route import original_class
+
+_HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
+
+_UNSUPPORTED: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
+
+@dataclass
+class Scan:
+    """Module names of one base model, in module order.
+
+    `gated`: linear and 2-d convolution layers; `norms`; `others`: modules that own further parameters or
+    floating-point buffers; `head`: the head's name, or None.
+    """
+
+    gated: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
+    others: dict[str, nn.Module] = field(default_factory=dict)
+    head: str | None = None
+
+
+def match(patterns: Iterable[str], names: Sequence[str], argument: str) -> list[str]:
+    """The names that any glob matches, in order; a pattern that matches none is a ConfigError naming it."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = fnmatch.filter(names, pattern)
+        if not hits:
+            raise ConfigError(f"{argument}: pattern {pattern!r} matches no layer{suggestion(pattern, names)}")
+        found.update(hits)
+    return [name for name in names if name in found]
+
+
+def inside(name: str, parent: str | None) -> bool:
+    """True if the module `name` is `parent` or lies in it."""
+    return parent is not None and (name == parent or name.startswith(parent + ".") or parent == "")
+
+
+def _last_linear(module: nn.Module, name: str) -> str | None:
+    found = None
+    for child, sub in module.named_modules(prefix=name):
+        if isinstance(sub, nn.Linear):
+            found = child
+    return found
+
+
+def find_head(base: nn.Module) -> str | None:
+    """The name of the classifier: timm's `get_classifier()`, a usual name, or a last linear child."""
+    getter = getattr(base, "get_classifier", None)
+    if callable(getter):
+        classifier = getter()
+        for name, module in base.named_modules():
+            if module is classifier and isinstance(module, nn.Linear):
+                return name
+    for name in _HEAD_NAMES:
+        child = base._modules.get(name)
+        if child is not None and (found := _last_linear(child, name)) is not None:
+            return found
+    children = [(name, child) for name, child in base.named_children() if any(True for _ in child.parameters())]
+    return _last_linear(children[-1][1], children[-1][0]) if children else None
+
+
+def _refusal(name: str, module: nn.Module) -> str | None:
+    """Why a module that holds weights cannot be gated, or None if it can or need not be."""
+    kind = original_class(module).__name__
+    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        return f"{name}: expected initialised parameters, got {kind} with lazy ones; run the base model once first"
+    if isinstance(module, GATED_TYPES):
+        if parametrize.is_parametrized(module):
+            return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
+        if getattr(original_class(module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
+            return f"{name}: expected nn.Linear or nn.Conv2d with its stock forward, got {kind} with its own"
+        return None
+    if isinstance(module, _UNSUPPORTED):
+        return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d)"
+    return None
+
+
+def _owns(module: nn.Module) -> bool:
+    """True if the module has direct parameters or floating-point buffers."""
+    buffers = module._buffers.values()
+    return any(p is not None for p in module._parameters.values()) or any(
+        b is not None and b.is_floating_point() for b in buffers
+    )
+
+
+def scan(
+    base: nn.Module,
+    head: str | None,
+    *,
+    target: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Scan:
+    """Sort the base's modules; see :class:`Scan`.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+        UnsupportedModuleError: a targeted module cannot be gated, naming it; two layers share one weight.
+    """
+    result = Scan(head=head)
+    named = [(name, module) for name, module in base.named_modules() if not inside(name, head)]
+    layers = [n for n, m in named if isinstance(m, GATED_TYPES) or _refusal(n, m) is not None]
+    chosen = match(target, layers, "target_modules") if target is not None else layers
+    owners = [n for n, m in named if m._parameters or m._buffers]
+    dropped = set(match(exclude, owners, "exclude_modules")) if exclude is not None else set()
+    chosen = [name for name in chosen if not any(inside(name, d) for d in dropped)]
+    seen: dict[int, str] = {}
+    for name, module in named:
+        if name in chosen:
+            reason = _refusal(name, module)
+            if reason is not None:
+                raise UnsupportedModuleError(f"{reason}; to leave it frozen, name it in exclude_modules")
+            other = seen.setdefault(id(module.weight), name)
+            if other != name:
+                raise UnsupportedModuleError(
+                    f"{name}: shares its weight with {other}; to leave it frozen, name it in exclude_modules"
+                )
+            result.gated[name] = module
+        elif isinstance(module, NORM_TYPES):
+            if name not in dropped:
+                result.norms[name] = module
+        elif name not in dropped and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):
+            result.others[name] = module
+    return result

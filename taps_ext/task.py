@@ -1,0 +1,203 @@
+"""TaskState: everything one task adds to the base, by module name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .errors import ConfigError, GateError
+from .methods import MethodConfig, Plan
+from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn.route import original_class
+
+
+def module_key(name: str) -> str:
+    """A dotted module or task name as a key that nn.ModuleDict accepts."""
+    return name.replace(".", "/") or "/"
+
+
+class TaskHead(nn.Module):
+    """A task's own head, called in the place of the base's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
+    """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own."""
+    if head is not None and num_classes is not None:
+        raise ConfigError("add_task: expected num_classes or head, got both")
+    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1):
+        raise ConfigError(f"num_classes: expected an int >= 1, got {num_classes!r}")
+    if path is None:
+        if head is None and num_classes is None:
+            return None
+        raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
+    old = base.get_submodule(path)
+    if head is not None:
+        return head
+    if num_classes is None:
+        fresh = copy.deepcopy(old)
+        fresh.__class__ = original_class(old)
+        return fresh.requires_grad_(True)
+    if not isinstance(old, nn.Linear):
+        raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
+    return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
+
+
+class TaskState(nn.Module):
+    """One task's parts. `table` maps base module names to parts and is what a forward looks up.
+
+    Args:
+        base: the (routed) base model; read, never changed.
+        plan: which layers get gates and which modules their own tensors.
+        head_path, head: the replaced module's name and the task's own head, or None.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MethodConfig,
+        plan: Plan,
+        head_path: str | None,
+        head: nn.Module | None,
+        gates: str,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gates_mode = gates
+        self.head_path = head_path if head is not None else None
+        self.parts = nn.ModuleDict()
+        self.table: dict[str, nn.Module] = {}
+        self.checked = False
+        self.rested: dict[str, int] = {}
+        for name, spec in plan.gates.items():
+            host = base.get_submodule(name)
+            weight: Tensor = host.weight  # type: ignore[assignment]
+            part = GatedLayer(
+                weight.shape if spec.delta else None,
+                learn=spec.learn,
+                open=spec.open,
+                score_init=spec.score_init,
+                threshold=spec.threshold,
+                bias=host.bias if spec.bias else None,  # type: ignore[arg-type]
+                device=weight.device,
+            )
+            if part.delta is not None:
+                part.delta.data = torch.zeros_like(weight, dtype=torch.float32)  # the weight's strides
+                part.delta.requires_grad_(spec.learn or spec.open)
+            if spec.learn and gates == "device":
+                part.gate = None
+            self._add(name, part)
+        for names, kind in ((plan.norms, TaskNorm), (plan.others, TaskTensors)):
+            for name in names:
+                host = base.get_submodule(name)
+                self._add(name, kind(host, original_class(host)))
+        if head is not None and head_path is not None:
+            self._add(head_path, TaskHead(head))
+
+    def _add(self, name: str, part: nn.Module) -> None:
+        self.parts[module_key(name)] = part
+        self.table[name] = part
+
+    # -- what there is
+
+    def gated(self) -> Iterator[tuple[str, GatedLayer]]:
+        """(layer name, part) in module order."""
+        for name, part in self.table.items():
+            if isinstance(part, GatedLayer):
+                yield name, part
+
+    def learned(self) -> list[tuple[str, GatedLayer]]:
+        return [(name, part) for name, part in self.gated() if part.learn]
+
+    def owned(self, kind: type[TaskTensors]) -> Iterator[tuple[str, TaskTensors]]:
+        """(module name, part) of exactly this kind: TaskNorm, or TaskTensors for the others."""
+        for name, part in self.table.items():
+            if type(part) is kind:
+                yield name, part
+
+    @property
+    def head(self) -> nn.Module | None:
+        part = None if self.head_path is None else self.table[self.head_path]
+        return part.module if isinstance(part, TaskHead) else None
+
+    # -- gates
+
+    def refresh(self, *, force: bool = False) -> None:
+        """Bring the host's gates up to date with at most one device-to-host copy.
+
+        Raises:
+            GateError: a score is NaN, naming the layer.
+        """
+        stale = [(name, part) for name, part in self.learned() if force or part.stale()]
+        if not stale:
+            return
+        values = torch.stack([part.score.detach() for _, part in stale]).tolist()  # type: ignore[union-attr]
+        for (name, part), value in zip(stale, values, strict=True):
+            part.take(value, name)
+            if self.gates_mode == "device":
+                part.gate = None
+
+    def open_layers(self) -> list[str]:
+        """Names of the layers whose gate is open now (one copy from the device)."""
+        learned = self.learned()
+        scores = torch.stack([p.score.detach() for _, p in learned]).tolist() if learned else []  # type: ignore[union-attr]
+        state = {name: part.gate is True for name, part in self.gated()}
+        for (name, part), value in zip(learned, scores, strict=True):
+            if value != value:
+                raise GateError(f"{name}: score: expected a number, got NaN")
+            state[name] = value >= part.threshold
+        return [name for name, is_open in state.items() if is_open]
+
+    def check_rest(self) -> None:
+        """Raise if a closed layer whose score is trained holds Inf or NaN (read once after each change)."""
+        changed = []
+        for name, part in self.learned():
+            delta = part.delta
+            if part.gate is False and delta is not None and delta.numel() and self.rested.get(name) != delta._version:
+                changed.append((name, delta))
+        if not changed:
+            return
+        bounds = torch.stack([torch.stack(torch.aminmax(delta.detach())) for _, delta in changed])
+        finite = torch.isfinite(bounds).all(dim=1).tolist()
+        for (name, delta), good in zip(changed, finite, strict=True):
+            if not good:
+                raise GateError(f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN")
+            self.rested[name] = delta._version
+
+    def penalty_weights(self) -> list[float]:
+        """w_i of the learned gates: 1, or in proportion to the layer's parameters with mean 1."""
+        learned = self.learned()
+        if getattr(self.config, "penalty", "layer") == "layer":
+            return [1.0] * len(learned)
+        sizes = [part.delta.numel() for _, part in learned if part.delta is not None]
+        mean = sum(sizes) / max(1, len(sizes))
+        return [size / mean for size in sizes]
+
+    def sparsity_loss(self) -> Tensor | None:
+        """lam / L * sum w_i |s_i| over the learned gates, or None if there are none."""
+        lam = getattr(self.config, "lam", None)
+        scores = [part.score for _, part in self.learned() if part.score is not None]
+        if lam is None or not scores:
+            return None
+        stacked = torch.stack(scores)
+        weights = stacked.new_tensor(self.penalty_weights())
+        return reference.sparsity_loss(stacked, weights, float(lam))
+
+    def drop_closed_gradients(self) -> None:
+        """Set the gradients of closed Deltas to None, so that no optimizer moves them or their state."""
+        open_now = set(self.open_layers()) if self.gates_mode == "device" else None
+        for name, part in self.gated():
+            closed = part.gate is False if open_now is None else name not in open_now
+            if closed and part.delta is not None:
+                part.delta.grad = None

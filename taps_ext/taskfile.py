@@ -1,0 +1,205 @@
+"""Between a task's parts and the `.taps` format: what is saved is what was trained, what is loaded is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import store
+from .errors import ConfigError, GateError
+from .methods import GateSpec, MethodConfig, Plan
+from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn.route import original_class
+from .scan import inside, scan
+from .store.errors import MetadataError, MissingTensorError, UnexpectedTensorError
+from .task import TaskState
+
+
+def join(module: str, tensor: str) -> str:
+    """The full name of a module's tensor."""
+    return f"{module}.{tensor}" if module else tensor
+
+
+def base_fingerprint(base: nn.Module, head: str | None) -> str:
+    """Fingerprint of all parameters and buffers outside the head (non-persistent buffers included)."""
+    tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
+    return store.fingerprint({n: t for n, t in tensors if not inside(n.rpartition(".")[0], head)})
+
+
+def _head_spec(state: TaskState) -> dict[str, Any] | None:
+    head = state.head
+    if head is None:
+        return None
+    if type(head) is nn.Linear or original_class(head) is nn.Linear:
+        kind: dict[str, Any] = {"in": head.in_features, "out": head.out_features, "bias": head.bias is not None}
+        return {"type": "linear", "module": state.head_path, **kind}
+    return {"type": "custom", "module": state.head_path, "class": type(head).__qualname__}
+
+
+def _owned(state: TaskState, kind: type[TaskTensors]) -> dict[str, Tensor]:
+    return {
+        join(module, name): tensor.detach()
+        for module, part in state.owned(kind)
+        for name, tensor in part.tensors().items()
+    }
+
+
+def _values(state: TaskState) -> dict[str, Tensor]:
+    biases = {join(n, "bias"): p.bias.detach() for n, p in state.gated() if p.bias is not None}
+    return {**biases, **_owned(state, TaskTensors)}
+
+
+def to_record(
+    name: str,
+    state: TaskState,
+    base: nn.Module,
+    *,
+    labels: Sequence[str] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> store.TaskFile:
+    """The content of a task's file. Raises GateError for a NaN score or an open layer with Inf or NaN in Delta."""
+    opened = set(state.open_layers())
+    layers = {}
+    for layer, part in state.gated():
+        is_open = layer in opened
+        delta = part.delta.detach() if is_open and part.delta is not None else None
+        if delta is not None and not bool(torch.isfinite(delta).all()):
+            raise GateError(f"{layer}: delta: expected finite values in a task to save, got Inf or NaN")
+        score = part.score.detach() if part.learn and part.score is not None else None
+        layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=delta)
+    head = state.head
+    return store.TaskFile(
+        method=state.config.to_dict(),
+        parent=base_fingerprint(base, state.head_path),
+        name=name,
+        layers=layers,
+        norms=_owned(state, TaskNorm),
+        values=_values(state),
+        head={} if head is None else {k: v.detach() for k, v in head.state_dict().items()},
+        head_spec=_head_spec(state),
+        labels=None if labels is None else list(labels),
+        metrics=None if metrics is None else dict(metrics),
+    )
+
+
+def save(name: str, state: TaskState, base: nn.Module, path: str | PathLike[str], **extra: Any) -> int:
+    """Write one task, atomically and durably; returns the bytes written."""
+    return store.save(Path(path), to_record(name, state, base, **extra))
+
+
+def read(path: str | PathLike[str], base: nn.Module) -> store.TaskFile:
+    """Read and verify a task file, and prove that it belongs to this base.
+
+    Raises:
+        TaskFileError: damaged, not a task file, or another parent.
+    """
+    record = store.load(Path(path), kind="task")
+    spec = record.head_spec
+    module = None if spec is None else spec.get("module")
+    if module is not None and module not in dict(base.named_modules()):
+        raise MetadataError(path, f"taps.head: expected the name of a module of the base, got {module!r}")
+    store.check_parent(base_fingerprint(base, module), record.parent, path=Path(path))
+    return record
+
+
+def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any) -> nn.Module | None:
+    spec = record.head_spec
+    if spec is None:
+        if head is not None:
+            raise ConfigError(f"head: expected None, since {path} holds a task without a head")
+        return None
+    if head is not None:
+        return head
+    kinds = {"in": int, "out": int, "bias": bool}
+    if spec.get("type") == "custom":
+        raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
+    if spec.get("type") != "linear" or any(type(spec.get(k)) is not t for k, t in kinds.items()):
+        raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
+    weight = record.head.get("weight")
+    if weight is None or list(weight.shape) != [spec["out"], spec["in"]]:
+        got = None if weight is None else list(weight.shape)
+        raise MissingTensorError(path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}")
+    like = next(base.get_submodule(spec["module"]).parameters(), weight)
+    return nn.utils.skip_init(  # type: ignore[no-any-return]
+        nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=weight.dtype
+    )
+
+
+def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: Any) -> Plan:
+    """The config's plan for this base with the gates as the file holds them."""
+    module = None if record.head_spec is None else record.head_spec.get("module")
+    found = scan(base, module, target=config.target_modules, exclude=config.exclude_modules)
+    plan = config.plan(found)
+    missing = [name for name in plan.gates if name not in record.layers]
+    extra = [name for name in record.layers if name not in plan.gates]
+    if missing:
+        raise MissingTensorError(path, f"layer {missing[0]!r}: expected its gate in taps.layers, got none")
+    if extra:
+        raise UnexpectedTensorError(path, f"layer {extra[0]!r}: the base has no gated layer of that name")
+    for name, spec in plan.gates.items():
+        entry = record.layers[name]
+        plan.gates[name] = GateSpec(
+            delta=spec.delta or entry.open,
+            learn=entry.learn,
+            open=entry.open,
+            bias=spec.bias,
+            threshold=spec.threshold,
+            score_init=spec.score_init,
+        )
+    return plan
+
+
+def build(
+    record: store.TaskFile, base: nn.Module, gates: str, head: nn.Module | None, path: str | PathLike[str]
+) -> TaskState:
+    """The parts that a file describes, with every tensor checked against the base before one is copied.
+
+    Raises:
+        TaskFileError: a missing, unexpected or ill-shaped tensor, named; a gate that contradicts its score.
+        ConfigError: a custom head without `head`.
+    """
+    try:
+        config = MethodConfig.from_dict(record.method)
+        plan = _plan(record, config, base, path)
+    except ConfigError as error:
+        raise MetadataError(path, f"taps.method: {error}") from None
+    own = _make_head(record, base, head, path)
+    state = TaskState(base, config, plan, None if own is None else record.head_spec["module"], own, gates)  # type: ignore[index]
+    _fill(_owned(state, TaskNorm), record.norms, path)
+    _fill(_values(state), record.values, path)
+    head_tensors = {} if own is None else own.state_dict()
+    _fill(head_tensors, record.head, path, prefix="head.")
+    for layer, part in state.gated():
+        entry = record.layers[layer]
+        if entry.delta is not None:
+            assert part.delta is not None
+            _fill({layer + ".delta": part.delta.detach()}, {layer + ".delta": entry.delta}, path)
+        if entry.score is not None:
+            assert part.score is not None
+            part.score.detach().copy_(entry.score)
+            value = part.score.item()
+            if (value >= part.threshold) != entry.open:
+                expected = "open" if value >= part.threshold else "closed"
+                raise store.errors.GateError(
+                    path, f"layer {layer!r}: score {value:.6g} makes it {expected}, but the file says otherwise"
+                )
+            part.gate = None if gates == "device" else entry.open
+            part._seen = part.score._version
+    return state
+
+
+def _fill(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Any, prefix: str = "") -> None:
+    """Copy stored tensors over the wanted ones, which share memory with the task's parameters and buffers."""
+    store.check_tensors(
+        {prefix + n: (t.shape, t.dtype) for n, t in wanted.items()},
+        {prefix + n: t for n, t in stored.items()},
+        path=Path(path),
+    )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
