@@ -1,0 +1,225 @@
+// y = conv2d(x, W_t) + b and its backward, the same on every device: W_t comes from rebuild.h, the
+// convolutions from torch (cuDNN, oneDNN) through its dispatcher.
+#include "ops.h"
+#include "rebuild.h"
+
+namespace taps {
+namespace {
+
+struct Geometry {
+  Ints stride, padding, dilation;
+  int64_t groups;
+};
+
+Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dilation,
+                        int64_t groups, const Described& weight) {
+  const auto check_pair = [](const Ints& pair, const char* name, int64_t least) {
+    if (pair.size() != 2 || pair[0] < least || pair[1] < least) {
+      fail(name, ": expected two integers of at least ", least, ", got ",
+           shape_string(Span(pair.data(), pair.size())));
+    }
+  };
+  check_pair(stride, "stride", 1);
+  check_pair(padding, "padding", 0);
+  check_pair(dilation, "dilation", 1);
+  if (groups < 1 || weight.sizes[0] % groups != 0) {
+    fail("groups: expected a divisor of the ", weight.sizes[0], " output channels, got ", groups);
+  }
+  return {stride, padding, dilation, groups};
+}
+
+// [B, C, H, W], or [C, H, W] for one sample.
+void check_image(const Described& image, const char* name, int64_t channels) {
+  const int64_t ndim = image.ndim();
+  if ((ndim != 4 && ndim != 3) || image.sizes[ndim - 3] != channels) {
+    fail(name, ": expected shape [B, ", channels, ", H, W] or [", channels, ", H, W], got ",
+         shape_string(image.sizes));
+  }
+}
+
+int64_t output_size(int64_t input, int64_t kernel, const Geometry& g, size_t axis) {
+  const int64_t span = input + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
+  return span < 0 ? 0 : span / g.stride[axis] + 1;
+}
+
+Tensor batched(const Tensor& image, bool single) {
+  return single ? call("aten::unsqueeze", "", image, int64_t{0}) : image;
+}
+
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                const Geometry& g) {
+  return call("aten::conv2d", "", input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
+}
+
+// dL/dx without x: the transposed convolution, its output padded to the size that x had.
+Tensor data_gradient(const Tensor& dy, const Tensor& weight, const Ints& input_size,
+                     const Described& w, const Described& dy_facts, const Geometry& g) {
+  Ints output_padding(2);
+  const int64_t ndim = dy_facts.ndim();
+  for (size_t axis = 0; axis < 2; ++axis) {
+    const int64_t least = (dy_facts.sizes[ndim - 2 + axis] - 1) * g.stride[axis] -
+                          2 * g.padding[axis] + g.dilation[axis] * (w.sizes[2 + axis] - 1) + 1;
+    output_padding[axis] = input_size[axis] - least;
+  }
+  return call("aten::convolution", "", dy, weight, std::nullopt, g.stride, g.padding, g.dilation,
+              true, output_padding, g.groups);
+}
+
+struct DataAndWeight {
+  OptionalTensor input, weight;
+};
+
+DataAndWeight convolution_backward(const Tensor& dy, const Tensor& input, const Tensor& weight,
+                                   const Geometry& g, bool want_input, bool want_weight) {
+  const std::array<bool, 3> mask{want_input, want_weight, false};
+  const auto stack = call_many<3>(
+      "aten::convolution_backward", "", dy, input, weight, std::nullopt, g.stride, g.padding,
+      g.dilation, false, Ints{0, 0}, g.groups,
+      torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+  const Tensor results[3] = {torch::stable::detail::to<Tensor>(stack[0]),
+                             torch::stable::detail::to<Tensor>(stack[1]),
+                             torch::stable::detail::to<Tensor>(stack[2])};
+  DataAndWeight grads;
+  if (want_input) grads.input = results[0];
+  if (want_weight) grads.weight = results[1];
+  return grads;
+}
+
+// <G, Delta> = <conv(x, Delta), dL/dy>: an activation-sized temporary instead of a weight-sized
+// one. Delta in another type is cast through the workspace, which dL/dx no longer needs by now.
+Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, const Geometry& g,
+                      double scale, Dtype compute, Scratch& scratch) {
+  if (w.known_closed()) expect_finite_delta(w);
+  Tensor delta = *w.delta->tensor;
+  if (w.delta->dtype != compute) {
+    if (!scratch.tensor) scratch = scratch_like(w.weight, compute);
+    Gate none;
+    reconstruct_into(describe(*scratch.tensor, "workspace"), &*w.delta, nullptr, none);
+    delta = *scratch.tensor;
+  }
+  const Tensor moved = convolve(x, delta, std::nullopt, g);
+  return dot_like(*w.score, describe(moved, "conv2d(input, delta)"), describe(dy, "grad_output"),
+                  scale);
+}
+
+}  // namespace
+
+Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
+                    const OptionalTensor& score, const OptionalTensor& bias, const Ints& stride,
+                    const Ints& padding, const Ints& dilation, int64_t groups,
+                    std::optional<bool> gate, double threshold) {
+  const NoGrad no_grad;
+  const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
+  const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
+  const Described x = check_activation(input, "input", w.weight);
+  check_image(x, "input", w.weight.sizes[1] * groups);
+  for (size_t axis = 0; axis < 2; ++axis) {
+    const int64_t size = x.sizes[x.ndim() - 2 + axis];
+    if (output_size(size, w.weight.sizes[2 + axis], g, axis) < 1) {
+      fail("input: expected a padded image no smaller than the kernel, got shape ",
+           shape_string(x.sizes), " for a weight of shape ", shape_string(w.weight.sizes));
+    }
+  }
+  const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
+  Scratch scratch;
+  const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] *
+                       (x.ndim() == 4 ? x.sizes[0] : 1);
+  const Tensor kernel = layer_weight(w, x.dtype, path_for(w, x.dtype, rows), scratch);
+  return convolve(input, kernel, b, g);
+}
+
+Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input,
+                            const Ints& input_size, const Tensor& weight,
+                            const OptionalTensor& delta, const OptionalTensor& score,
+                            std::optional<bool> gate, double threshold, const Ints& stride,
+                            const Ints& padding, const Ints& dilation, int64_t groups,
+                            const std::vector<bool>& output_mask, const OptionalTensor& rows,
+                            double row_scale) {
+  const NoGrad no_grad;
+  const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
+  const Wanted wanted = check_mask(output_mask, w);
+  const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
+  const Described dy = check_activation(grad_output, "grad_output", w.weight);
+  check_image(dy, "grad_output", w.weight.sizes[0]);
+  check_rows(rows, dy);
+  const bool single = dy.ndim() == 3;
+  if (rows && single) fail("rows: expected a batched grad_output [B, C, H, W]");
+  if (input_size.size() != 2) fail("input_size: expected (H, W), got ", input_size.size(), " sizes");
+  for (size_t axis = 0; axis < 2; ++axis) {
+    const int64_t got = dy.sizes[dy.ndim() - 2 + axis];
+    const int64_t expected = output_size(input_size[axis], w.weight.sizes[2 + axis], g, axis);
+    if (got != expected) {
+      fail("grad_output: expected size ", expected, " on axis ", dy.ndim() - 2 + axis,
+           " for an input of ", input_size[axis], ", got ", got);
+    }
+  }
+  const Dtype compute = dy.dtype;
+  const int64_t channels = w.weight.sizes[1] * groups;
+  if (input) {
+    const Described x = check_activation(*input, "input", w.weight);
+    Ints expected(dy.sizes.begin(), dy.sizes.end());
+    if (rows) expected[0] = rows->numel();
+    expected[expected.size() - 3] = channels;
+    expected[expected.size() - 2] = input_size[0];
+    expected[expected.size() - 1] = input_size[1];
+    expect_shape(x, "input", expected);
+    if (x.dtype != compute) {
+      fail("input: expected dtype ", to_string(compute), " like grad_output, got ",
+           to_string(x.dtype));
+    }
+  } else if (wanted.weight_side()) {
+    fail("input: expected a tensor, weight gradients are asked for; got None");
+  }
+
+  const Tensor dy4 = batched(grad_output, single);
+  const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
+  const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
+  // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
+  const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
+  const bool at_once = wanted.input && form_gradient && !rows;
+  Scratch scratch;
+  OptionalTensor dinput, gradient, dbias;
+
+  if (wanted.input) {
+    const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
+    const Tensor kernel = layer_weight(w, compute, path, scratch);
+    if (x4 && !rows) {
+      const DataAndWeight both = convolution_backward(dy4, *x4, kernel, g, true, at_once);
+      dinput = both.input;
+      gradient = both.weight;
+    } else {
+      dinput = data_gradient(dy4, kernel, input_size, w.weight, dy, g);
+    }
+    if (single) dinput = call("aten::squeeze", "dim", *dinput, int64_t{0});
+  }
+  if (wanted.bias) {
+    dbias = call("aten::sum", "dim_IntList", dy4, std::optional<Ints>(Ints{0, 2, 3}), false,
+                 std::nullopt);
+  }
+
+  WeightGrads grads;
+  if (wanted.weight_side()) {
+    const Tensor dy_taken =
+        rows ? call("aten::index_select", "", grad_output, int64_t{0}, *rows) : dy4;
+    if (form_gradient && !gradient) {
+      // Only the shape and the layout of the weight matter here.
+      Tensor like = weight;
+      if (w.weight.dtype != compute) {
+        if (!scratch.tensor) scratch = scratch_like(w.weight, compute);
+        like = *scratch.tensor;
+      }
+      gradient = convolution_backward(dy_taken, *x4, like, g, false, true).weight;
+    }
+    if (gradient) {
+      grads = settle(side, *gradient, Holder::kFresh);
+    } else {
+      if (wanted.score) {
+        grads.score = score_gradient(w, *x4, dy_taken, g, row_scale, compute, scratch);
+      }
+      if (wanted.delta) grads.delta = zeros_like(*w.delta);
+    }
+  }
+  return pack_grads(w, compute, dinput, grads, dbias);
+}
+
+}  // namespace taps

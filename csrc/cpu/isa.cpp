@@ -1,0 +1,91 @@
+// Chooses the instruction set of the CPU lanes once, from what the machine has.
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace taps::cpu {
+
+extern const Lanes lanes_baseline;
+#ifdef TAPS_HAVE_AVX2
+extern const Lanes lanes_avx2;
+#endif
+#ifdef TAPS_HAVE_AVX512
+extern const Lanes lanes_avx512;
+#endif
+
+namespace {
+
+struct Set {
+  const char* name;
+  const Lanes* lanes;
+  bool runs_here;
+};
+
+// Best first.
+const std::vector<Set>& sets() {
+  static const std::vector<Set> all = {
+#ifdef TAPS_HAVE_AVX512
+      {"avx512", &lanes_avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("f16c")},
+#endif
+#ifdef TAPS_HAVE_AVX2
+      {"avx2", &lanes_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+#endif
+      {"baseline", &lanes_baseline, true},
+  };
+  return all;
+}
+
+const Set* best() {
+  for (const Set& set : sets()) {
+    if (set.runs_here) return &set;
+  }
+  return &sets().back();
+}
+
+std::atomic<const Set*>& chosen() {
+  static std::atomic<const Set*> set{best()};
+  return set;
+}
+
+}  // namespace
+
+const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
+
+std::string isa() { return chosen().load(std::memory_order_relaxed)->name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Set& set : sets()) {
+    if (set.runs_here) names.push_back(set.name);
+  }
+  return names;
+}
+
+std::vector<std::string> isas_built() {
+  std::vector<std::string> names;
+  for (const Set& set : sets()) names.push_back(set.name);
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  if (name.empty()) {
+    chosen() = best();
+    return;
+  }
+  std::string known;
+  for (const Set& set : sets()) {
+    if (!set.runs_here) continue;
+    if (name == set.name) {
+      chosen() = &set;
+      return;
+    }
+    known += std::string(known.empty() ? "" : ", ") + set.name;
+  }
+  throw std::runtime_error("name: expected one of " + known + ", got " + name);
+}
+
+}  // namespace taps::cpu

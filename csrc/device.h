@@ -1,0 +1,32 @@
+// The one door to CUDA for code that runs on both devices.
+#pragma once
+
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace taps::cuda {
+
+#ifdef TAPS_WITH_CUDA
+
+constexpr bool kCompiled = true;
+void* current_stream(int device);
+bool is_capturing(void* stream);
+
+#else
+
+constexpr bool kCompiled = false;
+
+[[noreturn]] inline void absent() {
+  throw std::runtime_error(
+      "taps_ext was built without its CUDA kernels (TAPS_CUDA=OFF, or no toolkit was found); "
+      "build it with TAPS_CUDA=ON to use tensors on a GPU");
+}
+inline void* current_stream(int) { absent(); }
+inline bool is_capturing(void*) { absent(); }
+inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
+inline void dot(const Dot&, int, void*) { absent(); }
+
+#endif
+
+}  // namespace taps::cuda

@@ -1,0 +1,109 @@
+// What a kernel sees: pointers, sizes, strides. No torch here, so that the CUDA sources compile in
+// a second and the CPU lanes can be compiled per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace taps {
+
+enum class Dtype : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+constexpr int kMaxDims = 8;
+
+// Operands walked together, element by element. Dimensions are coalesced and sorted by the strides
+// of operand 0, innermost last; `ndim == 1` with unit strides is the flat case that matters.
+template <int N>
+struct Walk {
+  int64_t numel = 0;
+  int ndim = 0;
+  int64_t sizes[kMaxDims];
+  int64_t strides[N][kMaxDims];  // in elements
+
+  bool flat() const {
+    if (ndim > 1) return false;
+    for (int k = 0; k < N; ++k) {
+      if (ndim == 1 && strides[k][0] != 1) return false;
+    }
+    return true;
+  }
+};
+
+// g = 1[s >= tau]. Either the host knows it (`score == nullptr`, use `open`) or the device reads
+// the score itself.
+struct Gate {
+  bool open = false;
+  const void* score = nullptr;
+  Dtype score_dtype = Dtype::kFloat32;
+  double threshold = 0.0;
+
+  bool on_device() const { return score != nullptr; }
+};
+
+// out = scale * (weight + (gate ? delta : 0)), computed in fp32 (fp64 where an operand is fp64)
+// and rounded once. A null weight or delta counts as 0; a closed gate never reads the delta.
+// `out` may be `weight` or `delta` itself when the walk is flat.
+struct Reconstruct {
+  Walk<3> walk;  // out, weight, delta
+  void* out = nullptr;
+  const void* weight = nullptr;
+  const void* delta = nullptr;
+  Dtype out_dtype = Dtype::kFloat32;
+  Dtype weight_dtype = Dtype::kFloat32;
+  Dtype delta_dtype = Dtype::kFloat32;
+  double scale = 1.0;
+  Gate gate;
+
+  bool in_double() const {
+    return out_dtype == Dtype::kFloat64 || (weight && weight_dtype == Dtype::kFloat64) ||
+           (delta && delta_dtype == Dtype::kFloat64);
+  }
+};
+
+// result = scale * sum(a * b), products and sums in fp64. The order is fixed by the sizes alone:
+// chunks of kDotChunk elements, whose sums are added in sequence.
+struct Dot {
+  Walk<2> walk;
+  const void* a = nullptr;
+  const void* b = nullptr;
+  Dtype a_dtype = Dtype::kFloat32;
+  Dtype b_dtype = Dtype::kFloat32;
+  double scale = 1.0;
+  double* partials = nullptr;  // dot_chunks(walk) doubles on the same device
+  void* result = nullptr;
+  Dtype result_dtype = Dtype::kFloat32;
+};
+
+constexpr int64_t kDotChunk = 16384;
+
+// How many partial sums a dot has. Strided walks group whole innermost rows instead.
+inline int64_t dot_rows_per_chunk(const Walk<2>& walk) {
+  const int64_t inner = walk.ndim == 0 ? 1 : walk.sizes[walk.ndim - 1];
+  return inner >= kDotChunk ? 1 : kDotChunk / (inner > 0 ? inner : 1);
+}
+
+inline int64_t dot_chunks(const Walk<2>& walk) {
+  if (walk.numel == 0) return 0;
+  if (walk.flat()) return (walk.numel + kDotChunk - 1) / kDotChunk;
+  const int64_t rows = walk.numel / walk.sizes[walk.ndim - 1];
+  const int64_t per_chunk = dot_rows_per_chunk(walk);
+  return (rows + per_chunk - 1) / per_chunk;
+}
+
+namespace cpu {
+void reconstruct(const Reconstruct& args);
+void dot(const Dot& args);
+bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
+}  // namespace cpu
+
+#ifdef TAPS_WITH_CUDA
+namespace cuda {
+void reconstruct(const Reconstruct& args, int device, void* stream);
+void dot(const Dot& args, int device, void* stream);
+}  // namespace cuda
+#endif
+
+}  // namespace taps

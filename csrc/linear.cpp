@@ -1,0 +1,147 @@
+// y = x W_t^T + b and its backward, the same on every device: W_t comes from rebuild.h, the
+// products from torch (cuBLAS, oneDNN, MKL) through its dispatcher.
+#include "ops.h"
+#include "rebuild.h"
+
+namespace taps {
+namespace {
+
+struct LinearSizes {
+  int64_t rows = 1;     // M: product of the leading dimensions
+  int64_t inputs = 0;   // K
+  int64_t outputs = 0;  // N
+};
+
+// x [..., K] with W [N, K]; `name` is the activation that is checked, `width` its last size.
+LinearSizes check_linear(const Described& activation, const char* name, const Described& weight,
+                         int64_t width) {
+  const int64_t ndim = activation.ndim();
+  if (ndim < 1 || activation.sizes[ndim - 1] != width) {
+    fail(name, ": expected shape [..., ", width, "] for a weight of shape ",
+         shape_string(weight.sizes), ", got ", shape_string(activation.sizes));
+  }
+  LinearSizes sizes;
+  for (int64_t dim = 0; dim + 1 < ndim; ++dim) sizes.rows *= activation.sizes[dim];
+  sizes.outputs = weight.sizes[0];
+  sizes.inputs = weight.sizes[1];
+  return sizes;
+}
+
+Tensor as_matrix(const Described& activation, int64_t rows, int64_t columns) {
+  if (activation.ndim() == 2) return *activation.tensor;
+  return call("aten::reshape", "", *activation.tensor, Ints{rows, columns});
+}
+
+}  // namespace
+
+Tensor cast_to(const Described& from, Dtype dtype) {
+  if (from.dtype == dtype) return *from.tensor;
+  Tensor result = empty_strided(from.sizes, contiguous_strides(from.sizes), dtype, from.place);
+  Gate none;
+  reconstruct_into(describe(result, "cast"), &from, nullptr, none);
+  return result;
+}
+
+OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight, Dtype compute) {
+  if (!bias) return std::nullopt;
+  const Described described = describe(*bias, "bias");
+  check_bias(described, weight);
+  return cast_to(described, compute);
+}
+
+Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
+                    const OptionalTensor& score, const OptionalTensor& bias,
+                    std::optional<bool> gate, double threshold) {
+  const NoGrad no_grad;
+  const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
+  const Described x = check_activation(input, "input", w.weight);
+  const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
+  const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
+  Scratch scratch;
+  const Tensor matrix = layer_weight(w, x.dtype, path_for(w, x.dtype, sizes.rows), scratch);
+  return call("aten::linear", "", input, matrix, b);
+}
+
+Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input,
+                            const Tensor& weight, const OptionalTensor& delta,
+                            const OptionalTensor& score, std::optional<bool> gate,
+                            double threshold, const std::vector<bool>& output_mask,
+                            const OptionalTensor& rows, double row_scale) {
+  const NoGrad no_grad;
+  const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
+  const Wanted wanted = check_mask(output_mask, w);
+  const Described dy = check_activation(grad_output, "grad_output", w.weight);
+  const LinearSizes sizes = check_linear(dy, "grad_output", w.weight, w.weight.sizes[0]);
+  check_rows(rows, dy);
+  if (rows && dy.ndim() < 2) fail("rows: expected a batched grad_output [B, ..., N]");
+  const Dtype compute = dy.dtype;
+  const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
+  Scratch scratch;
+
+  OptionalTensor dinput;
+  if (wanted.input) {
+    const Tensor matrix = layer_weight(w, compute, path_for(w, compute, sizes.rows), scratch);
+    dinput = call("aten::mm", "", dy2, matrix);
+    if (dy.ndim() != 2) {
+      Ints shape(dy.sizes.begin(), dy.sizes.end());
+      shape.back() = sizes.inputs;
+      dinput = call("aten::view", "", *dinput, shape);
+    }
+  }
+
+  OptionalTensor dbias;
+  if (wanted.bias) {
+    dbias = call("aten::sum", "dim_IntList", dy2, std::optional<Ints>(Ints{0}), false, std::nullopt);
+  }
+
+  WeightGrads grads;
+  if (wanted.weight_side()) {
+    if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
+    const Described x = check_activation(*input, "input", w.weight);
+    const LinearSizes taken = check_linear(x, "input", w.weight, sizes.inputs);
+    Ints expected(dy.sizes.begin(), dy.sizes.end());
+    expected.back() = sizes.inputs;
+    if (rows) expected.front() = rows->numel();
+    expect_shape(x, "input", expected);
+    if (x.dtype != compute) {
+      fail("input: expected dtype ", to_string(compute), " like grad_output, got ",
+           to_string(x.dtype));
+    }
+    const Tensor x2 = as_matrix(x, taken.rows, sizes.inputs);
+    OptionalTensor picked;
+    if (rows) picked = call("aten::index_select", "", grad_output, int64_t{0}, *rows);
+    const Tensor dy_taken =
+        picked ? as_matrix(describe(*picked, "grad_output"), taken.rows, sizes.outputs) : dy2;
+
+    const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
+    if (wanted.score || wanted.weight || !w.known_closed()) {
+      const Holder holder = holder_for(side);
+      if (holder == Holder::kScratch && !scratch.tensor) {
+        scratch = scratch_like(w.weight, compute);
+      }
+      const Tensor g = holder == Holder::kDelta    ? empty_like(*w.delta)
+                       : holder == Holder::kWeight ? empty_like(w.weight)
+                                                   : *scratch.tensor;
+      call("aten::mm", "out", call("aten::t", "", dy_taken), x2, g);
+      grads = settle(side, g, holder);
+    } else {
+      grads.delta = zeros_like(*w.delta);  // known to be closed: no product is needed for a zero
+    }
+  }
+
+  return pack_grads(w, compute, dinput, grads, dbias);
+}
+
+Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput,
+                 const WeightGrads& grads, const OptionalTensor& dbias) {
+  const Place place = w.weight.place;
+  const auto or_nothing = [&](const OptionalTensor& tensor, Dtype dtype) {
+    return tensor ? *tensor : no_tensor(dtype, place);
+  };
+  return {or_nothing(dinput, compute),
+          or_nothing(grads.delta, w.delta ? w.delta->dtype : w.weight.dtype),
+          or_nothing(grads.score, w.score ? w.score->dtype : Dtype::kFloat32),
+          or_nothing(dbias, compute), or_nothing(grads.weight, w.weight.dtype)};
+}
+
+}  // namespace taps

@@ -1,0 +1,73 @@
+// The pybind11 module: build facts, the choice of path, the instruction set, the workspace.
+// Importing it registers the ops (ops.cpp). No function here takes a tensor.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "choose.h"
+#include "cpu/isa.h"
+#include "workspace.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch_built_against"] = TAPS_BUILD_TORCH;
+  info["torch_target"] = std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." +
+                         std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
+      PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
+#ifdef TAPS_WITH_CUDA
+  py::dict cuda;
+  cuda["version"] = TAPS_CUDA_VERSION;
+  cuda["architectures"] = TAPS_CUDA_ARCHS;
+  info["cuda"] = cuda;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["isas"] = taps::cpu::isas_built();
+  info["isa"] = taps::cpu::isa();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of taps_ext; importing it registers torch.ops.taps_ext.*";
+  m.def("build_info", &build_info, "What this binary was built from and what it selected here.");
+
+  m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces on all devices.");
+  m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
+
+  m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
+  m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
+  m.def(
+      "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); },
+      py::arg("name"), "Use this instruction set; None returns to the best one. For tests.");
+
+  m.def(
+      "choose",
+      [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs,
+         bool cuda) {
+        taps::Problem problem;
+        problem.cuda = cuda;
+        problem.open = open;
+        problem.same_dtype = same_dtype;
+        problem.rows = rows;
+        problem.outputs = outputs;
+        problem.inputs = inputs;
+        return std::string(taps::name_of(taps::chosen_path(problem)));
+      },
+      py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0,
+      py::arg("outputs") = 0, py::arg("inputs") = 0, py::arg("cuda") = false,
+      "The path that a layer with these facts takes: 'stock' or 'rebuild'.");
+  m.def(
+      "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); },
+      py::arg("path"), "Make every layer take this path; None lets choose() decide. For tests.");
+}

@@ -1,0 +1,97 @@
+// Every op's schema, once. W [N, K] or [O, I/groups, kH, kW], Delta like W, score one element,
+// W_t = round(W + g * Delta) with g = 1[score >= threshold].
+//
+// `gate` is what the host knows of g; None reads the score, on a GPU without synchronising. A
+// closed gate reads no byte of delta. Backward ops return (input, delta, score, bias, weight)
+// gradients; one that `output_mask` does not ask for is empty, of shape [0]. With `rows` (indices
+// into dim 0 of grad_output) the weight side is estimated from those samples alone, times
+// `row_scale`, and `input` holds only them; input and bias gradients use everything.
+//
+// To come, proven possible by the probes below (lists of optional tensors, packed parts):
+//   mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids,
+//                Tensor? bias, float threshold) -> Tensor
+//   packed_linear(Tensor input, Tensor weight, Tensor[] parts, str codec, Tensor? bias) -> Tensor
+//   unpack_bitmask(Tensor(a!) out, Tensor values, Tensor bitmap) -> ()
+#include "ops.h"
+
+namespace taps {
+
+void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta,
+                 const OptionalTensor& score, std::optional<bool> gate, double threshold) {
+  const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 0);
+  if (!delta && !gate && !score) {
+    fail("gate: expected a bool, or a score to read it from, got None for both");
+  }
+  const Described result = describe(out, "out");
+  expect_shape(result, "out", w.weight.sizes);
+  expect_place(result, "out", w.weight, "weight");
+  if (overlaps(result.sizes, result.strides)) {
+    fail("out: expected distinct memory for every element, got an expanded tensor");
+  }
+  reconstruct_into(result, &w.weight, w.delta ? &*w.delta : nullptr, w.gate);
+}
+
+namespace {
+
+// Proves that a list of optional tensors arrives: the element count of each, -1 for None.
+std::vector<int64_t> probe_optional_list(const std::vector<OptionalTensor>& deltas) {
+  std::vector<int64_t> counts;
+  for (const OptionalTensor& delta : deltas) counts.push_back(delta ? delta->numel() : -1);
+  return counts;
+}
+
+// Proves that packed parts (values and a bitmap of another dtype) arrive with a codec's name.
+std::vector<int64_t> probe_packed(const std::vector<Tensor>& parts, const std::string& codec) {
+  std::vector<int64_t> bytes{static_cast<int64_t>(codec.size())};
+  for (const Tensor& part : parts) {
+    bytes.push_back(part.numel() * static_cast<int64_t>(part.element_size()));
+  }
+  return bytes;
+}
+
+}  // namespace
+}  // namespace taps
+
+STABLE_TORCH_LIBRARY(taps_ext, m) {
+  // out <- round(W + g * Delta), in out's dtype; a closed gate selects W and never multiplies.
+  m.def("reconstruct(Tensor(a!) out, Tensor weight, Tensor? delta, Tensor? score, bool? gate, "
+        "float threshold) -> ()");
+  // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself.
+  m.def("gated_linear(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
+        "bool? gate, float threshold) -> Tensor");
+  // Gradients of gated_linear; input may be None where no weight-side gradient is asked for.
+  m.def("gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "
+        "Tensor? score, bool? gate, float threshold, bool[5] output_mask, Tensor? rows, "
+        "float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // y = conv2d(x, W_t) + b for x [B, C, H, W] or [C, H, W].
+  m.def("gated_conv2d(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
+        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool? gate, "
+        "float threshold) -> Tensor");
+  // Gradients of gated_conv2d; input_size is (H, W) of the input, which may itself be None.
+  m.def("gated_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, "
+        "Tensor weight, Tensor? delta, Tensor? score, bool? gate, float threshold, "
+        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[5] output_mask, "
+        "Tensor? rows, float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // For the tests of the ABI alone.
+  m.def("_probe_optional_list(Tensor?[] deltas) -> int[]");
+  m.def("_probe_packed(Tensor[] parts, str codec) -> int[]");
+}
+
+// The same functions serve both devices; the kernels below them differ. Without CUDA kernels the
+// CUDA registrations stay, so that the error says how to get them.
+#define TAPS_REGISTER(device)                                                     \
+  STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                                \
+    m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                         \
+    m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                       \
+    m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward));     \
+    m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                       \
+    m.impl("gated_conv2d_backward", TORCH_BOX(&taps::gated_conv2d_backward));     \
+  }
+TAPS_REGISTER(CPU)
+TAPS_REGISTER(CUDA)
+#undef TAPS_REGISTER
+
+STABLE_TORCH_LIBRARY_IMPL(taps_ext, CompositeExplicitAutograd, m) {
+  m.impl("_probe_optional_list", TORCH_BOX(&taps::probe_optional_list));
+  m.impl("_probe_packed", TORCH_BOX(&taps::probe_packed));
+}

@@ -1,0 +1,164 @@
+// The little of torch that this project uses, through the LibTorch stable ABI: described tensors,
+// dispatcher calls that keep aten's error message, allocation.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace taps {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+using Span = torch::headeronly::IntHeaderOnlyArrayRef;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// The message of the error that libtorch just reported, where this libtorch (2.13 on) tells it.
+std::string last_torch_error();
+
+inline void check_torch(AOTITorchError code, const char* what) {
+  if (code != TORCH_SUCCESS) fail(what, " failed", last_torch_error());
+}
+
+// --- dispatcher calls ---------------------------------------------------------------------------
+
+template <size_t kReturns, class... Args>
+auto call_many(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, (sizeof...(Args) > kReturns ? sizeof...(Args) : kReturns)> stack{
+      torch::stable::detail::from(args)...};
+  check_torch(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), name);
+  return stack;
+}
+
+template <class... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  return torch::stable::detail::to<Tensor>(call_many<1>(name, overload, args...)[0]);
+}
+
+// The ops here have no autograd of their own, so what they call must not record any either
+// (out= variants refuse operands that require gradients).
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) {
+    if (before_) aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGrad() {
+    if (before_) aoti_torch_grad_mode_set_enabled(true);
+  }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// --- described tensors --------------------------------------------------------------------------
+
+struct Place {
+  bool cuda = false;
+  int32_t index = 0;
+  bool operator==(const Place& other) const {
+    return cuda == other.cuda && (!cuda || index == other.index);
+  }
+};
+
+std::string to_string(Place place);
+std::string to_string(Dtype dtype);
+std::string shape_string(Span sizes);
+
+int32_t torch_dtype(Dtype dtype);
+
+// A tensor with its facts read once. `sizes` and `strides` live as long as the tensor.
+struct Described {
+  const Tensor* tensor = nullptr;
+  Span sizes;
+  Span strides;
+  Dtype dtype = Dtype::kFloat32;
+  Place place;
+
+  int64_t ndim() const { return static_cast<int64_t>(sizes.size()); }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (const int64_t size : sizes) n *= size;
+    return n;
+  }
+  void* data() const {
+    void* pointer = nullptr;
+    check_torch(aoti_torch_get_data_ptr(tensor->get(), &pointer), "data pointer");
+    return pointer;
+  }
+};
+
+// Raises where the dtype is not a floating-point one that the kernels know, naming the argument.
+Described describe(const Tensor& tensor, const char* name);
+
+// --- allocation ---------------------------------------------------------------------------------
+
+Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place);
+Tensor zeros_like(const Described& like);  // keeps dense strides
+Tensor empty_like(const Described& like);  // keeps dense strides
+Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for
+
+Ints contiguous_strides(Span sizes);
+bool is_dense(Span sizes, Span strides);  // every element once, no gaps
+bool overlaps(Span sizes, Span strides);  // expanded: some elements share memory
+Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones
+
+// --- walks --------------------------------------------------------------------------------------
+
+template <int N>
+Walk<N> make_walk(Span sizes, const std::array<Span, N>& strides) {
+  Walk<N> walk;
+  walk.numel = 1;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    walk.numel *= sizes[dim];
+    if (sizes[dim] == 1) continue;
+    if (walk.ndim == kMaxDims) fail("expected at most ", kMaxDims, " dimensions");
+    // Insertion by the strides of operand 0, ties by those of the next.
+    int at = walk.ndim++;
+    const auto goes_before = [&](int other) {
+      for (int k = 0; k < N; ++k) {
+        if (strides[k][dim] != walk.strides[k][other]) {
+          return strides[k][dim] > walk.strides[k][other];
+        }
+      }
+      return false;
+    };
+    for (; at > 0 && goes_before(at - 1); --at) {
+      walk.sizes[at] = walk.sizes[at - 1];
+      for (int k = 0; k < N; ++k) walk.strides[k][at] = walk.strides[k][at - 1];
+    }
+    walk.sizes[at] = sizes[dim];
+    for (int k = 0; k < N; ++k) walk.strides[k][at] = strides[k][dim];
+  }
+  int kept = 0;  // merge neighbours that every operand walks as one
+  for (int dim = 1; dim < walk.ndim; ++dim) {
+    bool merges = true;
+    for (int k = 0; k < N; ++k) {
+      merges &= walk.strides[k][kept] == walk.strides[k][dim] * walk.sizes[dim];
+    }
+    if (!merges) ++kept;
+    walk.sizes[kept] = merges ? walk.sizes[kept] * walk.sizes[dim] : walk.sizes[dim];
+    for (int k = 0; k < N; ++k) walk.strides[k][kept] = walk.strides[k][dim];
+  }
+  if (walk.ndim > 0) walk.ndim = kept + 1;
+  return walk;
+}
+
+}  // namespace taps

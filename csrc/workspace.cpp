@@ -1,0 +1,147 @@
+#include "workspace.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+#include "tensor.h"
+
+namespace taps {
+
+using Key = std::tuple<bool, int, void*>;
+
+// CPU memory is our own mapping: page aligned, in huge pages where the kernel gives them (a fresh
+// buffer costs up to five times the multiplication in page faults otherwise). CUDA memory is a
+// tensor of torch's caching allocator.
+struct Buffer {
+  Buffer(const Key& where, size_t size) : key(where), bytes(size) {
+    if (std::get<0>(key)) {
+      const int64_t count = static_cast<int64_t>(size), stride = 1;
+      // fp64 elements, because the allocation helper speaks the kernels' types.
+      const int64_t doubles = (count + 7) / 8;
+      tensor = empty_strided(Span(&doubles, 1), Span(&stride, 1), Dtype::kFloat64,
+                             Place{true, std::get<1>(key)});
+      check_torch(aoti_torch_get_data_ptr(tensor->get(), &data), "workspace");
+      return;
+    }
+    data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) {
+      data = nullptr;
+      fail("workspace: could not allocate ", bytes, " bytes");
+    }
+    madvise(data, bytes, MADV_HUGEPAGE);
+  }
+  ~Buffer() {
+    if (!std::get<0>(key) && data) munmap(data, bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  Key key;
+  size_t bytes;
+  void* data = nullptr;
+  bool cached = true;  // false: made while a graph is captured, belongs to that graph's pool
+  std::optional<Tensor> tensor;
+};
+
+namespace {
+
+struct Pool {
+  std::mutex mutex;
+  std::map<Key, std::vector<std::unique_ptr<Buffer>>> free;
+  size_t bytes = 0;
+
+  std::unique_ptr<Buffer> take(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto& buffers = free[key];
+    if (buffers.empty()) return nullptr;
+    std::unique_ptr<Buffer> buffer = std::move(buffers.back());
+    buffers.pop_back();
+    return buffer;
+  }
+  void add(int64_t change) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    bytes += static_cast<size_t>(change);
+  }
+  void give_back(std::unique_ptr<Buffer> buffer) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto& buffers = free[buffer->key];
+    buffers.push_back(std::move(buffer));
+  }
+};
+
+// Never destroyed: at exit CUDA may be gone before the pool's turn comes.
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+constexpr size_t kPage = 4096;
+constexpr size_t kHugePage = 2u << 20;
+
+size_t rounded(size_t bytes) {
+  const size_t unit = bytes >= kHugePage ? kHugePage : kPage;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+}  // namespace
+
+Lease::Lease(bool cuda, int device, void* stream, size_t bytes) {
+  if (bytes == 0) return;
+  const Key key{cuda, cuda ? device : 0, stream};
+  if (cuda && cuda::is_capturing(stream)) {
+    buffer_ = std::make_unique<Buffer>(key, bytes);
+    buffer_->cached = false;
+    return;
+  }
+  buffer_ = pool().take(key);
+  if (buffer_ && buffer_->bytes >= bytes) return;
+  if (buffer_) {  // too small: free it before its successor is made
+    pool().add(-static_cast<int64_t>(buffer_->bytes));
+    buffer_.reset();
+  }
+  buffer_ = std::make_unique<Buffer>(key, rounded(bytes));
+  pool().add(static_cast<int64_t>(buffer_->bytes));
+}
+
+Lease::Lease() = default;
+Lease::Lease(Lease&& other) noexcept = default;
+
+Lease& Lease::operator=(Lease&& other) noexcept {
+  std::swap(buffer_, other.buffer_);
+  return *this;
+}
+
+Lease::~Lease() {
+  if (buffer_ && buffer_->cached) pool().give_back(std::move(buffer_));
+}
+
+void* Lease::data() const { return buffer_ ? buffer_->data : nullptr; }
+size_t Lease::bytes() const { return buffer_ ? buffer_->bytes : 0; }
+
+size_t workspace_bytes() {
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  return pool().bytes;
+}
+
+void workspace_clear() {
+  std::vector<std::unique_ptr<Buffer>> doomed;
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    for (auto& entry : pool().free) {
+      for (auto& buffer : entry.second) {
+        pool().bytes -= buffer->bytes;
+        doomed.push_back(std::move(buffer));
+      }
+    }
+    pool().free.clear();
+  }
+}
+
+}  // namespace taps

@@ -1,0 +1,31 @@
+// The reused buffer that W_t is rebuilt into: one per device and stream, grown to the largest
+// weight, leased for the duration of one host call. Two host threads on one stream get two
+// buffers; no lock is held while torch runs.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace taps {
+
+struct Buffer;
+
+class Lease {
+ public:
+  Lease();
+  Lease(bool cuda, int device, void* stream, size_t bytes);
+  ~Lease();
+  Lease(Lease&& other) noexcept;
+  Lease& operator=(Lease&& other) noexcept;
+
+  void* data() const;
+  size_t bytes() const;
+
+ private:
+  std::unique_ptr<Buffer> buffer_;
+};
+
+size_t workspace_bytes();  // of all buffers, leased ones included
+void workspace_clear();    // frees the buffers that are not leased
+
+}  // namespace taps
