@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, taskfile
+from . import merging, taskfile
 from .errors import BypassedLayerError, ConfigError, TapsError, suggestion
 from .methods import MethodConfig
 from .nn import GatedLayer, TaskNorm, TaskTensors
@@ -69,14 +69,22 @@ class TaskModel(nn.Module):
         if not isinstance(base, nn.Module):
             raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
         if isinstance(base, (TaskModel, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ConfigError(f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead")
+            raise ConfigError(
+                f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead"
+            )
         if gates not in ("host", "device"):
-            raise ConfigError(f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}")
+            raise ConfigError(
+                f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
+            )
         if config is not None and not isinstance(config, MethodConfig):
-            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+            raise ConfigError(
+                f"config: expected a method config such as TapsConfig, got {type(config).__name__}"
+            )
         clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
         if clash:
-            raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
+            raise ConfigError(
+                f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs"
+            )
         self.base = base
         self.config = config
         self.gates = gates
@@ -154,7 +162,9 @@ class TaskModel(nn.Module):
         name = self._new_name(name)
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
-            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+            raise ConfigError(
+                f"config: expected a method config such as TapsConfig, got {type(config).__name__}"
+            )
         path = self._head if head_module is None else self._find_head(head_module)
         own = make_head(self.base, path, num_classes, head)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
@@ -220,7 +230,9 @@ class TaskModel(nn.Module):
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if tasks is not None:
-            raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
+            raise ConfigError(
+                "tasks: mixed-task batches are not built yet; call the model once for each task"
+            )
         name = self._active if task is _ACTIVE else task
         if name is None:
             return self._base_forward(*args, **kwargs)
@@ -229,7 +241,9 @@ class TaskModel(nn.Module):
             state.refresh()
         learning = self.training and torch.is_grad_enabled()
         if learning and self._merged == name:
-            raise TapsError(f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+            raise TapsError(
+                f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it"
+            )
         if learning and self.gates == "host":
             state.check_rest()
         entered: set[str] | None = None if state.checked else set()
@@ -333,7 +347,9 @@ class TaskModel(nn.Module):
             lr: learning rate. score_lr: that of the scores (default: lr).
             weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
         """
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
+        groups: dict[str, list[nn.Parameter]] = {
+            key: [] for key in ("delta", "score", "norm", "other", "head")
+        }
         for state in self._states_for(tasks):
             for part in state.table.values():
                 if isinstance(part, GatedLayer):
@@ -372,7 +388,9 @@ class TaskModel(nn.Module):
         """
         return taskfile.save(name, self.state(name), self.base, path, **extra)
 
-    def load_task(self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None) -> str:
+    def load_task(
+        self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None
+    ) -> str:
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
         Args:
@@ -390,27 +408,30 @@ class TaskModel(nn.Module):
         self._install(name, state)
         return name
 
+    def reload_task(self, name: str, path: str | PathLike[str]) -> None:
+        """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed."""
+        old = self.state(name)
+        state = taskfile.build(
+            taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path
+        )
+        for module in state.table:
+            route(self.base.get_submodule(module), module)
+        state.train(self.training)
+        self._install(name, state)
+
     # -- merging and unloading
 
     def merge_task(self, name: str) -> None:
         """Install `W + Delta` of the open layers beside the base, so that the task runs at the base's cost."""
         if self._merged is not None:
             raise TapsError(f"merge_task: task {self._merged!r} is merged already; call unmerge_task() first")
-        state = self.state(name)
-        opened = set(state.open_layers())
-        for layer, part in state.gated():
-            weight: Tensor = self.base.get_submodule(layer).weight  # type: ignore[assignment]
-            if layer in opened:
-                part.merged = ops.reconstruct_(torch.empty_like(weight), weight.detach(), part.delta.detach(), gate=True)  # type: ignore[union-attr]
-            else:
-                part.merged = weight.detach()
+        merging.merge(self.state(name), self.base)
         self._merged = name
 
     def unmerge_task(self) -> None:
         """Drop the merged weights; the base was never changed, so this is exact."""
         if self._merged is not None:
-            for _, part in self.state(self._merged).gated():
-                part.merged = None
+            merging.unmerge(self.state(self._merged))
         self._merged = None
 
     def unload(self) -> nn.Module:
@@ -426,25 +447,5 @@ class TaskModel(nn.Module):
     def merge_and_unload(self, name: str) -> nn.Module:
         """A plain copy of the base with one task's weights, norms and head in place; the TaskModel is unloaded."""
         state = self.state(name)
-        opened = set(state.open_layers())
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for layer, part in state.gated():
-            weight: Tensor = self.base.get_submodule(layer).weight  # type: ignore[assignment]
-            if layer in opened:
-                out = torch.empty_like(weight)
-                tensors.setdefault(layer, {})["weight"] = ops.reconstruct_(out, weight.detach(), part.delta.detach(), gate=True)  # type: ignore[union-attr]
-            if part.bias is not None:
-                tensors.setdefault(layer, {})["bias"] = part.bias
-        for kind in (TaskNorm, TaskTensors):
-            for module, own in state.owned(kind):
-                tensors[module] = dict(own.state_dict(keep_vars=True))
-        head, path = state.head, state.head_path
-        plain = copy.deepcopy(self.unload())
-        with torch.no_grad():
-            for module, values in tensors.items():
-                target = plain.get_submodule(module)
-                for key, value in values.items():
-                    getattr(target, key).copy_(value)
-        if head is not None and path is not None:
-            plain.set_submodule(path, copy.deepcopy(head))
-        return plain
+        tensors = merging.task_tensors(state, self.base)
+        return merging.plain_copy(self.unload(), tensors, state)

@@ -1,4 +1,4 @@
-"""Python side of the custom operators: fake kernels, autograd and the public signatures.
+"""Python side of the custom operators: autograd and the public signatures.
 
 The schemas live in `csrc/ops.cpp`. Eager autograd goes through `torch.autograd.Function` (cheaper to call);
 compiled graphs and direct users of `torch.ops.taps_ext` get the same backward through `register_autograd`.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import reference
+from . import fakes, reference
 
 _C: ModuleType | None
 try:
@@ -274,11 +274,31 @@ def gated_conv2d(
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not HAS_EXTENSION:
         return reference.gated_conv2d(
-            input, weight, delta, score, bias, stride, padding, dilation, groups, gate=gate, threshold=threshold
+            input,
+            weight,
+            delta,
+            score,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            gate=gate,
+            threshold=threshold,
         )
     if input.dim() == 3:
         batched = gated_conv2d(
-            input[None], weight, delta, score, bias, stride, padding, dilation, groups, gate=gate, threshold=threshold
+            input[None],
+            weight,
+            delta,
+            score,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            gate=gate,
+            threshold=threshold,
         )
         return batched[0]
     stride, dilation = _pair(stride), _pair(dilation)
@@ -291,7 +311,7 @@ def gated_conv2d(
     return _GatedConv2d.apply(*arguments)  # type: ignore[no-any-return]
 
 
-# --------------------------------------------------------------------------------- reconstruct, merging
+# ----------------------------------------------------------------------------------------- reconstruct
 
 
 def reconstruct_(
@@ -307,107 +327,13 @@ def reconstruct_(
     if HAS_EXTENSION:
         torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
     else:
-        out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
+        out.copy_(
+            reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype)
+        )
     return out
 
 
-# ------------------------------------------------------------------------------- fakes and registration
-
-
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty([0])
-
-
-def _fake_linear(
-    input: Tensor, weight: Tensor, delta: Any, score: Any, bias: Any, gate: Any, threshold: float
-) -> Tensor:
-    return input.new_empty([*input.shape[:-1], weight.shape[0]])
-
-
-def _fake_backward(
-    dinput: Tensor | None, grad: Tensor, weight: Tensor, delta: Any, score: Any, mask: list[bool]
-) -> tuple[Tensor, ...]:
-    return (
-        _empty(grad) if dinput is None else dinput,
-        torch.empty_like(delta) if mask[1] else _empty(grad),
-        torch.empty_like(score) if mask[2] else _empty(grad),
-        grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
-        torch.empty_like(weight) if mask[4] else _empty(grad),
-    )
-
-
-def _fake_linear_backward(
-    grad_output: Tensor,
-    input: Any,
-    weight: Tensor,
-    delta: Any,
-    score: Any,
-    gate: Any,
-    threshold: float,
-    output_mask: list[bool],
-    rows: Any,
-    row_scale: float,
-) -> tuple[Tensor, ...]:
-    shape = [*grad_output.shape[:-1], weight.shape[1]]
-    dinput = grad_output.new_empty(shape) if output_mask[0] else None
-    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
-
-
-def _fake_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    delta: Any,
-    score: Any,
-    bias: Any,
-    gate: Any,
-    threshold: float,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Tensor:
-    bias = None if bias is None else bias.to(input.dtype)
-    return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
-
-
-def _fake_conv2d_backward(
-    grad_output: Tensor,
-    input: Any,
-    input_size: Any,
-    weight: Tensor,
-    delta: Any,
-    score: Any,
-    gate: Any,
-    threshold: float,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    output_mask: list[bool],
-    rows: Any,
-    row_scale: float,
-) -> tuple[Tensor, ...]:
-    dinput = None
-    if output_mask[0]:
-        like = grad_output.new_empty([grad_output.shape[0], weight.shape[1] * groups, *input_size])
-        weight_t = weight.to(grad_output.dtype)
-        dinput = torch.ops.aten.convolution_backward(
-            grad_output, like, weight_t, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-        )[0]
-    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
-
-
-def _register() -> None:
-    fake = torch.library.register_fake
-    fake("taps_ext::reconstruct", lambda out, weight, delta, score, gate, threshold: None)
-    fake("taps_ext::gated_linear", _fake_linear)
-    fake("taps_ext::gated_linear_backward", _fake_linear_backward)
-    fake("taps_ext::gated_conv2d", _fake_conv2d)
-    fake("taps_ext::gated_conv2d_backward", _fake_conv2d_backward)
-    autograd = torch.library.register_autograd
-    autograd("taps_ext::gated_linear", _linear_backward, setup_context=_linear_setup)
-    autograd("taps_ext::gated_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
-
-
 if HAS_EXTENSION:
-    _register()
+    fakes.register()
+    torch.library.register_autograd("taps_ext::gated_linear", _linear_backward, setup_context=_linear_setup)
+    torch.library.register_autograd("taps_ext::gated_conv2d", _conv2d_backward, setup_context=_conv2d_setup)

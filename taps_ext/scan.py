@@ -80,7 +80,9 @@ def find_head(base: nn.Module) -> str | None:
         child = base._modules.get(name)
         if child is not None and (found := _last_linear(child, name)) is not None:
             return found
-    children = [(name, child) for name, child in base.named_children() if any(True for _ in child.parameters())]
+    children = [
+        (name, child) for name, child in base.named_children() if any(True for _ in child.parameters())
+    ]
     return _last_linear(children[-1][1], children[-1][0]) if children else None
 
 
@@ -91,7 +93,9 @@ def _refusal(name: str, module: nn.Module) -> str | None:
         return f"{name}: expected initialised parameters, got {kind} with lazy ones; run the base model once first"
     if isinstance(module, GATED_TYPES):
         if parametrize.is_parametrized(module):
-            return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
+            return (
+                f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
+            )
         if getattr(original_class(module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
             return f"{name}: expected nn.Linear or nn.Conv2d with its stock forward, got {kind} with its own"
         return None

@@ -32,16 +32,22 @@ class TaskHead(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
+def make_head(
+    base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None
+) -> nn.Module | None:
     """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own."""
     if head is not None and num_classes is not None:
         raise ConfigError("add_task: expected num_classes or head, got both")
-    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1):
+    if num_classes is not None and (
+        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+    ):
         raise ConfigError(f"num_classes: expected an int >= 1, got {num_classes!r}")
     if path is None:
         if head is None and num_classes is None:
             return None
-        raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
+        raise ConfigError(
+            "head_module: no linear classifier was found in the base; name the module to replace"
+        )
     old = base.get_submodule(path)
     if head is not None:
         return head
@@ -50,7 +56,9 @@ def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: 
         fresh.__class__ = original_class(old)
         return fresh.requires_grad_(True)
     if not isinstance(old, nn.Linear):
-        raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
+        raise ConfigError(
+            f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear"
+        )
     return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
 
 
@@ -164,7 +172,12 @@ class TaskState(nn.Module):
         changed = []
         for name, part in self.learned():
             delta = part.delta
-            if part.gate is False and delta is not None and delta.numel() and self.rested.get(name) != delta._version:
+            if (
+                part.gate is False
+                and delta is not None
+                and delta.numel()
+                and self.rested.get(name) != delta._version
+            ):
                 changed.append((name, delta))
         if not changed:
             return
@@ -172,7 +185,9 @@ class TaskState(nn.Module):
         finite = torch.isfinite(bounds).all(dim=1).tolist()
         for (name, delta), good in zip(changed, finite, strict=True):
             if not good:
-                raise GateError(f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN")
+                raise GateError(
+                    f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN"
+                )
             self.rested[name] = delta._version
 
     def penalty_weights(self) -> list[float]:

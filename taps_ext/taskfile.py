@@ -36,7 +36,11 @@ def _head_spec(state: TaskState) -> dict[str, Any] | None:
     if head is None:
         return None
     if type(head) is nn.Linear or original_class(head) is nn.Linear:
-        kind: dict[str, Any] = {"in": head.in_features, "out": head.out_features, "bias": head.bias is not None}
+        kind: dict[str, Any] = {
+            "in": head.in_features,
+            "out": head.out_features,
+            "bias": head.bias is not None,
+        }
         return {"type": "linear", "module": state.head_path, **kind}
     return {"type": "custom", "module": state.head_path, "class": type(head).__qualname__}
 
@@ -107,7 +111,9 @@ def read(path: str | PathLike[str], base: nn.Module) -> store.TaskFile:
     return record
 
 
-def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any) -> nn.Module | None:
+def _make_head(
+    record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any
+) -> nn.Module | None:
     spec = record.head_spec
     if spec is None:
         if head is not None:
@@ -117,13 +123,17 @@ def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, 
         return head
     kinds = {"in": int, "out": int, "bias": bool}
     if spec.get("type") == "custom":
-        raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
+        raise ConfigError(
+            f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head="
+        )
     if spec.get("type") != "linear" or any(type(spec.get(k)) is not t for k, t in kinds.items()):
         raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     weight = record.head.get("weight")
     if weight is None or list(weight.shape) != [spec["out"], spec["in"]]:
         got = None if weight is None else list(weight.shape)
-        raise MissingTensorError(path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}")
+        raise MissingTensorError(
+            path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}"
+        )
     like = next(base.get_submodule(spec["module"]).parameters(), weight)
     return nn.utils.skip_init(  # type: ignore[no-any-return]
         nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=weight.dtype
@@ -186,7 +196,8 @@ def build(
             if (value >= part.threshold) != entry.open:
                 expected = "open" if value >= part.threshold else "closed"
                 raise store.errors.GateError(
-                    path, f"layer {layer!r}: score {value:.6g} makes it {expected}, but the file says otherwise"
+                    path,
+                    f"layer {layer!r}: score {value:.6g} makes it {expected}, but the file says otherwise",
                 )
             part.gate = None if gates == "device" else entry.open
             part._seen = part.score._version

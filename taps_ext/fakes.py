@@ -1,0 +1,112 @@
+"""Fake kernels: the shapes, types and strides of the custom operators' results, for tracing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty([0])
+
+
+def _fake_linear(
+    input: Tensor, weight: Tensor, delta: Any, score: Any, bias: Any, gate: Any, threshold: float
+) -> Tensor:
+    return input.new_empty([*input.shape[:-1], weight.shape[0]])
+
+
+def _fake_backward(
+    dinput: Tensor | None, grad: Tensor, weight: Tensor, delta: Any, score: Any, mask: list[bool]
+) -> tuple[Tensor, ...]:
+    return (
+        _empty(grad) if dinput is None else dinput,
+        torch.empty_like(delta) if mask[1] else _empty(grad),
+        torch.empty_like(score) if mask[2] else _empty(grad),
+        grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
+        torch.empty_like(weight) if mask[4] else _empty(grad),
+    )
+
+
+def _fake_linear_backward(
+    grad_output: Tensor,
+    input: Any,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    gate: Any,
+    threshold: float,
+    output_mask: list[bool],
+    rows: Any,
+    row_scale: float,
+) -> tuple[Tensor, ...]:
+    shape = [*grad_output.shape[:-1], weight.shape[1]]
+    dinput = grad_output.new_empty(shape) if output_mask[0] else None
+    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
+
+
+def _fake_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    bias: Any,
+    gate: Any,
+    threshold: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    bias = None if bias is None else bias.to(input.dtype)
+    return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
+
+
+def _fake_conv2d_backward(
+    grad_output: Tensor,
+    input: Any,
+    input_size: Any,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    gate: Any,
+    threshold: float,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    output_mask: list[bool],
+    rows: Any,
+    row_scale: float,
+) -> tuple[Tensor, ...]:
+    dinput = None
+    if output_mask[0]:
+        like = grad_output.new_empty([grad_output.shape[0], weight.shape[1] * groups, *input_size])
+        weight_t = weight.to(grad_output.dtype)
+        dinput = torch.ops.aten.convolution_backward(
+            grad_output,
+            like,
+            weight_t,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [True, False, False],
+        )[0]
+    return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
+
+
+def register() -> None:
+    """Tell torch about all fakes; the extension must be loaded."""
+    fake = torch.library.register_fake
+    fake("taps_ext::reconstruct", lambda out, weight, delta, score, gate, threshold: None)
+    fake("taps_ext::gated_linear", _fake_linear)
+    fake("taps_ext::gated_linear_backward", _fake_linear_backward)
+    fake("taps_ext::gated_conv2d", _fake_conv2d)
+    fake("taps_ext::gated_conv2d_backward", _fake_conv2d_backward)

@@ -1,0 +1,65 @@
+"""Merging: W + Delta installed beside the base, or in a plain copy of it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .nn import TaskNorm, TaskTensors
+from .task import TaskState
+
+
+def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
+    """round(W + Delta) in the weight's dtype for every open layer."""
+    merged = {}
+    opened = set(state.open_layers())
+    for layer, part in state.gated():
+        if layer in opened and part.delta is not None:
+            weight: Tensor = base.get_submodule(layer).weight.detach()  # type: ignore[assignment, union-attr]
+            merged[layer] = ops.reconstruct_(torch.empty_like(weight), weight, part.delta.detach(), gate=True)
+    return merged
+
+
+def merge(state: TaskState, base: nn.Module) -> None:
+    """Give every gated layer the weight it multiplies by: merged where open, the base's own where closed."""
+    merged = _merged_weights(state, base)
+    for layer, part in state.gated():
+        weight: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
+        part.merged = merged.get(layer, weight.detach())
+
+
+def unmerge(state: TaskState) -> None:
+    """Drop the merged weights."""
+    for _, part in state.gated():
+        part.merged = None
+
+
+def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """module -> tensor name -> the value it has under the task, for every tensor that the task changes."""
+    tensors: dict[str, dict[str, Tensor]] = {
+        n: {"weight": w} for n, w in _merged_weights(state, base).items()
+    }
+    for layer, part in state.gated():
+        if part.bias is not None:
+            tensors.setdefault(layer, {})["bias"] = part.bias
+    for kind in (TaskNorm, TaskTensors):
+        for module, own in state.owned(kind):
+            tensors[module] = {**own._parameters, **own._buffers}  # type: ignore[dict-item]
+    return tensors
+
+
+def plain_copy(base: nn.Module, tensors: dict[str, dict[str, Tensor]], state: TaskState) -> nn.Module:
+    """A copy of the unloaded base with the task's tensors and head; nothing in it knows this package."""
+    plain = copy.deepcopy(base)
+    with torch.no_grad():
+        for module, values in tensors.items():
+            target = plain.get_submodule(module)
+            for key, value in values.items():
+                if value is not None:
+                    getattr(target, key).copy_(value)
+    if state.head is not None and state.head_path is not None:
+        plain.set_submodule(state.head_path, copy.deepcopy(state.head))
+    return plain

@@ -1,0 +1,111 @@
+"""TrainConfig: the settings of a training run, with an exact JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, suggestion
+from ..methods.base import number, one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. All tasks of one `fit` share it.
+
+    Attributes:
+        epochs, batch_size: passes over the training data, samples in one forward.
+        optimizer: "sgd" (with momentum) or "adamw" (with betas).
+        lr, score_lr: learning rates of everything and of the scores (None: lr).
+        schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
+        weight_decay: on open Deltas and heads only.
+        warmup_epochs: whole epochs without the sparsity penalty.
+        budget: steer the penalty so that at most this share of the gated weights stays open, or None.
+        accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
+        amp: "bf16" runs forwards under autocast; None does not.
+        clip_norm: bound on the global gradient norm of everything but the scores.
+        seed: of batch order, validation split and head initialisation.
+        val_fraction: share of the training data held out where a task brings no validation split.
+        select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
+        device: where to train; None leaves the model where it is.
+        out: folder for metrics, task files and the state to resume from; None writes nothing.
+    """
+
+    epochs: int = 30
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    score_lr: float | None = None
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
+    step_epochs: int = 10
+    step_gamma: float = 0.1
+    weight_decay: float = 0.0
+    warmup_epochs: int = 2
+    budget: float | None = None
+    accumulate: int = 1
+    amp: str | None = None
+    clip_norm: float | None = None
+    seed: int = 0
+    val_fraction: float = 0.1
+    select: str = "best"
+    device: str | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("step_epochs", 1),
+            ("warmup_epochs", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}: expected an int >= {low}, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: expected an int in [0, 2**63), got {self.seed!r}")
+        for name in ("lr", "score_lr", "clip_norm"):
+            if name == "lr" or getattr(self, name) is not None:
+                number(getattr(self, name), name, 0.0, open_low=True)
+        for name in ("momentum", "weight_decay"):
+            number(getattr(self, name), name, 0.0, 1.0)
+        number(self.step_gamma, "step_gamma", 0.0, 1.0, open_low=True)
+        number(self.val_fraction, "val_fraction", 0.0, 0.9)
+        if self.budget is not None:
+            number(self.budget, "budget", 0.0, 1.0)
+        betas = tuple(self.betas)
+        if len(betas) != 2:
+            raise ConfigError(f"betas: expected two numbers, got {self.betas!r}")
+        for beta in betas:
+            number(beta, "betas", 0.0, 1.0)
+        object.__setattr__(self, "betas", betas)
+        one_of(self.optimizer, ("sgd", "adamw"), "optimizer")
+        one_of(self.schedule, ("cosine", "step", "constant"), "schedule")
+        one_of(self.select, ("best", "last"), "select")
+        if self.amp is not None:
+            one_of(self.amp, ("bf16",), "amp")
+
+    def lr_scale(self, step: int, steps_per_epoch: int) -> float:
+        """The schedule's factor for optimizer step `step` (from 0); a pure function, so resuming needs no state."""
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * step / (self.epochs * steps_per_epoch)))
+        if self.schedule == "step":
+            return float(self.step_gamma ** (step // (self.step_epochs * steps_per_epoch)))
+        return 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**values, "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(f"train: unknown key {key!r}{suggestion(key, known)}; known: {known}")
+        return cls(**settings)

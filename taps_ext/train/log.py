@@ -1,0 +1,68 @@
+"""Progress for people and metrics for programs: a bar on a terminal, lines elsewhere, JSONL on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Log:
+    """Write one JSON line for each event to `path`, and tell a person how far the run is.
+
+    Args:
+        path: the `.jsonl` file, appended to; None writes none.
+        total: optimizer steps of the run. quiet: say nothing on the terminal.
+    """
+
+    def __init__(self, path: Path | None, title: str, total: int, *, quiet: bool = False) -> None:
+        self.file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
+        self.title, self.quiet = title, quiet
+        self.progress: Any = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self.progress = Progress(*columns, console=Console(stderr=True))
+            self.progress.start()
+            self.bar = self.progress.add_task(title, total=total, note="")
+        self.started = time.perf_counter()
+
+    def step(self, done: int) -> None:
+        """Move the bar to `done` optimizer steps."""
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=done)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Record an event; an "epoch" event is also told to the person watching."""
+        if self.file is not None:
+            line = {
+                "event": kind,
+                "task": self.title,
+                "seconds": round(time.perf_counter() - self.started, 3),
+                **values,
+            }
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if kind != "epoch" or self.quiet:
+            return
+        note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        if self.progress is not None:
+            self.progress.update(self.bar, note=note)
+        else:
+            print(f"{self.title}: {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.file is not None:
+            self.file.close()

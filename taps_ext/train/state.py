@@ -1,0 +1,107 @@
+"""The state of an interrupted run, in one verified file: parts, optimizer, random numbers, best epoch so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import store
+from ..errors import ConfigError
+from ..task import TaskState
+
+
+def snapshot(state: TaskState) -> dict[str, Tensor]:
+    """Copies of everything the task holds: parameters and buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in state.state_dict().items()}
+
+
+def restore(state: TaskState, tensors: Mapping[str, Tensor]) -> None:
+    """Put a snapshot back in place."""
+    state.load_state_dict(tensors)
+    state.refresh(force=True)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors by "<index>.<key>", and its plain numbers likewise."""
+    tensors, numbers = {}, {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
+    return tensors, numbers
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *numbers.items()]:
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_run(
+    path: Path,
+    state: TaskState,
+    optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
+    counters: Mapping[str, Any],
+    parent: str,
+) -> None:
+    """Write the whole state of a run, atomically. `counters` is JSON-ready."""
+    moments, numbers = _optimizer_tensors(optimizer)
+    groups = {
+        "part": snapshot(state),
+        "optimizer": moments,
+        "best": best,
+        "random": {"cpu": torch.get_rng_state()},
+    }
+    if torch.cuda.is_available():
+        groups["random"]["cuda"] = torch.cuda.get_rng_state()
+    values = {
+        f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()
+    }
+    record = store.TaskFile(
+        method={"method": "trainer-state"},
+        parent=parent,
+        values=values,
+        extra={"train.counters": json.dumps(dict(counters)), "train.numbers": json.dumps(numbers)},
+    )
+    store.save(path, record)
+
+
+def load_run(
+    path: Path, state: TaskState, optimizer: torch.optim.Optimizer, parent: str, expected: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a saved run back; returns (tensors of the best epoch, counters).
+
+    Raises:
+        TaskFileError: a damaged file or another base.
+        ConfigError: `expected` (the settings) differ from those the run was started with, naming the first.
+    """
+    record = store.load(path)
+    store.check_parent(parent, record.parent, path=path)
+    if record.method != {"method": "trainer-state"}:
+        raise ConfigError(f"resume: expected a trainer state in {path}, got {record.method.get('method')!r}")
+    counters = json.loads(record.extra["train.counters"])
+    for key, value in expected.items():
+        if counters["settings"].get(key) != value:
+            raise ConfigError(
+                f"resume: {path} was started with {key} = {counters['settings'].get(key)!r}, got {value!r}; "
+                "use the same settings, or resume=False to start over"
+            )
+    groups: dict[str, dict[str, Tensor]] = {"part": {}, "optimizer": {}, "best": {}, "random": {}}
+    for name, tensor in record.values.items():
+        group, _, rest = name.partition(":")
+        groups[group][rest] = tensor
+    restore(state, groups["part"])
+    _load_optimizer(optimizer, groups["optimizer"], json.loads(record.extra["train.numbers"]))
+    torch.set_rng_state(groups["random"]["cpu"])
+    if "cuda" in groups["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(groups["random"]["cuda"])
+    return groups["best"], counters

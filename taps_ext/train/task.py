@@ -1,0 +1,141 @@
+"""Task: the data, loss and metrics of one task, and its deterministic batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+
+from ..errors import ConfigError
+
+Batch = tuple[Any, Any]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of rows whose largest output is the target: `[B, C]` and `[B]`, in [0, 1]."""
+    return (outputs.argmax(dim=-1) == targets).float().mean().item()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What one task trains on.
+
+    Attributes:
+        train: a map-style dataset of (input, target), or a pair of tensors `x [N, ...]`, `y [N, ...]`.
+        val: like `train`; None holds out a part of `train`. Selection uses only this split.
+        test: like `train`; evaluated once at the end, never used to choose anything.
+        loss: `loss(outputs, targets) -> scalar`, a mean over the batch.
+        metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects.
+        maximize: False if less of the first metric is better.
+        augment: `augment(inputs, generator) -> inputs` on training batches, or None.
+        labels: class names, kept in the task file.
+    """
+
+    train: Any
+    val: Any = None
+    test: Any = None
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=lambda: {"accuracy": accuracy})
+    maximize: bool = True
+    augment: Callable[[Any, torch.Generator], Any] | None = None
+    labels: list[str] | None = None
+
+
+def as_dataset(data: Any, argument: str) -> Dataset[Any]:
+    """A map-style dataset from a dataset or a pair of tensors of equal length."""
+    if isinstance(data, DataLoader):
+        raise ConfigError(
+            f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset"
+        )
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        if len(data[0]) != len(data[1]):
+            raise ConfigError(
+                f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}"
+            )
+        data = TensorDataset(*data)
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise ConfigError(
+            f"{argument}: expected a map-style dataset or a pair of tensors, got {type(data).__name__}"
+        )
+    if len(data) == 0:
+        raise ConfigError(f"{argument}: expected at least one sample, got none")
+    return cast("Dataset[Any]", data)
+
+
+def targets_of(data: Dataset[Any]) -> Tensor | None:
+    """All integer targets `[N]` of a dataset that keeps them in memory, or None."""
+    found = data.tensors[1] if isinstance(data, TensorDataset) else getattr(data, "y", None)
+    if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
+        return None
+    return found if len(found) == len(cast(Sized, data)) else None
+
+
+def split_off(data: Dataset[Any], fraction: float, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+    """(rest, held out): a seeded split, stratified where integer targets are known."""
+    size = len(cast(Sized, data))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(size, generator=generator)
+    targets = targets_of(data)
+    if targets is not None:
+        chosen = torch.zeros(size, dtype=torch.bool)
+        for value in targets.unique():
+            members = order[targets[order] == value]
+            chosen[members[: round(fraction * len(members))]] = True
+        held, rest = order[chosen[order]], order[~chosen[order]]
+    else:
+        count = round(fraction * size)
+        held, rest = order[:count], order[count:]
+    if not len(held) or not len(rest):
+        raise ConfigError(f"val_fraction: expected both parts of {size} samples non-empty, got {fraction}")
+    return Subset(data, rest.sort().values.tolist()), Subset(data, held.sort().values.tolist())
+
+
+def _in_memory(data: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
+    if isinstance(data, Subset):
+        whole = _in_memory(data.dataset)
+        index = torch.tensor(list(data.indices))
+        return None if whole is None else (whole[0][index], whole[1][index])
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        return data.tensors[0], data.tensors[1]
+    x, y = getattr(data, "x", None), getattr(data, "y", None)
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and len(x) == len(y) == len(cast(Sized, data)):
+        return x, y
+    return None
+
+
+class Batches:
+    """Batches of a dataset in an order that depends on nothing but the seed and the epoch.
+
+    Args:
+        data: map-style dataset; tensors held in memory are indexed a batch at a time.
+        size: samples in a batch. A training epoch drops a last batch of a single sample, on which no batch
+            statistic exists.
+    """
+
+    def __init__(self, data: Dataset[Any], size: int, seed: int, *, train: bool) -> None:
+        self.data, self.size, self.seed, self.train = data, size, seed, train
+        self.memory = _in_memory(data)
+        self.samples = len(cast(Sized, data))
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.samples, self.size)
+        return full + (rest > (1 if self.train and self.samples > 1 and self.size > 1 else 0))
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, leaving out the first `skip`."""
+        if self.train:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            order = torch.randperm(self.samples, generator=generator)
+        else:
+            order = torch.arange(self.samples)
+        for index in order.split(self.size)[skip : len(self)]:
+            if self.memory is not None:
+                yield self.memory[0][index], self.memory[1][index]
+            else:
+                inputs, targets = default_collate([self.data[i] for i in index.tolist()])
+                yield inputs, targets

@@ -1,0 +1,397 @@
+"""Trainer: adapts a TaskModel to its tasks, one after another."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, TapsError, suggestion
+from ..model import TaskModel
+from .config import TrainConfig
+from .log import Log
+from .state import load_run, restore, save_run, snapshot
+from .task import Batches, Task, as_dataset, split_off
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run between two steps; the message says how to resume."""
+
+
+@dataclass
+class Result:
+    """What training one task came to. Metrics are those of the selected epoch (from 0)."""
+
+    task: str
+    epoch: int
+    val: dict[str, float]
+    test: dict[str, float]
+    share: float
+    layers_open: int
+    within_budget: bool
+    seconds: float
+    file: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands: everything in it is saved and resumed."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    pressure: float = 1.0
+    loss: float = 0.0
+    seen: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _safe(name: str) -> str:
+    """A task's name as a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+class _Stop:
+    """While active on the main thread, the first Ctrl-C asks to stop after this step; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[_Stop]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Trainer:
+    """Train the tasks of a model.
+
+    Args:
+        model: has every task already (`add_task`).
+        tasks: task name -> its data, loss and metrics.
+        config: settings shared by all tasks.
+        quiet: print nothing.
+
+    Raises:
+        ConfigError: a task that the model lacks; data that is no dataset; a budget without learned gates.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        tasks: Mapping[str, Task],
+        config: TrainConfig | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self.model, self.tasks, self.quiet = model, dict(tasks), quiet
+        self.config = config = TrainConfig() if config is None else config
+        for name, task in self.tasks.items():
+            if not isinstance(task, Task):
+                raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
+            state = model.state(name)
+            if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):
+                raise ConfigError(
+                    f"budget: task {name!r} has no learned gates with lam > 0 that could follow it"
+                )
+        self.out = None if config.out is None else Path(config.out)
+        if config.device is not None:
+            model.to(config.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def fit(self, mode: str = "incremental", resume: str | bool = "auto") -> dict[str, Result]:
+        """Train the tasks; with `mode="incremental"` each on its own, in order.
+
+        Args:
+            resume: "auto" goes on where an interrupted run with the same settings stopped, if `out` holds one;
+                True expects one; False starts over.
+
+        Returns:
+            task name -> :class:`Result`. The model is left with the selected epoch of each task.
+
+        Raises:
+            TrainingInterrupted: after Ctrl-C, once the state is written.
+            TapsError: a loss that is not finite.
+        """
+        if mode != "incremental":
+            hint = suggestion(mode, ["incremental"])
+            raise ConfigError(f"mode: expected 'incremental' ('joint' is not built yet), got {mode!r}{hint}")
+        if resume not in ("auto", True, False):
+            raise ConfigError(f"resume: expected 'auto', True or False, got {resume!r}")
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        elif resume is True:
+            raise ConfigError("resume: expected config.out to name the folder of an earlier run, got None")
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            return {name: self._fit_task(name, task, resume) for name, task in self.tasks.items()}
+
+    # -- one task
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        settings = {**self.config.to_dict(), **self.model.state(name).config.to_dict()}
+        return {key: value for key, value in settings.items() if key not in ("out", "device")}
+
+    def _fit_task(self, name: str, task: Task, resume: str | bool) -> Result:
+        config, settings = self.config, self._settings(name)
+        finished = self._finished(name, settings) if resume is not False else None
+        if finished is not None:
+            return finished
+        train = as_dataset(task.train, f"tasks[{name!r}].train")
+        if task.val is not None:
+            val = as_dataset(task.val, f"tasks[{name!r}].val")
+        else:
+            train, val = split_off(train, config.val_fraction, config.seed)
+        batches = Batches(train, config.batch_size, config.seed, train=True)
+        if not len(batches):
+            raise ConfigError(
+                f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples"
+            )
+        state = self.model.state(name)
+        optimizer = self._optimizer(name)
+        torch.manual_seed(config.seed)
+        progress, best = _Progress(), snapshot(state)
+        path = None if self.out is None else self.out / f"{_safe(name)}.state"
+        parent = self.model.fingerprint(state.head_path)
+        if path is not None and resume is not False and (path.exists() or resume is True):
+            best, counters = load_run(path, state, optimizer, parent, settings)
+            progress = _Progress(**counters["progress"])
+        steps = math.ceil(len(batches) / config.accumulate)
+        log = Log(
+            None if self.out is None else self.out / "metrics.jsonl",
+            name,
+            steps * config.epochs,
+            quiet=self.quiet,
+        )
+        started = time.perf_counter() - progress.seconds
+        try:
+            with _Stop().listening() as stop:
+                while progress.epoch < config.epochs:
+                    stopped = self._epoch(name, task, batches, optimizer, progress, log, stop)
+                    progress.seconds = time.perf_counter() - started
+                    if stopped:
+                        counters = {"progress": asdict(progress), "settings": settings}
+                        self._interrupt(
+                            name, path, lambda p, c=counters: save_run(p, state, optimizer, best, c, parent)
+                        )
+                    best = self._validate(name, task, val, progress, best, log)
+        finally:
+            log.close()
+        restore(state, best)
+        return self._finish(name, task, progress, settings, path)
+
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        config = self.config
+        groups = self.model.parameter_groups(
+            name, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
+        )
+        if not groups:
+            raise ConfigError(
+                f"task {name!r}: expected something to train, got neither gates, norms nor a head"
+            )
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, betas=config.betas)  # type: ignore[arg-type]
+        return torch.optim.SGD(groups, momentum=config.momentum)
+
+    def _epoch(
+        self,
+        name: str,
+        task: Task,
+        batches: Batches,
+        optimizer: torch.optim.Optimizer,
+        progress: _Progress,
+        log: Log,
+        stop: _Stop,
+    ) -> bool:
+        """Train to the end of the epoch; True if a stop was asked for first."""
+        config, model = self.config, self.model
+        steps = math.ceil(len(batches) / config.accumulate)
+        generator = torch.Generator()
+        model.train()
+        running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
+        stream = batches.epoch(progress.epoch, skip=progress.batch)
+        while chunk := list(islice(stream, config.accumulate)):
+            if stop.asked:
+                progress.loss = running.item()
+                return True
+            factor = config.lr_scale(progress.step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            samples = sum(len(targets) for _, targets in chunk)
+            for inputs, targets in chunk:
+                if task.augment is not None:
+                    generator.manual_seed((config.seed * 7_368_787 + progress.step) % 2**63)
+                    inputs = task.augment(inputs, generator)
+                loss = self._loss(name, task, inputs, targets)
+                (loss * (len(targets) / samples)).backward()  # type: ignore[no-untyped-call]
+                running += loss.detach().double() * len(targets)
+            penalty = 0.0 if progress.epoch < config.warmup_epochs else progress.pressure
+            if penalty and (sparsity := model.sparsity_loss(name, penalty)).requires_grad:
+                sparsity.backward()  # type: ignore[no-untyped-call]
+            if config.clip_norm is not None:
+                clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
+                torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+            if model.gates == "device":
+                model.drop_closed_gradients(name)
+            optimizer.step()
+            progress.seen += samples
+            progress.batch += len(chunk)
+            progress.step += 1
+            log.step(progress.step)
+        progress.loss = running.item()
+        if not math.isfinite(progress.loss):
+            raise TapsError(
+                f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr"
+            )
+        return False
+
+    def _loss(self, name: str, task: Task, inputs: Any, targets: Any) -> Tensor:
+        device = self.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp is not None):
+            outputs = self.model(inputs.to(device), task=name)
+            if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+                outputs = outputs.float()
+            return task.loss(outputs, targets.to(device))
+
+    def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
+        """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
+        task = self.tasks[name] if task is None else task
+        was_training = self.model.training
+        self.model.eval()
+        totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
+        batches = Batches(as_dataset(data, "data"), max(256, self.config.batch_size), 0, train=False)
+        amp = self.config.amp is not None
+        device = self.device
+        try:
+            with torch.no_grad():
+                for inputs, targets in batches.epoch(0):
+                    targets = targets.to(device)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                        outputs = self.model(inputs.to(device), task=name)
+                    outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
+                    totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
+                    for key, metric in task.metrics.items():
+                        totals[key] += float(metric(outputs, targets)) * len(targets)
+        finally:
+            self.model.train(was_training)
+        return {key: value / batches.samples for key, value in totals.items()}
+
+    def _validate(
+        self, name: str, task: Task, val: Any, progress: _Progress, best: dict[str, Tensor], log: Log
+    ) -> dict[str, Tensor]:
+        """Close an epoch: validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
+        config, state = self.config, self.model.state(name)
+        metrics = self.evaluate(name, val, task=task)
+        report = self.model.report(name)
+        entry = {
+            "epoch": progress.epoch,
+            "loss": progress.loss / max(1, progress.seen),
+            **{f"val_{key}": value for key, value in metrics.items()},
+            "share": report.share,
+            "layers_open": report.layers_open,
+        }
+        log.event("epoch", **entry, scores={row.layer: row.score for row in report.rows} if log.file else {})
+        progress.history.append(entry)
+        key = next(iter(task.metrics), "loss")
+        quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
+        within = config.budget is None or report.share <= config.budget
+        rank = [within, quality if within else -report.share, -report.share]
+        settled = (
+            progress.epoch >= config.warmup_epochs
+            or not state.learned()
+            or config.epochs <= config.warmup_epochs
+        )
+        better = progress.best is None or rank >= progress.best["rank"] or not progress.best["settled"]
+        if config.select == "last" or (settled and better) or progress.best is None:
+            progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
+            best = snapshot(state)
+        if config.budget is not None and progress.epoch >= config.warmup_epochs:
+            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
+        progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
+        return best
+
+    def _interrupt(self, name: str, path: Path | None, save: Any) -> None:
+        if path is None:
+            raise TrainingInterrupted(
+                f"training of {name!r} stopped; config.out is None, so nothing was saved"
+            )
+        save(path)
+        raise TrainingInterrupted(f"training of {name!r} stopped and saved in {path}; run it again to go on")
+
+    def _finish(
+        self, name: str, task: Task, progress: _Progress, settings: dict[str, Any], path: Path | None
+    ) -> Result:
+        assert progress.best is not None
+        within = bool(progress.best["rank"][0])
+        if not within:
+            warnings.warn(
+                f"task {name!r}: no epoch met the budget {self.config.budget}; kept the sparsest",
+                stacklevel=4,
+            )
+        report = self.model.report(name)
+        result = Result(
+            task=name,
+            epoch=progress.best["epoch"],
+            val=progress.best["val"],
+            test={} if task.test is None else self.evaluate(name, task.test, task=task),
+            share=report.share,
+            layers_open=report.layers_open,
+            within_budget=within,
+            seconds=progress.seconds,
+            history=progress.history,
+        )
+        if self.out is not None and path is not None:
+            target = self.out / f"{_safe(name)}.taps"
+            metrics = {"epoch": result.epoch, "val": result.val, "test": result.test}
+            self.model.save_task(name, target, labels=task.labels, metrics=metrics)
+            result.file = str(target)
+            text = json.dumps({"settings": settings, "result": asdict(result)})
+            (self.out / f"{_safe(name)}.result.json").write_text(text, encoding="utf-8")
+            path.unlink(missing_ok=True)
+        return result
+
+    def _finished(self, name: str, settings: dict[str, Any]) -> Result | None:
+        """The result of a task that an earlier run with the same settings finished, loaded into the model."""
+        if self.out is None:
+            return None
+        marker = self.out / f"{_safe(name)}.result.json"
+        if not marker.exists():
+            return None
+        record = json.loads(marker.read_text(encoding="utf-8"))
+        if record["settings"] != json.loads(json.dumps(settings)) or not record["result"]["file"]:
+            return None
+        self.model.reload_task(name, record["result"]["file"])
+        return Result(**record["result"])
