@@ -54,12 +54,12 @@ def _fake_conv2d(
     delta: Any,
     score: Any,
     bias: Any,
-    gate: Any,
-    threshold: float,
     stride: Any,
     padding: Any,
     dilation: Any,
     groups: int,
+    gate: Any,
+    threshold: float,
 ) -> Tensor:
     bias = None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)

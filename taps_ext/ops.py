@@ -44,8 +44,9 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for."""
-    input, weight, delta, score, bias, gate = inputs[:6]
-    ctx.gate = gate
+    input, weight, delta, score, bias = inputs[:5]
+    ctx.gate, ctx.threshold = inputs[-2:]
+    gate = ctx.gate
     mask = _output_mask(ctx)
     keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -99,7 +100,6 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.threshold = inputs[6]
     _save(ctx, inputs)
 
 
@@ -175,8 +175,7 @@ def gated_linear(
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.threshold = inputs[6]
-    ctx.geometry = inputs[7:11]
+    ctx.geometry = inputs[5:9]
     ctx.input_size = tuple(inputs[0].shape[-2:])
     _save(ctx, inputs)
 
@@ -305,7 +304,7 @@ def gated_conv2d(
     pad, ahead = _padding(padding, weight, stride, dilation)
     if ahead is not None:
         input = F.pad(input, ahead)
-    arguments = (input, weight, delta, score, bias, gate, threshold, stride, pad, dilation, groups)
+    arguments = (input, weight, delta, score, bias, stride, pad, dilation, groups, gate, threshold)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
         return torch.ops.taps_ext.gated_conv2d(*arguments)  # type: ignore[no-any-return]
     return _GatedConv2d.apply(*arguments)  # type: ignore[no-any-return]

@@ -63,7 +63,9 @@ def one_of(value: Any, choices: tuple[str, ...], argument: str) -> None:
         raise ConfigError(f"{argument}: expected one of {list(choices)}, got {value!r}{hint}")
 
 
-def number(value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+def number(
+    value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False
+) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["
@@ -89,7 +91,10 @@ class MethodConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, `method` first."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        return {
+            "method": self.method,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
+        }
 
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> MethodConfig:

@@ -314,7 +314,8 @@ def _check_names(group: str, names: tuple[str, ...], *, path: Path) -> None:
 
 
 def _check_layer(name: str, entry: LayerEntry, *, path: Path) -> None:
-    check_name(name, path=path, what="layer")
+    if name != "":  # the base itself may be a gated layer
+        check_name(name, path=path, what="layer")
     if entry.codec is None:
         if entry.open:
             raise CodecError(
