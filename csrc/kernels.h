@@ -4,11 +4,17 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define TAPS_BOTH __host__ __device__
+#else
+#define TAPS_BOTH
+#endif
+
 namespace taps {
 
 enum class Dtype : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(Dtype dtype) {
+TAPS_BOTH constexpr int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
