@@ -18,6 +18,7 @@ from .errors import DuplicateKeyError, HeaderError, LimitError, Path, show
 
 MAX_DEPTH = 32
 MAX_INT_DIGITS = 20  # any 64-bit integer, signed or not
+MAX_RICH_STRINGS = 1 << 18  # 65,536 tensor digests, their names and more
 
 _STRUCTURE = b'"[]{},:'
 _NOT_STRUCTURE = bytes(b for b in range(256) if b not in _STRUCTURE)
@@ -38,7 +39,12 @@ def scan(text: str, *, path: Path, where: str, max_tokens: int) -> None:
     Both are exact up to the first syntax error, where the parser stops anyway. Raises LimitError.
     """
     data = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"")
-    tokens = _STRING.sub(b"", data.translate(None, _NOT_STRUCTURE))
+    data = data.translate(None, _NOT_STRUCTURE).replace(b'""', b"")  # most strings are gone with this
+    if data.count(b'"') > 2 * MAX_RICH_STRINGS:
+        raise LimitError(
+            path, f"{where}: more than {MAX_RICH_STRINGS} strings with brackets, colons or commas"
+        )
+    tokens = _STRING.sub(b"", data)
     if len(tokens) > max_tokens:
         raise LimitError(path, f"{where}: at most {max_tokens} JSON tokens are read, got {len(tokens)}")
     # Ends at the first excess: sums over a prefix that is already too deep need no further look.

@@ -1,0 +1,294 @@
+"""Writing is atomic, durable and polite; reading takes regular files, one descriptor and little memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from store_files import assemble, blob_of, example, tiny
+
+from taps_ext import store
+from taps_ext.store import io
+from taps_ext.store.errors import MissingFileError, NotRegularFileError, UnsupportedTensorError
+
+
+@pytest.fixture
+def umask() -> object:
+    old = os.umask(0o027)
+    yield
+    os.umask(old)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_size_is_returned_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.taps"
+    assert store.save(path, example()) == path.stat().st_size
+    assert os.listdir(tmp_path) == ["a.taps"]
+    assert path.stat().st_nlink == 1
+
+
+def test_a_new_file_follows_the_umask(umask: object, tmp_path: Path) -> None:
+    store.save(tmp_path / "a.taps", tiny())
+    assert mode_of(tmp_path / "a.taps") == 0o640
+
+
+def test_an_existing_file_keeps_its_mode(umask: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.taps"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    store.save(path, tiny())
+    assert mode_of(path) == 0o600
+    assert store.load(path).layers.keys() == {"a"}
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    link = tmp_path / "link.taps"
+    link.symlink_to("real/a.taps")
+    store.save(link, tiny())
+    assert link.is_symlink() and (real / "a.taps").is_file() and os.listdir(real) == ["a.taps"]
+    assert store.load(link).digest == store.load(real / "a.taps").digest
+
+
+def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store.save("a.taps", tiny())
+    assert store.read_header("a.taps").path == "a.taps"
+
+
+FAILURES: list[tuple[str, type[BaseException]]] = [
+    ("os.fsync", OSError),
+    ("os.replace", OSError),
+    ("os.lseek", OSError),
+    ("header_digest", RuntimeError),
+    ("to_bytes", KeyboardInterrupt),
+]
+
+
+@pytest.mark.parametrize(("where", "error"), FAILURES)
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_failure_leaves_the_old_file_alone(
+    where: str, error: type[BaseException], old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.taps"
+    if old is not None:
+        path.write_bytes(old)
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    def fail(*_: object) -> None:
+        raise error("no space left")
+
+    def fail_on_words(*_: object, **__: object) -> None:
+        fail()
+
+    target = where.removeprefix("os.")
+    monkeypatch.setattr(os if where.startswith("os.") else io, target, fail_on_words)
+    with pytest.raises(error):
+        store.save(path, example())
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ([] if old is None else ["a.taps"])
+    assert old is None or path.read_bytes() == old
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_interrupted_in_the_third_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.taps"
+    path.write_bytes(b"old")
+    seen: list[list[str]] = []
+    write: Callable[..., int] = os.write
+
+    def interrupted(fd: int, data: memoryview) -> int:
+        seen.append(os.listdir(tmp_path))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(path, example())
+    monkeypatch.undo()
+    assert len(seen[1]) == 2, "the temporary file is in the same folder"
+    assert os.listdir(tmp_path) == ["a.taps"] and path.read_bytes() == b"old"
+
+
+def test_short_writes_and_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = blob_of(example(), tmp_path)
+    write, readv = os.write, os.readv
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    monkeypatch.setattr(os, "readv", lambda fd, views: readv(fd, [views[0][:5]]))
+    assert blob_of(example(), tmp_path) == expected
+    assert store.load(tmp_path / "made.taps").name == "birds"
+
+
+def test_the_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
+        fsync(fd)
+
+    def replaced(source: str, target: str) -> None:
+        events.append("rename")
+        assert os.path.dirname(source) == os.path.dirname(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    store.save(tmp_path / "a.taps", tiny())
+    assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MissingFileError, match=r"nothing\.taps: no such file"):
+        store.load(tmp_path / "nothing.taps")
+    with pytest.raises(FileNotFoundError):  # the same error, for those who look for the usual one
+        store.load(tmp_path / "nothing.taps")
+    for name, word in (("", "a folder"), ("pipe", "a pipe")):
+        with pytest.raises(NotRegularFileError, match=word):
+            store.load(tmp_path / name)
+        with pytest.raises(NotRegularFileError, match=word):
+            store.save(tmp_path / name, tiny())
+    with pytest.raises(NotRegularFileError, match="a device"):
+        store.load("/dev/null")
+    with pytest.raises(MissingFileError, match="no such folder"):
+        store.save(tmp_path / "no" / "where.taps", tiny())
+    assert sorted(os.listdir(tmp_path)) == ["pipe"]
+
+
+def test_the_file_may_be_swapped_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was validated is what is read, even if the path comes to mean another file in between."""
+    path, other = tmp_path / "a.taps", tmp_path / "b.taps"
+    store.save(path, example())
+    store.save(other, tiny())
+    parse = io.parse_metadata
+
+    def swap(*args: object, **kwargs: object) -> object:
+        os.replace(other, path)
+        return parse(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(io, "parse_metadata", swap)
+    assert store.load(path).name == "birds"
+
+
+def test_verify_false_skips_tensor_digests_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.taps"
+    blob = bytearray(blob_of(example(), tmp_path))
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    assert store.load(path, verify=False).layers["conv3"].delta is not None
+    assert store.verify(path).damaged == ("conv3.delta",) and not store.verify(path).ok
+    path.write_bytes(bytes(blob).replace(b"jay", b"joy"))
+    with pytest.raises(store.errors.DigestError, match="header"):
+        store.load(path, verify=False)
+
+
+def test_the_header_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.taps"
+    size = store.save(path, example())
+    header = store.read_header(path)
+    assert header.file_bytes == size and header.digest == store.load(path).digest
+    assert header.metadata.labels == ["jay", "wren"]
+    assert header.tensors["conv1.delta"].shape == (2, 3, 1, 1)
+    assert header.claims["conv1.delta"] == store.Claim("delta", "conv1", "delta")
+    assert header.digests["conv1.delta"] == store.tensor_digest(example().layers["conv1"].delta)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "word"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "complex64"),
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.zeros(2, device="meta"), "meta"),
+        (torch.nn.parameter.UninitializedParameter(), "uninitialised"),
+        (lambda: torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8), "quantised"),
+        (torch.zeros(2, dtype=torch.float8_e5m2), "float8_e5m2"),
+        ([1.0], "list"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_without_plain_bytes_are_refused_by_name(tensor: object, word: str, tmp_path: Path) -> None:
+    if callable(tensor) and not isinstance(tensor, torch.Tensor):
+        tensor = tensor()
+    with pytest.raises(UnsupportedTensorError, match=rf"'pos\.value'.*{word}"):
+        store.save(tmp_path / "a.taps", example(values={"pos": tensor}))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_device_is_honoured(tmp_path: Path) -> None:
+    store.save(tmp_path / "a.taps", tiny())
+    assert store.load(tmp_path / "a.taps", device=torch.device("cpu")).values["mask"].device.type == "cpu"
+
+
+def resident(key: str) -> int:
+    """Bytes of memory this process holds ("VmRSS") or has held at most since the last reset ("VmHWM")."""
+    words = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    ).split()
+    return int(words[1]) * 1024
+
+
+def grown(action: Callable[[], object]) -> int:
+    """Bytes by which `action` raises the process's memory at its peak."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the peak of memory cannot be reset here")
+    before = resident("VmRSS")
+    action()
+    return resident("VmHWM") - before
+
+
+def test_memory(tmp_path: Path) -> None:
+    """128 MiB: writing and verifying need a constant amount, reading the tensors once."""
+    path, mib = tmp_path / "large.taps", 1 << 20
+    task = tiny()
+    task.values = {str(i): torch.full((8 << 20,), float(i)) for i in range(4)}
+    store.save(tmp_path / "small.taps", tiny())
+    store.verify(tmp_path / "small.taps")
+    assert grown(lambda: torch.ones(16 << 20)) > 60 * mib, "the measurement works"
+    assert grown(lambda: store.save(path, task)) < 8 * mib
+    assert grown(lambda: store.fingerprint(task.values)) < 8 * mib
+    assert 100 * mib < grown(lambda: store.load(path)) < (128 + 8) * mib
+    assert grown(lambda: store.verify(path)) < (16 + 8) * mib
+    assert grown(lambda: store.read_header(path)) < 4 * mib
+
+
+def test_a_hostile_size_is_refused_by_arithmetic(tmp_path: Path) -> None:
+    path = tmp_path / "huge.taps"
+    entry = b'{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (2**60, 2**60)
+    path.write_bytes(assemble(entry, b""))
+
+    def load() -> None:
+        with pytest.raises(store.errors.TruncatedFileError, match="1152921504606846976"):
+            store.load(path)
+
+    assert grown(load) < 8 << 20
+
+
+BOMBS = [b"[],", b'"":0,', b"1e9,", b'"\\u0061",', b'{"a":{}},', b"\\\\", b'"', b'"[",', b'"","[":0,', b'""']
+
+
+@pytest.mark.parametrize("piece", BOMBS)
+@pytest.mark.parametrize("opening", [b'{"a":[', b"{"])
+@pytest.mark.parametrize("count", [16 << 20, 250_000])
+def test_hostile_headers_cost_little_memory(opening: bytes, piece: bytes, count: int, tmp_path: Path) -> None:
+    """16 MiB of anything, or 250,000 times the piece, is refused within 256 MiB."""
+    path = tmp_path / "bomb.taps"
+    path.write_bytes(assemble(opening + (piece * count)[: (16 << 20) - 16], b""))
+
+    def load() -> None:
+        with pytest.raises(store.TaskFileError):
+            store.load(path)
+
+    assert grown(load) < 256 << 20
