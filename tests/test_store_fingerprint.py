@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from taps_ext.store import fingerprint, plain_name, tensor_digest
+from taps_ext.store import TaskFile, fingerprint, load, plain_name, save, tensor_digest
 from taps_ext.store import tensors as store_tensors
 from taps_ext.store.errors import DuplicateKeyError, UnsupportedTensorError
+
+TASK: dict[str, Any] = {"method": {"method": "full"}, "parent": "sha256:" + "0" * 64}
 
 
 def model() -> nn.Module:
@@ -131,3 +134,16 @@ def test_an_empty_tensor_has_a_shape() -> None:
     assert tensor_digest(torch.empty(0, 3)) != tensor_digest(torch.empty(3, 0))
     assert tensor_digest(torch.tensor(1.0)) != tensor_digest(torch.tensor([1.0]))
     assert tensor_digest(torch.tensor(1.0)) == tensor_digest(nn.Parameter(torch.tensor(1.0)))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_does_not_matter(tmp_path: Path) -> None:
+    expected = fingerprint(state(model()))
+    assert fingerprint(state(model().cuda().to(memory_format=torch.channels_last))) == expected
+    on_cpu, on_gpu = TaskFile(**TASK, values=state(model())), TaskFile(**TASK, values=state(model().cuda()))
+    save(tmp_path / "cpu.taps", on_cpu)
+    save(tmp_path / "gpu.taps", on_gpu)
+    assert (tmp_path / "cpu.taps").read_bytes() == (tmp_path / "gpu.taps").read_bytes()
+    back = load(tmp_path / "cpu.taps", device="cuda").values
+    assert all(tensor.is_cuda for tensor in back.values()) and fingerprint(back) == expected
