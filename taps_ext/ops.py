@@ -70,7 +70,7 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The autocast type that applies to `input`, or None."""
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.is_floating_point() and input.dtype != torch.float64:
-        return torch.getautocast_dtype(kind)
+        return torch.get_autocast_dtype(kind)
     return None
 
 
