@@ -5,7 +5,17 @@ from .compare import check_parent, check_tensors
 from .errors import TaskFileError
 from .fingerprint import fingerprint, plain_name
 from .format import FORMAT, TensorInfo
-from .io import FileHeader, TensorFile, Verification, read, read_header, read_safetensors, verify, write
+from .io import (
+    FileHeader,
+    TensorFile,
+    Verification,
+    read,
+    read_header,
+    read_safetensors,
+    verify,
+    write,
+    write_safetensors,
+)
 from .metadata import Claim, LayerEntry, Metadata
 from .task_file import LayerRecord, TaskFile, load, save
 from .tensors import tensor_digest
@@ -36,4 +46,5 @@ __all__ = [
     "tensor_digest",
     "verify",
     "write",
+    "write_safetensors",
 ]

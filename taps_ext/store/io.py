@@ -201,6 +201,26 @@ def read_safetensors(
     return tensors, dict(header.metadata)
 
 
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> int:
+    """Writes a plain safetensors file (base weights, say) as durably as `write` does; returns its bytes.
+
+    Raises UnsupportedTensorError, TensorNameError, LimitError, MissingFileError, NotRegularFileError, and
+    OSError from the disk.
+    """
+    sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
+    plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
+    header = encode_header(plan, metadata or {}, path=path)
+    with _replacing(path) as fd:
+        _write_all(fd, memoryview(header))
+        for name in plan:
+            data, owner = to_bytes(sources[name])
+            _write_all(fd, data)
+            del data, owner
+    return len(header) + sum(info.nbytes for info in plan.values())
+
+
 def check_claims(
     claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], metadata: Metadata, *, path: Path
 ) -> None:
