@@ -1,0 +1,165 @@
+"""`imagefolder:DIR`: image files in one folder per class, read with Pillow when they are asked for.
+
+DIR/train, DIR/val and DIR/test each hold the class folders; with train and val alone, val is the test set.
+Otherwise DIR holds the class folders itself and 15 % of each class validate, 15 % test: a fixed split by file
+name, whatever the seed. Copies of one image under two names are not detected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .source import Options, Source, SourceError, Statistics, apply_normalize, check_normalize, require
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def read_image(path: Path, size: int, channels: int) -> Tensor:
+    """One image, float32 [channels, size, size] in [0, 1].
+
+    It is turned upright by its EXIF tag, its shorter side scaled to `size` (bilinear, antialiased), and its
+    centre square kept. Alpha is dropped; of an animation the first frame counts.
+
+    Raises:
+        SourceError: no image, truncated, absurdly large, or more than 8 bits deep; the message names the
+            file.
+    """
+    image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
+    try:
+        with image_module.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise SourceError(f"cannot read image {path}: mode {image.mode} is deeper than 8 bits")
+            image = operations.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            image = operations.fit(image, (size, size), method=image_module.Resampling.BILINEAR)
+    except SourceError:
+        raise
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+        raise SourceError(f"cannot read image {path}: {error}") from error
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).view(size, size, channels)
+    return pixels.permute(2, 0, 1).float().div_(255)
+
+
+class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Image files and their labels; item i is (float32 [C, S, S], int64 []), read in `__getitem__`.
+
+    Attributes:
+        paths: the files.
+        y: class indices, int64 [N].
+    """
+
+    def __init__(
+        self, items: Sequence[tuple[Path, int]], size: int, channels: int, normalize: Statistics | None = None
+    ) -> None:
+        if normalize is not None:
+            check_normalize(normalize, channels)
+        self.paths = [path for path, _ in items]
+        self.y = torch.tensor([label for _, label in items], dtype=torch.int64)
+        self.size, self.channels, self.statistics = size, channels, normalize
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = read_image(self.paths[index], self.size, self.channels)
+        return apply_normalize(x, self.statistics), self.y[index]
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the visible folders in `folder`, sorted."""
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def list_images(folder: Path, classes: Sequence[str]) -> tuple[dict[str, list[Path]], int]:
+    """Image files per class, sorted, at any depth below the class folder, and how many other files lie there.
+
+    Raises:
+        SourceError: a class that is not in `classes`, or a class folder without images.
+    """
+    found: dict[str, list[Path]] = {}
+    others = 0
+    for name in class_names(folder):
+        if name not in classes:
+            raise SourceError(f"{folder / name}: class {name!r} does not exist in train")
+        files = sorted(path for path in (folder / name).rglob("[!.]*") if path.is_file())
+        found[name] = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        others += len(files) - len(found[name])
+        if not found[name]:
+            raise SourceError(f"{folder / name}: no images (looked for {' '.join(EXTENSIONS)})")
+    return found, others
+
+
+def stratified(found: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
+    """Three splits of each class, 70 % / 15 % / 15 % and at least one image in each, in a fixed shuffle.
+
+    Raises:
+        SourceError: a class with fewer than 3 images.
+    """
+    splits: dict[str, dict[str, list[Path]]] = {"train": {}, "val": {}, "test": {}}
+    for name, paths in found.items():
+        if len(paths) < 3:
+            raise SourceError(f"{paths[0].parent}: class {name!r} has {len(paths)} images, a split needs 3")
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+        held = max(1, round(0.15 * len(paths)))
+        splits["val"][name] = sorted(paths[i] for i in order[:held])
+        splits["test"][name] = sorted(paths[i] for i in order[held : 2 * held])
+        splits["train"][name] = sorted(paths[i] for i in order[2 * held :])
+    return splits
+
+
+def open_folder(rest: str, options: Options) -> Source:
+    """`imagefolder:DIR` at [channels, size, size]; defaults 3 and 224. The seed has no effect.
+
+    Raises:
+        SourceError: no such folder, no classes or images, a class unknown to train, or pillow is not
+            installed.
+    """
+    require("PIL.Image", "pillow")
+    root = Path(rest)
+    if not root.is_dir():
+        raise SourceError(f"imagefolder: no such folder: {rest}")
+    ready = [split for split in ("train", "val", "test") if (root / split).is_dir()]
+    if ("train" in ready and len(ready) == 1) or (ready and "train" not in ready):
+        alone = " and ".join(f"{split}/" for split in ready)
+        raise SourceError(f"{root}: has only {alone}; expected train/ with test/ or val/, or class folders")
+    classes = class_names(root / "train" if ready else root)
+    if not classes:
+        raise SourceError(f"{root}: no class folders")
+    if ready:
+        listed = {split: list_images(root / split, classes) for split in ready}
+        others = sum(count for _, count in listed.values())
+        splits = {split: found for split, (found, _) in listed.items()}
+        text = f"image files of {root.name}, splits as stored"
+        if "test" not in splits:
+            splits["test"] = splits.pop("val")
+            text += " (there is no test folder: val is the test set)"
+    else:
+        found, others = list_images(root, classes)
+        splits = stratified(found)
+        text = f"image files of {root.name}, fixed stratified split 70/15/15 by file name"
+    if others:
+        text += f"; {others} other files left out"
+    datasets = {
+        split: FolderDataset(
+            [(path, classes.index(name)) for name, paths in found.items() for path in paths],
+            options.size or 224,
+            options.channels or 3,
+            options.normalize,
+        )
+        for split, found in splits.items()
+    }
+    return Source(
+        f"imagefolder:{rest}",
+        datasets["train"],
+        datasets.get("val"),
+        datasets["test"],
+        classes=tuple(classes),
+        description=text,
+        normalize=options.normalize,
+    )
