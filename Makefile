@@ -46,3 +46,55 @@ $(VENV)/.built: $(VENV)/.created setup.py CMakeLists.txt pyproject.toml $(SOURCE
 
 .PHONY: build
 build: $(VENV)/.built
+
+# --- wheels -------------------------------------------------------------------------------------
+
+# What torch brings; the wheel must not carry copies of it.
+TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so
+
+.PHONY: wheel
+wheel: $(VENV)/.created
+	rm -rf dist wheelhouse
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir wheelhouse \
+	  $(foreach library,$(TORCH_LIBRARIES),--exclude $(library)) dist/*.whl
+	$(PY) tools/describe_wheel.py wheelhouse/*.whl
+
+# --- one binary, every torch from the target on -------------------------------------------------
+
+ABI := .abi
+ABI_OLDEST := 2.11.0
+ABI_CPU := 2.13.0
+ABI_WHEELS := $(ABI)/wheel
+
+$(ABI)/%/.installed:
+	test -x $(ABI)/$*/bin/python || $(PYTHON) -m venv $(ABI)/$*
+	$(ABI)/$*/bin/python -m pip install --quiet "torch==$*" numpy
+	touch $@
+
+# Built against the oldest headers; `make build` shows that the newest ones compile too.
+$(ABI)/$(ABI_OLDEST)/.builds: $(ABI)/$(ABI_OLDEST)/.installed
+	$(ABI)/$(ABI_OLDEST)/bin/python -m pip install --quiet $(BUILD_REQUIREMENTS)
+	touch $@
+
+.PHONY: abi
+abi: $(ABI)/$(ABI_OLDEST)/.builds $(ABI)/$(ABI_CPU)/.installed $(VENV)/.created
+	rm -rf $(ABI_WHEELS)
+	$(ABI)/$(ABI_OLDEST)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --wheel-dir $(ABI_WHEELS) .
+	$(PY) tests/abi/run.py --wheel $(ABI_WHEELS)/*.whl --python $(ABI)/$(ABI_OLDEST)/bin/python \
+	  --python $(ABI)/$(ABI_CPU)/bin/python --target $(PY)
+
+# --- CUDA without a GPU -------------------------------------------------------------------------
+
+CUDA_BUILD := build/cuda-compile
+
+.PHONY: cuda-compile
+cuda-compile: $(VENV)/.created
+	rm -rf $(CUDA_BUILD)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(CUDA_BUILD) -DCMAKE_BUILD_TYPE=Release \
+	  -DTAPS_CUDA=ON -DTAPS_PTXAS_VERBOSE=ON -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
+	  $(if $(TAPS_CUDA_ARCHITECTURES),-DTAPS_CUDA_ARCHITECTURES="$(TAPS_CUDA_ARCHITECTURES)") > /dev/null
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(CUDA_BUILD) --parallel $(JOBS) > $(CUDA_BUILD)/log.txt \
+	  || { tail -40 $(CUDA_BUILD)/log.txt; exit 1; }
+	$(PY) tools/ptxas_table.py $(CUDA_BUILD)/log.txt

@@ -27,9 +27,30 @@ LinearSizes check_linear(const Described& activation, const char* name, const De
   return sizes;
 }
 
+// [..., C] as [rows, C]: a view where the leading dimensions lie evenly, else a copy.
 Tensor as_matrix(const Described& activation, int64_t rows, int64_t columns) {
-  if (activation.ndim() == 2) return *activation.tensor;
+  const int64_t ndim = activation.ndim();
+  if (ndim == 2) return *activation.tensor;
+  bool even = true;
+  int64_t step = columns, span = 0;  // of the rows; of one index of the dimension to the left
+  for (int64_t dim = ndim - 2; dim >= 0; --dim) {
+    if (activation.sizes[dim] == 1) continue;
+    if (span == 0) {
+      step = span = activation.strides[dim];
+    }
+    even = even && activation.strides[dim] == span && span > 0;
+    span *= activation.sizes[dim];
+  }
+  const int64_t sizes[2] = {rows, columns};
+  const int64_t strides[2] = {step, activation.strides[ndim - 1]};
+  if (even && rows > 0) return reshaped(*activation.tensor, Span(sizes, 2), Span(strides, 2));
   return call("aten::reshape", "", *activation.tensor, Ints{rows, columns});
+}
+
+Tensor transposed(const Tensor& matrix) {
+  const int64_t sizes[2] = {matrix.size(1), matrix.size(0)};
+  const int64_t strides[2] = {matrix.stride(1), matrix.stride(0)};
+  return reshaped(matrix, Span(sizes, 2), Span(strides, 2));
 }
 
 }  // namespace
@@ -85,7 +106,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
     if (dy.ndim() != 2) {
       Ints shape(dy.sizes.begin(), dy.sizes.end());
       shape.back() = sizes.inputs;
-      dinput = call("aten::view", "", *dinput, shape);
+      dinput = reshaped(*dinput, Span(shape.data(), shape.size()),
+                        contiguous_strides(Span(shape.data(), shape.size())));
     }
   }
 
@@ -122,7 +144,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
       const Tensor g = holder == Holder::kDelta    ? empty_like(*w.delta)
                        : holder == Holder::kWeight ? empty_like(w.weight)
                                                    : *scratch.tensor;
-      call("aten::mm", "out", call("aten::t", "", dy_taken), x2, g);
+      call("aten::mm", "out", transposed(dy_taken), x2, g);
       grads = settle(side, g, holder);
     } else {
       grads.delta = zeros_like(*w.delta);  // known to be closed: no product is needed for a zero

@@ -87,6 +87,14 @@ Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place) {
   return Tensor(handle);
 }
 
+Tensor reshaped(const Tensor& tensor, Span sizes, Span strides) {
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
+                                             sizes.data(), strides.data(), 0, &handle),
+              "view");
+  return Tensor(handle);
+}
+
 Tensor empty_like(const Described& like) {
   return empty_strided(like.sizes, dense_strides(like), like.dtype, like.place);
 }
