@@ -13,7 +13,7 @@ from . import reference
 from .errors import ConfigError, GateError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
-from .nn.route import original_class
+from .nn.route import original_class, unroute
 
 
 def module_key(name: str) -> str:
@@ -30,6 +30,13 @@ class TaskHead(nn.Module):
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def _plain(head: nn.Module) -> nn.Module:
+    """Undo the routing that a copy of a base module brings along."""
+    for module in head.modules():
+        unroute(module)
+    return head
 
 
 def make_head(
@@ -50,11 +57,12 @@ def make_head(
         )
     old = base.get_submodule(path)
     if head is not None:
-        return head
+        shared = {id(p) for p in base.parameters()}
+        if any(id(p) in shared for p in head.parameters()):
+            raise ConfigError("head: expected a module of its own, got one that shares parameters with the base")
+        return _plain(head)
     if num_classes is None:
-        fresh = copy.deepcopy(old)
-        fresh.__class__ = original_class(old)
-        return fresh.requires_grad_(True)
+        return _plain(copy.deepcopy(old)).requires_grad_(True)
     if not isinstance(old, nn.Linear):
         raise ConfigError(
             f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear"
