@@ -54,7 +54,7 @@ TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.
 
 .PHONY: wheel
 wheel: $(VENV)/.created
-	rm -rf dist wheelhouse
+	rm -rf dist wheelhouse build/lib.* build/bdist.*  # setuptools would pack modules that are gone
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir wheelhouse \
 	  $(foreach library,$(TORCH_LIBRARIES),--exclude $(library)) dist/*.whl
@@ -79,7 +79,7 @@ $(ABI)/$(ABI_OLDEST)/.builds: $(ABI)/$(ABI_OLDEST)/.installed
 
 .PHONY: abi
 abi: $(ABI)/$(ABI_OLDEST)/.builds $(ABI)/$(ABI_CPU)/.installed $(VENV)/.created
-	rm -rf $(ABI_WHEELS)
+	rm -rf $(ABI_WHEELS) build/lib.* build/bdist.*
 	$(ABI)/$(ABI_OLDEST)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	  --wheel-dir $(ABI_WHEELS) .
 	$(PY) tests/abi/run.py --wheel $(ABI_WHEELS)/*.whl --python $(ABI)/$(ABI_OLDEST)/bin/python \

@@ -63,7 +63,7 @@ def test_choice_of_path():
         OPS.gated_linear(x, weight, weight, None, None, True, TAU)
     with pytest.raises(RuntimeError, match="expected stock, rebuild or None, got turbo"):
         _C.force_path("turbo")
-    with pytest.raises(RuntimeError, match="expected one of .*baseline, got mmx"):
+    with pytest.raises(RuntimeError, match=r"expected one of .*baseline, got mmx"):
         _C.force_isa("mmx")
 
 
@@ -350,7 +350,7 @@ def test_zero_sized_batch():
 @pytest.mark.parametrize("indices", [[0], [3, 1], [0, 1, 2, 3], []])
 def test_rows_sample_the_weight_side_only(gate, indices):
     rows, scale = torch.tensor(indices, dtype=torch.int64), 1.5
-    x, g, weight, delta, bias = linear_case((4, 2))
+    x, g, weight, delta, _ = linear_case((4, 2))
     full = OPS.gated_linear_backward(g, x, weight, delta, OPEN, gate, TAU, [True] * 5, None, 1.0)
     part = OPS.gated_linear_backward(g[rows], x[rows], weight, delta, OPEN, gate, TAU, [True] * 5, None, 1.0)
     got = OPS.gated_linear_backward(g, x[rows], weight, delta, OPEN, gate, TAU, [True] * 5, rows, scale)

@@ -8,7 +8,8 @@ from pathlib import Path
 text = Path(sys.argv[1]).read_text()
 pattern = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 kernels = [match.groupdict() for match in pattern.finditer(text)]

@@ -20,13 +20,12 @@ __device__ double block_sum(double value) {
 
 // T is what the operands are read as; products and sums are fp64 either way.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dot_chunks_kernel(Dot args, int64_t per_chunk, bool flat,
-                                                              bool vectors) {
-  const int64_t begin = blockIdx.x * per_chunk;
-  const int64_t end = min(begin + per_chunk, args.walk.numel);
+__global__ void __launch_bounds__(kThreads, 4) dot_flat(Dot args, bool vectors) {
+  const int64_t begin = blockIdx.x * kDotChunk;
+  const int64_t end = min(begin + kDotChunk, args.walk.numel);
   double sum = 0.0;
   int64_t done = begin;
-  if (vectors) {  // per_chunk is a multiple of kVector, so every vector is aligned
+  if (vectors) {  // kDotChunk is a multiple of kVector, so every vector is aligned
     const int64_t whole = (end - begin) / kVector;
     for (int64_t i = threadIdx.x; i < whole; i += kThreads) {
       T a[kVector], b[kVector];
@@ -37,9 +36,21 @@ __global__ void __launch_bounds__(kThreads) dot_chunks_kernel(Dot args, int64_t 
     }
     done = begin + whole * kVector;
   }
-  for (int64_t i = done + threadIdx.x; i < end; i += kThreads) {
-    int64_t at[2] = {i, i};
-    if (!flat) offsets_of(args.walk, i, at);
+  for (int64_t i = done + threadIdx.x; i < end; i += kThreads) {  // tail, or misaligned operands
+    sum += static_cast<double>(load_one<T>(args.a, args.a_dtype, i)) *
+           static_cast<double>(load_one<T>(args.b, args.b_dtype, i));
+  }
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) args.partials[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads) dot_strided(Dot args, int64_t per_chunk) {
+  const int64_t begin = blockIdx.x * per_chunk;
+  const int64_t end = min(begin + per_chunk, args.walk.numel);
+  double sum = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
+    int64_t at[2];
+    offsets_of(args.walk, i, at);
     sum += load_one<double>(args.a, args.a_dtype, at[0]) *
            load_one<double>(args.b, args.b_dtype, at[1]);
   }
@@ -62,14 +73,14 @@ void dot(const Dot& args, int device, void* stream) {
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   const int64_t chunks = dot_chunks(args.walk);
   if (chunks > 0) {
-    const bool flat = args.walk.flat();
-    const bool vectors = flat && aligned(args.a) && aligned(args.b);
-    const int64_t per_chunk = flat ? kDotChunk : (args.walk.numel + chunks - 1) / chunks;
+    const bool vectors = aligned(args.a) && aligned(args.b);
     const unsigned blocks = static_cast<unsigned>(chunks);
-    if (args.a_dtype == Dtype::kFloat64 || args.b_dtype == Dtype::kFloat64) {
-      dot_chunks_kernel<double><<<blocks, kThreads, 0, queue>>>(args, per_chunk, flat, vectors);
+    if (!args.walk.flat()) {
+      dot_strided<<<blocks, kThreads, 0, queue>>>(args, (args.walk.numel + chunks - 1) / chunks);
+    } else if (args.a_dtype == Dtype::kFloat64 || args.b_dtype == Dtype::kFloat64) {
+      dot_flat<double><<<blocks, kThreads, 0, queue>>>(args, vectors);
     } else {
-      dot_chunks_kernel<float><<<blocks, kThreads, 0, queue>>>(args, per_chunk, flat, vectors);
+      dot_flat<float><<<blocks, kThreads, 0, queue>>>(args, vectors);
     }
     check(cudaGetLastError(), "dot");
   }

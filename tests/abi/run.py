@@ -20,6 +20,10 @@ HERE = Path(__file__).resolve().parent
 SYSTEM = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")
 
 
+def output_of(command, **options):
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, **options).stdout
+
+
 def run_check(python, wheel, folder):
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel]
     environment = dict(os.environ)
@@ -43,7 +47,7 @@ def run_check(python, wheel, folder):
 
 
 def symbols(path, which):
-    listing = subprocess.run(["nm", "-D", which, path], check=True, text=True, stdout=subprocess.PIPE).stdout
+    listing = output_of(["nm", "-D", which, path])
     return {line.split()[-1] for line in listing.splitlines() if line.strip()}
 
 
