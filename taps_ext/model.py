@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import merging, taskfile
-from .errors import BypassedLayerError, ConfigError, TapsError, suggestion
+from .errors import BypassedLayerError, ConfigError, TapsError, UnsupportedModuleError, suggestion
 from .methods import MethodConfig
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import GATED_TYPES
@@ -85,6 +86,9 @@ class TaskModel(nn.Module):
             raise ConfigError(
                 f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs"
             )
+        for name, parameter in base.named_parameters():
+            if is_lazy(parameter):
+                raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
         self.base = base
         self.config = config
         self.gates = gates

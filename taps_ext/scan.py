@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .errors import ConfigError, UnsupportedModuleError, suggestion
@@ -89,8 +88,6 @@ def find_head(base: nn.Module) -> str | None:
 def _refusal(name: str, module: nn.Module) -> str | None:
     """Why a module that holds weights cannot be gated, or None if it can or need not be."""
     kind = original_class(module).__name__
-    if any(is_lazy(p) for p in module._parameters.values() if p is not None):
-        return f"{name}: expected initialised parameters, got {kind} with lazy ones; run the base model once first"
     if isinstance(module, GATED_TYPES):
         if parametrize.is_parametrized(module):
             return (
