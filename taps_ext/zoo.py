@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,9 +61,9 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.stem(x)))
-        return self.fc(self.stages(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.fc(self.stages(x).mean(dim=(2, 3)))
 
 
-def small_resnet(num_classes: int = 10, channels: int = 1, **kwargs: object) -> SmallResNet:
+def small_resnet(num_classes: int = 10, channels: int = 1, **kwargs: Any) -> SmallResNet:
     """:class:`SmallResNet` as a factory: `model = "python:taps_ext.zoo.small_resnet"` in a configuration."""
-    return SmallResNet(num_classes, channels, **kwargs)  # type: ignore[arg-type]
+    return SmallResNet(num_classes, channels, **kwargs)

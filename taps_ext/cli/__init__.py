@@ -1,0 +1,111 @@
+"""The `taps` command. Each command is a module with `PURPOSE`, `EXAMPLE`, `add_arguments` and `run`.
+
+Results go to stdout (with `--json`, one JSON document and nothing else), progress and errors to stderr. Exit
+codes: 0 done, 1 a check failed, 2 a mistake in what was asked (one line says which), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..errors import TapsError, suggestion
+from ..version import __version__
+from . import demo, env, evaluate, inspect, predict, selftest, train, verify
+
+COMMANDS: dict[str, Any] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "inspect": inspect,
+    "verify": verify,
+    "env": env,
+    "selftest": selftest,
+}
+
+
+class UsageError(Exception):
+    """The command line cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="taps",
+        description="One frozen base model, many tasks: train, check and run files of gated weight deltas.",
+        epilog="`taps COMMAND --help` shows the options and an example. A first try: taps demo",
+    )
+    parser.add_argument("--version", action="version", version=f"taps_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.PURPOSE,
+            description=module.PURPOSE,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _explain(error: BaseException) -> str | None:
+    """The one line that tells a user what was wrong, or None for an error that is a bug."""
+    from ..data import SourceError
+    from ..store import TaskFileError
+
+    if isinstance(error, (UsageError, TapsError, SourceError, TaskFileError)):
+        text = str(error)
+    elif isinstance(error, OSError):
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        text = where + (error.strerror or str(error))
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _fail(message: str) -> int:
+    print(f"taps: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _warn(message: Any, *_: Any, **__: Any) -> None:
+    print(f"taps: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        hint = suggestion(argv[0], COMMANDS)
+        return _fail(f"command: expected one of {', '.join(COMMANDS)}, got {argv[0]!r}{hint}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            args = make_parser().parse_args(argv)
+            code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt as interrupt:
+            print(f"taps: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            message = _explain(error)
+            if message is None:
+                raise
+            return _fail(message)

@@ -1,0 +1,120 @@
+"""Base models by name (timm, torchvision or a function of your own), with weights from a local file."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXPECTED = "expected timm:NAME, torchvision:NAME or python:MODULE.FUNCTION"
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"base.model: {name} is not installed: pip install {name}") from None
+
+
+def _factory(spec: str) -> tuple[Any, dict[str, Any]]:
+    """The callable that makes the model and what to call it with."""
+    scheme, _, name = spec.partition(":")
+    if scheme == "timm" and name:
+        timm = _library("timm")
+        if not timm.is_model(name.split(".")[0]):
+            hint = suggestion(name, timm.list_models())
+            raise ConfigError(f"base.model: timm has no model {name!r}{hint}")
+        return timm.create_model, {"model_name": name}
+    if scheme == "torchvision" and name:
+        models = _library("torchvision").models
+        if name not in models.list_models():
+            raise ConfigError(
+                f"base.model: torchvision has no model {name!r}{suggestion(name, models.list_models())}"
+            )
+        return models.get_model, {"name": name}
+    if scheme == "python" and name:
+        from ..data.python import find_function
+
+        return find_function(name), {}
+    raise ConfigError(f"base.model: {EXPECTED}, got {spec!r}")
+
+
+def build_base(section: Mapping[str, Any]) -> nn.Module:
+    """The base that a `[base]` section describes, in evaluation mode.
+
+    Keys: `model`; `weights`: a safetensors file, or "random" for an untrained base drawn from `seed` (default
+    0); `num_classes` and `args`: passed to the factory; `head_module` is used by the caller.
+
+    Raises:
+        ConfigError: an unknown model, arguments that it refuses, weights that do not fit it exactly.
+        TaskFileError: the weights are no safetensors file.
+    """
+    import torch
+    from torch import nn
+
+    spec, args = section.get("model"), section.get("args", {})
+    if not isinstance(spec, str):
+        raise ConfigError(f"base.model: {EXPECTED}, got {spec!r}")
+    if not isinstance(args, dict):
+        raise ConfigError(f"base.args: expected a table of arguments, got {args!r}")
+    seed, weights = section.get("seed", 0), section.get("weights")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"base.seed: expected an int >= 0, got {seed!r}")
+    if weights is not None and not isinstance(weights, str):
+        raise ConfigError(f"base.weights: expected a file name or 'random', got {weights!r}")
+    brings_its_own = spec.startswith("python:") or args.get("pretrained") or args.get("weights")
+    if weights is None and not brings_its_own:
+        raise ConfigError(
+            "base.weights: expected a safetensors file or 'random' (an untrained base), got none"
+        )
+    factory, settings = _factory(spec)
+    if "num_classes" in section:
+        settings["num_classes"] = section["num_classes"]
+    settings.update(args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = factory(**settings)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"base.model: {spec} with {settings} failed: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"base.model: expected {spec} to make an nn.Module, got {type(model).__name__}")
+    if weights is not None and weights != "random":
+        load_weights(model, weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill a model from a safetensors file that holds exactly its state, in name, shape and dtype.
+
+    A file without the batch counters (`num_batches_tracked`) is accepted: evaluation does not read them.
+
+    Raises:
+        ConfigError: the first tensor that is missing, too many or of another shape or dtype.
+        TaskFileError: the file cannot be read as safetensors.
+    """
+    from .. import store
+
+    stored, _ = store.read_safetensors(path)
+    wanted = model.state_dict()
+    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    if missing or extra:
+        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model has not"
+        counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)} tensors"
+        raise ConfigError(f"base.weights: {path} {problem} ({counts})")
+    for name, tensor in stored.items():
+        like = wanted[name]
+        if (like.shape, like.dtype) != (tensor.shape, tensor.dtype):
+            raise ConfigError(
+                f"base.weights: {path}: {name}: expected {like.dtype} {list(like.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+    model.load_state_dict({**wanted, **stored})

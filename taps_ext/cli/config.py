@@ -1,0 +1,252 @@
+"""The configuration of `taps train`, `eval` and `predict`: TOML plus `key=value`.
+
+    [base]                          [method]                 [tasks.rotated]
+    model = "timm:resnet18"         method = "taps"          source = "digits:rotated"
+    weights = "resnet18.safetensors"  lam = 0.3
+    num_classes = 1000                                       [tasks.letters]
+    [data]                          [train]                  source = "glyphs:letters"
+    size = 224                      epochs = 30              method = { lam = 0.1 }
+    channels = 3                    lr = 0.01
+
+Paths in the file are relative to it, paths in overrides to the working folder. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..data import Source
+    from ..methods import MethodConfig
+    from ..train import TrainConfig
+
+SECTIONS = ("base", "data", "method", "train", "tasks")
+BASE_KEYS = ("model", "weights", "num_classes", "head_module", "seed", "args")
+DATA_KEYS = ("size", "channels", "normalize", "seed")
+TASK_KEYS = ("source", "method", "num_classes")
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ConfigError("config: reading TOML on Python 3.10 needs tomli: pip install tomli") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}") from None
+
+
+def override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `key=value`, e.g. `train.lr=0.01`. A value that is not TOML is taken as a string.
+
+    Raises:
+        ConfigError: no `=`, a key that is not dotted names, or one that leads through a value.
+    """
+    key, equals, value = text.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
+        raise ConfigError(f"override: expected key=value such as train.lr=0.01, got {text!r}")
+    parsed: Any = value
+    with suppress(ConfigError):
+        found = _toml(f"value = {value}")
+        parsed = found["value"] if len(found) == 1 else value
+    if names[0] not in SECTIONS:
+        hint = suggestion(names[0], SECTIONS)
+        raise ConfigError(f"override: unknown section {names[0]!r}{hint} in {text!r}")
+    for name in names[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override: {key}: expected {name!r} to be a section, got a value")
+    tree[names[-1]] = parsed
+
+
+def _keys(section: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(section, dict):
+        raise ConfigError(f"{where}: expected a section, got {section!r}")
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{suggestion(key, known)}; known: {list(known)}")
+
+
+def _anchor(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths that a file names absolute."""
+
+    def absolute(path: Any) -> Any:
+        return str((folder / path).resolve()) if isinstance(path, str) else path
+
+    base, training, tasks = (tree.get(name) for name in ("base", "train", "tasks"))
+    if isinstance(base, dict) and "weights" in base and base["weights"] != "random":
+        base["weights"] = absolute(base["weights"])
+    if isinstance(training, dict) and "out" in training:
+        training["out"] = absolute(training["out"])
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        spec = task.get("source") if isinstance(task, dict) else None
+        scheme, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+        if scheme in ("npz", "imagefolder"):
+            task["source"] = f"{scheme}:{absolute(rest)}"
+
+
+class Config:
+    """A checked configuration.
+
+    Args:
+        tree: the sections as read.
+        stem: a short name of the run.
+
+    Raises:
+        ConfigError: an unknown section or key, or a value of the wrong kind.
+    """
+
+    def __init__(self, tree: dict[str, Any], stem: str = "run") -> None:
+        _keys(tree, SECTIONS, "config")
+        self.base_section = tree.get("base", {})
+        self.data: dict[str, Any] = tree.get("data", {})
+        self.method = tree.get("method")
+        self.train_section = tree.get("train", {})
+        self.tasks: dict[str, Any] = tree.get("tasks", {})
+        _keys(self.base_section, BASE_KEYS, "base")
+        _keys(self.data, DATA_KEYS, "data")
+        for name, section in (("method", self.method), ("train", self.train_section), ("tasks", self.tasks)):
+            if section is not None and not isinstance(section, dict):
+                raise ConfigError(f"{name}: expected a section, got {section!r}")
+        for name, task in self.tasks.items():
+            _keys(task, TASK_KEYS, f"tasks.{name}")
+            source = task.get("source")
+            if not isinstance(source, str):
+                raise ConfigError(
+                    f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}"
+                )
+        self.stem = stem
+        self._opened: dict[str, Source] = {}
+
+    @property
+    def head_module(self) -> str | None:
+        return self.base_section.get("head_module")
+
+    def base(self) -> nn.Module:
+        """The base model, in evaluation mode."""
+        from .base import build_base
+
+        return build_base(self.base_section)
+
+    def training(self) -> TrainConfig:
+        """The training settings; `out` defaults to runs/<name of the file>."""
+        from ..train import TrainConfig
+
+        settings = {"out": str(Path("runs") / self.stem), **self.train_section}
+        try:
+            config = TrainConfig.from_dict(settings)
+        except TypeError as error:
+            raise ConfigError(f"train: {error}") from None
+        check_device(config.device)
+        return config
+
+    def method_of(self, task: str) -> MethodConfig:
+        """A task's method: [method] with the task's own settings over it; another method stands alone."""
+        from ..methods import MethodConfig
+
+        own = self.tasks[task].get("method", {})
+        if isinstance(own, str):
+            own = {"method": own}
+        if not isinstance(own, dict):
+            raise ConfigError(f"tasks.{task}.method: expected a table such as {{ lam = 0.1 }}, got {own!r}")
+        shared = self.method or {}
+        same = own.get("method") in (None, shared.get("method"))
+        settings = {**shared, **own} if same else own
+        if "method" not in settings:
+            raise ConfigError("method: expected a [method] section with method = 'taps' or another, got none")
+        return MethodConfig.from_dict(settings)
+
+    def task(self, name: str) -> dict[str, Any]:
+        """A task's section. Raises ConfigError for an unknown name."""
+        if name not in self.tasks:
+            hint = suggestion(name, self.tasks)
+            raise ConfigError(f"tasks: the configuration has {list(self.tasks)}, but no {name!r}{hint}")
+        section: dict[str, Any] = self.tasks[name]
+        return section
+
+    def source(self, name: str) -> Source:
+        """A task's data at the configured geometry."""
+        return self.open(self.task(name)["source"])
+
+    def open(self, spec: str) -> Source:
+        """Any source at the configured geometry; opened once."""
+        from ..data import open_source
+
+        if spec not in self._opened:
+            seed = self.data.get("seed", self.train_section.get("seed", 0))
+            self._opened[spec] = open_source(
+                spec,
+                size=self.data.get("size"),
+                channels=self.data.get("channels"),
+                seed=seed,
+                normalize=self.data.get("normalize"),
+            )
+        return self._opened[spec]
+
+
+def check_device(name: Any) -> None:
+    """Raise ConfigError unless tensors can live on the device."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: expected cpu or cuda[:N], got {name!r}: {reason}") from None
+
+
+def load_config(
+    path: str | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None
+) -> Config:
+    """Read a TOML file (None: start empty), then lay `extra` and the overrides over it.
+
+    Raises:
+        ConfigError: not TOML, unknown sections or keys, bad overrides. OSError: the file cannot be read.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        file = Path(path)
+        try:
+            tree = _toml(file.read_text(encoding="utf-8"))
+        except (ConfigError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        _anchor(tree, file.resolve().parent)
+        for folder in (str(file.resolve().parent), str(Path.cwd())):
+            if folder not in sys.path:  # python:MODULE.FUNCTION may name a module beside the configuration
+                sys.path.append(folder)
+    for section, values in (extra or {}).items():
+        tree.setdefault(section, {}).update(values)
+    for text in overrides:
+        override(tree, text)
+    return Config(tree, "run" if path is None else Path(path).stem)
+
+
+def check_input(base: nn.Module, sample: Tensor, source: str) -> None:
+    """Raise ConfigError unless the base takes images `[C, H, W]` such as `sample`."""
+    import torch
+
+    device = next(base.parameters()).device
+    try:
+        with torch.no_grad():
+            base(torch.stack([sample, sample]).to(device))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"data: {source}: the base does not take images of shape {list(sample.shape)} ({reason}); "
+            "set data.size and data.channels"
+        ) from None

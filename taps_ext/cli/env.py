@@ -1,0 +1,85 @@
+"""`taps env`: the facts that a bug report needs."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import Any
+
+from ..version import __version__
+from .common import emit
+
+PURPOSE = "Show versions, the compiled extension, the instruction set and the devices."
+EXAMPLE = "taps env --json"
+
+OPTIONAL = ("numpy", "torchvision", "timm", "scikit-learn", "matplotlib", "pillow", "rich", "safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def facts() -> dict[str, Any]:
+    """Everything `taps env` shows, JSON-ready."""
+    import torch
+
+    from .. import ops
+
+    extension: dict[str, Any] = {"loaded": ops.HAS_EXTENSION}
+    if ops._C is not None:
+        info = ops._C.build_info()
+        extension.update(file=ops._C.__file__, isa=ops._C.isa(), isas=list(ops._C.isas()), build=info)
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        kind = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
+        devices.append({"device": f"cuda:{index}", **kind})
+    return {
+        "taps_ext": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "extension": extension,
+        "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cuda": {"available": torch.cuda.is_available(), "version": torch.version.cuda, "devices": devices},
+        "packages": {name: _version(name) for name in OPTIONAL},
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    env = facts()
+    if args.json:
+        emit(env)
+        return 0
+    extension, cuda = env["extension"], env["cuda"]
+    print(f"taps_ext   {env['taps_ext']}")
+    print(f"torch      {env['torch']}")
+    print(f"python     {env['python']} on {env['platform']}")
+    if extension["loaded"]:
+        build = extension["build"]
+        cuda_build = build["cuda"]
+        kernels = (
+            f"CUDA {cuda_build['version']} for sm_{cuda_build['architectures']}" if cuda_build else "no CUDA"
+        )
+        print(f"extension  {extension['file']}")
+        print(f"           {build['compiler']}, target torch {build['torch_target']}, {kernels}")
+        print(f"CPU path   {extension['isa']} (this machine runs {', '.join(extension['isas'])})")
+    else:
+        print("extension  MISSING: the slower pure-torch reference is used")
+    print(f"CPU        {env['cpu']['threads']} threads, {env['cpu']['capability']}")
+    state = "available" if cuda["available"] else "not available"
+    print(f"CUDA       {state}, torch built for {cuda['version']}")
+    for device in cuda["devices"]:
+        print(f"           {device['device']}: {device['name']}, {device['memory'] / 2**30:.0f} GiB")
+    packages = (f"{name} {version or 'absent'}" for name, version in env["packages"].items())
+    print("packages   " + ", ".join(packages))
+    return 0

@@ -1,0 +1,85 @@
+"""`taps predict`: what a task makes of images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .common import count, emit, table
+from .config import Config, check_input
+from .evaluate import add_base_arguments, config_from
+
+if TYPE_CHECKING:
+    from ..store import FileHeader
+
+PURPOSE = "Classify images with a task file; prints label names and probabilities."
+EXAMPLE = "taps predict runs/signs/signs.taps --config signs.toml photo.jpg --top 5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a task file (.taps)")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files that Pillow reads")
+    add_base_arguments(parser)
+    parser.add_argument("--top", type=count(1), default=3, metavar="N", help="labels to print (default: 3)")
+
+
+def _geometry(config: Config, header: FileHeader) -> tuple[int, int]:
+    """(size, channels) as configured, or else those of the task's own data."""
+    size, channels = config.data.get("size"), config.data.get("channels")
+    if size is None or channels is None:
+        name = header.metadata.name
+        if name not in config.tasks:
+            raise ConfigError(
+                f"data: expected size and channels, since the configuration has no task {name!r}"
+            )
+        shape = config.source(name).shape
+        channels, size = (shape[0] if channels is None else channels), (shape[1] if size is None else size)
+    return size, channels
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from .. import TaskModel, store
+    from ..data.folder import read_image
+    from ..data.source import Options, apply_normalize
+
+    config = config_from(args)
+    header = store.read_header(args.file)
+    size, channels = _geometry(config, header)
+    options = Options(size, channels, normalize=config.data.get("normalize"))
+    images = [
+        apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images
+    ]
+    base = config.base()
+    model = TaskModel(base, head_module=config.head_module).eval()
+    if args.device is not None:
+        model.to(args.device)
+    check_input(base, images[0], args.images[0])
+    name = model.load_task(args.file)
+    with torch.no_grad():
+        stacked = torch.stack(images).to(args.device or "cpu")
+        batches = [model(batch, task=name) for batch in stacked.split(64)]
+        chances = torch.cat(batches).float().softmax(dim=-1).cpu()
+    labels = header.metadata.labels or [str(i) for i in range(chances.shape[1])]
+    if len(labels) != chances.shape[1]:
+        raise ConfigError(f"{args.file}: names {len(labels)} labels for {chances.shape[1]} outputs")
+    found = []
+    for file, row in zip(args.images, chances, strict=True):
+        best = row.topk(min(args.top, len(labels)))
+        top = [
+            {"label": labels[i], "probability": p}
+            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        found.append({"image": file, "label": top[0]["label"], "top": top})
+    if args.json:
+        emit({"file": args.file, "task": name, "predictions": found})
+    else:
+        rows = [
+            (f["image"], "  ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in f["top"]))
+            for f in found
+        ]
+        print(table(("image", f"{name}: labels"), rows))
+    return 0

@@ -1,0 +1,90 @@
+"""`taps train`: adapt a base to the tasks of a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .common import emit, say, size, table
+from .config import check_input, load_config
+
+PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
+EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", help="base, data, method, train, tasks.NAME")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over the file's, as TOML")
+    parser.add_argument("--restart", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    if not config.tasks:
+        raise ConfigError(f"{args.config}: expected at least one [tasks.NAME] section, got none")
+    settings = config.training()
+    methods = {name: config.method_of(name) for name in config.tasks}
+    base = config.base()
+
+    import torch
+
+    from .. import TaskModel
+    from ..train import Task, Trainer
+
+    model = TaskModel(base, head_module=config.head_module)
+    tasks: dict[str, Task] = {}
+    for name, section in config.tasks.items():
+        source = config.source(name)
+        check_input(base, source.train[0][0], source.name)
+        classes = section.get("num_classes", source.num_classes)
+        if isinstance(classes, int) and classes < source.num_classes:
+            raise ConfigError(
+                f"tasks.{name}.num_classes: expected >= {source.num_classes} for {source.name}, got {classes}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # a head does not depend on the tasks before it
+            model.add_task(name, num_classes=classes, config=methods[name])
+        labels = [*source.classes, *(str(i) for i in range(source.num_classes, classes))]
+        tasks[name] = Task(train=source.train, val=source.val, test=source.test, labels=labels)
+    trainer = Trainer(model, tasks, settings, quiet=args.quiet)
+    results = trainer.fit(resume=False if args.restart else "auto")
+
+    summary: dict[str, Any] = {}
+    for name, result in results.items():
+        report = model.report(name)
+        entry = {key: value for key, value in asdict(result).items() if key not in ("task", "history")}
+        stored = Path(result.file).stat().st_size if result.file else None
+        summary[name] = {
+            "method": report.method,
+            "source": config.tasks[name]["source"],
+            **entry,
+            "layers": len(report.rows),
+            "parameters": report.parameters,
+            "bytes": stored,
+        }
+    if args.json:
+        emit({"out": settings.out, "seed": settings.seed, "tasks": summary})
+    else:
+        headers = ("task", "method", "val", "test", "epoch", "layers open", "weights", "parameters", "file")
+        rows = [
+            (
+                name,
+                entry["method"],
+                f"{100 * entry['val']['accuracy']:.1f} %",
+                f"{100 * entry['test']['accuracy']:.1f} %",
+                entry["epoch"] + 1,
+                f"{entry['layers_open']} of {entry['layers']}",
+                f"{100 * entry['share']:.1f} %",
+                f"{entry['parameters']:,}",
+                size(entry["bytes"] or 0),
+            )
+            for name, entry in summary.items()
+        ]
+        print(table(headers, rows))
+        if not args.quiet:
+            say(f"task files, metrics.jsonl and results are in {settings.out}")
+    return 0

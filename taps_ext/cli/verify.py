@@ -1,0 +1,48 @@
+"""`taps verify`: are task files what was written?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import emit
+
+PURPOSE = "Check every digest of task files; exit code 0 only if all files are sound, else 1."
+EXAMPLE = "taps verify runs/signs/*.taps"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", nargs="+", help="task files (.taps)")
+
+
+def check(file: str) -> dict[str, Any]:
+    """One file: sound or not, and why not."""
+    from .. import store
+
+    try:
+        result = store.verify(file)
+    except store.TaskFileError as error:
+        return {"file": file, "ok": False, "reason": error.problem}
+    except OSError as error:
+        return {"file": file, "ok": False, "reason": error.strerror or str(error)}
+    if not result.ok:
+        names = ", ".join(repr(name) for name in result.damaged[:3])
+        more = f" and {len(result.damaged) - 3} more" if len(result.damaged) > 3 else ""
+        reason = f"the bytes of tensor {names}{more} are not those that were written"
+        return {"file": file, "ok": False, "reason": reason}
+    header = result.header
+    facts = {"task": header.metadata.name, "tensors": len(header.tensors), "bytes": header.file_bytes}
+    return {"file": file, "ok": True, **facts, "digest": header.digest}
+
+
+def run(args: argparse.Namespace) -> int:
+    results = [check(file) for file in args.files]
+    if args.json:
+        emit(results)
+    else:
+        for result in results:
+            if result["ok"]:
+                print(f"ok   {result['file']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+            else:
+                print(f"BAD  {result['file']}: {result['reason']}")
+    return 0 if all(result["ok"] for result in results) else 1
