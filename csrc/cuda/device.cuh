@@ -28,6 +28,7 @@ class DeviceGuard {
 
 int multiprocessors(int device);
 
+// Kernels ask for room for four such blocks: left alone, ptxas aims for more and spills.
 constexpr int kThreads = 256;
 constexpr int kVector = 8;  // elements per thread and step: one 16-byte access for 16-bit types
 

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 4) dot_flat(Dot args, bool vectors) 
   if (threadIdx.x == 0) args.partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) dot_strided(Dot args, int64_t per_chunk) {
+__global__ void __launch_bounds__(kThreads, 4) dot_strided(Dot args, int64_t per_chunk) {
   const int64_t begin = blockIdx.x * per_chunk;
   const int64_t end = min(begin + per_chunk, args.walk.numel);
   double sum = 0.0;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) dot_strided(Dot args, int64_t per_ch
   if (threadIdx.x == 0) args.partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) dot_finish(const double* partials, int64_t chunks, double scale,
+__global__ void __launch_bounds__(kThreads, 4) dot_finish(const double* partials, int64_t chunks, double scale,
                                                        void* result, Dtype dtype) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum += partials[i];

@@ -14,7 +14,7 @@ __device__ T combine(const Reconstruct& args, bool open, T weight, T delta, T sc
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) reconstruct_flat(Reconstruct args, bool vectors) {
+__global__ void __launch_bounds__(kThreads, 4) reconstruct_flat(Reconstruct args, bool vectors) {
   const bool open = args.delta && is_open(args.gate);
   const T scale = static_cast<T>(args.scale);
   const int64_t n = args.walk.numel;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) reconstruct_flat(Reconstruct args, b
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) reconstruct_strided(Reconstruct args) {
+__global__ void __launch_bounds__(kThreads, 4) reconstruct_strided(Reconstruct args) {
   const bool open = args.delta && is_open(args.gate);
   const T scale = static_cast<T>(args.scale);
   const int64_t step = gridDim.x * static_cast<int64_t>(kThreads);
@@ -57,7 +57,7 @@ void launch(const Reconstruct& args, int device, cudaStream_t stream) {
   const bool vectors = aligned(args.out) && aligned(args.weight) && aligned(args.delta);
   const int64_t per_block = static_cast<int64_t>(kThreads) * (flat && vectors ? kVector : 1);
   const int64_t wanted = (args.walk.numel + per_block - 1) / per_block;
-  // Eight blocks of 256 threads fill a multiprocessor; more would only queue.
+  // Eight blocks of 256 threads are all that a multiprocessor holds; more would only queue.
   const int64_t limit = 8 * static_cast<int64_t>(multiprocessors(device));
   const unsigned blocks = static_cast<unsigned>(std::min(wanted, limit));
   if (flat) {
