@@ -1,4 +1,5 @@
-"""The `taps` command. Each command is a module with `PURPOSE`, `EXAMPLE`, `add_arguments` and `run`.
+"""The `taps` command. Each command is a module with `PURPOSE`, `EXAMPLE`, `add_arguments` and `run`
+(and `LAST`, the name of an argument that takes all further words).
 
 Results go to stdout (with `--json`, one JSON document and nothing else), progress and errors to stderr. Exit
 codes: 0 done, 1 a check failed, 2 a mistake in what was asked (one line says which), 130 interrupted.
@@ -61,6 +62,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; what follows an option still belongs to the command's last argument.
+
+    Raises:
+        UsageError: it cannot be parsed.
+    """
+    args, rest = make_parser().parse_known_args(argv)
+    last = getattr(COMMANDS[args.command], "LAST", None)
+    unknown = [word for word in rest if last is None or word.startswith("-")]
+    if unknown:
+        raise UsageError(f"{args.command}: unrecognized argument {unknown[0]!r}")
+    if last is not None:
+        setattr(args, last, [*getattr(args, last), *rest])
+    return args
+
+
 def _explain(error: BaseException) -> str | None:
     """The one line that tells a user what was wrong, or None for an error that is a bug."""
     from ..data import SourceError
@@ -94,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
-            args = make_parser().parse_args(argv)
+            args = parse(argv)
             code: int = args.run(args)
             sys.stdout.flush()
             return code

@@ -11,6 +11,7 @@ from .config import Config, check_device, check_input, load_config
 
 PURPOSE = "Measure task files on the test split of their data."
 EXAMPLE = "taps eval runs/signs/*.taps --config signs.toml"
+LAST = "files"
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
     from ..train import Task, TrainConfig, Trainer
 
     config = config_from(args)
-    headers = {file: store.read_header(file) for file in args.files}
+    headers = [(file, store.read_header(file)) for file in args.files]
     base = config.base()
     model = TaskModel(base, head_module=config.head_module)
     if args.device is not None:
         model.to(args.device)
     results: list[dict[str, Any]] = []
-    for file, header in headers.items():
+    for file, header in headers:
         section = args.task or header.metadata.name
         source = config.open(args.source) if args.source else config.source(section)
         data = source.splits().get(args.split)

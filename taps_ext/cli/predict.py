@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PURPOSE = "Classify images with a task file; prints label names and probabilities."
 EXAMPLE = "taps predict runs/signs/signs.taps --config signs.toml photo.jpg --top 5"
+LAST = "images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

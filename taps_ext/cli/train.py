@@ -13,6 +13,7 @@ from .config import check_input, load_config
 
 PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
 EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
+LAST = "overrides"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

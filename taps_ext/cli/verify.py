@@ -9,6 +9,7 @@ from .common import emit
 
 PURPOSE = "Check every digest of task files; exit code 0 only if all files are sound, else 1."
 EXAMPLE = "taps verify runs/signs/*.taps"
+LAST = "files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
