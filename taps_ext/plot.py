@@ -58,6 +58,7 @@ def heatmap(
     labels = list(layers)
     if sizes is not None:
         labels = [f"{layer}  ({count / 1000:.1f} k)" for layer, count in zip(layers, sizes, strict=True)]
+        axes.set_ylabel("layer  (weights)", fontsize=9)
     axes.set_yticks(range(len(layers)), labels, fontsize=8)
     axes.set_xticks([x - 0.5 for x in range(1, len(tasks))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(layers))], minor=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -203,9 +204,14 @@ def adapt(
 
 def prove(out: Path, expected: dict[str, str], quick: bool) -> dict[str, Any]:
     """Have a new process rebuild the base from its file and run every task file."""
+    import torch
+
     extent = "quick" if quick else "whole"
     command = [sys.executable, "-m", "taps_ext.cli.demo_check", str(out), extent, *expected]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    threads = str(torch.get_num_threads())  # the order of sums, and so their last bit, may depend on it
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}
+    )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise TapsError(f"demo: the checking process failed: {last}")
