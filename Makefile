@@ -1,6 +1,14 @@
 # Every target works from a fresh clone on a machine with Python 3.10 or newer and a C++ compiler.
 #
+#   make demo          the main job: a real model learns several real tasks (about 3 minutes after installation)
+#   make test          everything that is checked: style, types, tests (fuzz, slow data and GPU have own targets)
 #   make build         development environment in .venv, extension compiled into taps_ext/
+#   make lint          ruff and mypy
+#   make fuzz          the long random tests of the task-file reader
+#   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
+#   make study         TAPS against fine-tuning on real data, resumable (hours); make study-table prints it
+#   make gpu           on a machine with CUDA: build, tests, sanitizer, measurements, one JSON file
+#                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
 #   make abi           one wheel, run under torch 2.11, a CPU-only 2.13 and the newest
 #   make cuda-compile  CUDA sources with registers and spills (RELEASE=1: all architectures)
@@ -46,6 +54,38 @@ $(VENV)/.built: $(VENV)/.created setup.py CMakeLists.txt pyproject.toml $(SOURCE
 
 .PHONY: build
 build: $(VENV)/.built
+
+# --- what users and developers run --------------------------------------------------------------
+
+.PHONY: demo test lint fuzz bench study study-table gpu
+demo: build
+	$(PY) -m taps_ext demo --out runs/demo
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest
+
+fuzz: build
+	TAPS_FUZZ=1 $(PY) -m pytest tests/test_store_fuzz.py tests/test_store_refusals.py
+
+bench: build
+	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json
+
+STUDY := --results benchmarks/results/study-resnet20.jsonl
+study: build
+	$(PY) benchmarks/study.py run --data ../shared/data $(STUDY)
+
+study-table: build
+	$(PY) benchmarks/study.py table $(STUDY)
+
+# No environment of its own: the machine's python3 has torch, the build tools and pytest.
+GPU_OUT ?= benchmarks/results/gpu
+gpu:
+	$(PYTHON) tools/gpu.py --out $(GPU_OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(REHEARSE),--rehearse)
 
 # --- wheels -------------------------------------------------------------------------------------
 

@@ -59,7 +59,13 @@ def run(folder: Path, results: Path, tasks: list[str], seeds: list[int], epochs:
                 record = one(folder, task, seed, name, config, epochs)
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
-                print(task, seed, name, f"{record['test']:.4f} share {record['share']:.3f} {record['seconds']:.0f} s", flush=True)
+                print(
+                    task,
+                    seed,
+                    name,
+                    f"{record['test']:.4f} share {record['share']:.3f} {record['seconds']:.0f} s",
+                    flush=True,
+                )
 
 
 def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int) -> dict[str, Any]:
@@ -112,19 +118,26 @@ def interval(values: list[float]) -> tuple[float, float]:
 def table(results: Path) -> str:
     """The results in Markdown; for each task the lambda with the best mean validation accuracy is marked."""
     rows = read(results)
-    lines = ["| task | method | seeds | validation | test | share of weights open | layers open |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | method | seeds | validation | test | share of weights open | layers open |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for task in TASKS:
         groups = {m: [r for r in rows if r["task"] == task and r["method"] == m] for m in methods()}
         groups = {m: g for m, g in groups.items() if g}
-        learned = {m: statistics.fmean(r["val"] for r in g) for m, g in groups.items() if m.startswith("taps") and m != "taps 0"}
+        learned = {
+            m: statistics.fmean(r["val"] for r in g)
+            for m, g in groups.items()
+            if m.startswith("taps") and m != "taps 0"
+        }
         chosen = max(learned, key=lambda m: learned[m]) if learned else None
         for method, group in groups.items():
             val, test = (interval([100 * r[k] for r in group]) for k in ("val", "test"))
             share, layers = (statistics.fmean(r[k] for r in group) for k in ("share", "layers_open"))
             mark = " **(chosen)**" if method == chosen else ""
             lines.append(
-                f"| {task} | {method}{mark} | {len(group)} | {val[0]:.2f} ± {val[1]:.2f} | {test[0]:.2f} ± {test[1]:.2f} "
-                f"| {100 * share:.1f} % | {layers:.1f} |"
+                f"| {task} | {method}{mark} | {len(group)} | {val[0]:.2f} ± {val[1]:.2f} "
+                f"| {test[0]:.2f} ± {test[1]:.2f} | {100 * share:.1f} % | {layers:.1f} |"
             )
     return "\n".join(lines)
 

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("fine-tuning", "naive", "taps all open", "taps CUB pattern", "full")
-CUB_OPEN = (25, 26, 27, 40, *range(43, 50), 51, 52)  # the authors' CUB run, 0-based convolutions in module order
+CUB_OPEN = (
+    25,
+    26,
+    27,
+    40,
+    *range(43, 50),
+    51,
+    52,
+)  # the authors' CUB run, 0-based convolutions in module order
 CLASSES = 200
 
 
@@ -139,7 +147,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child, args.batch, args.steps)))
         return
-    memory = {variant: launch(variant, args.batch, 1, {"MALLOC_MMAP_THRESHOLD_": "131072"}) for variant in args.variants}
+    memory = {
+        variant: launch(variant, args.batch, 1, {"MALLOC_MMAP_THRESHOLD_": "131072"}) for variant in args.variants
+    }
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in args.variants}
     for _ in range(args.rounds):
         for variant in args.variants:
@@ -164,7 +174,13 @@ def main() -> None:
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"versions": versions(), "batch": args.batch, "rows": rows, "memory": memory, "runs": results}
+        record = {
+            "versions": versions(),
+            "batch": args.batch,
+            "rows": rows,
+            "memory": memory,
+            "runs": results,
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -18,7 +18,8 @@ def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
     opened = set(state.open_layers())
     for layer, part in state.gated():
         if layer in opened and part.delta is not None:
-            weight: Tensor = base.get_submodule(layer).weight.detach()  # type: ignore[assignment, union-attr]
+            stored: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
+            weight = stored.detach()
             merged[layer] = ops.reconstruct_(torch.empty_like(weight), weight, part.delta.detach(), gate=True)
     return merged
 
@@ -39,9 +40,7 @@ def unmerge(state: TaskState) -> None:
 
 def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tensor]]:
     """module -> tensor name -> the value it has under the task, for every tensor that the task changes."""
-    tensors: dict[str, dict[str, Tensor]] = {
-        n: {"weight": w} for n, w in _merged_weights(state, base).items()
-    }
+    tensors: dict[str, dict[str, Tensor]] = {n: {"weight": w} for n, w in _merged_weights(state, base).items()}
     for layer, part in state.gated():
         if part.bias is not None:
             tensors.setdefault(layer, {})["bias"] = part.bias

@@ -70,22 +70,16 @@ class TaskModel(nn.Module):
         if not isinstance(base, nn.Module):
             raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
         if isinstance(base, (TaskModel, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ConfigError(
-                f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead"
-            )
+            raise ConfigError(f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead")
         if gates not in ("host", "device"):
             raise ConfigError(
                 f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
             )
         if config is not None and not isinstance(config, MethodConfig):
-            raise ConfigError(
-                f"config: expected a method config such as TapsConfig, got {type(config).__name__}"
-            )
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
         if clash:
-            raise ConfigError(
-                f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs"
-            )
+            raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
         for name, parameter in base.named_parameters():
             if is_lazy(parameter):
                 raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
@@ -99,8 +93,9 @@ class TaskModel(nn.Module):
         self._head = self._find_head(head_module) if head_module is not None else find_head(base)
         self._flags = [(p, p.requires_grad) for p in base.parameters()]
         base.requires_grad_(False)
+        routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
         for name, module in list(base.named_modules()):
-            if isinstance(module, GATED_TYPES + NORM_TYPES) and not inside(name, self._head):
+            if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name)
 
     # -- tasks
@@ -166,9 +161,7 @@ class TaskModel(nn.Module):
         name = self._new_name(name)
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
-            raise ConfigError(
-                f"config: expected a method config such as TapsConfig, got {type(config).__name__}"
-            )
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         path = self._head if head_module is None else self._find_head(head_module)
         own = make_head(self.base, path, num_classes, head)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
@@ -234,9 +227,7 @@ class TaskModel(nn.Module):
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if tasks is not None:
-            raise ConfigError(
-                "tasks: mixed-task batches are not built yet; call the model once for each task"
-            )
+            raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         name = self._active if task is _ACTIVE else task
         if name is None:
             return self._base_forward(*args, **kwargs)
@@ -245,9 +236,7 @@ class TaskModel(nn.Module):
             state.refresh()
         learning = self.training and torch.is_grad_enabled()
         if learning and self._merged == name:
-            raise TapsError(
-                f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it"
-            )
+            raise TapsError(f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it")
         if learning and self.gates == "host":
             state.check_rest()
         entered: set[str] | None = None if state.checked else set()
@@ -351,9 +340,7 @@ class TaskModel(nn.Module):
             lr: learning rate. score_lr: that of the scores (default: lr).
             weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
         """
-        groups: dict[str, list[nn.Parameter]] = {
-            key: [] for key in ("delta", "score", "norm", "other", "head")
-        }
+        groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
         for state in self._states_for(tasks):
             for part in state.table.values():
                 if isinstance(part, GatedLayer):
@@ -392,9 +379,7 @@ class TaskModel(nn.Module):
         """
         return taskfile.save(name, self.state(name), self.base, path, **extra)
 
-    def load_task(
-        self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None
-    ) -> str:
+    def load_task(self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None) -> str:
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
         Args:
@@ -415,9 +400,7 @@ class TaskModel(nn.Module):
     def reload_task(self, name: str, path: str | PathLike[str]) -> None:
         """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed."""
         old = self.state(name)
-        state = taskfile.build(
-            taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path
-        )
+        state = taskfile.build(taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path)
         for module in state.table:
             route(self.base.get_submodule(module), module)
         state.train(self.training)

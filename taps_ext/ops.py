@@ -74,9 +74,7 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return None
 
 
-def _check(
-    input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | None, gate: bool | None
-) -> Tensor:
+def _check(input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | None, gate: bool | None) -> Tensor:
     """Check what the kernels cannot and return the input in its compute type."""
     if delta is not None and delta.shape != weight.shape:
         raise ValueError(f"delta: expected shape {list(weight.shape)} like weight, got {list(delta.shape)}")
@@ -90,6 +88,13 @@ def _check(
     if input.dtype != weight.dtype:
         raise TypeError(f"input: expected dtype {weight.dtype} like weight (or autocast), got {input.dtype}")
     return input
+
+
+def _stock_serves(input: Tensor, weight: Tensor, score: Tensor | None, gate: bool | None) -> bool:
+    """True where a closed host gate leaves nothing to do but the stock op: no score gradient, no cast of W."""
+    if gate is not False or (score is not None and score.requires_grad and torch.is_grad_enabled()):
+        return False
+    return weight.dtype == input.dtype or weight.requires_grad
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -157,18 +162,13 @@ def gated_linear(
     if delta is None:
         return F.linear(input, weight, bias)
     input = _check(input, weight, delta, score, gate)
-    if gate is False and (score is None or not (score.requires_grad and torch.is_grad_enabled())):
-        if weight.dtype == input.dtype or weight.requires_grad:
-            return F.linear(input, weight, bias)
+    if _stock_serves(input, weight, score, gate):
+        return F.linear(input, weight, bias)
     if not HAS_EXTENSION:
         return reference.gated_linear(input, weight, delta, score, bias, gate=gate, threshold=threshold)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
-        return torch.ops.taps_ext.gated_linear(  # type: ignore[no-any-return]
-            input, weight, delta, score, bias, gate, threshold
-        )
-    return _GatedLinear.apply(  # type: ignore[no-any-return]
-        input, weight, delta, score, bias, gate, threshold
-    )
+        return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, gate, threshold)
+    return _GatedLinear.apply(input, weight, delta, score, bias, gate, threshold)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -214,7 +214,7 @@ class _GatedConv2d(torch.autograd.Function):
 
 
 def _padding(
-    padding: str | int | tuple[int, int], weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+    padding: str | int | tuple[int, ...], weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[list[int], list[int] | None]:
     """Symmetric padding `[h, w]`, and what `F.pad` must add first where "same" is asymmetric."""
     if not isinstance(padding, str):
@@ -237,9 +237,9 @@ def gated_conv2d(
     delta: Tensor | None,
     score: Tensor | None = None,
     bias: Tensor | None = None,
-    stride: int | tuple[int, int] = 1,
-    padding: str | int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     *,
     gate: bool | None = None,
@@ -268,9 +268,8 @@ def gated_conv2d(
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
     input = _check(input, weight, delta, score, gate)
-    if gate is False and (score is None or not (score.requires_grad and torch.is_grad_enabled())):
-        if weight.dtype == input.dtype or weight.requires_grad:
-            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if _stock_serves(input, weight, score, gate):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not HAS_EXTENSION:
         return reference.gated_conv2d(
             input,
@@ -300,14 +299,14 @@ def gated_conv2d(
             threshold=threshold,
         )
         return batched[0]
-    stride, dilation = _pair(stride), _pair(dilation)
-    pad, ahead = _padding(padding, weight, stride, dilation)
+    steps, spread = _pair(stride), _pair(dilation)
+    pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
-    arguments = (input, weight, delta, score, bias, stride, pad, dilation, groups, gate, threshold)
+    arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
-        return torch.ops.taps_ext.gated_conv2d(*arguments)  # type: ignore[no-any-return]
-    return _GatedConv2d.apply(*arguments)  # type: ignore[no-any-return]
+        return torch.ops.taps_ext.gated_conv2d(*arguments)
+    return _GatedConv2d.apply(*arguments)
 
 
 # ----------------------------------------------------------------------------------------- reconstruct
@@ -326,9 +325,7 @@ def reconstruct_(
     if HAS_EXTENSION:
         torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
     else:
-        out.copy_(
-            reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype)
-        )
+        out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
     return out
 
 

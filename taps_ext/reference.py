@@ -20,9 +20,7 @@ from torch import Tensor
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The type in which W + Delta is added: float64 if any operand is, otherwise float32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def is_open(score: Tensor | None, gate: bool | None, threshold: float) -> bool:
@@ -65,9 +63,7 @@ class _Reconstruct(torch.autograd.Function):
         dscore = None
         if need_score:
             if not ctx.open and not bool(torch.isfinite(delta).all()):
-                raise ValueError(
-                    "delta: expected finite values in a closed layer during training, got Inf or NaN"
-                )
+                raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
             kind = compute_dtype(grad, delta)
             dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
         return dweight, ddelta, dscore, None, None, None
@@ -86,7 +82,7 @@ def reconstruct(
     dtype = dtype or weight.dtype
     if delta is None:
         return weight.to(dtype)
-    return _Reconstruct.apply(weight, delta, score, gate, threshold, dtype)  # type: ignore[no-any-return]
+    return _Reconstruct.apply(weight, delta, score, gate, threshold, dtype)
 
 
 def gated_linear(

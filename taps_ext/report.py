@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .nn import TaskNorm, TaskTensors
 from .task import TaskState
@@ -96,8 +96,8 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
     rows = []
     biases = 0
     for layer, part in state.gated():
-        weight = base.get_submodule(layer).weight
-        size = weight.numel()  # type: ignore[operator, union-attr]
+        weight: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
+        size = weight.numel()
         is_open = layer in open_layers
         score = part.score.item() if part.learn and part.score is not None else None
         stored = part.delta.nbytes if is_open and part.delta is not None else 0

@@ -79,9 +79,7 @@ def find_head(base: nn.Module) -> str | None:
         child = base._modules.get(name)
         if child is not None and (found := _last_linear(child, name)) is not None:
             return found
-    children = [
-        (name, child) for name, child in base.named_children() if any(True for _ in child.parameters())
-    ]
+    children = [(name, child) for name, child in base.named_children() if any(True for _ in child.parameters())]
     return _last_linear(children[-1][1], children[-1][0]) if children else None
 
 
@@ -90,9 +88,7 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     kind = original_class(module).__name__
     if isinstance(module, GATED_TYPES):
         if parametrize.is_parametrized(module):
-            return (
-                f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
-            )
+            return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
         if getattr(original_class(module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
             return f"{name}: expected nn.Linear or nn.Conv2d with its stock forward, got {kind} with its own"
         return None

@@ -39,9 +39,7 @@ def _plain(head: nn.Module) -> nn.Module:
     return head
 
 
-def make_head(
-    base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None
-) -> nn.Module | None:
+def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
     """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own."""
     if head is not None and num_classes is not None:
         raise ConfigError("add_task: expected num_classes or head, got both")
@@ -52,9 +50,7 @@ def make_head(
     if path is None:
         if head is None and num_classes is None:
             return None
-        raise ConfigError(
-            "head_module: no linear classifier was found in the base; name the module to replace"
-        )
+        raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
     old = base.get_submodule(path)
     if head is not None:
         shared = {id(p) for p in base.parameters()}
@@ -64,9 +60,7 @@ def make_head(
     if num_classes is None:
         return _plain(copy.deepcopy(old)).requires_grad_(True)
     if not isinstance(old, nn.Linear):
-        raise ConfigError(
-            f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear"
-        )
+        raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
     return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
 
 
@@ -180,12 +174,7 @@ class TaskState(nn.Module):
         changed = []
         for name, part in self.learned():
             delta = part.delta
-            if (
-                part.gate is False
-                and delta is not None
-                and delta.numel()
-                and self.rested.get(name) != delta._version
-            ):
+            if part.gate is False and delta is not None and delta.numel() and self.rested.get(name) != delta._version:
                 changed.append((name, delta))
         if not changed:
             return
@@ -210,7 +199,7 @@ class TaskState(nn.Module):
     def sparsity_loss(self) -> Tensor | None:
         """lam / L * sum w_i |s_i| over the learned gates, or None if there are none."""
         lam = getattr(self.config, "lam", None)
-        scores = [part.score for _, part in self.learned() if part.score is not None]
+        scores: list[Tensor] = [part.score for _, part in self.learned() if part.score is not None]
         if lam is None or not scores:
             return None
         stacked = torch.stack(scores)

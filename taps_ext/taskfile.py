@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import store
 from .errors import ConfigError, GateError
 from .methods import GateSpec, MethodConfig, Plan
-from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
 from .scan import inside, scan
 from .store.errors import MetadataError, MissingTensorError, UnexpectedTensorError
@@ -111,9 +111,7 @@ def read(path: str | PathLike[str], base: nn.Module) -> store.TaskFile:
     return record
 
 
-def _make_head(
-    record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any
-) -> nn.Module | None:
+def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any) -> nn.Module | None:
     spec = record.head_spec
     if spec is None:
         if head is not None:
@@ -123,19 +121,15 @@ def _make_head(
         return head
     kinds = {"in": int, "out": int, "bias": bool}
     if spec.get("type") == "custom":
-        raise ConfigError(
-            f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head="
-        )
+        raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
     if spec.get("type") != "linear" or any(type(spec.get(k)) is not t for k, t in kinds.items()):
         raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     weight = record.head.get("weight")
     if weight is None or list(weight.shape) != [spec["out"], spec["in"]]:
         got = None if weight is None else list(weight.shape)
-        raise MissingTensorError(
-            path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}"
-        )
+        raise MissingTensorError(path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}")
     like = next(base.get_submodule(spec["module"]).parameters(), weight)
-    return nn.utils.skip_init(  # type: ignore[no-any-return]
+    return nn.utils.skip_init(
         nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=weight.dtype
     )
 

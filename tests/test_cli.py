@@ -169,9 +169,7 @@ def test_overrides_reach_the_settings(call, folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "alone.toml").write_text(
-        CONFIG[: CONFIG.index("[tasks.parity]")].replace('"base', f'"{folder}/base')
-    )
+    (tmp_path / "alone.toml").write_text(CONFIG[: CONFIG.index("[tasks.parity]")].replace('"base', f'"{folder}/base'))
     added = [f'tasks.parity.source="npz:{folder}/digits.npz"', f"train.out={tmp_path}"]
     assert call("train", tmp_path / "alone.toml", "--quiet", *added)[0] == 0
     assert (tmp_path / "parity.taps").read_bytes() == (folder / "out/parity.taps").read_bytes()
@@ -246,12 +244,8 @@ def test_a_module_beside_the_configuration(call, folder: Path, tmp_path: Path) -
         "from taps_ext.zoo import small_resnet\n"
         "def make():\n    return small_resnet(widths=(8, 16), blocks=1, stem_stride=2)\n"
     )
-    text = CONFIG.replace("args = {", "# ").replace(
-        "python:taps_ext.zoo.small_resnet", "python:my_base_for_cli.make"
-    )
-    (tmp_path / "c.toml").write_text(
-        text.replace('"base', f'"{folder}/base').replace("npz:", f"npz:{folder}/")
-    )
+    text = CONFIG.replace("args = {", "# ").replace("python:taps_ext.zoo.small_resnet", "python:my_base_for_cli.make")
+    (tmp_path / "c.toml").write_text(text.replace('"base', f'"{folder}/base').replace("npz:", f"npz:{folder}/"))
     code, out, err = call("eval", folder / "out/parity.taps", "--config", tmp_path / "c.toml", "--json")
     assert code == 0, err
     assert json.loads(out)[0]["samples"] == 80

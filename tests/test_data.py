@@ -157,9 +157,7 @@ def test_photo_regions_are_disjoint() -> None:
     noise = [torch.rand(3, 427, 640, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     for split in ("train", "val", "test"):
         own = photos.cells(split)
-        for _, (photograph, top, left, turns) in zip(
-            range(200), photos.places(split, 0, noise), strict=False
-        ):
+        for _, (photograph, top, left, turns) in zip(range(200), photos.places(split, 0, noise), strict=False):
             corner = (top // photos.CELL * photos.CELL, left // photos.CELL * photos.CELL)
             last = ((top + photos.PATCH - 1) // photos.CELL, (left + photos.PATCH - 1) // photos.CELL)
             assert corner in own and last == (corner[0] // photos.CELL, corner[1] // photos.CELL)

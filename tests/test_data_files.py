@@ -124,9 +124,7 @@ def test_npz_bad_files(tmp_path: Path) -> None:
         open_source(f"npz:{tmp_path}/single.npy")
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "classes"), [("signs", (3, 32, 32), 10), ("omniglot", (1, 32, 32), 242)]
-)
+@pytest.mark.parametrize(("name", "shape", "classes"), [("signs", (3, 32, 32), 10), ("omniglot", (1, 32, 32), 242)])
 def test_npz_real_files(name: str, shape: tuple[int, ...], classes: int) -> None:
     path = SHARED / f"{name}.npz"
     if not path.exists():

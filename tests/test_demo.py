@@ -47,17 +47,13 @@ def test_report(demo: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_files_work_with_the_other_commands(
-    demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_work_with_the_other_commands(demo: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = demo
     files = sorted(str(file) for file in out.glob("*/*.taps"))
     assert len(files) == 18 and main(["verify", *files]) == 0
     capsys.readouterr()
     assert main(["eval", str(out / "taps/print.taps"), "--config", str(out / "demo.toml"), "--json"]) == 0
-    assert (
-        json.loads(capsys.readouterr().out)[0]["samples"] == 800
-    )  # all of the test split, unlike the quick run
+    assert json.loads(capsys.readouterr().out)[0]["samples"] == 800  # all of the test split, unlike the quick run
 
 
 def test_heatmap_is_a_picture(tmp_path: Path) -> None:

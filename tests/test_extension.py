@@ -315,9 +315,7 @@ def test_conv2d_casts_the_weight(gate):
         OPS.gated_conv2d(x, weight, delta, OPEN, None, *geometry, gate, TAU),
         F.conv2d(x, used, None, *geometry),
     )
-    got = OPS.gated_conv2d_backward(
-        g, x, [9, 8], weight, delta, OPEN, gate, TAU, *geometry, [True] * 5, None, 1.0
-    )
+    got = OPS.gated_conv2d_backward(g, x, [9, 8], weight, delta, OPEN, gate, TAU, *geometry, [True] * 5, None, 1.0)
     assert [t.dtype for t in got] == [
         torch.bfloat16,
         torch.float32,
@@ -337,9 +335,7 @@ def test_zero_sized_batch():
     x, weight, delta = torch.randn(0, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
     out = OPS.gated_conv2d(x, weight, delta, OPEN, None, *geometry, True, TAU)
     assert out.shape == (0, 4, 5, 5)
-    got = OPS.gated_conv2d_backward(
-        out, x, [5, 5], weight, delta, OPEN, True, TAU, *geometry, [True] * 5, None, 1.0
-    )
+    got = OPS.gated_conv2d_backward(out, x, [5, 5], weight, delta, OPEN, True, TAU, *geometry, [True] * 5, None, 1.0)
     assert got[0].shape == x.shape and not got[1].any() and got[2] == 0 and not got[3].any()
 
 
@@ -364,9 +360,7 @@ def test_rows_sample_the_weight_side_only(gate, indices):
     g = torch.randn_like(F.conv2d(x, weight, None, *geometry))
 
     def backward(g, x, mask, rows, scale):
-        return OPS.gated_conv2d_backward(
-            g, x, [6, 5], weight, delta, OPEN, gate, TAU, *geometry, mask, rows, scale
-        )
+        return OPS.gated_conv2d_backward(g, x, [6, 5], weight, delta, OPEN, gate, TAU, *geometry, mask, rows, scale)
 
     for mask in ([True] * 5, [True, False, True, True, False]):
         full, part = backward(g, x, mask, None, 1.0), backward(g[rows], x[rows], mask, None, 1.0)
@@ -429,9 +423,7 @@ def test_backward_outside_inference_mode_after_forward_inside():
     x, g, weight, delta, _ = linear_case()
     with torch.inference_mode():
         OPS.gated_linear(x, weight, delta, OPEN, None, True, TAU)
-    got = OPS.gated_linear_backward(
-        g, x, weight, delta, OPEN, True, TAU, [True, False, True, False, False], None, 1.0
-    )
+    got = OPS.gated_linear_backward(g, x, weight, delta, OPEN, True, TAU, [True, False, True, False, False], None, 1.0)
     torch.testing.assert_close(got[0], g @ (weight + delta))
 
 
@@ -497,9 +489,7 @@ def test_messages_of_linear(arguments, message):
 def test_messages_of_backward():
     x, g, weight, delta, _ = linear_case()
 
-    def backward(
-        x=x, delta=delta, score=OPEN, gate=False, mask=(False, False, True, False, False), rows=None
-    ):
+    def backward(x=x, delta=delta, score=OPEN, gate=False, mask=(False, False, True, False, False), rows=None):
         return OPS.gated_linear_backward(g, x, weight, delta, score, gate, TAU, list(mask), rows, 1.0)
 
     with pytest.raises(RuntimeError, match="input: expected a tensor, weight gradients are asked for"):
@@ -515,9 +505,7 @@ def test_messages_of_backward():
     for bad in (NAN, INF):
         poisoned = delta.clone()
         poisoned[1, 2] = bad
-        with pytest.raises(
-            RuntimeError, match="delta: expected finite values in a closed layer during training"
-        ):
+        with pytest.raises(RuntimeError, match="delta: expected finite values in a closed layer during training"):
             backward(delta=poisoned)
         backward(delta=poisoned, mask=(True, False, False, False, False))
     # A gradient that overflowed is not the delta's fault.

@@ -72,7 +72,7 @@ def test_every_layer_counts(layer, is_open) -> None:
 
 
 def test_all_closed_is_the_base_bit_for_bit_even_with_nan() -> None:
-    base, model = build(norm="frozen")
+    _, model = build(norm="frozen")
     x = images()
     with torch.no_grad():
         want = model(x, task=None)

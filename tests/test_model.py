@@ -20,8 +20,8 @@ from taps_ext import (
     FullConfig,
     ProbeConfig,
     TapsConfig,
-    TaskModel,
     TapsError,
+    TaskModel,
     UnsupportedModuleError,
 )
 from taps_ext.methods import MethodConfig
@@ -37,7 +37,7 @@ def train(model: TaskModel, name: str, steps: int = 3, lr: float = 0.05) -> None
     optimizer = torch.optim.SGD(model.parameter_groups(name, lr=lr), momentum=0.9)
     classes = model(images(), task=name).shape[1]
     model.train()
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         target = torch.arange(4) % classes
         (F.cross_entropy(model(images(4), task=name), target) + model.sparsity_loss(name)).backward()
@@ -170,11 +170,20 @@ class TakesTask(nn.Module):
         (lambda: TaskModel(TinyNet()).add_task("t", num_classes=2), "config: expected"),
         (lambda: tiny().add_task("t", num_classes=0), "num_classes: expected an int >= 1"),
         (lambda: tiny().add_task("t", num_classes=True), "num_classes"),
-        (lambda: tiny().add_task("t", num_classes=2, head=nn.Linear(12, 2)), "expected num_classes or head, got both"),
+        (
+            lambda: tiny().add_task("t", num_classes=2, head=nn.Linear(12, 2)),
+            "expected num_classes or head, got both",
+        ),
         (lambda: tiny(head_module="hiden"), "no module 'hiden' .did you mean 'hidden'"),
-        (lambda: tiny(TapsConfig(lam=1, target_modules=["conv9"])).add_task("t"), "target_modules: pattern 'conv9'"),
+        (
+            lambda: tiny(TapsConfig(lam=1, target_modules=["conv9"])).add_task("t"),
+            "target_modules: pattern 'conv9'",
+        ),
         (lambda: tiny(TapsConfig(lam=1, exclude_modules=["x.*"])).add_task("t"), "exclude_modules: pattern"),
-        (lambda: tiny(TapsConfig(lam=1, overrides={"zz*": {"learn": False}})).add_task("t"), "overrides: pattern"),
+        (
+            lambda: tiny(TapsConfig(lam=1, overrides={"zz*": {"learn": False}})).add_task("t"),
+            "overrides: pattern",
+        ),
         (lambda: TapsConfig(lam=-1), "lam: expected a number in"),
         (lambda: TapsConfig(lam=float("nan")), "lam: expected a number"),
         (lambda: TapsConfig(lam=1, penalty="layers"), "penalty: expected one of .*did you mean 'layer'"),
@@ -183,7 +192,10 @@ class TakesTask(nn.Module):
         (lambda: TapsConfig(lam=1, overrides={"a": {"scor": 1}}), "unknown key 'scor'"),
         (lambda: TapsConfig(lam=1, overrides={"a": {"open": True}}), "'open' fixes a gate"),
         (lambda: MethodConfig.from_dict({"method": "tap"}), "method: expected one of .*did you mean 'taps'"),
-        (lambda: MethodConfig.from_dict({"method": "taps", "lamb": 1}), "unknown key 'lamb' .did you mean 'lam'"),
+        (
+            lambda: MethodConfig.from_dict({"method": "taps", "lamb": 1}),
+            "unknown key 'lamb' .did you mean 'lam'",
+        ),
         (lambda: MethodConfig.from_dict({"method": "taps"}), "lam"),
     ],
 )
@@ -226,8 +238,14 @@ def test_a_bypassed_layer_is_an_error_and_can_be_excluded() -> None:
         (nn.Conv1d(2, 2, 1), "body: Conv1d cannot be gated"),
         (nn.LSTM(2, 2), "body: LSTM cannot be gated"),
         (nn.MultiheadAttention(4, 2), "body.*MultiheadAttention"),
-        (torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "body: expected a plain .*parametrised"),
-        (type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(2, 2), "body: expected nn.Linear or nn.Conv2d"),
+        (
+            torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+            "body: expected a plain .*parametrised",
+        ),
+        (
+            type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(2, 2),
+            "body: expected nn.Linear or nn.Conv2d",
+        ),
     ],
 )
 def test_what_cannot_be_gated_is_named_and_can_be_excluded(module, message) -> None:

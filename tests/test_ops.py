@@ -347,7 +347,10 @@ def test_opcheck(gate) -> None:
         (torch.randn(3, 4), *detached, gate, 0.1, mask, None, 1.0),
     )
     image = torch.randn(2, 4, 6, 6, requires_grad=True)
-    kernel, extra = torch.randn(6, 2, 3, 3, requires_grad=True), torch.randn(6, 2, 3, 3, requires_grad=gate is not False)
+    kernel, extra = (
+        torch.randn(6, 2, 3, 3, requires_grad=True),
+        torch.randn(6, 2, 3, 3, requires_grad=gate is not False),
+    )
     geometry = ([2, 1], [1, 1], [1, 1], 2)
     bias = torch.randn(6, requires_grad=True)
     torch.library.opcheck(

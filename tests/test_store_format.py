@@ -53,9 +53,7 @@ def test_every_dtype_and_shape_comes_back_bit_equal(dtype: torch.dtype, tmp_path
 
 
 def test_special_numbers() -> None:
-    special = torch.tensor([0x7FC00001, -0x3FFFFF, -(2**31), 0x7F800000, 1], dtype=torch.int32).view(
-        torch.float32
-    )
+    special = torch.tensor([0x7FC00001, -0x3FFFFF, -(2**31), 0x7F800000, 1], dtype=torch.int32).view(torch.float32)
     assert special[0].isnan() and special[2] == 0 and torch.signbit(special[2])
     quiet = torch.tensor([0x7FC00002], dtype=torch.int32).view(torch.float32)
     assert store.tensor_digest(special[:1]) != store.tensor_digest(quiet)
@@ -123,9 +121,7 @@ def test_strides_views_and_lazy_negation(tmp_path: Path) -> None:
     store.save(tmp_path / "a.taps", values_file(values))
     back = store.load(tmp_path / "a.taps").values
     for name, tensor in values.items():
-        assert torch.equal(back[name], tensor) and store.tensor_digest(back[name]) == store.tensor_digest(
-            tensor
-        )
+        assert torch.equal(back[name], tensor) and store.tensor_digest(back[name]) == store.tensor_digest(tensor)
 
 
 def test_layout_is_aligned_and_ordered(tmp_path: Path) -> None:
@@ -213,9 +209,7 @@ def test_json_comes_back(value: object) -> None:
         ({"a": {"b": [torch.tensor(1)]}}, HeaderError),
     ],
 )
-def test_what_json_would_change_is_not_written(
-    value: object, error: type[TaskFileError], tmp_path: Path
-) -> None:
+def test_what_json_would_change_is_not_written(value: object, error: type[TaskFileError], tmp_path: Path) -> None:
     with pytest.raises(error, match=r"taps\.metrics\.m"):
         store.save(tmp_path / "a.taps", example(metrics={"m": value}))
     assert list(tmp_path.iterdir()) == []
@@ -233,9 +227,7 @@ def test_json_depth_is_the_same_for_reader_and_writer() -> None:
         strict_json.loads(strict_json.dumps([deep]), path="p", where="w")
 
 
-@pytest.mark.parametrize(
-    "text", ['"[[[' + "[" * 99 + '"', r'"\"' + "[" * 99 + '"', r'"\\\"' + "{" * 99 + '"', r'"\\"']
-)
+@pytest.mark.parametrize("text", ['"[[[' + "[" * 99 + '"', r'"\"' + "[" * 99 + '"', r'"\\\"' + "{" * 99 + '"', r'"\\"'])
 def test_brackets_in_strings_are_no_depth(text: str) -> None:
     assert strict_json.loads(text, path="p", where="w") == json.loads(text)
 

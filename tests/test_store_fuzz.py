@@ -83,9 +83,7 @@ def test_noise(blob: bytes, tmp_path: Path) -> None:
 
 
 @RUNS
-@given(
-    edits=st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=6), st.integers(0, 6)), max_size=5)
-)
+@given(edits=st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(max_size=6), st.integers(0, 6)), max_size=5))
 def test_spliced(edits: list[tuple[int, bytes, int]], honest: bytes, tmp_path: Path) -> None:
     blob = honest
     for position, insert, remove in edits:

@@ -232,9 +232,7 @@ def test_a_device_is_honoured(tmp_path: Path) -> None:
 
 def resident(key: str) -> int:
     """Bytes of memory this process holds ("VmRSS") or has held at most since the last reset ("VmHWM")."""
-    words = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
-    ).split()
+    words = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()
     return int(words[1]) * 1024
 
 

@@ -25,9 +25,7 @@ def case(name: str, error: type[e.TaskFileError], *words: str) -> Callable[[Make
     return add
 
 
-def forged(
-    name: str, error: type[e.TaskFileError], *words: str
-) -> Callable[[Callable[[Draft], object]], None]:
+def forged(name: str, error: type[e.TaskFileError], *words: str) -> Callable[[Callable[[Draft], object]], None]:
     """A case whose digests are all right: `change` edits a draft of the honest file."""
 
     def add(change: Callable[[Draft], object]) -> None:
@@ -67,15 +65,9 @@ case("header is not UTF-8", e.HeaderError, "not UTF-8 at byte 2")(lambda b: asse
 case("bytes after the JSON", e.HeaderError, "Extra data")(lambda b: assemble(b"{}{}", b""))
 case("NaN in the header", e.HeaderError, "NaN")(lambda b: assemble(b'{"a":NaN}', b""))
 case("1e999 in the header", e.HeaderError, "1e999")(lambda b: assemble(b'{"a":1e999}', b""))
-case("nested a million deep", e.LimitError, "deeper than 32")(
-    lambda b: assemble(b'{"a":' + b"[" * 10**6, b"")
-)
-case("four million values", e.LimitError, "JSON tokens")(
-    lambda b: assemble(b'{"a":[' + b"1," * (4 << 20), b"")
-)
-case("an integer of 5000 digits", e.LimitError, "5000 digits")(
-    lambda b: assemble(b'{"a":' + b"9" * 5000 + b"}", b"")
-)
+case("nested a million deep", e.LimitError, "deeper than 32")(lambda b: assemble(b'{"a":' + b"[" * 10**6, b""))
+case("four million values", e.LimitError, "JSON tokens")(lambda b: assemble(b'{"a":[' + b"1," * (4 << 20), b""))
+case("an integer of 5000 digits", e.LimitError, "5000 digits")(lambda b: assemble(b'{"a":' + b"9" * 5000 + b"}", b""))
 case("too many tensors", e.LimitError, "65537 tensors")(
     lambda b: assemble(
         json.dumps(
@@ -86,9 +78,7 @@ case("too many tensors", e.LimitError, "65537 tensors")(
     )
 )
 case("duplicate tensor", e.DuplicateKeyError, "'head.bias' occurs twice")(
-    lambda b: assemble(
-        header_of(b)[0].replace(b'"head.weight":', b'"head.bias":', 1).rstrip(), header_of(b)[1]
-    )
+    lambda b: assemble(header_of(b)[0].replace(b'"head.weight":', b'"head.bias":', 1).rstrip(), header_of(b)[1])
 )
 case("duplicate key inside a tensor", e.DuplicateKeyError, "'dtype' occurs twice")(
     lambda b: assemble(header_of(b)[0].replace(b'"shape":', b'"dtype":', 1).rstrip(), header_of(b)[1])
@@ -99,12 +89,8 @@ case("metadata is no object", e.HeaderError, "__metadata__: expected an object",
 case("metadata value is no string", e.HeaderError, "'taps.kind'", "True")(
     lambda b: assemble(b'{"__metadata__":{"taps.kind":true}}', b"")
 )
-case("a lone surrogate", e.HeaderError, "lone surrogate")(
-    lambda b: assemble(b'{"__metadata__":{"a":"\\ud800"}}', b"")
-)
-case("not a task file", e.FormatVersionError, "taps.format", "not a task file")(
-    lambda b: assemble(b"{}", b"")
-)
+case("a lone surrogate", e.HeaderError, "lone surrogate")(lambda b: assemble(b'{"__metadata__":{"a":"\\ud800"}}', b""))
+case("not a task file", e.FormatVersionError, "taps.format", "not a task file")(lambda b: assemble(b"{}", b""))
 
 
 # -- the tensor table
@@ -173,9 +159,7 @@ def _(d: Draft) -> None:
     d.entries["head.bias"] = {"data_offsets": [48, 40]}
 
 
-@forged(
-    "overlap", e.LayoutError, "'conv3.delta' begins at 80", "overlaps tensor 'norm.bn1.weight', to byte 88"
-)
+@forged("overlap", e.LayoutError, "'conv3.delta' begins at 80", "overlaps tensor 'norm.bn1.weight', to byte 88")
 def _(d: Draft) -> None:
     d.entries["conv3.delta"] = {"data_offsets": [80, 92]}  # the last tensor, at 88 in the honest file
 

@@ -282,7 +282,9 @@ def test_splits_and_batches() -> None:
     seen = torch.cat([t for _, t in batches.epoch(0)])
     assert len(batches) == 5 and sorted(seen.tolist()) == sorted(y[torch.tensor(rest.indices)].tolist())
     first = [t.tolist() for _, t in batches.epoch(2)]
-    assert [t.tolist() for _, t in batches.epoch(2, skip=3)] == first[3:] and [t.tolist() for _, t in batches.epoch(3)] != first
+    assert [t.tolist() for _, t in batches.epoch(2, skip=3)] == first[3:] and [
+        t.tolist() for _, t in batches.epoch(3)
+    ] != first
     lone = Batches(as_dataset((x[:33], y[:33]), "train"), 16, 0, train=True)
     assert len(lone) == 2 and sum(len(t) for _, t in lone.epoch(0)) == 32  # a batch of one has no statistics
     assert sum(len(t) for _, t in Batches(lone.data, 16, 0, train=False).epoch(0)) == 33

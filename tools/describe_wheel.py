@@ -13,9 +13,7 @@ for path in map(Path, sys.argv[1:]):
             print(f"  {info.file_size:>10,}  {info.filename}")
             if ".so" in info.filename:
                 binary = archive.extract(info, folder)
-                dynamic = subprocess.run(
-                    ["readelf", "-d", binary], check=True, text=True, stdout=subprocess.PIPE
-                )
+                dynamic = subprocess.run(["readelf", "-d", binary], check=True, text=True, stdout=subprocess.PIPE)
                 for line in dynamic.stdout.splitlines():
                     if "(NEEDED)" in line or "PATH)" in line:
                         print(" " * 14 + line.split(")", 1)[1].strip())

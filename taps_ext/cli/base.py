@@ -33,9 +33,7 @@ def _factory(spec: str) -> tuple[Any, dict[str, Any]]:
     if scheme == "torchvision" and name:
         models = _library("torchvision").models
         if name not in models.list_models():
-            raise ConfigError(
-                f"base.model: torchvision has no model {name!r}{suggestion(name, models.list_models())}"
-            )
+            raise ConfigError(f"base.model: torchvision has no model {name!r}{suggestion(name, models.list_models())}")
         return models.get_model, {"name": name}
     if scheme == "python" and name:
         from ..data.python import find_function
@@ -69,9 +67,7 @@ def build_base(section: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f"base.weights: expected a file name or 'random', got {weights!r}")
     brings_its_own = spec.startswith("python:") or args.get("pretrained") or args.get("weights")
     if weights is None and not brings_its_own:
-        raise ConfigError(
-            "base.weights: expected a safetensors file or 'random' (an untrained base), got none"
-        )
+        raise ConfigError("base.weights: expected a safetensors file or 'random' (an untrained base), got none")
     factory, settings = _factory(spec)
     if "num_classes" in section:
         settings["num_classes"] = section["num_classes"]

@@ -125,9 +125,7 @@ class Config:
             _keys(task, TASK_KEYS, f"tasks.{name}")
             source = task.get("source")
             if not isinstance(source, str):
-                raise ConfigError(
-                    f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}"
-                )
+                raise ConfigError(f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}")
         self.stem = stem
         self._opened: dict[str, Source] = {}
 
@@ -210,9 +208,7 @@ def check_device(name: Any) -> None:
         raise ConfigError(f"device: expected cpu or cuda[:N], got {name!r}: {reason}") from None
 
 
-def load_config(
-    path: str | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None
-) -> Config:
+def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Config:
     """Read a TOML file (None: start empty), then lay `extra` and the overrides over it.
 
     Raises:

@@ -171,9 +171,7 @@ def adapt(
             torch.manual_seed(seed)
             model.add_task(name, num_classes=source.num_classes, config=config)
             parts = {split: tensors(source, split, quick) for split in ("train", "val", "test")}
-            task = Task(
-                train=parts["train"], val=parts["val"], test=parts["test"], labels=list(source.classes)
-            )
+            task = Task(train=parts["train"], val=parts["val"], test=parts["test"], labels=list(source.classes))
             try:
                 result = Trainer(model, {name: task}, settings, quiet=True).fit(resume=False)[name]
             except TrainingInterrupted:
@@ -300,9 +298,7 @@ def draw(path: Path, tasks: dict[str, dict[str, Any]]) -> None:
         path,
         [row["layer"] for row in rows],
         {name: [row["change"] for row in own] for name, own in by_task.items()},
-        notes={
-            n: f"{100 * t['taps']:.1f} %\n{t['layers_open']}/{t['layers']} open" for n, t in tasks.items()
-        },
+        notes={n: f"{100 * t['taps']:.1f} %\n{t['layers_open']}/{t['layers']} open" for n, t in tasks.items()},
         sizes=[row["parameters"] for row in rows],
         title=f"TAPS: layers that each task opened (lambda {LAM}), with test accuracy",
     )

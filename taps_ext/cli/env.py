@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if extension["loaded"]:
         build = extension["build"]
         cuda_build = build["cuda"]
-        kernels = (
-            f"CUDA {cuda_build['version']} for sm_{cuda_build['architectures']}" if cuda_build else "no CUDA"
-        )
+        kernels = f"CUDA {cuda_build['version']} for sm_{cuda_build['architectures']}" if cuda_build else "no CUDA"
         print(f"extension  {extension['file']}")
         print(f"           {build['compiler']}, target torch {build['torch_target']}, {kernels}")
         print(f"CPU path   {extension['isa']} (this machine runs {', '.join(extension['isas'])})")

@@ -17,9 +17,7 @@ LAST = "files"
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the base and the data come from: a configuration, or options of the same meaning."""
     parser.add_argument("--config", metavar="CONFIG.toml", help="the configuration of the training")
-    parser.add_argument(
-        "--set", metavar="key=value", action="append", default=[], help="override; repeatable"
-    )
+    parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
     parser.add_argument("--base", metavar="MODEL", help="timm:NAME, torchvision:NAME, python:MODULE.FUNCTION")
     parser.add_argument("--weights", metavar="FILE", help="the base's safetensors file")
     parser.add_argument("--size", type=count(1), metavar="N", help="side of the images in pixels")

@@ -32,9 +32,7 @@ def _geometry(config: Config, header: FileHeader) -> tuple[int, int]:
     if size is None or channels is None:
         name = header.metadata.name
         if name not in config.tasks:
-            raise ConfigError(
-                f"data: expected size and channels, since the configuration has no task {name!r}"
-            )
+            raise ConfigError(f"data: expected size and channels, since the configuration has no task {name!r}")
         shape = config.source(name).shape
         channels, size = (shape[0] if channels is None else channels), (shape[1] if size is None else size)
     return size, channels
@@ -51,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
     header = store.read_header(args.file)
     size, channels = _geometry(config, header)
     options = Options(size, channels, normalize=config.data.get("normalize"))
-    images = [
-        apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images
-    ]
+    images = [apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images]
     base = config.base()
     model = TaskModel(base, head_module=config.head_module).eval()
     if args.device is not None:
@@ -79,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
         emit({"file": args.file, "task": name, "predictions": found})
     else:
         rows = [
-            (f["image"], "  ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in f["top"]))
-            for f in found
+            (f["image"], "  ".join(f"{t['label']} {100 * t['probability']:.1f} %" for t in f["top"])) for f in found
         ]
         print(table(("image", f"{name}: labels"), rows))
     return 0

@@ -98,9 +98,7 @@ def source_from_arrays(
         y = labels_from(arrays[f"y_{split}"], f"{name}: y_{split}", len(x))
         limit = (limits or {}).get(split, len(x))
         if limit < len(x):
-            rows = (
-                torch.randperm(len(x), generator=split_generator(options.seed, split))[:limit].sort().values
-            )
+            rows = torch.randperm(len(x), generator=split_generator(options.seed, split))[:limit].sort().values
             x, y = x[rows], y[rows]
         splits[split] = ArrayDataset(finish(resize(x, options.size), options.channels, options.normalize), y)
     shapes = {tuple(data.x.shape[1:]) for data in splits.values()}
@@ -134,9 +132,7 @@ def parse_limits(path: str, spec: str) -> tuple[str, dict[str, int]]:
     for option in query.split("&"):
         match = re.fullmatch(r"(train|val|test)=([1-9][0-9]{0,11})", option)
         if match is None or match[1] in limits:
-            raise SourceError(
-                f"{spec}: bad option {option!r}, expected train=N, val=N or test=N, joined by '&'"
-            )
+            raise SourceError(f"{spec}: bad option {option!r}, expected train=N, val=N or test=N, joined by '&'")
         limits[match[1]] = int(match[2])
     return path, limits
 

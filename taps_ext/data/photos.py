@@ -97,9 +97,7 @@ def open_photos(task: str, options: Options) -> Source:
         )
         y = torch.tensor([photograph for photograph, *_ in chosen])
         if task == "distortion":
-            y = (
-                torch.arange(count) // 2 % len(classes)
-            )  # places() alternates: // 2 gives each class both photographs
+            y = torch.arange(count) // 2 % len(classes)  # places() alternates: // 2 gives each class both photographs
             for label in range(len(classes)):
                 x[y == label] = distort(x[y == label], label)
         x = resize(x, options.size or 16)

@@ -30,7 +30,7 @@ def find_function(path: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise SourceError(f"python:{path}: {module_name} has no function {name!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def open_python(rest: str, options: Options) -> Source:

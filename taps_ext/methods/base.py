@@ -63,9 +63,7 @@ def one_of(value: Any, choices: tuple[str, ...], argument: str) -> None:
         raise ConfigError(f"{argument}: expected one of {list(choices)}, got {value!r}{hint}")
 
 
-def number(
-    value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False
-) -> None:
+def number(value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["

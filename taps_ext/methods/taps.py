@@ -49,9 +49,7 @@ class TapsConfig(MethodConfig):
         one_of(self.penalty, ("layer", "size"), "penalty")
         number(self.gate_fraction, "gate_fraction", 0.0, 1.0, open_low=True)
         if self.gate_fraction != 1.0:
-            raise ConfigError(
-                f"gate_fraction: expected 1.0 (sampling is not built yet), got {self.gate_fraction}"
-            )
+            raise ConfigError(f"gate_fraction: expected 1.0 (sampling is not built yet), got {self.gate_fraction}")
         one_of(self.norm, ("task", "frozen"), "norm")
         one_of(self.others, ("task", "frozen"), "others")
         plain = json.loads(json.dumps({k: dict(v) for k, v in self.overrides.items()}))
@@ -59,13 +57,9 @@ class TapsConfig(MethodConfig):
         for pattern, settings in plain.items():
             for key in settings:
                 if key not in _OVERRIDES:
-                    raise ConfigError(
-                        f"overrides[{pattern!r}]: unknown key {key!r}{suggestion(key, _OVERRIDES)}"
-                    )
+                    raise ConfigError(f"overrides[{pattern!r}]: unknown key {key!r}{suggestion(key, _OVERRIDES)}")
             if "open" in settings and settings.get("learn", True):
-                raise ConfigError(
-                    f"overrides[{pattern!r}]: 'open' fixes a gate and needs 'learn': False beside it"
-                )
+                raise ConfigError(f"overrides[{pattern!r}]: 'open' fixes a gate and needs 'learn': False beside it")
 
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))

@@ -29,7 +29,7 @@ def resting_weight(host: nn.Module, input: Tensor) -> Tensor:
     kept = host.__dict__.get("_taps_cast")
     if kept is None or kept[0] != key:
         kept = host.__dict__["_taps_cast"] = (key, weight.detach().to(dtype))
-    return kept[1]  # type: ignore[no-any-return]
+    return kept[1]
 
 
 def _conv2d_input(host: nn.Conv2d, input: Tensor) -> tuple[Tensor, Any]:
@@ -57,9 +57,7 @@ def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | Non
     if layer.delta is None:
         return stock_forward(host, input, weight, bias)
     if isinstance(host, nn.Linear):
-        return ops.gated_linear(
-            input, weight, layer.delta, layer.score, bias, gate=gate, threshold=layer.threshold
-        )
+        return ops.gated_linear(input, weight, layer.delta, layer.score, bias, gate=gate, threshold=layer.threshold)
     assert isinstance(host, nn.Conv2d)
     input, padding = _conv2d_input(host, input)
     return ops.gated_conv2d(

@@ -15,9 +15,7 @@ from .forward import gated_forward
 def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> Any:
     """Wrap `fn` of `Module._apply` so that the named float32 parameters change device but never dtype."""
     kept = {id(p) for name in names if (p := module._parameters.get(name)) is not None}
-    kept |= {
-        id(p.grad) for name in names if (p := module._parameters.get(name)) is not None and p.grad is not None
-    }
+    kept |= {id(p.grad) for name in names if (p := module._parameters.get(name)) is not None and p.grad is not None}
 
     def move(tensor: Tensor) -> Tensor:
         if id(tensor) not in kept:
@@ -67,9 +65,7 @@ class GatedLayer(nn.Module):
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         delta = None if shape is None else nn.Parameter(torch.zeros(shape, **options))
         self.register_parameter("delta", delta)
-        self.register_parameter(
-            "score", nn.Parameter(torch.full([], score_init, **options)) if learn else None
-        )
+        self.register_parameter("score", nn.Parameter(torch.full([], score_init, **options)) if learn else None)
         own = None if bias is None else nn.Parameter(bias.detach().clone(memory_format=torch.preserve_format))
         self.register_parameter("bias", own)
         self.threshold = float32_bound(threshold)

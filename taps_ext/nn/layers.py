@@ -19,7 +19,7 @@ class _TapsLayer(nn.Module):
     """What both layers share: `delta`, `score`, `threshold` and the host's copy of the gate."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor or None
     merged: Tensor | None
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
@@ -53,13 +53,9 @@ class _TapsLayer(nn.Module):
         return super()._apply(keep_float32(self, fn, ("delta", "score")), recurse)
 
     @classmethod
-    def _from(
-        cls: type[_Self], stock: nn.Module, kind: type[nn.Module], threshold: float, score_init: float
-    ) -> _Self:
+    def _from(cls: type[_Self], stock: nn.Module, kind: type[nn.Module], threshold: float, score_init: float) -> _Self:
         if type(stock) is not kind:
-            raise UnsupportedModuleError(
-                f"layer: expected a plain {kind.__name__}, got {type(stock).__name__}"
-            )
+            raise UnsupportedModuleError(f"layer: expected a plain {kind.__name__}, got {type(stock).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         for key, value in stock.__dict__.items():
@@ -95,9 +91,7 @@ class TapsLinear(_TapsLayer, nn.Linear):
         self._add_gate(threshold, score_init)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, *, threshold: float = 0.1, score_init: float = 0.15
-    ) -> TapsLinear:
+    def from_linear(cls, linear: nn.Linear, *, threshold: float = 0.1, score_init: float = 0.15) -> TapsLinear:
         """Wrap a plain `nn.Linear`, sharing (and freezing) its parameters."""
         return cls._from(linear, nn.Linear, threshold, score_init)
 

@@ -50,11 +50,11 @@ class TaskTensors(nn.Module):
         self.__dict__["clone"] = clone  # not a submodule: its children belong to the base
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.clone.forward(*args, **kwargs)  # type: ignore[operator]
+        return self.__dict__["clone"].forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> TaskTensors:
         super().train(mode)
-        self.clone.__dict__["training"] = mode  # type: ignore[union-attr]
+        self.__dict__["clone"].__dict__["training"] = mode
         return self
 
     def tensors(self) -> dict[str, Tensor]:

@@ -46,13 +46,13 @@ class _Routed(nn.Module):
         frame = _frame.get()
         if frame is None:
             _outside(name)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         if frame.entered is not None:
             frame.entered.add(name)
         part = frame.parts.get(name)
         if part is not None:
             return part(self, *args, **kwargs)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class _RoutedLayer(_Routed):
@@ -80,7 +80,7 @@ class _RoutedNorm(_Routed):
 
 
 @functools.cache
-def _routed_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _routed_class(cls: Any) -> type[nn.Module]:
     if issubclass(cls, NORM_TYPES):
         router: type[nn.Module] = _RoutedNorm
     elif cls.forward in (nn.Linear.forward, nn.Conv2d.forward) and issubclass(cls, _forward.GATED_TYPES):
@@ -95,7 +95,8 @@ def route(module: nn.Module, name: str) -> None:
     if not isinstance(module, _Routed):
         module.__dict__["_taps_class"] = type(module)
         module.__dict__["_taps_name"] = name
-        module.__class__ = _routed_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = _routed_class(cls)
         if isinstance(module, _RoutedNorm):
             module.__dict__["_taps_training"] = module.training
             module.training = False
@@ -103,7 +104,7 @@ def route(module: nn.Module, name: str) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before it was routed."""
-    return module.__dict__.get("_taps_class", type(module))  # type: ignore[no-any-return]
+    return module.__dict__.get("_taps_class", type(module))
 
 
 def unroute(module: nn.Module) -> None:

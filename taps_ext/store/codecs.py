@@ -64,9 +64,7 @@ def register(codec: Codec) -> None:
     if codec.name in _CODECS:
         raise ValueError(f"codec {codec.name!r} is already registered")
     if not codec.parts or len(set(codec.parts)) != len(codec.parts) or "score" in codec.parts:
-        raise ValueError(
-            f"codec {codec.name!r}: expected distinct part suffixes other than 'score', got {codec.parts}"
-        )
+        raise ValueError(f"codec {codec.name!r}: expected distinct part suffixes other than 'score', got {codec.parts}")
     _CODECS[codec.name] = codec
 
 

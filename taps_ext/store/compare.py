@@ -35,9 +35,7 @@ def check_tensors(
         )
     extra = sorted(got.keys() - expected.keys())
     if extra:
-        raise UnexpectedTensorError(
-            path, f"tensor {show(extra[0])}: the model has no place for it{_more(extra)}"
-        )
+        raise UnexpectedTensorError(path, f"tensor {show(extra[0])}: the model has no place for it{_more(extra)}")
     for name in sorted(expected):
         shape, dtype = expected[name]
         tensor = got[name]
@@ -54,9 +52,7 @@ def check_parent(expected: str, got: str, *, path: Path) -> None:
     (`expected`).
     """
     if expected != got:
-        raise ParentMismatchError(
-            path, f"trained on parent {show(got)}, but this base (or shared file) is {expected}"
-        )
+        raise ParentMismatchError(path, f"trained on parent {show(got)}, but this base (or shared file) is {expected}")
 
 
 def _more(names: list[str]) -> str:

@@ -35,9 +35,7 @@ def fingerprint(named_tensors: Mapping[str, Tensor]) -> str:
     plain: dict[str, str] = {}
     for name in named_tensors:
         if "_fsdp_wrapped_module" in name.split("."):
-            raise UnsupportedTensorError(
-                "fingerprint", f"tensor {show(name)}: sharded by FSDP; gather the full state"
-            )
+            raise UnsupportedTensorError("fingerprint", f"tensor {show(name)}: sharded by FSDP; gather the full state")
         other = plain.setdefault(plain_name(name), name)
         if other != name:
             raise DuplicateKeyError(

@@ -113,9 +113,7 @@ def count_bytes(name: str, dtype: str, shape: Iterable[int], *, path: Path) -> i
     for size in shape:
         extent *= max(size, 1)
         if extent > MAX_TENSOR_BYTES:
-            raise LimitError(
-                path, f"tensor {show(name)}: shape {show(list(shape))} of {dtype} overflows 64 bits"
-            )
+            raise LimitError(path, f"tensor {show(name)}: shape {show(list(shape))} of {dtype} overflows 64 bits")
     return itemsize * math.prod(shape)
 
 
@@ -162,14 +160,10 @@ def header_digest(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
     """Header length from the file's first 8 bytes; raises TruncatedFileError or LimitError."""
     if len(prefix) < 8:
-        raise TruncatedFileError(
-            path, f"expected the 8 bytes of a header length, got a file of {len(prefix)} bytes"
-        )
+        raise TruncatedFileError(path, f"expected the 8 bytes of a header length, got a file of {len(prefix)} bytes")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise LimitError(
-            path, f"header length {length}, at most {MAX_HEADER_BYTES} allowed; not a task file?"
-        )
+        raise LimitError(path, f"header length {length}, at most {MAX_HEADER_BYTES} allowed; not a task file?")
     if length > file_bytes - 8:
         raise TruncatedFileError(path, f"header length {length}, but only {file_bytes - 8} bytes follow")
     return length
@@ -231,17 +225,11 @@ def _parse_tensor(name: str, entry: Any, *, path: Path) -> TensorInfo:
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnknownDtypeError(
-            path, f"tensor {show(name)}: dtype {show(dtype)}; expected one of {' '.join(DTYPES)}"
-        )
+        raise UnknownDtypeError(path, f"tensor {show(name)}: dtype {show(dtype)}; expected one of {' '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise HeaderError(
-            path, f"tensor {show(name)}: shape: expected sizes >= 0 below 2**63, got {show(shape)}"
-        )
+        raise HeaderError(path, f"tensor {show(name)}: shape: expected sizes >= 0 below 2**63, got {show(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise HeaderError(
-            path, f"tensor {show(name)}: data_offsets: expected two byte offsets, got {show(offsets)}"
-        )
+        raise HeaderError(path, f"tensor {show(name)}: data_offsets: expected two byte offsets, got {show(offsets)}")
     begin, end = offsets
     expected = count_bytes(name, dtype, shape, path=path)
     if end - begin != expected:
@@ -268,8 +256,6 @@ def _prove_layout(tensors: list[TensorInfo], data_bytes: int, *, path: Path) -> 
             )
         end, previous = tensor.end, f"tensor {show(tensor.name)}"
     if end > data_bytes:
-        raise TruncatedFileError(
-            path, f"{previous} ends at data byte {end}, the file holds {data_bytes} data bytes"
-        )
+        raise TruncatedFileError(path, f"{previous} ends at data byte {end}, the file holds {data_bytes} data bytes")
     if end < data_bytes:
         raise LayoutError(path, f"{data_bytes - end} trailing bytes after {previous}")

@@ -110,9 +110,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     check_claims(claims, plan, metadata, path=path)
     strings["taps.digests"] = dumps({name: "sha256:" + "0" * 64 for name in plan})
     strings[DIGEST_KEY] = "sha256:" + "0" * 64
-    draft = encode_header(
-        plan, strings, path=path
-    )  # digests have one length, so the header's is known already
+    draft = encode_header(plan, strings, path=path)  # digests have one length, so the header's is known already
     digests: dict[str, str] = {}
     with _replacing(path) as fd:
         _write_all(fd, memoryview(draft))
@@ -184,9 +182,7 @@ def verify(path: Path) -> Verification:
     return Verification(header, tuple(damaged))
 
 
-def read_safetensors(
-    path: Path, *, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of any safetensors file (base weights, say) in our dtypes, with the same proof of
     layout.
 
@@ -195,15 +191,11 @@ def read_safetensors(
     with _open_regular(path) as (fd, size):
         header, _ = _container(fd, size, path=path)
         plain = Claim("value", "")
-        tensors = {
-            n: _read_tensor(fd, t, plain, None, path=path).to(device) for n, t in header.tensors.items()
-        }
+        tensors = {n: _read_tensor(fd, t, plain, None, path=path).to(device) for n, t in header.tensors.items()}
     return tensors, dict(header.metadata)
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> int:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Writes a plain safetensors file (base weights, say) as durably as `write` does; returns its bytes.
 
     Raises UnsupportedTensorError, TensorNameError, LimitError, MissingFileError, NotRegularFileError, and
@@ -229,9 +221,7 @@ def check_claims(
         info = tensors.get(stored)
         what = f"{claim.group} of" if claim.group in ("score", "delta") else claim.group
         if info is None:
-            raise MissingTensorError(
-                path, f"tensor {show(stored)}: expected the {what} {show(claim.name)}, got none"
-            )
+            raise MissingTensorError(path, f"tensor {show(stored)}: expected the {what} {show(claim.name)}, got none")
         if claim.group == "score" and info.dtype != "F32":
             raise DtypeMismatchError(path, f"tensor {show(stored)}: expected an F32 score, got {info.dtype}")
         if claim.group == "score" and info.shape != ():
@@ -244,9 +234,7 @@ def check_claims(
         layer, _, part = stored.rpartition(".")
         entry = metadata.layers.get(layer)
         if entry is not None and not entry.open and part in codecs.part_suffixes():
-            raise GateError(
-                path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}"
-            )
+            raise GateError(path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}")
         raise UnexpectedTensorError(path, f"tensor {show(stored)}: no layer, value, norm or head claims it")
 
 
@@ -266,9 +254,7 @@ def _file_header(fd: int, size: int, *, path: Path) -> FileHeader:
     digests = parse_digests(header.metadata, header.tensors, path=path)
     claims = metadata.claims(path=path)
     check_claims(claims, header.tensors, metadata, path=path)
-    return FileHeader(
-        os.fspath(path), size, header.metadata[DIGEST_KEY], header.tensors, metadata, claims, digests
-    )
+    return FileHeader(os.fspath(path), size, header.metadata[DIGEST_KEY], header.tensors, metadata, claims, digests)
 
 
 def _read_tensor(fd: int, info: TensorInfo, claim: Claim, expected: str | None, *, path: Path) -> Tensor:
@@ -279,9 +265,7 @@ def _read_tensor(fd: int, info: TensorInfo, claim: Claim, expected: str | None, 
         if expected is not None:
             hasher.update(piece)
     if expected is not None and hasher.digest() != expected:
-        raise DigestError(
-            path, f"tensor {show(info.name)}: expected {expected}, got bytes of {hasher.digest()}"
-        )
+        raise DigestError(path, f"tensor {show(info.name)}: expected {expected}, got bytes of {hasher.digest()}")
     for piece in chunks(memory(tensor)):
         _check_piece(info, claim, piece, path=path)
     return swap_bytes(tensor) if sys.byteorder == "big" else tensor
@@ -302,9 +286,7 @@ def _open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """A descriptor and its size. Opening never blocks, even on a pipe; what is checked is what is then
     read.
     """
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    )
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         fd = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):

@@ -133,9 +133,7 @@ class Metadata:
         if self.kind not in KINDS:
             raise KindError(path, f"taps.kind: expected 'task' or 'shared', got {show(self.kind)}")
         if not isinstance(self.parent, str) or not _DIGEST.fullmatch(self.parent):
-            raise MetadataError(
-                path, f"taps.parent: expected 'sha256:' and 64 hex digits, got {show(self.parent)}"
-            )
+            raise MetadataError(path, f"taps.parent: expected 'sha256:' and 64 hex digits, got {show(self.parent)}")
         if self.name:
             check_name(self.name, path=path, what="task")
         for key, value in (("method", self.method), ("head", self.head_spec), ("metrics", self.metrics)):
@@ -150,9 +148,7 @@ class Metadata:
             raise MetadataError(path, f"taps.labels: expected a list of strings, got {show(self.labels)}")
         strict_json.check(self.labels, path=path, where="taps.labels")
         if not isinstance(self.versions, dict) or not _strings(list(self.versions.values())):
-            raise MetadataError(
-                path, f"taps.versions: expected names and version strings, got {show(self.versions)}"
-            )
+            raise MetadataError(path, f"taps.versions: expected names and version strings, got {show(self.versions)}")
         strict_json.check(self.versions, path=path, where="taps.versions")
         for group, names in (("head", self.head), ("norms", self.norms), ("values", self.values)):
             _check_names(group, names, path=path)
@@ -160,9 +156,7 @@ class Metadata:
             _check_layer(name, entry, path=path)
         for key, text in self.extra.items():
             if not isinstance(key, str) or key.startswith("taps.") or not isinstance(text, str):
-                raise UnknownKeyError(
-                    path, f"__metadata__: extra key {show(key)}: expected text outside 'taps.'"
-                )
+                raise UnknownKeyError(path, f"__metadata__: extra key {show(key)}: expected text outside 'taps.'")
             strict_json.check({key: text}, path=path, where="__metadata__")
 
     def claims(self, *, path: Path) -> dict[str, Claim]:
@@ -237,9 +231,7 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
     if not _strings(list(codec_of.values())):
         raise MetadataError(path, f"taps.codecs: expected a codec name per layer, got {show(codec_of)}")
     if contents.keys() != {"head", "norms", "values"} or not all(map(_strings, contents.values())):
-        raise MetadataError(
-            path, f"taps.contents: expected lists head, norms and values, got {show(contents)}"
-        )
+        raise MetadataError(path, f"taps.contents: expected lists head, norms and values, got {show(contents)}")
     layers: dict[str, LayerEntry] = {}
     for name, gate in gates.items():
         if (
@@ -286,14 +278,10 @@ def parse_digests(strings: Mapping[str, str], tensors: Mapping[str, object], *, 
     if absent := sorted(tensors.keys() - digests.keys()):
         raise DigestError(path, f"taps.digests: expected a digest of tensor {show(absent[0])}, got none")
     if surplus := sorted(digests.keys() - tensors.keys()):
-        raise DigestError(
-            path, f"taps.digests: a digest of {show(surplus[0])}, but the file has no such tensor"
-        )
+        raise DigestError(path, f"taps.digests: a digest of {show(surplus[0])}, but the file has no such tensor")
     for name, digest in digests.items():
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            raise DigestError(
-                path, f"taps.digests: tensor {show(name)}: expected sha256:<hex>, got {show(digest)}"
-            )
+            raise DigestError(path, f"taps.digests: tensor {show(name)}: expected sha256:<hex>, got {show(digest)}")
     return digests
 
 
@@ -308,8 +296,7 @@ def _check_names(group: str, names: tuple[str, ...], *, path: Path) -> None:
         if first >= second:
             raise MetadataError(
                 path,
-                f"taps.contents: {group}: expected sorted, distinct names, "
-                f"got {show(first)} before {show(second)}",
+                f"taps.contents: {group}: expected sorted, distinct names, got {show(first)} before {show(second)}",
             )
 
 
@@ -318,12 +305,8 @@ def _check_layer(name: str, entry: LayerEntry, *, path: Path) -> None:
         check_name(name, path=path, what="layer")
     if entry.codec is None:
         if entry.open:
-            raise CodecError(
-                path, f"layer {show(name)}: open, so a codec for its delta is expected, got none"
-            )
+            raise CodecError(path, f"layer {show(name)}: open, so a codec for its delta is expected, got none")
     elif not isinstance(entry.codec, str):
         raise CodecError(path, f"layer {show(name)}: expected a codec's name, got {show(entry.codec)}")
     elif not entry.open:
-        raise GateError(
-            path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}"
-        )
+        raise GateError(path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}")

@@ -41,9 +41,7 @@ def scan(text: str, *, path: Path, where: str, max_tokens: int) -> None:
     data = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"")
     data = data.translate(None, _NOT_STRUCTURE).replace(b'""', b"")  # most strings are gone with this
     if data.count(b'"') > 2 * MAX_RICH_STRINGS:
-        raise LimitError(
-            path, f"{where}: more than {MAX_RICH_STRINGS} strings with brackets, colons or commas"
-        )
+        raise LimitError(path, f"{where}: more than {MAX_RICH_STRINGS} strings with brackets, colons or commas")
     tokens = _STRING.sub(b"", data)
     if len(tokens) > max_tokens:
         raise LimitError(path, f"{where}: at most {max_tokens} JSON tokens are read, got {len(tokens)}")
@@ -66,17 +64,13 @@ def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> An
             seen: set[str] = set()
             for key, _ in items:
                 if key in seen:
-                    raise DuplicateKeyError(
-                        path, f"{where}: the key {show(key)} occurs twice in one JSON object"
-                    )
+                    raise DuplicateKeyError(path, f"{where}: the key {show(key)} occurs twice in one JSON object")
                 seen.add(key)
         return result
 
     def integer(digits: str) -> int:
         if len(digits.lstrip("-")) > MAX_INT_DIGITS:
-            raise LimitError(
-                path, f"{where}: an integer of {len(digits)} digits; at most {MAX_INT_DIGITS} are read"
-            )
+            raise LimitError(path, f"{where}: an integer of {len(digits)} digits; at most {MAX_INT_DIGITS} are read")
         return int(digits)
 
     def real(digits: str) -> float:
@@ -88,9 +82,7 @@ def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> An
         raise HeaderError(path, f"{where}: {word} is not JSON; expected finite numbers")
 
     try:
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant
-        )
+        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant)
         text.encode("utf-8")
         if "\\u" in text:  # an escape can still spell half a surrogate pair
             dumps(value).encode("utf-8")
@@ -118,9 +110,7 @@ def check(value: object, *, path: Path, where: str, depth: int = 0) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise HeaderError(
-                path, f"{where}: a lone surrogate in {show(value)}; expected UTF-8 text"
-            ) from None
+            raise HeaderError(path, f"{where}: a lone surrogate in {show(value)}; expected UTF-8 text") from None
     elif type(value) is int:
         if abs(value) >= 10**MAX_INT_DIGITS:
             raise LimitError(path, f"{where}: integers of at most {MAX_INT_DIGITS} digits are stored")

@@ -77,9 +77,7 @@ class TaskFile:
             kind=self.kind,
             method=self.method,
             parent=self.parent,
-            layers={
-                n: LayerEntry(r.learn, r.open, r.codec if r.open else None) for n, r in self.layers.items()
-            },
+            layers={n: LayerEntry(r.learn, r.open, r.codec if r.open else None) for n, r in self.layers.items()},
             values=tuple(sorted(self.values)),
             norms=tuple(sorted(self.norms)),
             head=tuple(sorted(self.head)),
@@ -197,8 +195,7 @@ def _encode(name: str, record: LayerRecord, *, path: Path) -> Mapping[str, Tenso
     if parts.keys() != set(codec.parts):
         raise CodecError(
             path,
-            f"layer {show(name)}: codec {codec.name}: expected parts {sorted(codec.parts)}, "
-            f"got {show(sorted(parts))}",
+            f"layer {show(name)}: codec {codec.name}: expected parts {sorted(codec.parts)}, got {show(sorted(parts))}",
         )
     return parts
 
@@ -209,6 +206,4 @@ def _decode(name: str, codec: str, parts: Mapping[str, Tensor], *, path: Path) -
     except TaskFileError:
         raise
     except (ValueError, RuntimeError, IndexError) as error:  # parts from a file may be anything
-        raise CodecError(
-            path, f"layer {show(name)}: codec {codec} cannot decode its parts: {error}"
-        ) from error
+        raise CodecError(path, f"layer {show(name)}: codec {codec} cannot decode its parts: {error}") from error

@@ -28,18 +28,14 @@ def check_storable(name: str, tensor: object, *, path: Path) -> Tensor:
     """
 
     def refuse(what: str) -> UnsupportedTensorError:
-        return UnsupportedTensorError(
-            path, f"tensor {show(name)}: expected a dense, real, local tensor, got {what}"
-        )
+        return UnsupportedTensorError(path, f"tensor {show(name)}: expected a dense, real, local tensor, got {what}")
 
     if not isinstance(tensor, Tensor):
         raise refuse(type(tensor).__name__)
     if is_lazy(tensor):
         raise refuse("an uninitialised (lazy) parameter")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise refuse(
-            f"a {type(tensor).__name__} (sharded, fake or wrapped)"
-        )  # DTensor and ShardedTensor among them
+        raise refuse(f"a {type(tensor).__name__} (sharded, fake or wrapped)")  # DTensor and ShardedTensor among them
     if getattr(tensor, "_fsdp_flattened", False) or "_flat_param" in name.split("."):
         raise refuse("a flattened FSDP shard; gather the full state first")
     if tensor.is_meta:

@@ -28,7 +28,8 @@ def restore(state: TaskState, tensors: Mapping[str, Tensor]) -> None:
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's tensors by "<index>.<key>", and its plain numbers likewise."""
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
@@ -55,17 +56,15 @@ def save_run(
 ) -> None:
     """Write the whole state of a run, atomically. `counters` is JSON-ready."""
     moments, numbers = _optimizer_tensors(optimizer)
-    groups = {
+    groups: dict[str, dict[str, Tensor]] = {
         "part": snapshot(state),
         "optimizer": moments,
-        "best": best,
+        "best": dict(best),
         "random": {"cpu": torch.get_rng_state()},
     }
     if torch.cuda.is_available():
         groups["random"]["cuda"] = torch.cuda.get_rng_state()
-    values = {
-        f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()
-    }
+    values = {f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()}
     record = store.TaskFile(
         method={"method": "trainer-state"},
         parent=parent,

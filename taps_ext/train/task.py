@@ -49,19 +49,13 @@ class Task:
 def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     """A map-style dataset from a dataset or a pair of tensors of equal length."""
     if isinstance(data, DataLoader):
-        raise ConfigError(
-            f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset"
-        )
+        raise ConfigError(f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset")
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         if len(data[0]) != len(data[1]):
-            raise ConfigError(
-                f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}"
-            )
+            raise ConfigError(f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}")
         data = TensorDataset(*data)
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise ConfigError(
-            f"{argument}: expected a map-style dataset or a pair of tensors, got {type(data).__name__}"
-        )
+        raise ConfigError(f"{argument}: expected a map-style dataset or a pair of tensors, got {type(data).__name__}")
     if len(data) == 0:
         raise ConfigError(f"{argument}: expected at least one sample, got none")
     return cast("Dataset[Any]", data)

@@ -119,9 +119,7 @@ class Trainer:
                 raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
             state = model.state(name)
             if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):
-                raise ConfigError(
-                    f"budget: task {name!r} has no learned gates with lam > 0 that could follow it"
-                )
+                raise ConfigError(f"budget: task {name!r} has no learned gates with lam > 0 that could follow it")
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             model.to(config.device)
@@ -174,9 +172,7 @@ class Trainer:
             train, val = split_off(train, config.val_fraction, config.seed)
         batches = Batches(train, config.batch_size, config.seed, train=True)
         if not len(batches):
-            raise ConfigError(
-                f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples"
-            )
+            raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         state = self.model.state(name)
         optimizer = self._optimizer(name)
         torch.manual_seed(config.seed)
@@ -200,10 +196,10 @@ class Trainer:
                     stopped = self._epoch(name, task, batches, optimizer, progress, log, stop)
                     progress.seconds = time.perf_counter() - started
                     if stopped:
-                        counters = {"progress": asdict(progress), "settings": settings}
-                        self._interrupt(
-                            name, path, lambda p, c=counters: save_run(p, state, optimizer, best, c, parent)
-                        )
+                        if path is not None:
+                            counters = {"progress": asdict(progress), "settings": settings}
+                            save_run(path, state, optimizer, best, counters, parent)
+                        raise TrainingInterrupted(self._stopped(name, path))
                     best = self._validate(name, task, val, progress, best, log)
         finally:
             log.close()
@@ -216,13 +212,11 @@ class Trainer:
             name, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
         )
         if not groups:
-            raise ConfigError(
-                f"task {name!r}: expected something to train, got neither gates, norms nor a head"
-            )
+            raise ConfigError(f"task {name!r}: expected something to train, got neither gates, norms nor a head")
         for group in groups:
             group["base_lr"] = group["lr"]
         if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, betas=config.betas)  # type: ignore[arg-type]
+            return torch.optim.AdamW(groups, betas=config.betas)
         return torch.optim.SGD(groups, momentum=config.momentum)
 
     def _epoch(
@@ -256,11 +250,11 @@ class Trainer:
                     generator.manual_seed((config.seed * 7_368_787 + progress.step) % 2**63)
                     inputs = task.augment(inputs, generator)
                 loss = self._loss(name, task, inputs, targets)
-                (loss * (len(targets) / samples)).backward()  # type: ignore[no-untyped-call]
+                (loss * (len(targets) / samples)).backward()
                 running += loss.detach().double() * len(targets)
             penalty = 0.0 if progress.epoch < config.warmup_epochs else progress.pressure
             if penalty and (sparsity := model.sparsity_loss(name, penalty)).requires_grad:
-                sparsity.backward()  # type: ignore[no-untyped-call]
+                sparsity.backward()
             if config.clip_norm is not None:
                 clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
@@ -273,9 +267,7 @@ class Trainer:
             log.step(progress.step)
         progress.loss = running.item()
         if not math.isfinite(progress.loss):
-            raise TapsError(
-                f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr"
-            )
+            raise TapsError(f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr")
         return False
 
     def _loss(self, name: str, task: Task, inputs: Any, targets: Any) -> Tensor:
@@ -329,11 +321,7 @@ class Trainer:
         quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
         within = config.budget is None or report.share <= config.budget
         rank = [within, quality if within else -report.share, -report.share]
-        settled = (
-            progress.epoch >= config.warmup_epochs
-            or not state.learned()
-            or config.epochs <= config.warmup_epochs
-        )
+        settled = progress.epoch >= config.warmup_epochs or not state.learned() or config.epochs <= config.warmup_epochs
         better = progress.best is None or rank >= progress.best["rank"] or not progress.best["settled"]
         if config.select == "last" or (settled and better) or progress.best is None:
             progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
@@ -343,13 +331,10 @@ class Trainer:
         progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
         return best
 
-    def _interrupt(self, name: str, path: Path | None, save: Any) -> None:
+    def _stopped(self, name: str, path: Path | None) -> str:
         if path is None:
-            raise TrainingInterrupted(
-                f"training of {name!r} stopped; config.out is None, so nothing was saved"
-            )
-        save(path)
-        raise TrainingInterrupted(f"training of {name!r} stopped and saved in {path}; run it again to go on")
+            return f"training of {name!r} stopped; config.out is None, so nothing was saved"
+        return f"training of {name!r} stopped and saved in {path}; run it again to go on"
 
     def _finish(
         self, name: str, task: Task, progress: _Progress, settings: dict[str, Any], path: Path | None

@@ -53,18 +53,14 @@ def symbols(path, which):
 
 def torch_folder(python):
     code = "import importlib.util as u; print(list(u.find_spec('torch').submodule_search_locations)[0])"
-    return Path(
-        subprocess.run([python, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
-    )
+    return Path(subprocess.run([python, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout.strip())
 
 
 def symbol_faults(binary, pythons):
     """Undefined symbols that break a promise: C++ ones of torch, or ones that a CPU-only libtorch lacks."""
     undefined = {s for s in symbols(binary, "--undefined-only") if not SYSTEM.search(s)}
     plain = {s.split("@")[0] for s in undefined}
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(sorted(plain)), check=True, text=True, stdout=subprocess.PIPE
-    )
+    names = subprocess.run(["c++filt"], input="\n".join(sorted(plain)), check=True, text=True, stdout=subprocess.PIPE)
     faults = [f"C++ symbol of torch: {s}" for s in names.stdout.splitlines() if re.search(r"\b(at|c10)::", s)]
     # Weak ones that every toolchain leaves behind, and CPython's own.
     ours = {s for s in plain if not re.match(r"_?Py|_ITM_|__gmon_start__|__cxa_finalize|__tls_get_addr", s)}
@@ -100,11 +96,7 @@ def main():
     for row in rows:
         cells = (str(row.get(name) or "-").ljust(width) for name, width in columns.items())
         print("  ".join(cells) + ("  passed" if row["passed"] else f"  FAILED {row['failures']}"))
-    print(
-        f"symbols: {count} from libtorch, all exported by a CPU-only build"
-        if not faults
-        else "\n".join(faults)
-    )
+    print(f"symbols: {count} from libtorch, all exported by a CPU-only build" if not faults else "\n".join(faults))
     return 0 if all(row["passed"] for row in rows) and not faults else 1
 
 

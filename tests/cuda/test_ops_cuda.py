@@ -1,0 +1,228 @@
+"""The operators on a GPU against float64 on the CPU: values, gradients, gates, streams, graphs, determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close
+
+from taps_ext import gated_conv2d, gated_linear, ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+GATES = [pytest.param(True, id="open"), pytest.param(False, id="closed"), pytest.param(None, id="device")]
+CONVS = {
+    "1x1": dict(shape=(24, 16, 1, 1)),
+    "3x3": dict(shape=(24, 16, 3, 3), padding=1),
+    "stride": dict(shape=(24, 16, 3, 3), padding=1, stride=2),
+    "same": dict(shape=(24, 16, 2, 4), padding="same"),
+    "groups": dict(shape=(24, 8, 3, 3), groups=2, padding=1),
+    "depthwise": dict(shape=(16, 1, 3, 3), groups=16, padding=1),
+    "odd": dict(shape=(7, 16, 3, 1)),
+}
+
+
+def draw(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def on_device(tensors):
+    return [t.detach().cuda().requires_grad_() for t in tensors]
+
+
+def exact(tensors):
+    return [t.detach().cpu().double().requires_grad_() for t in tensors]
+
+
+def compare_gradients(got, want, dtype, gate, bounds) -> None:
+    for a, b, (terms, factors, outer) in zip(got, want, bounds, strict=True):
+        if b.grad is None:
+            assert a.grad is None or (gate is None and not a.grad.any())
+        else:
+            assert a.grad.dtype == a.dtype
+            assert_close(a.grad.cpu(), b.grad, dtype, terms, *factors, outer=outer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rows,k,n", [(1, 64, 64), (7, 33, 17), (257, 129, 65), (64, 768, 256)])
+def test_linear(dtype, gate, rows, k, n) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    score = 0.05 if gate is None else 0.15
+    host = [draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, k, dtype=wide)]
+    host += [torch.tensor(score, dtype=wide), draw(n, dtype=dtype)]
+    got, want = on_device(host), exact(host)
+    is_open = bool(gate)
+    output = gated_linear(*got, gate=gate)
+    expected = reference.gated_linear(*want, gate=is_open)
+    wt = host[1].double() + (host[2].double() if is_open else 0)
+    assert_close(output.cpu(), expected, dtype, k + 1, host[0], wt)
+    grad = draw(rows, n, dtype=dtype)
+    output.backward(grad.cuda())
+    expected.backward(grad.double())
+    weight_side = (rows, (grad, host[0]), 1)
+    bounds = [
+        (n, (grad, wt), 1),
+        weight_side,
+        weight_side,
+        (rows, (grad, host[0], host[2]), n * k),
+        (rows, (grad,), 1),
+    ]
+    compare_gradients(got, want, dtype, gate, bounds)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_conv2d(name, dtype, gate, layout) -> None:
+    arguments = dict(CONVS[name])
+    shape = arguments.pop("shape")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    host = [draw(3, 16, 14, 13, dtype=dtype), draw(*shape, dtype=dtype), draw(*shape, dtype=wide)]
+    host = [t.to(memory_format=layout) for t in host]
+    host += [torch.tensor(0.05 if gate is None else 0.15, dtype=wide), draw(shape[0], dtype=dtype)]
+    got, want = on_device(host), exact(host)
+    is_open = bool(gate)
+    output = gated_conv2d(*got, **arguments, gate=gate)
+    expected = reference.gated_conv2d(*want, **arguments, gate=is_open)
+    wt = host[1].double() + (host[2].double() if is_open else 0)
+    assert_close(output.cpu(), expected, dtype, wt[0].numel() + 1, host[0], wt)
+    grad = draw(*output.shape, dtype=dtype)
+    output.backward(grad.cuda())
+    expected.backward(grad.double())
+    places = grad[:, 0].numel()
+    weight_side = (places, (grad, host[0]), 1)
+    bounds = [
+        (wt.numel() // 16, (grad, wt), 1),
+        weight_side,
+        weight_side,
+        (places, (grad, host[0], host[2]), wt.numel()),
+        (places, (grad,), 1),
+    ]
+    compare_gradients(got, want, dtype, gate, bounds)
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_reconstruct_is_bit_equal_to_the_cpu(out, weight, offset) -> None:
+    """All type pairs, aligned and misaligned, tails off the vector width; NaN in a closed Delta is not read."""
+    w, d = draw(1031, dtype=weight), draw(1031, dtype=torch.float32)
+    for is_open in (True, False):
+        delta = d if is_open else torch.full_like(d, float("nan"))
+        want = ops.reconstruct_(torch.empty(1031 - offset, dtype=out), w[offset:], delta[offset:], gate=is_open)
+        got = torch.full([1031 - offset], float("nan"), dtype=out, device="cuda")
+        ops.reconstruct_(got, w.cuda()[offset:], delta.cuda()[offset:], gate=is_open)
+        assert torch.equal(got.cpu(), want)
+        score = torch.tensor(0.15 if is_open else 0.05, device="cuda")
+        ops.reconstruct_(got.fill_(float("nan")), w.cuda()[offset:], delta.cuda()[offset:], score)
+        assert torch.equal(got.cpu(), want)
+
+
+def test_closed_is_the_stock_op_to_the_bit() -> None:
+    x, w, b = (draw(*s, dtype=torch.bfloat16).cuda() for s in ((64, 256), (128, 256), (128,)))
+    delta = torch.full((128, 256), float("nan"), device="cuda")
+    score = torch.tensor(0.05, device="cuda")
+    assert torch.equal(gated_linear(x, w, delta, score, b, gate=False), F.linear(x, w, b))
+    image, kernel = (
+        draw(2, 16, 9, 9, dtype=torch.float32).cuda(),
+        draw(8, 16, 3, 3, dtype=torch.float32).cuda(),
+    )
+    extra = torch.full_like(kernel, float("inf"))
+    assert torch.equal(
+        gated_conv2d(image, kernel, extra, score, padding=1, gate=False), F.conv2d(image, kernel, padding=1)
+    )
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_twice_the_same_bits(gate) -> None:
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        case = on_device([draw(130, 257), draw(129, 257), draw(129, 257), torch.tensor(0.15), draw(129)])
+        case = [t.detach().float().requires_grad_() for t in case]
+        gated_linear(*case, gate=gate).square().sum().backward()
+        runs.append([t.grad for t in case if t.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_no_synchronisation() -> None:
+    """Neither gate mode waits for the device, forward or backward."""
+    case = [t.detach().float().requires_grad_() for t in on_device([draw(8, 64), draw(64, 64), draw(64, 64)])]
+    score = torch.tensor(0.15, device="cuda", requires_grad=True)
+    gated_linear(*case, score).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for gate in (None, True, False):
+            gated_linear(*case, score, gate=gate).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_have_workspaces_of_their_own() -> None:
+    """Interleaved work of two streams equals what each gives alone."""
+    torch.manual_seed(4)
+    cases = [
+        [t.detach().float() for t in on_device([draw(256, 1024), draw(1024, 1024), draw(1024, 1024)])] for _ in range(2)
+    ]
+    want = [gated_linear(*case, gate=True) for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    outputs: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                outputs[i].append(gated_linear(*cases[i], gate=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want[i]) for i in range(2) for out in outputs[i])
+
+
+def test_captured_graph_follows_the_score() -> None:
+    """A replayed graph reads the score where it lives: opening and closing need no new capture."""
+    x, w, d = (t.detach().float() for t in on_device([draw(16, 64), draw(32, 64), draw(32, 64)]))
+    score = torch.tensor(0.15, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        gated_linear(x, w, d, score)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gated_linear(x, w, d, score)
+    for value, want in ((0.15, F.linear(x, w + d)), (0.05, F.linear(x, w)), (0.2, F.linear(x, w + d))):
+        score.fill_(value)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.allclose(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [True, False, None])
+def test_opcheck(gate) -> None:
+    tensors = [t.detach().float() for t in on_device([draw(3, 5), draw(4, 5), draw(4, 5)])]
+    score, bias = torch.tensor(0.15, device="cuda"), torch.randn(4, device="cuda")
+    torch.library.opcheck(torch.ops.taps_ext.gated_linear.default, (*tensors, score, bias, gate, 0.1))
+    mask = [True, gate is not False, True, True, True]
+    grad = torch.randn(3, 4, device="cuda")
+    torch.library.opcheck(
+        torch.ops.taps_ext.gated_linear_backward.default, (grad, *tensors, score, gate, 0.1, mask, None, 1.0)
+    )
+
+
+def test_gradcheck() -> None:
+    x, w, d = (draw(*s).cuda().requires_grad_() for s in ((3, 5), (4, 5), (4, 5)))
+    assert torch.autograd.gradcheck(lambda x, w, d: gated_linear(x, w, d, gate=True), (x, w, d))
+    x, w, d = (draw(*s).cuda().requires_grad_() for s in ((2, 4, 5, 6), (6, 2, 3, 3), (6, 2, 3, 3)))
+    assert torch.autograd.gradcheck(lambda x, w, d: gated_conv2d(x, w, d, padding=1, groups=2, gate=True), (x, w, d))
+
+
+def test_tensors_on_different_devices_are_refused() -> None:
+    with pytest.raises((RuntimeError, ValueError), match="delta|weight|device"):
+        gated_linear(torch.ones(2, 3).cuda(), torch.ones(4, 3).cuda(), torch.ones(4, 3), torch.tensor(0.2).cuda())
+
+
+def test_empty() -> None:
+    out = gated_linear(torch.ones(0, 3).cuda(), torch.ones(4, 3).cuda(), torch.ones(4, 3).cuda(), gate=True)
+    assert out.shape == (0, 4)
+    ops.reconstruct_(torch.empty(0).cuda(), torch.empty(0).cuda(), torch.empty(0).cuda(), gate=True)
