@@ -117,13 +117,14 @@ def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, 
         if head is not None:
             raise ConfigError(f"head: expected None, since {path} holds a task without a head")
         return None
+    kinds = {"in": int, "out": int, "bias": bool}
+    linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())
+    if not linear and spec.get("type") != "custom":
+        raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     if head is not None:
         return head
-    kinds = {"in": int, "out": int, "bias": bool}
-    if spec.get("type") == "custom":
+    if not linear:
         raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
-    if spec.get("type") != "linear" or any(type(spec.get(k)) is not t for k, t in kinds.items()):
-        raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     weight = record.head.get("weight")
     if weight is None or list(weight.shape) != [spec["out"], spec["in"]]:
         got = None if weight is None else list(weight.shape)

@@ -1,0 +1,190 @@
+"""Files against a model: whatever does not fit is refused with a message of its own, and the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import TinyNet, images, settle
+from torch import nn
+
+from taps_ext import ConfigError, TapsConfig, TaskFileError, TaskModel, store
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(model, path): a trained-looking task with one closed layer, in a file."""
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0)).eval()
+    model.add_task("t", num_classes=5)
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.delta.normal_(0, 0.1)
+        dict(model.state("t").gated())["conv2"].score.fill_(0.02)
+    model.save_task("t", tmp_path / "t.taps")
+    return model, tmp_path / "t.taps"
+
+
+def edit(change: Callable[[store.TaskFile], object]) -> Callable:
+    def apply(path) -> None:
+        record = store.load(path)
+        change(record)
+        store.save(path, record)
+
+    return apply
+
+
+def other_threshold(record: store.TaskFile) -> None:
+    record.method["threshold"] = 0.5
+
+
+BAD = {
+    "missing statistics": (
+        edit(lambda r: r.norms.pop("bn1.running_mean")),
+        r"'bn1.running_mean': expected .* got none",
+    ),
+    "missing affine": (edit(lambda r: r.norms.pop("ln.weight")), "'ln.weight': expected"),
+    "extra norm": (
+        edit(lambda r: r.norms.update({"bn9.weight": torch.zeros(8)})),
+        "'bn9.weight': the model has no place",
+    ),
+    "norm shape": (
+        edit(lambda r: r.norms.update({"gn.bias": torch.zeros(5)})),
+        r"'gn.bias': expected shape \[16\], got \[5\]",
+    ),
+    "norm dtype": (
+        edit(lambda r: r.norms.update({"gn.bias": torch.zeros(16).double()})),
+        "'gn.bias': expected torch.float32",
+    ),
+    "delta shape": (
+        edit(lambda r: setattr(r.layers["conv1"], "delta", torch.zeros(8, 3, 3, 1))),
+        r"'conv1.delta': expected shape \[8, 3, 3, 3\]",
+    ),
+    "delta dtype": (
+        edit(lambda r: setattr(r.layers["conv1"], "delta", torch.zeros(8, 3, 3, 3).half())),
+        "'conv1.delta': expected torch.float32",
+    ),
+    "missing layer": (edit(lambda r: r.layers.pop("hidden")), "layer 'hidden': expected its gate"),
+    "extra layer": (
+        edit(lambda r: r.layers.update({"conv7": store.LayerRecord(learn=False, open=False)})),
+        "layer 'conv7': the base has no gated layer",
+    ),
+    "open against its score": (
+        edit(lambda r: setattr(r.layers["hidden"], "score", torch.tensor(0.01))),
+        "layer 'hidden': score 0.01 makes it closed",
+    ),
+    "threshold against scores": (edit(other_threshold), "makes it closed, but the file says otherwise"),
+    "extra value": (edit(lambda r: r.values.update({"token": torch.zeros(2)})), "'token': the model has no place"),
+    "head shape": (edit(lambda r: r.head.update({"weight": torch.zeros(4, 12)})), "'head.weight': expected shape"),
+    "head missing": (edit(lambda r: r.head.pop("bias")), "'head.bias': expected"),
+    "head module": (edit(lambda r: r.head_spec.update({"module": "fc9"})), "taps.head: expected the name of a module"),
+    "head kind": (edit(lambda r: r.head_spec.update({"type": "mlp"})), "taps.head: expected a linear or custom head"),
+    "method": (edit(lambda r: r.method.update({"method": "tapas"})), "taps.method: method: expected one of"),
+    "method key": (edit(lambda r: r.method.update({"lamb": 1})), "taps.method: taps: unknown key 'lamb'"),
+    "method value": (edit(lambda r: r.method.update({"lam": -1})), "taps.method: lam: expected a number"),
+    "pattern": (edit(lambda r: r.method.update({"target_modules": ["x*"]})), "target_modules: pattern"),
+    "parent": (edit(lambda r: setattr(r, "parent", "sha256:" + "0" * 64)), "trained on parent"),
+    "shared file": (edit(lambda r: setattr(r, "kind", "shared")), "expected a task file, got a shared file"),
+    "flipped bit": (lambda path: flip(path), "digest|sha256"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes"),
+}
+
+
+def flip(path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-100] ^= 1
+    path.write_bytes(raw)
+
+
+MESSAGES: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_does_not_fit_is_refused(kind, saved) -> None:
+    model, path = saved
+    change, message = BAD[kind]
+    change(path)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(TaskFileError, match=message) as caught:
+        model.load_task(path, "u")
+    text = str(caught.value).split(":", 1)[1]
+    assert str(path) in str(caught.value) and "\n" not in text
+    assert text not in MESSAGES.values() or MESSAGES.get(kind) == text
+    MESSAGES[kind] = text
+    assert model.tasks == ["t"]
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[n], t) for n, t in before.items())
+    with pytest.raises(TaskFileError):
+        model.reload_task("t", path)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+
+
+def test_another_base_is_refused_but_another_head_is_not(saved) -> None:
+    model, path = saved
+    base = copy.deepcopy(model).unload()
+    x = images()
+    want = model(x, task="t")
+    base.fc = nn.Linear(12, 99)  # the head is no part of the parent's identity
+    other = TaskModel(base)
+    other.load_task(path)
+    assert torch.equal(other.eval()(x, task="t"), want)
+    base = other.unload()
+    with torch.no_grad():
+        base.bn1.running_var[0] += 1e-3
+    with pytest.raises(TaskFileError, match="trained on parent"):
+        TaskModel(base).load_task(path)
+
+
+def test_custom_heads_need_a_module(tmp_path) -> None:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0)).eval()
+    model.add_task("t", head=nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)))
+    x = images()
+    want = model(x, task="t")
+    model.save_task("t", tmp_path / "t.taps")
+    with pytest.raises(ConfigError, match="holds a Sequential; pass a module"):
+        model.load_task(tmp_path / "t.taps", "u")
+    with pytest.raises(TaskFileError, match="head"):
+        model.load_task(tmp_path / "t.taps", "u", head=nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)))
+    assert model.tasks == ["t"]
+    model.load_task(tmp_path / "t.taps", "u", head=nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)))
+    assert torch.equal(model(x, task="u"), want)
+    model.reload_task("t", tmp_path / "t.taps")
+    assert torch.equal(model(x, task="t"), want)
+
+
+def test_fixed_gates_are_stored_as_such(saved, tmp_path) -> None:
+    model, _ = saved
+    model.set_gates("t", open=["conv*"])
+    x = images()
+    want = model(x, task="t")
+    model.save_task("t", tmp_path / "fixed.taps")
+    layers = store.load(tmp_path / "fixed.taps").layers
+    assert all(record.score is None and not record.learn for record in layers.values())
+    model.load_task(tmp_path / "fixed.taps", "u")
+    assert torch.equal(model(x, task="u"), want)
+    assert [r.layer for r in model.report("u").rows if r.open] == ["conv1", "conv2"]
+
+
+def test_a_closed_delta_is_not_stored(saved) -> None:
+    _, path = saved
+    record = store.load(path)
+    assert record.layers["conv2"].delta is None and record.layers["conv2"].score is not None
+    assert not record.layers["conv2"].open and record.layers["conv1"].delta is not None
+
+
+def test_an_open_delta_with_nan_is_not_saved(saved, tmp_path) -> None:
+    from taps_ext import GateError
+
+    model, _ = saved
+    with torch.no_grad():
+        dict(model.state("t").gated())["conv1"].delta[0, 0, 0, 0] = float("nan")
+    with pytest.raises(GateError, match="conv1: delta: expected finite"):
+        model.save_task("t", tmp_path / "bad.taps")
+    assert not (tmp_path / "bad.taps").exists()
+
+
+def test_a_taken_name_is_refused_before_anything_happens(saved) -> None:
+    model, path = saved
+    with pytest.raises(ConfigError, match="'t' exists already"):
+        model.load_task(path)
