@@ -83,7 +83,7 @@ study-table: build
 	$(PY) benchmarks/study.py table $(STUDY)
 
 # No environment of its own: the machine's python3 has torch, the build tools and pytest.
-GPU_OUT ?= benchmarks/results/gpu
+GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)
 gpu:
 	$(PYTHON) tools/gpu.py --out $(GPU_OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(REHEARSE),--rehearse)
 

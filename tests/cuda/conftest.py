@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def _reason() -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _reason()
+    if reason is not None and os.environ.get("TAPS_REQUIRE_CUDA") == "1":
+        raise pytest.UsageError(f"TAPS_REQUIRE_CUDA=1, but {reason}")
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cuda)
