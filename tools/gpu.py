@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBSET = "test_empty or (test_linear and 7-33-17 and float32) or (test_reconstruct and 1- and float32-torch.float32)"
@@ -110,7 +111,7 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
         if stage.name == "planted-bug":
             build_planted_bug(out)
         with log.open("w", encoding="utf-8") as file:
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TAPS_REQUIRE_CUDA": "1" if have_device else "0"}
             done = subprocess.run(
                 stage.command,
                 cwd=ROOT,
@@ -129,14 +130,21 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
     wanted = 9 if stage.name == "planted-bug" else 0
     status = "timed out" if code is None else "passed" if code == wanted else "failed"
     seconds = round(time.monotonic() - start, 1)
-    return {
-        "stage": stage.name,
-        "status": status,
-        "code": code,
-        "seconds": seconds,
-        "limit": stage.limit,
-        "tail": tail,
-    }
+    result = {"stage": stage.name, "status": status, "code": code, "seconds": seconds, "limit": stage.limit}
+    if stage.name == "tests":
+        result["counts"] = counts(out / "cuda-tests.xml")
+        if status == "passed" and result["counts"].get("tests") == result["counts"].get("skipped"):
+            result["status"] = "skipped"
+    return {**result, "tail": tail}
+
+
+def counts(path: Path) -> dict[str, int]:
+    """Tests, failures, errors and skips of a JUnit file; empty if it was not written."""
+    if not path.exists():
+        return {}
+    suite = ElementTree.parse(path).getroot().find("testsuite")
+    assert suite is not None
+    return {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
 
 
 def main() -> int:
