@@ -30,7 +30,7 @@ EXAMPLE = "taps demo --out runs/demo"
 
 MODEL = "python:taps_ext.zoo.small_resnet"
 MODEL_ARGS = {"stem_stride": 2}
-LAM = 0.5
+LAM = 0.3
 BASE = {"epochs": 12, "batch_size": 32, "lr": 0.1, "weight_decay": 5e-4}
 TRAIN = {"epochs": 8, "batch_size": 64, "warmup_epochs": 2}
 RATES = {"probe": {"lr": 0.3}, "full": {"lr": 0.05}, "taps": {"lr": 0.05, "score_lr": 0.02}}
