@@ -7,6 +7,7 @@ from .model import TaskModel
 from .ops import gated_conv2d, gated_linear
 from .report import Report
 from .store import TaskFileError
+from .train import Task, TrainConfig, Trainer
 from .version import __version__
 
 __all__ = [
@@ -19,8 +20,11 @@ __all__ = [
     "Report",
     "TapsConfig",
     "TapsError",
+    "Task",
     "TaskFileError",
     "TaskModel",
+    "TrainConfig",
+    "Trainer",
     "UnsupportedModuleError",
     "__version__",
     "gated_conv2d",

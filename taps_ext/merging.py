@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import TapsError
 from .nn import TaskNorm, TaskTensors
 from .task import TaskState
 
@@ -24,18 +25,25 @@ def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
+def _refuse(gradient: Tensor) -> None:
+    raise TapsError("the task is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+
+
 def merge(state: TaskState, base: nn.Module) -> None:
     """Give every gated layer the weight it multiplies by: merged where open, the base's own where closed."""
     merged = _merged_weights(state, base)
     for layer, part in state.gated():
         weight: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
         part.merged = merged.get(layer, weight.detach())
+        if layer in merged:
+            part.merged.requires_grad_().register_hook(_refuse)
 
 
 def unmerge(state: TaskState) -> None:
     """Drop the merged weights."""
     for _, part in state.gated():
         part.merged = None
+        part.__dict__.pop("_taps_cast", None)
 
 
 def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tensor]]:

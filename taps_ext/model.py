@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -12,34 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from . import merging, taskfile
-from .errors import BypassedLayerError, ConfigError, TapsError, UnsupportedModuleError, suggestion
+from . import merging, modes, taskfile
+from .checks import check_base, disown, own
+from .errors import BypassedLayerError, ConfigError, TapsError, suggestion
 from .methods import MethodConfig
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import GATED_TYPES
 from .nn.own import NORM_TYPES
 from .nn.route import Frame, enter, leave, route, unroute
 from .report import Report, make_report
-from .scan import find_head, inside, match, scan
+from .scan import head_path, inside, match, scan
 from .task import TaskState, make_head, module_key
 
 _ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
-_BASE_LOCK = threading.Lock()  # the base's mode flags are the one thing that two threads would share
-
-
-@contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
-    """Evaluation mode for one forward of the bare base, and back."""
-    flags = [(module, module.training) for module in base.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 class TaskModel(nn.Module):
@@ -67,22 +51,13 @@ class TaskModel(nn.Module):
         head_module: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Module):
-            raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
-        if isinstance(base, (TaskModel, nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise ConfigError(f"base: expected the bare model, got {type(base).__name__}; wrap it outside instead")
+        check_base(base)
         if gates not in ("host", "device"):
             raise ConfigError(
                 f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
             )
         if config is not None and not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
-        if clash:
-            raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
-        for name, parameter in base.named_parameters():
-            if is_lazy(parameter):
-                raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
         self.base = base
         self.config = config
         self.gates = gates
@@ -90,8 +65,9 @@ class TaskModel(nn.Module):
         self._names: dict[str, TaskState] = {}
         self._active: str | None = None
         self._merged: str | None = None
-        self._head = self._find_head(head_module) if head_module is not None else find_head(base)
-        self._flags = [(p, p.requires_grad) for p in base.parameters()]
+        self._head = head_path(base, head_module)
+        self._flags: modes.Flags | None = modes.Flags(base)
+        own(base, self, self._flags)
         base.requires_grad_(False)
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
         for name, module in list(base.named_modules()):
@@ -109,12 +85,6 @@ class TaskModel(nn.Module):
     def active_task(self) -> str | None:
         """The task that `model(x)` runs, or None for the base."""
         return self._active
-
-    def _find_head(self, path: str) -> str:
-        names = [name for name, _ in self.base.named_modules() if name]
-        if path not in names:
-            raise ConfigError(f"head_module: the base has no module {path!r}{suggestion(path, names)}")
-        return path
 
     def state(self, name: str | None) -> TaskState:
         """The parts of one task. Raises ConfigError for an unknown name."""
@@ -136,6 +106,15 @@ class TaskModel(nn.Module):
             return list(self._names.values())
         return [self.state(name) for name in ([tasks] if isinstance(tasks, str) else tasks)]
 
+    def _loaded(self) -> None:
+        if self._flags is None:
+            raise TapsError("this TaskModel was unloaded; wrap the base in a new one")
+
+    def _not_merged(self, name: str, action: str) -> None:
+        if self._merged == name:
+            raise TapsError(f"{action}: task {name!r} is merged; call unmerge_task() first")
+
+    @torch.inference_mode(False)
     def add_task(
         self,
         name: str,
@@ -158,11 +137,12 @@ class TaskModel(nn.Module):
             ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
+        self._loaded()
         name = self._new_name(name)
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else self._find_head(head_module)
+        path = self._head if head_module is None else head_path(self.base, head_module)
         own = make_head(self.base, path, num_classes, head)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
         plan = config.plan(found)
@@ -209,7 +189,7 @@ class TaskModel(nn.Module):
         try:
             yield self
         finally:
-            self._active = before
+            self._active = before if before in self._names else None
 
     # -- forward
 
@@ -235,29 +215,47 @@ class TaskModel(nn.Module):
         if self.gates == "host":
             state.refresh()
         learning = self.training and torch.is_grad_enabled()
-        if learning and self._merged == name:
-            raise TapsError(f"task {name!r} is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+        if learning:
+            self._not_merged(name, "training")
         if learning and self.gates == "host":
             state.check_rest()
-        entered: set[str] | None = None if state.checked else set()
-        token = enter(Frame(state.table, entered))
+        frame = Frame(state.table, set())
+        if self.training:
+            with modes.training():
+                output = self._task_forward(name, state, frame, args, kwargs)
+        else:
+            output = self._run(frame, args, kwargs)
+        self._check_entered(name, state, frame.entered)
+        return output
+
+    def _run(self, frame: Frame, args: Any, kwargs: Any) -> Any:
+        token = enter(frame)
         try:
-            output = self.base(*args, **kwargs)
+            return self.base(*args, **kwargs)
         finally:
             leave(token)
-        if entered is not None:
-            self._check_entered(name, state, entered)
+
+    def _task_forward(self, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
+        """A forward in training mode; the first one proves that it leaves the base's buffers alone."""
+        if state.watched:
+            return self._run(frame, args, kwargs)
+        before = {n: (b, b._version) for n, b in self.base.named_buffers() if not b.is_inference()}
+        output = self._run(frame, args, kwargs)
+        for buffer, now in self.base.named_buffers():
+            was = before.get(buffer)
+            if was is not None and (was[0] is not now or was[1] != now._version):
+                raise TapsError(
+                    f"task {name!r}: training wrote to the base's buffer {buffer}, which no task owns; "
+                    'give it to the task (others="task") or freeze the module that writes it'
+                )
+        state.watched = True
         return output
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        token = enter(Frame({}, None))
-        try:
-            if not self.base.training:
-                return self.base(*args, **kwargs)
-            with _BASE_LOCK, _evaluating(self.base):
-                return self.base(*args, **kwargs)
-        finally:
-            leave(token)
+        if not self.training:
+            return self._run(Frame({}, set()), args, kwargs)
+        with modes.evaluating(self.base):
+            return self._run(Frame({}, set()), args, kwargs)
 
     def _check_entered(self, name: str, state: TaskState, entered: set[str]) -> None:
         missed = [module for module in state.table if module not in entered]
@@ -266,7 +264,6 @@ class TaskModel(nn.Module):
                 f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
                 "have no effect; something reads these weights directly. Name them in exclude_modules"
             )
-        state.checked = True
 
     def train(self, mode: bool = True) -> TaskModel:
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
@@ -289,6 +286,7 @@ class TaskModel(nn.Module):
         """
         if learn:
             raise ConfigError("learn: expected False; scores are learned, not set")
+        self._not_merged(name, "set_gates")
         state = self.state(name)
         layers = dict(state.gated())
         if isinstance(open, str):
@@ -302,6 +300,9 @@ class TaskModel(nn.Module):
 
     def freeze_gates(self, tasks: Iterable[str] | str | None = None) -> None:
         """Fix every learned gate in its present state; closed layers then keep no input for backward."""
+        for name, state in self._names.items():
+            if state in self._states_for(tasks):
+                self._not_merged(name, "freeze_gates")
         for state in self._states_for(tasks):
             opened = set(state.open_layers())
             for name, part in state.learned():
@@ -321,7 +322,11 @@ class TaskModel(nn.Module):
         return scale * torch.stack(terms).sum()
 
     def drop_closed_gradients(self, tasks: Iterable[str] | str | None = None) -> None:
-        """Set gradients of closed Deltas to None before an optimizer step (needed for gates="device" only)."""
+        """Set gradients of closed Deltas to None before an optimizer step.
+
+        Needed for gates="device", where backward gives zeros, and after `zero_grad(set_to_none=False)` between the
+        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest.
+        """
         for state in self._states_for(tasks):
             state.drop_closed_gradients()
 
@@ -379,6 +384,7 @@ class TaskModel(nn.Module):
         """
         return taskfile.save(name, self.state(name), self.base, path, **extra)
 
+    @torch.inference_mode(False)
     def load_task(self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None) -> str:
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
@@ -388,6 +394,7 @@ class TaskModel(nn.Module):
         Raises:
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
+        self._loaded()
         record = taskfile.read(path, self.base)
         name = self._new_name(record.name if name is None else name)
         state = taskfile.build(record, self.base, self.gates, head, path)
@@ -397,9 +404,11 @@ class TaskModel(nn.Module):
         self._install(name, state)
         return name
 
+    @torch.inference_mode(False)
     def reload_task(self, name: str, path: str | PathLike[str]) -> None:
         """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed."""
         old = self.state(name)
+        self._not_merged(name, "reload_task")
         state = taskfile.build(taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path)
         for module in state.table:
             route(self.base.get_submodule(module), module)
@@ -423,16 +432,22 @@ class TaskModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Give the base back as it was: classes, flags, modes and tensors. All tasks are dropped."""
+        if self._flags is None:
+            return self.base
         for module in self.base.modules():
             unroute(module)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        self._flags.restore(self.base)
+        self._flags = None
+        disown(self.base)
         self._states, self._names = nn.ModuleDict(), {}
         self._active = self._merged = None
         return self.base
 
     def merge_and_unload(self, name: str) -> nn.Module:
-        """A plain copy of the base with one task's weights, norms and head in place; the TaskModel is unloaded."""
+        """A plain copy of the base with one task's weights, norms and head in place; the TaskModel is unloaded.
+
+        The copy is in the TaskModel's mode (training or evaluation); the base gets its own modes back.
+        """
         state = self.state(name)
         tensors = merging.task_tensors(state, self.base)
-        return merging.plain_copy(self.unload(), tensors, state)
+        return merging.plain_copy(self.unload(), tensors, state).train(self.training)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -99,6 +100,17 @@ def _stock_serves(input: Tensor, weight: Tensor, score: Tensor | None, gate: boo
 
 def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Refuse to be differentiated again, which would silently give zeros."""
+
+    def checked(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and grad_output.requires_grad:
+            raise RuntimeError("taps_ext: the backward of gated layers cannot be differentiated again")
+        return backward(ctx, grad_output)
+
+    return checked
 
 
 # ---------------------------------------------------------------------------------------------- linear
@@ -324,6 +336,8 @@ def reconstruct_(
     """Write `round(W + g * Delta)` into `out` (shape of `weight`, any floating dtype) and return it."""
     if HAS_EXTENSION:
         torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
+        if not torch.compiler.is_compiling() and not out.is_inference():
+            torch.autograd.graph.increment_version(out)
     else:
         out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
     return out
@@ -331,5 +345,8 @@ def reconstruct_(
 
 if HAS_EXTENSION:
     fakes.register()
-    torch.library.register_autograd("taps_ext::gated_linear", _linear_backward, setup_context=_linear_setup)
-    torch.library.register_autograd("taps_ext::gated_conv2d", _conv2d_backward, setup_context=_conv2d_setup)
+    for _name, _backward, _setup in (
+        ("gated_linear", _linear_backward, _linear_setup),
+        ("gated_conv2d", _conv2d_backward, _conv2d_setup),
+    ):
+        torch.library.register_autograd(f"taps_ext::{_name}", _once(_backward), setup_context=_setup)

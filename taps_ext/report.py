@@ -91,7 +91,7 @@ def _values(module: nn.Module) -> int:
 
 
 def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
-    """The report of a task; reads the scores from their device once."""
+    """The report of a task; reads the scores from their device."""
     open_layers = set(state.open_layers())
     rows = []
     biases = 0

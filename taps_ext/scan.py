@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import ConfigError, UnsupportedModuleError, suggestion
 from .nn.forward import GATED_TYPES
@@ -80,13 +82,30 @@ def find_head(base: nn.Module) -> str | None:
         if child is not None and (found := _last_linear(child, name)) is not None:
             return found
     children = [(name, child) for name, child in base.named_children() if any(True for _ in child.parameters())]
-    return _last_linear(children[-1][1], children[-1][0]) if children else None
+    return children[-1][0] if children and isinstance(children[-1][1], nn.Linear) else None
+
+
+def head_path(base: nn.Module, name: str | None = None) -> str | None:
+    """The head called `name`, or the one that is found; by its first name, where a model knows it by several.
+
+    Raises:
+        ConfigError: the base has no module called `name`.
+    """
+    name = find_head(base) if name is None else name
+    if name is None:
+        return None
+    known = dict(base.named_modules(remove_duplicate=False))
+    if name not in known or not name:
+        raise ConfigError(f"head_module: the base has no module {name!r}{suggestion(name, known)}")
+    return next(first for first, module in base.named_modules() if module is known[name])
 
 
 def _refusal(name: str, module: nn.Module) -> str | None:
     """Why a module that holds weights cannot be gated, or None if it can or need not be."""
     kind = original_class(module).__name__
     if isinstance(module, GATED_TYPES):
+        if any(isinstance(hook, (SpectralNorm, WeightNorm)) for hook in module._forward_pre_hooks.values()):
+            return f"{name}: expected a plain {kind}, got one under weight or spectral norm; remove it first"
         if parametrize.is_parametrized(module):
             return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
         if getattr(original_class(module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):

@@ -13,12 +13,13 @@ from . import reference
 from .errors import ConfigError, GateError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn.gated import Stamp, same_stamp, stamp
 from .nn.route import original_class, unroute
 
 
 def module_key(name: str) -> str:
-    """A dotted module or task name as a key that nn.ModuleDict accepts."""
-    return name.replace(".", "/") or "/"
+    """A dotted module or task name as a key that nn.ModuleDict accepts and has no attribute of."""
+    return "/" + name.replace(".", "/")
 
 
 class TaskHead(nn.Module):
@@ -39,6 +40,16 @@ def _plain(head: nn.Module) -> nn.Module:
     return head
 
 
+def own_head(base: nn.Module, head: nn.Module) -> nn.Module:
+    """Check that a head brought by the user is a module of its own, and make it plain."""
+    if not isinstance(head, nn.Module):
+        raise ConfigError(f"head: expected an nn.Module, got {type(head).__name__}")
+    shared = {id(p) for p in base.parameters()}
+    if any(id(p) in shared for p in head.parameters()):
+        raise ConfigError("head: expected a module of its own, got one that shares parameters with the base")
+    return _plain(head)
+
+
 def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
     """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own."""
     if head is not None and num_classes is not None:
@@ -53,10 +64,7 @@ def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: 
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
     old = base.get_submodule(path)
     if head is not None:
-        shared = {id(p) for p in base.parameters()}
-        if any(id(p) in shared for p in head.parameters()):
-            raise ConfigError("head: expected a module of its own, got one that shares parameters with the base")
-        return _plain(head)
+        return own_head(base, head)
     if num_classes is None:
         return _plain(copy.deepcopy(old)).requires_grad_(True)
     if not isinstance(old, nn.Linear):
@@ -88,8 +96,8 @@ class TaskState(nn.Module):
         self.head_path = head_path if head is not None else None
         self.parts = nn.ModuleDict()
         self.table: dict[str, nn.Module] = {}
-        self.checked = False
-        self.rested: dict[str, int] = {}
+        self.rested: dict[str, Stamp] = {}
+        self.watched = False
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)
             weight: Tensor = host.weight  # type: ignore[assignment]
@@ -174,7 +182,10 @@ class TaskState(nn.Module):
         changed = []
         for name, part in self.learned():
             delta = part.delta
-            if part.gate is False and delta is not None and delta.numel() and self.rested.get(name) != delta._version:
+            if part.gate is not False or delta is None:
+                continue
+            delta.grad = None  # zeros, or of a step in which the gate was open: no optimizer may act on it
+            if delta.numel() and not same_stamp(self.rested.get(name), delta):
                 changed.append((name, delta))
         if not changed:
             return
@@ -185,7 +196,10 @@ class TaskState(nn.Module):
                 raise GateError(
                     f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN"
                 )
-            self.rested[name] = delta._version
+            self.rested[name] = stamp(delta)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rested": {}}  # a copy's version counters start anew
 
     def penalty_weights(self) -> list[float]:
         """w_i of the learned gates: 1, or in proportion to the layer's parameters with mean 1."""

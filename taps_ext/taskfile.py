@@ -17,7 +17,7 @@ from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
 from .scan import inside, scan
 from .store.errors import MetadataError, MissingTensorError, UnexpectedTensorError
-from .task import TaskState
+from .task import TaskState, own_head
 
 
 def join(module: str, tensor: str) -> str:
@@ -122,7 +122,7 @@ def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, 
     if not linear and spec.get("type") != "custom":
         raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     if head is not None:
-        return head
+        return own_head(base, head)
     if not linear:
         raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
     weight = record.head.get("weight")
@@ -175,37 +175,40 @@ def build(
         raise MetadataError(path, f"taps.method: {error}") from None
     own = _make_head(record, base, head, path)
     state = TaskState(base, config, plan, None if own is None else record.head_spec["module"], own, gates)  # type: ignore[index]
-    _fill(_owned(state, TaskNorm), record.norms, path)
-    _fill(_values(state), record.values, path)
-    head_tensors = {} if own is None else own.state_dict()
-    _fill(head_tensors, record.head, path, prefix="head.")
+    pairs = [
+        ("", _owned(state, TaskNorm), record.norms),
+        ("", _values(state), record.values),
+        ("head.", {} if own is None else own.state_dict(), record.head),
+    ]
     for layer, part in state.gated():
         entry = record.layers[layer]
         if entry.delta is not None:
             assert part.delta is not None
-            _fill({layer + ".delta": part.delta.detach()}, {layer + ".delta": entry.delta}, path)
+            pairs.append(("", {layer + ".delta": part.delta.detach()}, {layer + ".delta": entry.delta}))
         if entry.score is not None:
-            assert part.score is not None
-            part.score.detach().copy_(entry.score)
-            value = part.score.item()
-            if (value >= part.threshold) != entry.open:
-                expected = "open" if value >= part.threshold else "closed"
-                raise store.errors.GateError(
-                    path,
-                    f"layer {layer!r}: score {value:.6g} makes it {expected}, but the file says otherwise",
-                )
-            part.gate = None if gates == "device" else entry.open
-            part._seen = part.score._version
+            _check_gate(layer, entry.score.item(), part.threshold, entry.open, path)
+    for prefix, wanted, stored in pairs:
+        store.check_tensors(
+            {prefix + n: (t.shape, t.dtype) for n, t in wanted.items()},
+            {prefix + n: t for n, t in stored.items()},
+            path=Path(path),
+        )
+    with torch.no_grad():
+        for _, wanted, stored in pairs:
+            for name, tensor in wanted.items():
+                tensor.copy_(stored[name])
+        for layer, part in state.gated():
+            score = record.layers[layer].score
+            if score is not None and part.score is not None:
+                part.score.copy_(score)
+                part.take(score.item(), layer)
+                part.gate = None if gates == "device" else part.gate
     return state
 
 
-def _fill(wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], path: Any, prefix: str = "") -> None:
-    """Copy stored tensors over the wanted ones, which share memory with the task's parameters and buffers."""
-    store.check_tensors(
-        {prefix + n: (t.shape, t.dtype) for n, t in wanted.items()},
-        {prefix + n: t for n, t in stored.items()},
-        path=Path(path),
-    )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(stored[name])
+def _check_gate(layer: str, score: float, threshold: float, is_open: bool, path: Any) -> None:
+    if (score >= threshold) != is_open:
+        expected = "closed" if is_open else "open"
+        raise store.errors.GateError(
+            path, f"layer {layer!r}: score {score:.6g} makes it {expected}, but the file says otherwise"
+        )

@@ -27,10 +27,9 @@ def build(dtype=torch.float32, gates="host", **settings):
     return base, model.eval()
 
 
-def weight_gradients(base, model, x, target, layer):
+def weight_gradients(model, x, target, layer):
     """Float64 oracle: dL/dW_t of one layer, by the plain base with W_t as an ordinary parameter."""
-    plain = copy.deepcopy(base)
-    plain = TaskModel(plain, None).unload()  # a deep copy of routed modules, made plain again
+    plain = copy.deepcopy(model).unload()
     plain.fc = copy.deepcopy(model.state("t").head)
     state = model.state("t")
     for name, part in state.table.items():
@@ -49,7 +48,7 @@ def weight_gradients(base, model, x, target, layer):
 @pytest.mark.parametrize("is_open", [True, False])
 def test_every_layer_counts(layer, is_open) -> None:
     """A random Delta in one layer changes the output, and its gradients are those of the float64 oracle."""
-    base, model = build(torch.float64)
+    _, model = build(torch.float64)
     x, target = images(4, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     part = dict(model.state("t").gated())[layer]
     before = model(x).detach()
@@ -61,7 +60,7 @@ def test_every_layer_counts(layer, is_open) -> None:
     assert torch.equal(output, before) is not is_open
     loss = F.cross_entropy(output, target)
     loss.backward()
-    want, reference_loss = weight_gradients(base, model, x, target, layer)
+    want, reference_loss = weight_gradients(model, x, target, layer)
     assert loss.item() == pytest.approx(reference_loss.item(), rel=1e-12)
     eps = torch.finfo(torch.float32).eps  # Delta, and so its gradient, is float32 over a float64 base
     if is_open:

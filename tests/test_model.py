@@ -126,7 +126,7 @@ def test_full_config_is_plain_fine_tuning_step_for_step() -> None:
             losses.append(loss.item())
         # Delta is float32: after n steps its rounding is n * eps32 / 2 of its size, and the loss moves by no more
         assert losses[0] == pytest.approx(losses[1], rel=(step + 1) * torch.finfo(torch.float32).eps)
-    for (name, a), b in zip(plain.named_buffers(), [*model.state("t").parts["bn1"].buffers()], strict=True):
+    for (name, a), b in zip(plain.named_buffers(), [*model.state("t").table["bn1"].buffers()], strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=1e-5), name
 
 
@@ -297,7 +297,7 @@ def test_running_statistics_are_the_tasks_own() -> None:
     before = model.base.bn1.running_mean.clone()
     model.train()
     model(images() + 3, task="a")
-    parts = {name: model.state(name).parts["bn1"] for name in "ab"}
+    parts = {name: model.state(name).table["bn1"] for name in "ab"}
     assert not torch.equal(parts["a"].running_mean, before)
     assert torch.equal(parts["b"].running_mean, before) and torch.equal(model.base.bn1.running_mean, before)
     assert parts["a"].num_batches_tracked == 1 and parts["b"].num_batches_tracked == 0

@@ -37,7 +37,7 @@ def build(config=None, seed: int = 0, dropout: float = 0.0) -> TaskModel:
 
 def fit(model: TaskModel, resume="auto", task: dict | None = None, **settings):
     config = TrainConfig(**{"epochs": 4, "batch_size": 16, "lr": 0.05, **settings})
-    tasks = {"t": Task(train=data(), test=data(48, 1), **(task or {}))}
+    tasks = {"t": Task(**{"train": data(), "test": data(48, 1), **(task or {})})}
     return Trainer(model, tasks, config, quiet=True).fit(resume=resume)["t"]
 
 
@@ -192,6 +192,69 @@ def test_a_finished_task_is_not_trained_again(tmp_path) -> None:
     assert second.report("t").share == result.share
     fit(second, out=str(tmp_path), resume=False)
     assert Path(result.file).stat().st_mtime_ns != stamp
+
+
+def test_other_data_heads_and_names_are_other_runs(tmp_path) -> None:
+    """A finished or interrupted run is taken up only for the same data, head, gates and task."""
+    fit(build(), out=str(tmp_path))
+    with pytest.raises(ConfigError, match="started with data.train"):
+        fit(build(), out=str(tmp_path), task={"train": data(seed=9)})
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=6)
+    with pytest.raises(ConfigError, match="started with head"):
+        fit(model, out=str(tmp_path))
+    model = build()
+    model.set_gates("t", open=["conv1"])
+    with pytest.raises(ConfigError, match="started with gates"):
+        fit(model, out=str(tmp_path))
+    (tmp_path / "t.result.json").write_text("{")
+    with pytest.raises(ConfigError, match="t.result.json is damaged"):
+        fit(build(), out=str(tmp_path))
+
+
+def test_names_do_not_share_files(tmp_path) -> None:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5))
+    tasks = {}
+    for name in ("a b", "a_b", "a%20b"):
+        model.add_task(name, num_classes=4)
+        tasks[name] = Task(train=data())
+    results = Trainer(model, tasks, TrainConfig(epochs=1, out=str(tmp_path)), quiet=True).fit()
+    assert len({r.file for r in results.values()}) == 3 == len(list(tmp_path.glob("*.taps")))
+
+
+def test_an_interrupt_during_validation_is_not_lost(tmp_path) -> None:
+    model = build()
+    model.add_task("u", num_classes=4)
+    calls = []
+
+    def metric(outputs, targets):
+        calls.append(1)
+        if len(calls) == 2:  # the last epoch of the first task
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0.5
+
+    tasks = {"t": Task(train=data(), metrics={"m": metric}), "u": Task(train=data(), metrics={"m": metric})}
+    with pytest.raises(TrainingInterrupted, match="stopped before task 'u'"):
+        Trainer(model, tasks, TrainConfig(epochs=2, out=str(tmp_path)), quiet=True).fit()
+    assert (tmp_path / "t.taps").exists() and not (tmp_path / "u.taps").exists()
+
+
+def test_nan_metrics_do_not_win_and_the_mode_is_restored() -> None:
+    values = iter([float("nan"), 0.5, 0.9, 0.2])
+    model = build().eval()
+    result = fit(model, warmup_epochs=0, task={"metrics": {"m": lambda o, t: next(values)}, "test": None})
+    assert result.epoch == 2 and not model.training
+
+
+def test_augmentation_draws_anew_for_every_batch() -> None:
+    draws = []
+
+    def augment(inputs, generator):
+        draws.append(torch.rand(1, generator=generator).item())
+        return inputs
+
+    fit(build(), epochs=2, accumulate=3, task={"augment": augment})
+    assert len(draws) == len(set(draws)) == 12
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path) -> None:

@@ -17,18 +17,18 @@ from .. import ops
 GATED_TYPES = (nn.Linear, nn.Conv2d)
 
 
-def resting_weight(host: nn.Module, input: Tensor) -> Tensor:
-    """The base weight in the type it is multiplied in; under autocast a frozen weight is cast once and kept."""
-    weight: Tensor = host.weight  # type: ignore[assignment]
-    if weight.requires_grad or torch.compiler.is_compiling():
+def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
+    """A weight that does not change, in the type it is multiplied in: under autocast it is cast once and kept."""
+    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
         return weight
     dtype = ops.autocast_dtype(input)
-    if dtype is None or dtype == weight.dtype:
+    if dtype is None or dtype == weight.dtype or weight.is_inference():
         return weight
     key = (dtype, weight.data_ptr(), weight._version)
-    kept = host.__dict__.get("_taps_cast")
+    kept = holder.__dict__.get("_taps_cast")
     if kept is None or kept[0] != key:
-        kept = host.__dict__["_taps_cast"] = (key, weight.detach().to(dtype))
+        with torch.inference_mode(False), torch.no_grad():
+            kept = holder.__dict__["_taps_cast"] = (key, weight.detach().to(dtype))
     return kept[1]
 
 
@@ -51,9 +51,11 @@ def stock_forward(host: nn.Module, input: Tensor, weight: Tensor, bias: Tensor |
 def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None) -> Tensor:
     """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs."""
     if layer.merged is not None:
-        return stock_forward(host, input, layer.merged, bias)
+        return stock_forward(host, input, resting_weight(layer, layer.merged, input), bias)
     gate = layer.gate
-    weight: Tensor = resting_weight(host, input) if gate is False else host.weight  # type: ignore[assignment]
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    if gate is False:
+        weight = resting_weight(host, weight, input)
     if layer.delta is None:
         return stock_forward(host, input, weight, bias)
     if isinstance(host, nn.Linear):

@@ -31,6 +31,19 @@ def float32_bound(threshold: float) -> float:
     return torch.tensor(threshold, dtype=torch.float32).item()
 
 
+Stamp = tuple[Tensor, int]
+
+
+def stamp(tensor: Tensor) -> Stamp:
+    """A tensor as it is now: the object and its version counter (inference tensors have none)."""
+    return tensor, -1 if tensor.is_inference() else tensor._version
+
+
+def same_stamp(seen: Stamp | None, tensor: Tensor) -> bool:
+    """True if `tensor` is the stamped object and has not been written to since."""
+    return seen is not None and seen[0] is tensor and not tensor.is_inference() and seen[1] == tensor._version
+
+
 class GatedLayer(nn.Module):
     """A task's share of one layer: `W_t = W + g * Delta`, `g = 1[score >= threshold]`.
 
@@ -72,14 +85,14 @@ class GatedLayer(nn.Module):
         self.learn = learn
         self.gate: bool | None = (score_init >= threshold) if learn else open
         self.merged: Tensor | None = None
-        self._seen: int | None = None
+        self._seen: Stamp | None = None
 
     def forward(self, host: nn.Module, input: Tensor) -> Tensor:
         return gated_forward(host, self, input, host.bias if self.bias is None else self.bias)  # type: ignore[arg-type]
 
     def stale(self) -> bool:
-        """True if the host's copy of the gate may differ from the score."""
-        return self.learn and self.score is not None and self._seen != self.score._version
+        """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""
+        return self.learn and self.score is not None and not same_stamp(self._seen, self.score)
 
     def take(self, score: float, name: str) -> None:
         """Set the host gate from the score's value; a NaN score raises :class:`GateError`."""
@@ -87,7 +100,7 @@ class GatedLayer(nn.Module):
         if score != score:
             raise GateError(f"{name}: score: expected a number, got NaN")
         self.gate = score >= self.threshold
-        self._seen = self.score._version
+        self._seen = stamp(self.score)
 
     def fix(self, open: bool) -> None:
         """Turn a learned gate into a fixed one; Delta keeps its values."""
@@ -104,6 +117,9 @@ class GatedLayer(nn.Module):
         if self.merged is not None:
             self.merged = fn(self.merged)
         return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}  # a copy's version counters start anew
 
     def extra_repr(self) -> str:
         kind = "learned" if self.learn else "fixed"

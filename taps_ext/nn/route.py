@@ -23,7 +23,7 @@ class Frame(NamedTuple):
     """One forward: the parts of the running task by module name, and where entered modules are noted."""
 
     parts: Mapping[str, nn.Module]
-    entered: set[str] | None
+    entered: set[str]
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
@@ -41,14 +41,16 @@ def _outside(name: str) -> None:
 
 
 class _Routed(nn.Module):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (original_class(self),), self.__getstate__()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]
         frame = _frame.get()
         if frame is None:
             _outside(name)
             return super().forward(*args, **kwargs)
-        if frame.entered is not None:
-            frame.entered.add(name)
+        frame.entered.add(name)
         part = frame.parts.get(name)
         if part is not None:
             return part(self, *args, **kwargs)
@@ -63,12 +65,12 @@ class _RoutedLayer(_Routed):
         frame = _frame.get()
         if frame is None:
             _outside(name)
-        elif frame.entered is not None:
+        else:
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
         if part is not None:
             return part(self, input)
-        weight = _forward.resting_weight(self, input)
+        weight = _forward.resting_weight(self, self.weight, input)  # type: ignore[arg-type]
         return _forward.stock_forward(self, input, weight, self.bias)  # type: ignore[arg-type]
 
 
@@ -98,8 +100,18 @@ def route(module: nn.Module, name: str) -> None:
         cls: Any = type(module)
         module.__class__ = _routed_class(cls)
         if isinstance(module, _RoutedNorm):
-            module.__dict__["_taps_training"] = module.training
             module.training = False
+
+
+def is_routed(module: nn.Module) -> bool:
+    """True between `route` and `unroute`."""
+    return isinstance(module, _Routed)
+
+
+def _rebuild(cls: Any) -> nn.Module:
+    """An empty routed module, for copying and pickling."""
+    module: nn.Module = object.__new__(_routed_class(cls))
+    return module
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -110,8 +122,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def unroute(module: nn.Module) -> None:
     """Undo `route`, leaving nothing behind."""
     if isinstance(module, _Routed):
-        training = module.__dict__.pop("_taps_training", module.training)
         module.__class__ = module.__dict__.pop("_taps_class")
-        module.training = training
         module.__dict__.pop("_taps_name")
         module.__dict__.pop("_taps_cast", None)

@@ -1,7 +1,8 @@
 """Training: settings, tasks, the loop and its resumable state."""
 
 from .config import TrainConfig
+from .interrupt import TrainingInterrupted
 from .task import Task, accuracy
-from .trainer import Result, Trainer, TrainingInterrupted
+from .trainer import Result, Trainer
 
 __all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy"]

@@ -27,7 +27,7 @@ class TrainConfig:
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.
-        seed: of batch order, validation split and head initialisation.
+        seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
         device: where to train; None leaves the model where it is.

@@ -74,6 +74,16 @@ def save_run(
     store.save(path, record)
 
 
+def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError naming the first setting in which an earlier run differs."""
+    for key in [*now, *before]:
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"resume: {path} was started with {key} = {before.get(key)!r}, got {now.get(key)!r}; "
+                "use the same settings, another out, or resume=False to start over"
+            )
+
+
 def load_run(
     path: Path, state: TaskState, optimizer: torch.optim.Optimizer, parent: str, expected: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -88,12 +98,7 @@ def load_run(
     if record.method != {"method": "trainer-state"}:
         raise ConfigError(f"resume: expected a trainer state in {path}, got {record.method.get('method')!r}")
     counters = json.loads(record.extra["train.counters"])
-    for key, value in expected.items():
-        if counters["settings"].get(key) != value:
-            raise ConfigError(
-                f"resume: {path} was started with {key} = {counters['settings'].get(key)!r}, got {value!r}; "
-                "use the same settings, or resume=False to start over"
-            )
+    same_settings(path, counters["settings"], expected)
     groups: dict[str, dict[str, Tensor]] = {"part": {}, "optimizer": {}, "best": {}, "random": {}}
     for name, tensor in record.values.items():
         group, _, rest = name.partition(":")

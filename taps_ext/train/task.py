@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from ..errors import ConfigError
+from ..store import fingerprint
 
 Batch = tuple[Any, Any]
 
@@ -100,6 +101,18 @@ def _in_memory(data: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
     if isinstance(x, Tensor) and isinstance(y, Tensor) and len(x) == len(y) == len(cast(Sized, data)):
         return x, y
     return None
+
+
+def identity(data: Any) -> list[Any] | None:
+    """What tells one dataset from another: its type, length and, for tensors in memory, a digest of the values."""
+    if data is None:
+        return None
+    dataset = as_dataset(data, "data")
+    memory = _in_memory(dataset)
+    digest = None if memory is None else fingerprint({"x": memory[0], "y": memory[1]})
+    if digest is None and (targets := targets_of(dataset)) is not None:
+        digest = fingerprint({"y": targets})
+    return [type(dataset).__name__, len(cast(Sized, dataset)), digest]
 
 
 class Batches:

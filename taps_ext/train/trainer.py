@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -21,13 +19,10 @@ from torch import Tensor
 from ..errors import ConfigError, TapsError, suggestion
 from ..model import TaskModel
 from .config import TrainConfig
+from .interrupt import Stop, TrainingInterrupted
 from .log import Log
-from .state import load_run, restore, save_run, snapshot
-from .task import Batches, Task, as_dataset, split_off
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run between two steps; the message says how to resume."""
+from .state import load_run, restore, same_settings, save_run, snapshot
+from .task import Batches, Task, as_dataset, identity, split_off
 
 
 @dataclass
@@ -62,33 +57,8 @@ class _Progress:
 
 
 def _safe(name: str) -> str:
-    """A task's name as a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-class _Stop:
-    """While active on the main thread, the first Ctrl-C asks to stop after this step; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[_Stop]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
+    """A task's name as a file name; different names stay different."""
+    return quote(name, safe=" ()+,=@")
 
 
 class Trainer:
@@ -151,17 +121,41 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
         elif resume is True:
             raise ConfigError("resume: expected config.out to name the folder of an earlier run, got None")
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            return {name: self._fit_task(name, task, resume) for name, task in self.tasks.items()}
+        was_training = self.model.training
+        results: dict[str, Result] = {}
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), Stop() as stop:
+                for name, task in self.tasks.items():
+                    if stop.asked:
+                        raise TrainingInterrupted(f"stopped before task {name!r}; run it again to go on")
+                    results[name] = self._fit_task(name, task, resume, stop)
+        finally:
+            self.model.train(was_training)
+        return results
 
     # -- one task
 
-    def _settings(self, name: str) -> dict[str, Any]:
-        settings = {**self.config.to_dict(), **self.model.state(name).config.to_dict()}
-        return {key: value for key, value in settings.items() if key not in ("out", "device")}
+    def _settings(self, name: str, task: Task) -> dict[str, Any]:
+        """What a run depends on, JSON-ready: a run goes on, or counts as done, only if all of it is the same."""
+        state = self.model.state(name)
+        plain = {key: value for key, value in self.config.to_dict().items() if key not in ("out", "device")}
+        layers = {layer: [part.learn, None if part.learn else part.gate] for layer, part in state.gated()}
+        head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
+        data = {split: identity(getattr(task, split)) for split in ("train", "val", "test")}
+        method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
+        settings = {
+            **plain,
+            **method,
+            "task": name,
+            "head": head,
+            "gates": layers,
+            **{f"data.{k}": v for k, v in data.items()},
+        }
+        found: dict[str, Any] = json.loads(json.dumps(settings))
+        return found
 
-    def _fit_task(self, name: str, task: Task, resume: str | bool) -> Result:
-        config, settings = self.config, self._settings(name)
+    def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop) -> Result:
+        config, settings = self.config, self._settings(name, task)
         finished = self._finished(name, settings) if resume is not False else None
         if finished is not None:
             return finished
@@ -191,16 +185,16 @@ class Trainer:
         )
         started = time.perf_counter() - progress.seconds
         try:
-            with _Stop().listening() as stop:
-                while progress.epoch < config.epochs:
-                    stopped = self._epoch(name, task, batches, optimizer, progress, log, stop)
-                    progress.seconds = time.perf_counter() - started
-                    if stopped:
-                        if path is not None:
-                            counters = {"progress": asdict(progress), "settings": settings}
-                            save_run(path, state, optimizer, best, counters, parent)
-                        raise TrainingInterrupted(self._stopped(name, path))
+            while progress.epoch < config.epochs:
+                complete = self._epoch(name, task, batches, optimizer, progress, log, stop)
+                progress.seconds = time.perf_counter() - started
+                if complete:
                     best = self._validate(name, task, val, progress, best, log)
+                if stop.asked and progress.epoch < config.epochs:
+                    if path is not None:
+                        counters = {"progress": asdict(progress), "settings": settings}
+                        save_run(path, state, optimizer, best, counters, parent)
+                    raise TrainingInterrupted(self._stopped(name, path))
         finally:
             log.close()
         restore(state, best)
@@ -227,9 +221,9 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         progress: _Progress,
         log: Log,
-        stop: _Stop,
+        stop: Stop,
     ) -> bool:
-        """Train to the end of the epoch; True if a stop was asked for first."""
+        """Train to the end of the epoch; False if a stop was asked for first."""
         config, model = self.config, self.model
         steps = math.ceil(len(batches) / config.accumulate)
         generator = torch.Generator()
@@ -239,15 +233,15 @@ class Trainer:
         while chunk := list(islice(stream, config.accumulate)):
             if stop.asked:
                 progress.loss = running.item()
-                return True
+                return False
             factor = config.lr_scale(progress.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
             samples = sum(len(targets) for _, targets in chunk)
-            for inputs, targets in chunk:
+            for index, (inputs, targets) in enumerate(chunk):
                 if task.augment is not None:
-                    generator.manual_seed((config.seed * 7_368_787 + progress.step) % 2**63)
+                    generator.manual_seed(hash((config.seed, progress.epoch, progress.batch + index)) % 2**63)
                     inputs = task.augment(inputs, generator)
                 loss = self._loss(name, task, inputs, targets)
                 (loss * (len(targets) / samples)).backward()
@@ -268,7 +262,7 @@ class Trainer:
         progress.loss = running.item()
         if not math.isfinite(progress.loss):
             raise TapsError(f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr")
-        return False
+        return True
 
     def _loss(self, name: str, task: Task, inputs: Any, targets: Any) -> Tensor:
         device = self.device
@@ -319,6 +313,7 @@ class Trainer:
         progress.history.append(entry)
         key = next(iter(task.metrics), "loss")
         quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
+        quality = -math.inf if math.isnan(quality) else quality
         within = config.budget is None or report.share <= config.budget
         rank = [within, quality if within else -report.share, -report.share]
         settled = progress.epoch >= config.warmup_epochs or not state.learned() or config.epochs <= config.warmup_epochs
@@ -364,7 +359,9 @@ class Trainer:
             self.model.save_task(name, target, labels=task.labels, metrics=metrics)
             result.file = str(target)
             text = json.dumps({"settings": settings, "result": asdict(result)})
-            (self.out / f"{_safe(name)}.result.json").write_text(text, encoding="utf-8")
+            draft = self.out / f"{_safe(name)}.result.json.tmp"
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(self.out / f"{_safe(name)}.result.json")
             path.unlink(missing_ok=True)
         return result
 
@@ -375,8 +372,13 @@ class Trainer:
         marker = self.out / f"{_safe(name)}.result.json"
         if not marker.exists():
             return None
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        if record["settings"] != json.loads(json.dumps(settings)) or not record["result"]["file"]:
+        try:
+            record = json.loads(marker.read_text(encoding="utf-8"))
+            before, result = record["settings"], Result(**record["result"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"resume: {marker} is damaged ({error}); delete it, or use resume=False") from None
+        same_settings(marker, before, settings)
+        if result.file is None or not Path(result.file).exists():
             return None
-        self.model.reload_task(name, record["result"]["file"])
-        return Result(**record["result"])
+        self.model.reload_task(name, result.file)
+        return result

@@ -1,0 +1,62 @@
+"""What a base model must be before it is adapted."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .errors import ConfigError, UnsupportedModuleError
+from .modes import Flags
+from .nn.route import is_routed, unroute
+
+_owners: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Flags]] = weakref.WeakKeyDictionary()
+
+
+def check_base(base: nn.Module) -> None:
+    """Raise unless `base` is a bare, initialised module that no other TaskModel adapts.
+
+    Raises:
+        ConfigError: not a module, a wrapper, adapted already, or a forward with an argument `task` or `tasks`.
+        UnsupportedModuleError: a lazy parameter, naming it.
+    """
+    if not isinstance(base, nn.Module):
+        raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
+    if isinstance(base, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigError(f"base: expected the bare model, got {type(base).__name__}")
+    clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
+    if clash:
+        raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
+    for name, parameter in base.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
+    _take_over(base)
+
+
+def _take_over(base: nn.Module) -> None:
+    """Free a base from a TaskModel that is gone or has no tasks; raise if one with tasks adapts it."""
+    owner, flags = _owners.pop(base, (None, None))
+    model = None if owner is None else owner()
+    if flags is not None and (model is None or not model.tasks):
+        if model is not None:
+            model.unload()
+        for module in base.modules():
+            unroute(module)
+        flags.restore(base)
+    elif any(is_routed(module) for module in base.modules()):
+        if owner is not None and flags is not None:
+            _owners[base] = owner, flags
+        raise ConfigError("base: expected a model of its own, got one that another TaskModel adapts; unload() that")
+
+
+def own(base: nn.Module, model: Any, flags: Flags) -> None:
+    """Remember which TaskModel adapts a base, and how the base was before."""
+    _owners[base] = weakref.ref(model), flags
+
+
+def disown(base: nn.Module) -> None:
+    """Forget who adapts a base."""
+    _owners.pop(base, None)

@@ -1,0 +1,199 @@
+"""Training modes, ownership of a base, copies and threads: adapting leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+from models import TinyNet, images, settle
+from torch import nn
+
+from taps_ext import BypassedLayerError, ConfigError, FullConfig, TapsConfig, TapsError, TaskModel
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("during", [True, False])
+def test_unload_restores_every_mode(start, during) -> None:
+    base = settle(TinyNet(dropout=0.2)).train(start)
+    base.drop.eval()
+    before = modes(base)
+    model = TaskModel(base, TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    model.train(during)
+    model(images(), task="t")
+    assert modes(model.unload()) == before
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_merged_copy_is_in_the_models_mode(mode) -> None:
+    model = TaskModel(settle(TinyNet()).train(), TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    model.eval()
+    x = images()
+    want = model(x, task="t")
+    model.train(mode)
+    plain = model.merge_and_unload("t")
+    assert set(modes(plain)) == {mode}
+    if not mode:
+        assert torch.equal(plain(x), want)
+
+
+def test_one_base_has_one_task_model() -> None:
+    base = settle(TinyNet())
+    first = TaskModel(base, TapsConfig(lam=1.0))
+    first.add_task("t", num_classes=2)
+    with pytest.raises(ConfigError, match="another TaskModel adapts"):
+        TaskModel(base, TapsConfig(lam=1.0))
+    with pytest.raises(ConfigError, match="another TaskModel adapts"):
+        TaskModel(copy.deepcopy(first).base)
+    assert first(images(), task="t").shape == (3, 2)
+    first.delete_task("t")
+    second = TaskModel(base, TapsConfig(lam=1.0))  # one without tasks makes way
+    second.add_task("t", num_classes=2)
+    with pytest.raises(TapsError, match="was unloaded"):
+        first.add_task("u", num_classes=2)
+    first.unload()
+    assert second(images(), task="t").shape == (3, 2)
+    del second  # and so does one that is gone
+    third = TaskModel(base, TapsConfig(lam=1.0))
+    third.add_task("t", num_classes=2)
+    assert all(p.requires_grad for p in third.unload().parameters())
+
+
+def test_a_model_can_be_pickled() -> None:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0)).eval()
+    model.add_task("t", num_classes=2)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    x = images()
+    assert torch.equal(again(x, task="t"), model(x, task="t"))
+    assert type(again.unload().conv1) is nn.Conv2d
+
+
+def test_names_that_modules_use_themselves() -> None:
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module("keys", nn.Linear(3, 3))
+            self.add_module("fc", nn.Linear(3, 2))
+
+        def forward(self, x):
+            return self.fc(self._modules["keys"](x))
+
+    model = TaskModel(Odd(), TapsConfig(lam=1.0))
+    for name in ("type", "values", "train", "items", "pop"):
+        model.add_task(name, num_classes=2)
+        assert model(torch.ones(1, 3), task=name).shape == (1, 2)
+
+
+def test_a_head_with_two_names_and_a_model_without_one() -> None:
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)])
+            self.fc = self.layers[-1]
+
+        def forward(self, x):
+            return self.fc(self.layers[0](x))
+
+    for arguments in ({}, {"head_module": "fc"}):
+        model = TaskModel(Alias(), TapsConfig(lam=1.0), **arguments)
+        model.add_task("t", num_classes=5)
+        assert model(torch.ones(1, 3), task="t").shape == (1, 5)
+        assert [r.layer for r in model.report("t").rows] == ["layers.0"]
+    block = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 3))
+    model = TaskModel(nn.Sequential(nn.Linear(3, 3), block), TapsConfig(lam=1.0))
+    with pytest.raises(ConfigError, match="no linear classifier was found"):
+        model.add_task("t", num_classes=5)
+
+
+def test_the_fused_encoder_path_is_noticed_whenever_it_is_taken() -> None:
+    """nn.TransformerEncoderLayer reads its weights directly in evaluation without gradients, and only then."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    base = nn.Sequential(encoder, nn.Linear(8, 2))
+    model = TaskModel(base, TapsConfig(lam=1.0, exclude_modules=["0.self_attn"]))
+    model.add_task("t", num_classes=2)
+    x = torch.randn(2, 4, 8)
+    model.train()
+    model(x, task="t")
+    model.eval()
+    with torch.no_grad(), pytest.raises(BypassedLayerError, match="0.linear1"):
+        model(x, task="t")
+
+
+@pytest.mark.parametrize(
+    "spoil", [torch.nn.utils.spectral_norm, torch.nn.utils.weight_norm], ids=["spectral_norm", "weight_norm"]
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_hooks_that_write_weights_are_refused(spoil) -> None:
+    from taps_ext import UnsupportedModuleError
+
+    base = nn.Sequential(spoil(nn.Linear(3, 3)), nn.Linear(3, 2))
+    with pytest.raises(UnsupportedModuleError, match="0: expected a plain Linear, got one under weight or spectral"):
+        TaskModel(base, TapsConfig(lam=1.0)).add_task("t", num_classes=2)
+
+
+class Ema(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+def test_training_that_writes_to_the_base_is_an_error_or_the_tasks_own() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(3, 3), Ema(), nn.Linear(3, 2)), TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    model.train()
+    with pytest.raises(TapsError, match="training wrote to the base's buffer 1.mean"):
+        model(torch.ones(4, 3), task="t")
+    base = nn.Sequential(nn.Linear(3, 3), Ema(), nn.Linear(3, 2))
+    model = TaskModel(base, FullConfig())
+    model.add_task("t", num_classes=2)
+    model.train()
+    model(torch.ones(4, 3), task="t")
+    assert not base[1].mean.any() and model.state("t").table["1"].mean.any()
+
+
+def test_the_bare_base_and_training_do_not_meet_across_threads() -> None:
+    """While tasks train with dropout, base calls are exact and task calls keep their dropout."""
+    base = settle(TinyNet(dropout=0.5))
+    model = TaskModel(base, TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=4)
+    x = images()
+    with torch.no_grad():
+        want = model.eval()(x, task=None)
+        model.train()
+        wrong: list[str] = []
+        seen: list[bool] = []
+        base.drop.register_forward_hook(lambda m, a, o: seen.append(m.training) if torch.is_tensor(o) else None)
+
+        def bare() -> None:
+            with torch.no_grad():
+                for _ in range(40):
+                    if not torch.equal(model(x, task=None), want):
+                        wrong.append("base")
+
+        def task() -> None:
+            with torch.no_grad():
+                for _ in range(40):
+                    model(x, task="t")
+
+        threads = [threading.Thread(target=f) for f in (bare, bare, task, task)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == [] and seen.count(True) == 80 and seen.count(False) == 80

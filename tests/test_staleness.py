@@ -1,0 +1,165 @@
+"""Nothing that is cached outlives what it was made from: host gates, casts, merged weights, version counters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TinyNet, images, settle
+
+from taps_ext import TapsConfig, TapsError, TaskModel, ops
+
+
+def build(**arguments) -> TaskModel:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0), **arguments).eval()
+    model.add_task("t", num_classes=2)
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.delta.normal_(0, 0.2)
+    return model
+
+
+def close(model: TaskModel) -> None:
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.score.zero_()
+
+
+def gates(model: TaskModel) -> list[bool]:
+    return [part.gate for _, part in model.state("t").gated()]
+
+
+def test_loading_a_state_dict_into_a_copy() -> None:
+    model = build()
+    closed = copy.deepcopy(model)
+    close(closed)
+    x = images()
+    want = closed(x, task="t")
+    model(x, task="t")
+    for assign in (False, True):
+        other = copy.deepcopy(model)
+        other.load_state_dict(closed.state_dict(), assign=assign)
+        assert torch.equal(other(x, task="t"), want) and not any(gates(other))
+
+
+def test_functional_call() -> None:
+    model = build()
+    x = images()
+    opened = model(x, task="t")
+    closed = copy.deepcopy(model)
+    close(closed)
+    want = closed(x, task="t")
+    values = {n: t for n, t in closed.state_dict().items() if n.endswith("score")}
+    assert torch.equal(torch.func.functional_call(model, values, (x,), {"task": "t"}), want)
+    assert torch.equal(model(x, task="t"), opened)
+
+
+def test_inference_mode_leaves_training_possible() -> None:
+    """Casts kept and tasks made under inference mode are ordinary tensors."""
+    model = build()
+    close(model)
+    x, y = images(), torch.tensor([0, 1, 0])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(x, task="t")
+        model.add_task("u", num_classes=2)
+        model(x, task="u")
+    model.train()
+    for name in ("t", "u"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x, task=name).float(), y)
+        loss.backward()
+        assert all(part.score.grad is not None for _, part in model.state(name).gated())
+
+
+def test_a_base_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        base = settle(TinyNet())
+    model = TaskModel(base, TapsConfig(lam=1.0)).eval()
+    model.add_task("t", num_classes=2)
+    close(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model(images(), task="t").shape == (3, 2)
+
+
+def test_merged_tasks_cannot_change() -> None:
+    model = build()
+    x = images()
+    want = model(x, task="t")
+    model.merge_task("t")
+    for action in (
+        lambda: model.set_gates("t", open=[]),
+        lambda: model.freeze_gates("t"),
+        lambda: model.freeze_gates(),
+        lambda: model.reload_task("t", "nowhere.taps"),
+        lambda: model.train()(x, task="t"),
+    ):
+        with pytest.raises(TapsError, match="is merged; call unmerge_task"):
+            action()
+    model.eval()
+    out = model(x, task="t")
+    assert torch.equal(out, want)
+    with pytest.raises(TapsError, match="Deltas get no gradient"):
+        out.sum().backward()
+    model.rename_task("t", "v")
+    model.unmerge_task()
+    model(x, task="v").sum().backward()
+
+
+def test_merged_weights_are_cast_once_under_autocast() -> None:
+    model = build()
+    model.merge_task("t")
+    x = images()
+    kept = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(x, task="t")
+            kept.append([part.__dict__["_taps_cast"][1] for _, part in model.state("t").gated()])
+    assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
+    model.unmerge_task()
+    assert not any("_taps_cast" in part.__dict__ for _, part in model.state("t").gated())
+
+
+def test_reconstruct_is_seen_by_autograd() -> None:
+    """Writing a tensor that backward needs is an error, as with any in-place operation."""
+    out = torch.ones(3)
+    leaf = torch.ones(3, requires_grad=True)
+    product = (leaf * out).sum()
+    ops.reconstruct_(out, torch.zeros(3), torch.ones(3), gate=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the compiled extension is not built")
+def test_the_raw_op_refuses_double_backward() -> None:
+    x, w, d = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = torch.ops.taps_ext.gated_linear(x, w, d, None, None, True, 0.1)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.square().sum(), x, create_graph=True)
+
+
+def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
+    """Gradients zeroed instead of dropped before the forward do not reach the optimizer once the gate closed."""
+    model = build()
+    part = dict(model.state("t").gated())["conv2"]
+    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
+    x, y = images(), torch.tensor([0, 1, 0])
+    for closing in (False, True, True):
+        if closing:
+            with torch.no_grad():
+                part.score.zero_()
+            before = part.delta.detach().clone()
+        model.train()
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(model(x, task="t"), y).backward()
+        optimizer.step()
+    assert torch.equal(part.delta, before)
+
+
+def test_use_task_survives_deletion() -> None:
+    model = build()
+    model.set_task("t")
+    with model.use_task(None):
+        model.delete_task("t")
+    assert model.active_task is None and model(images()).shape == (3, 4)
