@@ -122,7 +122,7 @@ Ints contiguous_strides(Span sizes) {
 
 namespace {
 
-// Walks the dimensions from the innermost; `step(expected, got)` judges each stride.
+// Walks the dimensions from the innermost; `holds(expected, got)` judges each stride.
 template <class F>
 bool every_stride(Span sizes, Span strides, const F& holds) {
   std::array<size_t, 64> order;

@@ -267,7 +267,7 @@ void dot(Run a, Run b, int64_t n, double* sums) {
   }
 }
 
-// x - x is 0 for a finite x and NaN otherwise; a sum of them tells for a whole block.
+// x - x is 0 for a finite x and NaN otherwise, so that every difference must be 0.
 template <class T>
 bool finite_block(const T* values, int64_t n) {
   bool finite = true;
