@@ -1,7 +1,7 @@
 """`taps demo`: the whole method on real images, from a base network to files that another process proves.
 
 The images come with scikit-learn and matplotlib (see `taps_ext.data.demo`). Every choice of epoch is made on
-the validation splits. The learning rates were chosen on them too, and LAM: of 0.2, 0.3 and 0.5 the largest whose
+the validation splits. The learning rates were chosen on them too, and LAM: of 0.3, 0.5 and 1.0 the largest whose
 mean validation accuracy lies within two points of fine-tuning's. Test splits choose nothing.
 """
 
