@@ -1,8 +1,8 @@
 """`taps demo`: the whole method on real images, from a base network to files that another process proves.
 
 The images come with scikit-learn and matplotlib (see `taps_ext.data.demo`). Every choice of epoch is made on
-the validation splits. The learning rates were chosen on them too, and LAM: of 0.3, 0.5 and 1.0 the largest whose
-mean validation accuracy lies within two points of fine-tuning's. Test splits choose nothing.
+the validation splits. The learning rates were chosen on them too, and LAM: the mean validation accuracy of the
+six tasks is 92.5 % with fine-tuning, 91.4 % with LAM 0.3 and 90.5 % with 0.5 (seed 0). Test splits choose nothing.
 """
 
 from __future__ import annotations
