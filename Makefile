@@ -42,7 +42,7 @@ export CMAKE_GENERATOR := Ninja
 $(VENV)/.created: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(BUILD_REQUIREMENTS) "torch>=2.11"
-	$(PIP) install --quiet $$($(PY) tools/extras.py test cli demo)
+	$(PIP) install --quiet $$($(PY) tools/extras.py test demo)
 	touch $@
 
 # --- the extension ------------------------------------------------------------------------------

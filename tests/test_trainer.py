@@ -304,6 +304,7 @@ def test_a_diverging_loss_is_an_error() -> None:
         ({"budget": 1.5}, "budget"),
         ({"amp": "fp16"}, "amp"),
         ({"betas": (0.9,)}, "betas"),
+        ({"betas": 3}, "betas"),
         ({"accumulate": True}, "accumulate"),
     ],
 )

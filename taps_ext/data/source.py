@@ -107,6 +107,12 @@ class NormalizedDataset(Dataset[tuple[Tensor, Tensor]]):
         x, y = self.inner[index]
         return apply_normalize(x, self.statistics), y
 
+    @property
+    def y(self) -> Tensor:
+        """All targets [N], where the inner dataset knows them without reading the images."""
+        targets: Tensor = self.inner.y  # type: ignore[attr-defined]
+        return targets
+
 
 @dataclass(frozen=True)
 class Source:

@@ -78,7 +78,7 @@ class TrainConfig:
         number(self.val_fraction, "val_fraction", 0.0, 0.9)
         if self.budget is not None:
             number(self.budget, "budget", 0.0, 1.0)
-        betas = tuple(self.betas)
+        betas = tuple(self.betas) if isinstance(self.betas, (list, tuple)) else ()
         if len(betas) != 2:
             raise ConfigError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in betas:
