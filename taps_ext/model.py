@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -210,6 +211,11 @@ class TaskModel(nn.Module):
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         name = self._active if task is _ACTIVE else task
         if name is None:
+            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
+                warnings.warn(
+                    "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
+                    stacklevel=2,
+                )
             return self._base_forward(*args, **kwargs)
         state = self.state(name)
         if self.gates == "host":

@@ -182,7 +182,7 @@ def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path
         ("trian.lr=1", ["unknown section 'trian'", "did you mean 'train'"]),
         ("train.lrr=1", ["unknown key 'lrr'", "did you mean 'lr'"]),
         ("train.lr=fast", ["lr: expected a number", "'fast'"]),
-        ("train.betas=3", ["train"]),
+        ("train.betas=3", ["betas", "expected two numbers"]),
         ("train.device=tpu9", ["device", "tpu9"]),
         ("train.lr.x=1", ["expected 'lr' to be a section"]),
         ("train=3", ["train: expected a section"]),

@@ -262,6 +262,14 @@ def test_lazy_parameters_are_refused() -> None:
         TaskModel(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), TapsConfig(lam=1.0))
 
 
+def test_training_the_bare_base_by_mistake_is_said() -> None:
+    model = tiny()
+    model.add_task("t", num_classes=2)
+    model.train()
+    with pytest.warns(UserWarning, match="no task is active"):
+        model(images())
+
+
 def test_tied_weights_are_refused() -> None:
     base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     base[1].weight = base[0].weight

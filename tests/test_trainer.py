@@ -162,6 +162,7 @@ def test_an_interrupted_run_resumes_bit_equal(at, optimizer, tmp_path) -> None:
     settings = dict(optimizer=optimizer, schedule="cosine", weight_decay=1e-3, lr=0.01)
     whole = build(dropout=0.3)
     reference = fit(whole, **settings)
+    tensors_of_whole = tensors(whole)
     steps = []
 
     def loss(outputs, targets):
@@ -176,7 +177,8 @@ def test_an_interrupted_run_resumes_bit_equal(at, optimizer, tmp_path) -> None:
     assert (tmp_path / "t.state").exists()
     fresh = TaskModel(whole.unload(), TapsConfig(lam=0.5))
     fresh.add_task("t", num_classes=4)
-    result = fit(fresh, out=str(tmp_path), **settings)
+    result = fit(fresh, task={"loss": loss}, out=str(tmp_path), **settings)
+    assert equal(tensors(fresh), tensors_of_whole)
     assert [h["loss"] for h in result.history] == [h["loss"] for h in reference.history]
     assert result.test == reference.test and not (tmp_path / "t.state").exists()
 
@@ -192,6 +194,53 @@ def test_a_finished_task_is_not_trained_again(tmp_path) -> None:
     assert second.report("t").share == result.share
     fit(second, out=str(tmp_path), resume=False)
     assert Path(result.file).stat().st_mtime_ns != stamp
+
+
+def test_a_datasets_own_getitem_is_called() -> None:
+    """Tensors that a class of the user's happens to hold are not taken behind its back."""
+
+    class Shifted(torch.utils.data.TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            calls.append(1)
+            return x, y
+
+    calls: list[int] = []
+    fit(build(), epochs=1, task={"train": Shifted(*data()), "val": data(16), "test": None})
+    assert len(calls) == 96
+    x, y = data()
+    assert fit(build(), epochs=1, task={"train": (x.numpy(), y.numpy())}).epoch == 0
+
+
+def test_mistakes_are_found_before_the_first_step() -> None:
+    def loss(outputs, targets):
+        raise AssertionError("a step was taken")
+
+    x, y = data()
+    with pytest.raises(ConfigError, match=r"tasks\['t'\].val: expected labels below 4 .the head., got 9"):
+        Trainer(build(), {"t": Task(train=(x, y), val=(x, y.clone().fill_(9)))}, quiet=True).fit()
+    for arguments, message in [
+        ({"labels": [0, 1]}, "labels: expected a list of strings"),
+        ({"metrics": {"loss": lambda o, t: 0.0}}, "metrics: expected names other than 'loss'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Task(train=(x, y), **arguments)
+
+
+def test_a_killed_run_leaves_a_state(tmp_path, monkeypatch) -> None:
+    """States are saved at the ends of epochs now and then, and before the test split is read."""
+    import taps_ext.train.trainer as module
+
+    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+
+    def broken(outputs, targets):
+        if len(targets) == 48:  # the test split
+            raise RuntimeError("no such metric")
+        return 0.5
+
+    with pytest.raises(RuntimeError, match="no such metric"):
+        fit(build(), out=str(tmp_path), task={"metrics": {"m": broken}})
+    assert (tmp_path / "t.state").exists()
 
 
 def test_other_data_heads_and_names_are_other_runs(tmp_path) -> None:

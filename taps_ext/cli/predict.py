@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .common import count, emit, table
@@ -26,16 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=count(1), default=3, metavar="N", help="labels to print (default: 3)")
 
 
-def _geometry(config: Config, header: FileHeader) -> tuple[int, int]:
-    """(size, channels) as configured, or else those of the task's own data."""
-    size, channels = config.data.get("size"), config.data.get("channels")
+def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
+    """(size, channels, statistics) of the task's own data, or as configured where its data is not."""
+    size, channels, normalize = (config.data.get(key) for key in ("size", "channels", "normalize"))
+    name = header.metadata.name
+    if name in config.tasks:
+        source = config.source(name)
+        if source.shape[1] != source.shape[2]:
+            raise ConfigError(f"tasks.{name}: expected square images to predict on, got {list(source.shape)}")
+        return source.shape[1], source.shape[0], source.normalize
     if size is None or channels is None:
-        name = header.metadata.name
-        if name not in config.tasks:
-            raise ConfigError(f"data: expected size and channels, since the configuration has no task {name!r}")
-        shape = config.source(name).shape
-        channels, size = (shape[0] if channels is None else channels), (shape[1] if size is None else size)
-    return size, channels
+        raise ConfigError(f"data: expected size and channels, since the configuration has no task {name!r}")
+    return size, channels, normalize
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = config_from(args)
     header = store.read_header(args.file)
-    size, channels = _geometry(config, header)
-    options = Options(size, channels, normalize=config.data.get("normalize"))
+    size, channels, normalize = _geometry(config, header)
+    options = Options(size, channels, normalize=normalize)
     images = [apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images]
     base = config.base()
     model = TaskModel(base, head_module=config.head_module).eval()

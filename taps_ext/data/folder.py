@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,12 +63,22 @@ class FolderDataset(Dataset[tuple[Tensor, Tensor]]):
         self.y = torch.tensor([label for _, label in items], dtype=torch.int64)
         self.size, self.channels, self.statistics = size, channels, normalize
 
+    def identity(self) -> list[Any]:
+        """What tells this dataset from another: the files with their sizes and times, and how they are read."""
+        files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self.paths]
+        return [files, self.size, self.channels, self.statistics]
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x = read_image(self.paths[index], self.size, self.channels)
         return apply_normalize(x, self.statistics), self.y[index]
+
+
+def _hidden(path: Path) -> bool:
+    """True if any part of a path starts with a dot, as the copies that notebooks keep do."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def class_names(folder: Path) -> list[str]:
@@ -87,7 +98,8 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[dict[str, list[Pa
     for name in class_names(folder):
         if name not in classes:
             raise SourceError(f"{folder / name}: class {name!r} does not exist in train")
-        files = sorted(path for path in (folder / name).rglob("[!.]*") if path.is_file())
+        inside = (folder / name).rglob("*")
+        files = sorted(p for p in inside if p.is_file() and not _hidden(p.relative_to(folder)))
         found[name] = [path for path in files if path.suffix.lower() in EXTENSIONS]
         others += len(files) - len(found[name])
         if not found[name]:

@@ -107,6 +107,11 @@ class NormalizedDataset(Dataset[tuple[Tensor, Tensor]]):
         x, y = self.inner[index]
         return apply_normalize(x, self.statistics), y
 
+    def identity(self) -> list[Any]:
+        """What tells this dataset from another (see `FolderDataset.identity`)."""
+        inner = getattr(self.inner, "identity", None)
+        return [inner() if callable(inner) else len(self.inner), self.statistics]
+
     @property
     def y(self) -> Tensor:
         """All targets [N], where the inner dataset knows them without reading the images."""

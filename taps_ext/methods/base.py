@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -52,7 +53,7 @@ def tuple_of_str(value: Any, argument: str) -> tuple[str, ...] | None:
     """Normalise a list of glob patterns; a bare string is refused, being almost always a slip."""
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{argument}: expected a list of patterns or None, got {value!r}")
     return tuple(value)
 
@@ -64,7 +65,12 @@ def one_of(value: Any, choices: tuple[str, ...], argument: str) -> None:
 
 
 def number(value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+        and math.isfinite(value)
+    )
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise ConfigError(f"{argument}: expected a number in {bracket}{low}, {high}], got {value!r}")

@@ -52,6 +52,12 @@ class TapsConfig(MethodConfig):
             raise ConfigError(f"gate_fraction: expected 1.0 (sampling is not built yet), got {self.gate_fraction}")
         one_of(self.norm, ("task", "frozen"), "norm")
         one_of(self.others, ("task", "frozen"), "others")
+        for pattern, override in dict(self.overrides).items() if isinstance(self.overrides, Mapping) else [("", 0)]:
+            if not isinstance(override, Mapping):
+                raise ConfigError(f"overrides: expected {{pattern: settings}}, got {self.overrides!r}")
+            for key in ("threshold", "score_init"):
+                if key in override:
+                    number(override[key], f"overrides[{pattern!r}].{key}", 0.0, open_low=True)
         plain = json.loads(json.dumps({k: dict(v) for k, v in self.overrides.items()}))
         object.__setattr__(self, "overrides", plain)
         for pattern, settings in plain.items():

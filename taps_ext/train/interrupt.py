@@ -12,15 +12,16 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """On the main thread, the first Ctrl-C asks to stop after this step; the second stops at once."""
+    """On the main thread, the first Ctrl-C or termination asks to stop after this step; the second stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> Stop:
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -29,5 +30,5 @@ class Stop:
         self.asked = True
 
     def __exit__(self, *error: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

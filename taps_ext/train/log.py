@@ -26,11 +26,11 @@ class Log:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self.progress = Progress(*columns, console=Console(stderr=True))
             self.progress.start()
@@ -42,14 +42,15 @@ class Log:
         if self.progress is not None:
             self.progress.update(self.bar, completed=done)
 
-    def event(self, kind: str, **values: Any) -> None:
-        """Record an event; an "epoch" event is also told to the person watching."""
+    def event(self, kind: str, detail: dict[str, Any], **values: Any) -> None:
+        """Record an event with its `detail`; the values of an "epoch" are also told to the person watching."""
         if self.file is not None:
             line = {
                 "event": kind,
                 "task": self.title,
                 "seconds": round(time.perf_counter() - self.started, 3),
                 **values,
+                **detail,
             }
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

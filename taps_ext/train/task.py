@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
+from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
 
@@ -46,11 +50,19 @@ class Task:
     augment: Callable[[Any, torch.Generator], Any] | None = None
     labels: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        if "loss" in self.metrics:
+            raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
+        if self.labels is not None and not all(isinstance(label, str) for label in self.labels):
+            raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
+
 
 def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     """A map-style dataset from a dataset or a pair of tensors of equal length."""
     if isinstance(data, DataLoader):
         raise ConfigError(f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset")
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, np.ndarray) for t in data):
+        data = tuple(torch.from_numpy(array) for array in data)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         if len(data[0]) != len(data[1]):
             raise ConfigError(f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}")
@@ -91,28 +103,38 @@ def split_off(data: Dataset[Any], fraction: float, seed: int) -> tuple[Dataset[A
 
 
 def _in_memory(data: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
-    if isinstance(data, Subset):
+    """(inputs, targets) of a dataset that only indexes two tensors; a class of the user's may do more."""
+    if type(data) is Subset:
         whole = _in_memory(data.dataset)
         index = torch.tensor(list(data.indices))
         return None if whole is None else (whole[0][index], whole[1][index])
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+    if type(data) is TensorDataset and len(data.tensors) == 2:
         return data.tensors[0], data.tensors[1]
-    x, y = getattr(data, "x", None), getattr(data, "y", None)
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and len(x) == len(y) == len(cast(Sized, data)):
-        return x, y
-    return None
+    return (data.x, data.y) if type(data) is ArrayDataset else None
 
 
-def identity(data: Any) -> list[Any] | None:
-    """What tells one dataset from another: its type, length and, for tensors in memory, a digest of the values."""
+def identity(data: Any, argument: str) -> list[Any] | None:
+    """What tells one dataset from another, JSON-ready: type, length and a digest of what is known of its content."""
     if data is None:
         return None
-    dataset = as_dataset(data, "data")
-    memory = _in_memory(dataset)
-    digest = None if memory is None else fingerprint({"x": memory[0], "y": memory[1]})
-    if digest is None and (targets := targets_of(dataset)) is not None:
-        digest = fingerprint({"y": targets})
-    return [type(dataset).__name__, len(cast(Sized, dataset)), digest]
+    dataset = as_dataset(data, argument)
+    memory, own = _in_memory(dataset), getattr(dataset, "identity", None)
+    content: str | None = None
+    if memory is not None:
+        content = fingerprint({"x": memory[0], "y": memory[1]})
+    elif callable(own):
+        content = hashlib.sha256(json.dumps(own()).encode()).hexdigest()
+    elif (targets := targets_of(dataset)) is not None:
+        content = fingerprint({"y": targets})
+    return [type(dataset).__name__, len(cast(Sized, dataset)), content]
+
+
+def function_name(function: Any) -> str | None:
+    """The qualified name of a function or class, to tell one setting from another."""
+    if function is None:
+        return None
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 class Batches:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, TapsError, suggestion
@@ -22,7 +24,9 @@ from .config import TrainConfig
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
 from .state import load_run, restore, same_settings, save_run, snapshot
-from .task import Batches, Task, as_dataset, identity, split_off
+from .task import Batches, Task, as_dataset, function_name, identity, split_off, targets_of
+
+SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
 
 @dataclass
@@ -141,16 +145,18 @@ class Trainer:
         plain = {key: value for key, value in self.config.to_dict().items() if key not in ("out", "device")}
         layers = {layer: [part.learn, None if part.learn else part.gate] for layer, part in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
-        data = {split: identity(getattr(task, split)) for split in ("train", "val", "test")}
-        method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
-        settings = {
-            **plain,
-            **method,
-            "task": name,
-            "head": head,
-            "gates": layers,
-            **{f"data.{k}": v for k, v in data.items()},
+        splits = ("train", "val", "test")
+        data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
+        functions = {
+            "loss": function_name(task.loss),
+            "metrics": {key: function_name(metric) for key, metric in task.metrics.items()},
+            "augment": function_name(task.augment),
+            "maximize": task.maximize,
+            "labels": task.labels,
         }
+        method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
+        settings = {**plain, **method, "task": name, "head": head, "gates": layers, **functions}
+        settings |= {f"data.{split}": value for split, value in data.items()}
         found: dict[str, Any] = json.loads(json.dumps(settings))
         return found
 
@@ -160,6 +166,7 @@ class Trainer:
         if finished is not None:
             return finished
         train = as_dataset(task.train, f"tasks[{name!r}].train")
+        self._check_labels(name, task)
         if task.val is not None:
             val = as_dataset(task.val, f"tasks[{name!r}].val")
         else:
@@ -183,22 +190,38 @@ class Trainer:
             steps * config.epochs,
             quiet=self.quiet,
         )
-        started = time.perf_counter() - progress.seconds
+        saved = time.perf_counter()
+        started = saved - progress.seconds
         try:
             while progress.epoch < config.epochs:
                 complete = self._epoch(name, task, batches, optimizer, progress, log, stop)
                 progress.seconds = time.perf_counter() - started
                 if complete:
                     best = self._validate(name, task, val, progress, best, log)
-                if stop.asked and progress.epoch < config.epochs:
-                    if path is not None:
-                        counters = {"progress": asdict(progress), "settings": settings}
-                        save_run(path, state, optimizer, best, counters, parent)
+                stopping = stop.asked and progress.epoch < config.epochs
+                due = time.perf_counter() - saved > SAVE_EVERY or progress.epoch == config.epochs
+                if path is not None and (stopping or due):
+                    counters = {"progress": asdict(progress), "settings": settings}
+                    save_run(path, state, optimizer, best, counters, parent)
+                    saved = time.perf_counter()
+                if stopping:
                     raise TrainingInterrupted(self._stopped(name, path))
         finally:
             log.close()
         restore(state, best)
         return self._finish(name, task, progress, settings, path)
+
+    def _check_labels(self, name: str, task: Task) -> None:
+        """Raise before the first step if a class index has no output in the task's linear head."""
+        outputs = getattr(self.model.state(name).head, "out_features", None)
+        for split in ("train", "val", "test"):
+            data = getattr(task, split)
+            if outputs is None or data is None or task.loss is not F.cross_entropy:
+                continue
+            targets = targets_of(as_dataset(data, f"tasks[{name!r}].{split}"))
+            if targets is not None and len(targets) and int(targets.max()) >= outputs:
+                got = int(targets.max())
+                raise ConfigError(f"tasks[{name!r}].{split}: expected labels below {outputs} (the head), got {got}")
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         config = self.config
@@ -309,7 +332,7 @@ class Trainer:
             "share": report.share,
             "layers_open": report.layers_open,
         }
-        log.event("epoch", **entry, scores={row.layer: row.score for row in report.rows} if log.file else {})
+        log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
         progress.history.append(entry)
         key = next(iter(task.metrics), "loss")
         quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
@@ -355,7 +378,8 @@ class Trainer:
         )
         if self.out is not None and path is not None:
             target = self.out / f"{_safe(name)}.taps"
-            metrics = {"epoch": result.epoch, "val": result.val, "test": result.test}
+            finite = [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in (result.val, result.test)]
+            metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
             self.model.save_task(name, target, labels=task.labels, metrics=metrics)
             result.file = str(target)
             text = json.dumps({"settings": settings, "result": asdict(result)})
@@ -378,7 +402,10 @@ class Trainer:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"resume: {marker} is damaged ({error}); delete it, or use resume=False") from None
         same_settings(marker, before, settings)
-        if result.file is None or not Path(result.file).exists():
+        file = self.out / f"{_safe(name)}.taps"
+        if not file.exists():
             return None
-        self.model.reload_task(name, result.file)
-        return result
+        self.model.reload_task(name, file)
+        if not self.quiet:
+            print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
+        return replace(result, file=str(file))
