@@ -1,7 +1,7 @@
 # Every target works from a fresh clone on a machine with Python 3.10 or newer and a C++ compiler.
 #
 #   make demo          the main job: a real model learns several real tasks (about 4 minutes on 2 cores after installation)
-#   make test          everything that is checked: style, types, tests (fuzz, slow data and GPU have own targets)
+#   make test          style, types and tests (fuzz and GPU have targets of their own)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          ruff and mypy
 #   make fuzz          the long random tests of the task-file reader
