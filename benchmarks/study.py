@@ -93,6 +93,8 @@ def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int)
         "share": result.share,
         "layers_open": result.layers_open,
         "epoch": result.epoch,
+        "last_val": result.history[-1]["val_accuracy"],
+        "last_share": result.history[-1]["share"],
         "epochs": epochs,
         "seconds": round(result.seconds, 1),
         "base_bit_equal": equal,
