@@ -3,7 +3,7 @@
     python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/training-step.json
 
 Each variant runs in processes of its own, in turn. Memory is the peak resident set less the resident set after all
-imports, in one process with glibc's mmap threshold fixed at 128 KiB, so that freed tensors go back to the system at
+imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed at 128 KiB, so that freed tensors go back to the system at
 once and the peak is what is alive, not how the heap happens to be cut up. Times come from `--rounds` other
 processes with glibc's defaults: medians, and ratios to fine-tuning between neighbours, since absolute times mean
 little on a shared machine.
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("fine-tuning", "naive", "taps all open", "taps CUB pattern", "full")
+VARIANTS = ("fine-tuning", "naive", "taps all open", "taps all open, limit", "taps CUB pattern", "full")
+LIMIT = 9 << 18  # bytes of the workspace in the variant named so: a 256-channel 3x3 convolution
 CUB_OPEN = (
     25,
     26,
@@ -66,8 +67,23 @@ def child(variant: str, batch: int, steps: int) -> dict[str, Any]:
             c = self.conv
             return F.conv2d(x, c.weight + gate * self.delta, c.bias, c.stride, c.padding, c.dilation, c.groups)
 
+    def warm_up() -> None:
+        """A tiny training step, plain and with TAPS: the code and the threads that a first step loads."""
+        inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+        for wrapped in (False, True):
+            layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()]
+            net: Any = nn.Sequential(*layers, nn.Linear(8 * 36, 4))
+            if wrapped:
+                net = taps_ext.TaskModel(net, taps_ext.TapsConfig(lam=0.5))
+                net.add_task("t", num_classes=4)
+                net.set_task("t")
+            groups: Any = net.parameter_groups(lr=0.1) if wrapped else net.parameters()
+            optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+            F.cross_entropy(net(inputs), targets).backward()
+            optimizer.step()
+
     torch.manual_seed(0)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the threads and libraries that any run needs
+    warm_up()
     baseline = resident()
     base = torchvision.models.resnet50(weights=None)
     base_bytes = sum(p.nbytes for p in base.parameters()) + sum(b.nbytes for b in base.buffers())
@@ -83,6 +99,8 @@ def child(variant: str, batch: int, steps: int) -> dict[str, Any]:
         groups = [p for p in base.parameters() if p.requires_grad]
     else:
         config = taps_ext.FullConfig() if variant == "full" else taps_ext.TapsConfig(lam=0.5)
+        if "limit" in variant:
+            taps_ext.set_workspace_limit(LIMIT)
         model = taps_ext.TaskModel(base, config)
         model.add_task("t", num_classes=CLASSES)
         if "CUB" in variant:

@@ -1,7 +1,7 @@
 // y = conv2d(x, W_t) + b and its backward, the same on every device: W_t comes from rebuild.h, the
 // convolutions from torch (cuDNN, oneDNN) through its dispatcher.
 #include "ops.h"
-#include "rebuild.h"
+#include "panels.h"
 
 namespace taps {
 namespace {
@@ -121,10 +121,24 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  Scratch scratch;
   const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] *
                        (x.ndim() == 4 ? x.sizes[0] : 1);
-  const Tensor kernel = layer_weight(w, x.dtype, path_for(w, x.dtype, rows), scratch);
+  const Path path = path_for(w, x.dtype, rows);
+  if (const int64_t step = path == Path::kStock ? 0 : panel_step(w.weight, x.dtype, groups)) {
+    const int64_t channel_dim = x.ndim() - 3;
+    Slices output(channel_dim, w.weight.sizes[0]);
+    for_panels(w.weight.sizes[0], step, [&](Range panel) {
+      const Range read = input_range(w.weight, panel, groups);
+      const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
+      output.put(gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score,
+                              narrow(b, 0, panel), stride, padding, dilation,
+                              groups == 1 ? 1 : read.length / w.weight.sizes[1], gate, threshold),
+                 panel);
+    });
+    return *output.whole();
+  }
+  Scratch scratch;
+  const Tensor kernel = layer_weight(w, x.dtype, path, scratch);
   return convolve(input, kernel, b, g);
 }
 
@@ -171,6 +185,25 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     fail("input: expected a tensor, weight gradients are asked for; got None");
   }
 
+  const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
+  const bool rebuilds = wanted.input && path != Path::kStock;
+  const bool takes_scratch = rebuilds || (wanted.weight_side() && w.weight.dtype != compute);
+  if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, groups) : 0) {
+    const int64_t channel_dim = dy.ndim() - 3;
+    PanelGrads grads(w, wanted, groups, channel_dim);
+    for_panels(w.weight.sizes[0], step, [&](Range panel) {
+      const Range read = input_range(w.weight, panel, groups);
+      grads.put(gated_conv2d_backward(
+                    narrow(grad_output, channel_dim, panel),
+                    groups == 1 ? input : narrow(input, channel_dim, read), input_size,
+                    narrow(weight, 0, panel), narrow(delta, 0, panel), score, gate, threshold,
+                    stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1],
+                    output_mask, rows, row_scale),
+                panel);
+    });
+    return grads.whole(compute);
+  }
+
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
@@ -181,7 +214,6 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   OptionalTensor dinput, gradient, dbias;
 
   if (wanted.input) {
-    const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
     const Tensor kernel = layer_weight(w, compute, path, scratch);
     if (x4 && !rows) {
       const DataAndWeight both = convolution_backward(dy4, *x4, kernel, g, true, at_once);

@@ -1,7 +1,7 @@
 // y = x W_t^T + b and its backward, the same on every device: W_t comes from rebuild.h, the
 // products from torch (cuBLAS, oneDNN, MKL) through its dispatcher.
 #include "ops.h"
-#include "rebuild.h"
+#include "panels.h"
 
 namespace taps {
 namespace {
@@ -78,8 +78,18 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const Described x = check_activation(input, "input", w.weight);
   const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
+  const Path path = path_for(w, x.dtype, sizes.rows);
+  if (const int64_t step = path == Path::kStock ? 0 : panel_step(w.weight, x.dtype, 1)) {
+    Slices output(x.ndim() - 1, sizes.outputs);
+    for_panels(sizes.outputs, step, [&](Range panel) {
+      output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score,
+                              narrow(b, 0, panel), gate, threshold),
+                 panel);
+    });
+    return *output.whole();
+  }
   Scratch scratch;
-  const Tensor matrix = layer_weight(w, x.dtype, path_for(w, x.dtype, sizes.rows), scratch);
+  const Tensor matrix = layer_weight(w, x.dtype, path, scratch);
   return call("aten::linear", "", input, matrix, b);
 }
 
@@ -96,12 +106,37 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   check_rows(rows, dy);
   if (rows && dy.ndim() < 2) fail("rows: expected a batched grad_output [B, ..., N]");
   const Dtype compute = dy.dtype;
+  const Path path = path_for(w, compute, sizes.rows);
+  const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
+  const bool rebuilds = wanted.input && path != Path::kStock;
+  // Known to be closed: no product is needed for a delta's zero gradient.
+  const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());
+  const Holder holder = holder_for(side);
+  const bool takes_scratch = rebuilds || (form_gradient && holder == Holder::kScratch);
+  if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {
+    std::vector<bool> mask = output_mask;
+    if (!rebuilds) mask[0] = false;  // W itself serves, whole
+    PanelGrads grads(w, check_mask(mask, w));
+    for_panels(sizes.outputs, step, [&](Range panel) {
+      grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input,
+                                      narrow(weight, 0, panel), narrow(delta, 0, panel), score,
+                                      gate, threshold, mask, rows, row_scale),
+                panel);
+    });
+    Grads whole = grads.whole(compute);
+    if (wanted.input && !rebuilds) {
+      std::get<0>(whole) = std::get<0>(gated_linear_backward(
+          grad_output, input, weight, delta, score, gate, threshold,
+          {true, false, false, false, false}, std::nullopt, 1.0));
+    }
+    return whole;
+  }
   const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
   Scratch scratch;
 
   OptionalTensor dinput;
   if (wanted.input) {
-    const Tensor matrix = layer_weight(w, compute, path_for(w, compute, sizes.rows), scratch);
+    const Tensor matrix = layer_weight(w, compute, path, scratch);
     dinput = call("aten::mm", "", dy2, matrix);
     if (dy.ndim() != 2) {
       Ints shape(dy.sizes.begin(), dy.sizes.end());
@@ -135,9 +170,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
     const Tensor dy_taken =
         picked ? as_matrix(describe(*picked, "grad_output"), taken.rows, sizes.outputs) : dy2;
 
-    const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
-    if (wanted.score || wanted.weight || !w.known_closed()) {
-      const Holder holder = holder_for(side);
+    if (form_gradient) {
       if (holder == Holder::kScratch && !scratch.tensor) {
         scratch = scratch_like(w.weight, compute);
       }
@@ -147,7 +180,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
       call("aten::mm", "out", transposed(dy_taken), x2, g);
       grads = settle(side, g, holder);
     } else {
-      grads.delta = zeros_like(*w.delta);  // known to be closed: no product is needed for a zero
+      grads.delta = zeros_like(*w.delta);
     }
   }
 

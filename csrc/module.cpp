@@ -45,6 +45,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces on all devices.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
 
+  m.def("workspace_limit", &taps::workspace_limit, "Most bytes of W_t at a time; 0 for no limit.");
+  m.def("set_workspace_limit", &taps::set_workspace_limit, py::arg("bytes"),
+        "Limit W_t to this many bytes at a time; 0 for no limit. Frees what is not in use.");
+
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
   m.def(

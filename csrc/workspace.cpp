@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -83,11 +84,12 @@ Pool& pool() {
 }
 
 constexpr size_t kPage = 4096;
-constexpr size_t kHugePage = 2u << 20;
 
-size_t rounded(size_t bytes) {
-  const size_t unit = bytes >= kHugePage ? kHugePage : kPage;
-  return (bytes + unit - 1) / unit * unit;
+size_t rounded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+std::atomic<size_t>& limit() {
+  static std::atomic<size_t> bytes{0};
+  return bytes;
 }
 
 }  // namespace
@@ -124,6 +126,13 @@ Lease::~Lease() {
 
 void* Lease::data() const { return buffer_ ? buffer_->data : nullptr; }
 size_t Lease::bytes() const { return buffer_ ? buffer_->bytes : 0; }
+
+size_t workspace_limit() { return limit().load(std::memory_order_relaxed); }
+
+void set_workspace_limit(size_t bytes) {
+  limit().store(bytes, std::memory_order_relaxed);
+  workspace_clear();
+}
 
 size_t workspace_bytes() {
   const std::lock_guard<std::mutex> lock(pool().mutex);

@@ -1,5 +1,5 @@
 // The reused buffer that W_t is rebuilt into: one per device and stream, grown to the largest
-// weight, leased for the duration of one host call. Two host threads on one stream get two
+// weight (or to the limit), leased for the duration of one host call. Two host threads on one stream get two
 // buffers; no lock is held while torch runs.
 #pragma once
 
@@ -24,6 +24,10 @@ class Lease {
  private:
   std::unique_ptr<Buffer> buffer_;
 };
+
+// No op rebuilds more than this many bytes of a weight at a time (panels.h); 0: no limit.
+size_t workspace_limit();
+void set_workspace_limit(size_t bytes);  // also frees the buffers that are not leased
 
 size_t workspace_bytes();  // of all buffers, leased ones included
 void workspace_clear();    // frees the buffers that are not leased

@@ -9,6 +9,7 @@ from .report import Report
 from .store import TaskFileError
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
+from .workspace import set_workspace_limit, workspace_bytes, workspace_limit
 
 __all__ = [
     "BypassedLayerError",
@@ -31,4 +32,7 @@ __all__ = [
     "gated_linear",
     "nn",
     "register_method",
+    "set_workspace_limit",
+    "workspace_bytes",
+    "workspace_limit",
 ]

@@ -1,0 +1,34 @@
+"""The reused buffer that task weights are rebuilt into, and the limit on it."""
+
+from __future__ import annotations
+
+from .errors import ConfigError
+from .ops import _C
+
+
+def workspace_bytes() -> int:
+    """Bytes held in workspaces on all devices: at most the largest gated weight for each device and stream."""
+    return 0 if _C is None else int(_C.workspace_bytes())
+
+
+def workspace_limit() -> int | None:
+    """The limit set by :func:`set_workspace_limit`, or None."""
+    return (None if _C is None else int(_C.workspace_limit())) or None
+
+
+def set_workspace_limit(limit: int | None) -> None:
+    """Rebuild no more than `limit` bytes of a task's weight at a time, in this process; None for no limit.
+
+    Open layers above the limit work in panels of output channels (at least two; never less than a group of a grouped
+    convolution unless it can be cut itself). That costs a few per cent of time in those layers. Sums run in another
+    order, so outputs and gradients may differ in the last bits from those without a limit. Layers whose gate the
+    host knows to be closed still are bit-equal to the base.
+
+    Raises:
+        ConfigError: a limit that is not a positive integer; a limit without the compiled extension.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**63):
+        raise ConfigError(f"limit: expected a positive number of bytes or None, got {limit!r}")
+    if _C is None:
+        raise ConfigError("limit: expected the compiled extension, which owns the workspace; it is not loaded")
+    _C.set_workspace_limit(limit or 0)
