@@ -3,10 +3,10 @@
     python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/training-step.json
 
 Each variant runs in processes of its own, in turn. Memory is the peak resident set less the resident set after all
-imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed at 128 KiB, so that freed tensors go back to the system at
-once and the peak is what is alive, not how the heap happens to be cut up. Times come from `--rounds` other
-processes with glibc's defaults: medians, and ratios to fine-tuning between neighbours, since absolute times mean
-little on a shared machine.
+imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed
+at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how the heap
+happens to be cut up. Times come from `--rounds` other processes with glibc's defaults: medians, and ratios to
+fine-tuning between neighbours, since absolute times mean little on a shared machine.
 """
 
 from __future__ import annotations

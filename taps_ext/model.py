@@ -412,10 +412,16 @@ class TaskModel(nn.Module):
 
     @torch.inference_mode(False)
     def reload_task(self, name: str, path: str | PathLike[str]) -> None:
-        """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed."""
+        """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed.
+
+        The parameters stay the same objects, so an optimizer made before goes on training them, unless the file's
+        task is built differently (other layers, types or method).
+        """
         old = self.state(name)
         self._not_merged(name, "reload_task")
         state = taskfile.build(taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path)
+        if old.take_over(state):
+            return
         for module in state.table:
             route(self.base.get_submodule(module), module)
         state.train(self.training)

@@ -25,7 +25,7 @@ def heatmap(
         sizes: weights of each layer, shown beside its name.
 
     Raises:
-        ConfigError: matplotlib is not installed, or a task has another number of layers.
+        ConfigError: matplotlib is not installed, there is nothing to draw, or a task has another number of layers.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,6 +33,8 @@ def heatmap(
         from matplotlib.patches import Patch, Rectangle
     except ImportError:
         raise ConfigError("heatmap: matplotlib is not installed: pip install taps_ext[demo]") from None
+    if not layers or not changes:
+        raise ConfigError(f"heatmap: expected layers and tasks, got {len(layers)} layers and {len(changes)} tasks")
     for task, values in changes.items():
         if len(values) != len(layers):
             raise ConfigError(f"changes[{task!r}]: expected {len(layers)} layers, got {len(values)}")

@@ -208,6 +208,10 @@ def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path
         ("tasks.parity.num_classes=1", ["num_classes", ">= 2"]),
         ("tasks.parity.method=5", ["tasks.parity.method"]),
         ("tasks.parity=5", ["tasks.parity"]),
+        ("data=3", ["data: expected a section"]),
+        ("base='timm:resnet18'", ["base: expected a section"]),
+        ("base.head_module=5", ["base.head_module", "got 5"]),
+        ("train.out=5", ["train.out: expected a folder, got 5"]),
     ],
 )
 def test_bad_configurations(call, folder: Path, tmp_path: Path, override: str, words: list[str]) -> None:

@@ -61,5 +61,7 @@ def test_heatmap_is_a_picture(tmp_path: Path) -> None:
     heatmap(tmp_path / "h.png", ["stem", "fc"], changes, notes={"a": "x"}, sizes=[100, 2000])
     assert (tmp_path / "h.png").stat().st_size > 5000
     heatmap(tmp_path / "empty.png", ["stem"], {"a": [None]})
+    with pytest.raises(ConfigError, match="expected layers and tasks, got 0 layers"):
+        heatmap(tmp_path / "h.png", [], {"a": []})
     with pytest.raises(ConfigError, match="expected 1 layers, got 2"):
         heatmap(tmp_path / "h.png", ["stem"], {"a": [None, 0.5]})

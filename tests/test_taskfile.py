@@ -188,3 +188,35 @@ def test_a_taken_name_is_refused_before_anything_happens(saved) -> None:
     model, path = saved
     with pytest.raises(ConfigError, match="'t' exists already"):
         model.load_task(path)
+
+
+def test_reloading_keeps_the_parameters_that_an_optimizer_holds(tmp_path):
+    torch.manual_seed(0)
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=3)
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.delta.normal_(std=0.1)
+    model.save_task("t", tmp_path / "t.taps")
+    x = images()
+    model.eval()
+    saved = model(x, task="t").detach()
+    optimizer = torch.optim.SGD(model.parameter_groups("t", lr=0.1), momentum=0.9)
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    model(x, task="t").sum().backward()
+    optimizer.step()
+    model.reload_task("t", tmp_path / "t.taps")
+    assert torch.equal(model(x, task="t"), saved)
+    assert held == {id(p) for g in model.parameter_groups("t", lr=0.1) for p in g["params"]}
+
+
+def test_reloading_another_build_replaces_the_parts(tmp_path):
+    torch.manual_seed(0)
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=3)
+    model.set_gates("t", open=["*"], learn=False)
+    model.save_task("t", tmp_path / "t.taps")
+    other = TaskModel(model.unload(), TapsConfig(lam=0.5))
+    other.add_task("t", num_classes=3)
+    other.reload_task("t", tmp_path / "t.taps")
+    assert all(not part.learn and part.gate for _, part in other.state("t").gated())

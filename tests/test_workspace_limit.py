@@ -50,10 +50,7 @@ def leaves(shape: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[l
 
 def run(inputs: list[torch.Tensor], kwargs: dict | None, gate: bool | None, upstream: torch.Tensor | None = None):
     """Output and all five gradients."""
-    if kwargs is None:
-        y = gated_linear(*inputs, gate=gate)
-    else:
-        y = gated_conv2d(*inputs, **kwargs, gate=gate)
+    y = gated_linear(*inputs, gate=gate) if kwargs is None else gated_conv2d(*inputs, **kwargs, gate=gate)
     grads = torch.autograd.grad(y, inputs, torch.ones_like(y) if upstream is None else upstream, allow_unused=True)
     return [y.detach(), *grads]  # a closed Delta has none
 

@@ -1,5 +1,5 @@
 """The `taps` command. Each command is a module with `PURPOSE`, `EXAMPLE`, `add_arguments` and `run`
-(and `LAST`, the name of an argument that takes all further words).
+(and `LAST`, the name of an argument that takes all further words; `MORE`, text for the end of the help).
 
 Results go to stdout (with `--json`, one JSON document and nothing else), progress and errors to stderr. Exit
 codes: 0 done, 1 a check failed, 2 a mistake in what was asked (one line says which), 130 interrupted.
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=module.PURPOSE,
             description=module.PURPOSE,
-            epilog=f"example:\n  {module.EXAMPLE}",
+            epilog=f"example:\n  {module.EXAMPLE}{getattr(module, 'MORE', '')}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--json", action="store_true", help="print one JSON document on stdout")

@@ -111,7 +111,7 @@ class Config:
 
     def __init__(self, tree: dict[str, Any], stem: str = "run") -> None:
         _keys(tree, SECTIONS, "config")
-        self.base_section = tree.get("base", {})
+        self.base_section: dict[str, Any] = tree.get("base", {})
         self.data: dict[str, Any] = tree.get("data", {})
         self.method = tree.get("method")
         self.train_section = tree.get("train", {})
@@ -126,6 +126,12 @@ class Config:
             source = task.get("source")
             if not isinstance(source, str):
                 raise ConfigError(f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}")
+        head_module = self.base_section.get("head_module")
+        if head_module is not None and not isinstance(head_module, str):
+            raise ConfigError(f"base.head_module: expected a module's name such as 'fc', got {head_module!r}")
+        out = self.train_section.get("out")
+        if out is not None and not isinstance(out, str):
+            raise ConfigError(f"train.out: expected a folder, got {out!r}")
         self.stem = stem
         self._opened: dict[str, Source] = {}
 
@@ -226,7 +232,9 @@ def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[
             if folder not in sys.path:  # python:MODULE.FUNCTION may name a module beside the configuration
                 sys.path.append(folder)
     for section, values in (extra or {}).items():
-        tree.setdefault(section, {}).update(values)
+        if not isinstance(tree.setdefault(section, {}), dict):
+            raise ConfigError(f"{path}: {section}: expected a section, got {tree[section]!r}")
+        tree[section].update(values)
     for text in overrides:
         override(tree, text)
     return Config(tree, "run" if path is None else Path(path).stem)

@@ -14,6 +14,21 @@ from .config import check_input, load_config
 PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
 EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
 LAST = "overrides"
+MORE = """
+
+a configuration:
+  [base]
+  model = "timm:resnet50"                    # or torchvision:NAME, python:MODULE.FUNCTION
+  args = {pretrained = true}                 # or weights = "base.safetensors"
+  [data]
+  size = 224
+  [method]
+  method = "taps"                            # or full, probe
+  lam = 0.5
+  [train]
+  epochs = 30
+  [tasks.signs]
+  source = "imagefolder:data/signs"          # or npz:FILE, python:MODULE.FUNCTION, digits:NAME, glyphs:NAME"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,7 +80,7 @@ def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
         if before.get(key) != now.get(key):
             raise ConfigError(
                 f"resume: {path} was started with {key} = {before.get(key)!r}, got {now.get(key)!r}; "
-                "use the same settings, another out, or resume=False to start over"
+                "use the same settings, another out, or resume=False (--restart) to start over"
             )
 
 

@@ -400,7 +400,8 @@ class Trainer:
             record = json.loads(marker.read_text(encoding="utf-8"))
             before, result = record["settings"], Result(**record["result"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"resume: {marker} is damaged ({error}); delete it, or use resume=False") from None
+            advice = "delete it, or use resume=False (--restart)"
+            raise ConfigError(f"resume: {marker} is damaged ({error}); {advice}") from None
         same_settings(marker, before, settings)
         file = self.out / f"{_safe(name)}.taps"
         if not file.exists():
