@@ -2,6 +2,7 @@
 
     python benchmarks/study.py run   --data ../shared/data --results benchmarks/results/study-resnet20.jsonl
     python benchmarks/study.py table --results benchmarks/results/study-resnet20.jsonl
+    python benchmarks/study.py plot  --results benchmarks/results/study-resnet20.jsonl --png docs/study-resnet20.png
 
 `run` appends one JSON line for each (task, seed, method) and skips those that are there, so it can be stopped and
 started at will. Every run: SGD .01, momentum .9, cosine, 30 epochs, batch 32; a tenth of the training data is held
@@ -26,6 +27,7 @@ from taps_ext.train import Task, TrainConfig, Trainer
 
 LAMBDAS = (0.25, 0.5, 1.0)
 TASKS = ("signs", "omniglot")
+SMALL = 0.45  # the share of weights that the goal allows
 
 
 def methods() -> dict[str, taps_ext.MethodConfig]:
@@ -117,42 +119,113 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, t95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def grouped(results: Path, task: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Method -> seed -> record, for the methods that have been run on a task."""
+    rows = [r for r in read(results) if r["task"] == task]
+    groups = {m: {r["seed"]: r for r in rows if r["method"] == m} for m in methods()}
+    return {m: group for m, group in groups.items() if group}
+
+
+def chosen(groups: dict[str, dict[int, dict[str, Any]]], limit: float = 1.0) -> str | None:
+    """The setting with the best mean validation accuracy among those that open at most `limit` of the weights.
+
+    Compared over the seeds that all settings have; where two are equal the smaller share wins.
+    """
+    learned = {m: group for m, group in groups.items() if m.startswith("taps") and m != "taps 0"}
+    if not learned:
+        return None
+    shared = set.intersection(*(set(group) for group in learned.values()))
+
+    def mean(method: str, key: str) -> float:
+        return statistics.fmean(learned[method][seed][key] for seed in shared)
+
+    allowed = [m for m in learned if shared and mean(m, "share") <= limit]
+    return max(allowed, key=lambda m: (round(mean(m, "val"), 6), -mean(m, "share")), default=None)
+
+
 def table(results: Path) -> str:
-    """The results in Markdown; for each task the lambda with the best mean validation accuracy is marked."""
-    rows = read(results)
+    """The results in Markdown. `val` and `test` in per cent, the gap to fine-tuning paired by seed."""
     lines = [
-        "| task | method | seeds | validation | test | share of weights open | layers open |",
-        "|---|---|---|---|---|---|---|",
+        "| task | method | seeds | validation | test | below fine-tuning | weights open | layers open |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
-        groups = {m: [r for r in rows if r["task"] == task and r["method"] == m] for m in methods()}
-        groups = {m: g for m, g in groups.items() if g}
-        learned = {
-            m: statistics.fmean(r["val"] for r in g)
-            for m, g in groups.items()
-            if m.startswith("taps") and m != "taps 0"
-        }
-        chosen = max(learned, key=lambda m: learned[m]) if learned else None
+        groups = grouped(results, task)
+        best, small = chosen(groups), chosen(groups, SMALL)
         for method, group in groups.items():
-            val, test = (interval([100 * r[k] for r in group]) for k in ("val", "test"))
-            share, layers = (statistics.fmean(r[k] for r in group) for k in ("share", "layers_open"))
-            mark = " **(chosen)**" if method == chosen else ""
+            val, test = (interval([100 * r[k] for r in group.values()]) for k in ("val", "test"))
+            full = groups.get("full", {})
+            pairs = [100 * (full[seed]["test"] - r["test"]) for seed, r in group.items() if seed in full]
+            gap = interval(pairs) if pairs and method != "full" else None
+            share, layers = (statistics.fmean(r[k] for r in group.values()) for k in ("share", "layers_open"))
+            marks = [
+                text for text, m in (("chosen", best), (f"chosen at <= {100 * SMALL:.0f} %", small)) if m == method
+            ]
+            mark = f" **({', '.join(marks)})**" if marks else ""
             lines.append(
-                f"| {task} | {method}{mark} | {len(group)} | {val[0]:.2f} ± {val[1]:.2f} "
-                f"| {test[0]:.2f} ± {test[1]:.2f} | {100 * share:.1f} % | {layers:.1f} |"
+                f"| {task} | {method}{mark} | {len(group)} | {number(val)} | {number(test)} "
+                f"| {'' if gap is None else number(gap)} | {100 * share:.1f} % | {layers:.1f} |"
             )
     return "\n".join(lines)
 
 
+def number(value: tuple[float, float]) -> str:
+    mean, half = value
+    return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+
+def plot(results: Path, path: Path) -> None:
+    """Test accuracy against the share of weights open, mean and 95 % interval, one panel for each task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        groups = grouped(results, task)
+        for penalty, marker in (("layer", "o"), ("size", "s")):
+            found = [(lam, groups[name]) for lam in LAMBDAS if (name := f"taps {lam:g} {penalty}") in groups]
+            if not found:
+                continue
+            shares = [100 * statistics.fmean(r["share"] for r in group.values()) for _, group in found]
+            means = [interval([100 * r["test"] for r in group.values()]) for _, group in found]
+            axes.errorbar(
+                shares,
+                [m for m, _ in means],
+                yerr=[0.0 if math.isnan(half) else half for _, half in means],
+                fmt=f"{marker}-",
+                capsize=3,
+                label=f'TAPS, penalty="{penalty}"',
+            )
+            for (lam, _), x, (y, _) in zip(found, shares, means, strict=True):
+                axes.annotate(f"λ {lam:g}", (x, y), textcoords="offset points", xytext=(4, -11), fontsize=8)
+        if "full" in groups:
+            mean, half = interval([100 * r["test"] for r in groups["full"].values()])
+            axes.axhline(mean, color="black", lw=1, label="fine-tuning")
+            if not math.isnan(half):
+                axes.axhspan(mean - half, mean + half, color="black", alpha=0.08, lw=0)
+            axes.axhline(mean - 1.0, color="black", lw=0.8, ls=":", label="one point below")
+        axes.axvline(100 * SMALL, color="grey", lw=0.8, ls="--")
+        axes.set_title(
+            f"{task} ({min(len(g) for g in groups.values())} to {max(len(g) for g in groups.values())} seeds)"
+        )
+        axes.set_xlabel("gated weights open, %")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_xlim(0, 103)
+        axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "plot"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--only", nargs="*", default=[], help="names of methods")
+    parser.add_argument("--png", type=Path, default=Path("docs/study-resnet20.png"))
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.threads:
@@ -160,6 +233,8 @@ def main() -> None:
     if args.command == "run":
         args.results.parent.mkdir(parents=True, exist_ok=True)
         run(args.data, args.results, args.tasks, args.seeds, args.epochs, args.only)
+    elif args.command == "plot":
+        plot(args.results, args.png)
     else:
         print(table(args.results))
 
