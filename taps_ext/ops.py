@@ -32,7 +32,7 @@ except ImportError as error:
 
 HAS_EXTENSION: bool = _C is not None
 
-__all__ = ["HAS_EXTENSION", "gated_conv2d", "gated_linear", "reconstruct_"]
+__all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", "reconstruct_"]
 
 _INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both forward ops
 
@@ -341,6 +341,51 @@ def reconstruct_(
     else:
         out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
     return out
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
+    ) -> Tensor:
+        ctx.gate, ctx.threshold = gate, threshold
+        ctx.save_for_backward(delta, score)
+        return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        (grad,) = grads
+        delta, score = ctx.saved_tensors
+        need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
+        ddelta = dscore = None
+        if need_delta and ctx.gate is not False:
+            ddelta = grad.to(delta.dtype)
+            if ctx.gate is None:
+                ddelta = torch.where(score >= ctx.threshold, ddelta, torch.zeros_like(ddelta))
+        if need_score:
+            kind = reference.compute_dtype(grad, delta)
+            dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+            if ctx.gate is False and not bool(torch.isfinite(dscore)) and not bool(torch.isfinite(delta).all()):
+                raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
+        return grad if need_weight else None, ddelta, dscore, None, None
+
+
+def effective_weight(
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """W_t = round(W + g * Delta) as a new tensor like `weight`, with the gradients of TAPS (equations 2 and 4).
+
+    For readers of a weight that no gated op serves; it costs a weight-sized tensor, kept until backward.
+    """
+    if not HAS_EXTENSION:
+        return reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold)
+    return _EffectiveWeight.apply(weight, delta, score, gate, threshold)
 
 
 if HAS_EXTENSION:

@@ -108,8 +108,8 @@ def _refusal(name: str, module: nn.Module) -> str | None:
             return f"{name}: expected a plain {kind}, got one under weight or spectral norm; remove it first"
         if parametrize.is_parametrized(module):
             return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
-        if getattr(original_class(module), "forward", None) not in (nn.Linear.forward, nn.Conv2d.forward):
-            return f"{name}: expected nn.Linear or nn.Conv2d with its stock forward, got {kind} with its own"
+        if module._parameters.get("weight") is None or set(module._parameters) - {"weight", "bias"}:
+            return f"{name}: expected a {kind} with weight and bias alone, got parameters {list(module._parameters)}"
         return None
     if isinstance(module, _UNSUPPORTED):
         return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d)"

@@ -53,7 +53,7 @@ def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | Non
     if layer.merged is not None:
         return stock_forward(host, input, resting_weight(layer, layer.merged, input), bias)
     gate = layer.gate
-    weight: Tensor = host.weight  # type: ignore[assignment]
+    weight: Tensor = host._parameters["weight"]  # type: ignore[assignment]  # not a task's view of it
     if gate is False:
         weight = resting_weight(host, weight, input)
     if layer.delta is None:

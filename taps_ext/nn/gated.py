@@ -88,7 +88,7 @@ class GatedLayer(nn.Module):
         self._seen: Stamp | None = None
 
     def forward(self, host: nn.Module, input: Tensor) -> Tensor:
-        return gated_forward(host, self, input, host.bias if self.bias is None else self.bias)  # type: ignore[arg-type]
+        return gated_forward(host, self, input, host._parameters["bias"] if self.bias is None else self.bias)
 
     def stale(self) -> bool:
         """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from . import forward as _forward
+from . import reads
+from .gated import GatedLayer
 from .own import NORM_TYPES
 
 
@@ -57,7 +59,47 @@ class _Routed(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-class _RoutedLayer(_Routed):
+class _Readable(_Routed):
+    """A linear or convolution layer whose weight and bias, when others read them, are the running task's."""
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, or during a task's forward the task's (`reads.TaskWeight`)."""
+        part, frame = self._part()
+        if part is None:
+            return self._parameters["weight"]
+        enter = functools.partial(frame.entered.add, self.__dict__["_taps_name"])
+        if torch.compiler.is_compiling() or part.merged is not None or reads.rests(part):
+            enter()
+            return reads.whole_weight(self, part)
+        return reads.TaskWeight.of(self, part, enter)
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, or during a task's forward the task's own, if it has one."""
+        part, _ = self._part()
+        return self._parameters["bias"] if part is None or part.bias is None else part.bias
+
+    def _part(self) -> tuple[Any, Any]:
+        frame = _frame.get()
+        part = None if frame is None else frame.parts.get(self.__dict__["_taps_name"])
+        return (part, frame) if isinstance(part, GatedLayer) else (None, None)
+
+
+class _RoutedReader(_Readable):
+    """A linear or convolution layer with a forward of its own, which reads `self.weight`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name: str = self.__dict__["_taps_name"]
+        frame = _frame.get()
+        if frame is None:
+            _outside(name)
+        elif not isinstance(frame.parts.get(name), GatedLayer):
+            return super().forward(*args, **kwargs)
+        return super(_Routed, self).forward(*args, **kwargs)
+
+
+class _RoutedLayer(_Readable):
     """A linear or convolution layer: closed for a task without a part, its weight cast once under autocast."""
 
     def forward(self, input: torch.Tensor) -> Any:
@@ -70,8 +112,9 @@ class _RoutedLayer(_Routed):
         part = None if frame is None else frame.parts.get(name)
         if part is not None:
             return part(self, input)
-        weight = _forward.resting_weight(self, self.weight, input)  # type: ignore[arg-type]
-        return _forward.stock_forward(self, input, weight, self.bias)  # type: ignore[arg-type]
+        own: Any = self._parameters
+        weight = _forward.resting_weight(self, own["weight"], input)
+        return _forward.stock_forward(self, input, weight, own["bias"])
 
 
 class _RoutedNorm(_Routed):
@@ -81,12 +124,41 @@ class _RoutedNorm(_Routed):
         return super().train(False)
 
 
+class _RoutedAffine(_RoutedNorm):
+    """A norm that is its weight and bias alone, so that who reads them can do its work: fused encoder layers do."""
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, or during a task's forward the task's."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, or during a task's forward the task's."""
+        return self._read("bias")
+
+    def _read(self, key: str) -> Any:
+        if key not in self._parameters:
+            raise AttributeError(f"{original_class(self).__name__!r} object has no attribute {key!r}")
+        name: str = self.__dict__["_taps_name"]
+        frame = _frame.get()
+        part = None if frame is None else frame.parts.get(name)
+        if frame is None or part is None:
+            return self._parameters[key]
+        frame.entered.add(name)
+        return part._parameters[key]
+
+
 @functools.cache
 def _routed_class(cls: Any) -> type[nn.Module]:
-    if issubclass(cls, NORM_TYPES):
-        router: type[nn.Module] = _RoutedNorm
+    if issubclass(cls, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        router: type[nn.Module] = _RoutedAffine
+    elif issubclass(cls, NORM_TYPES):
+        router = _RoutedNorm
     elif cls.forward in (nn.Linear.forward, nn.Conv2d.forward) and issubclass(cls, _forward.GATED_TYPES):
         router = _RoutedLayer
+    elif issubclass(cls, _forward.GATED_TYPES):
+        router = _RoutedReader
     else:
         router = _Routed
     return type(cls.__name__, (router, cls), {"__module__": cls.__module__})

@@ -1,0 +1,120 @@
+"""Weights that are read instead of run: what code outside a layer's own forward sees during a task's forward.
+
+torchvision's Swin hands `self.qkv.weight` to a function; timm's `Conv2dSame` has a forward of its own. A routed
+layer's `weight` is a property that gives such readers the task's weight: :class:`TaskWeight`, which `F.linear` and
+`F.conv2d` recognise and run as the gated ops, and which becomes the tensor `W + g * Delta` for anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+def base_parameter(host: nn.Module, name: str) -> Any:
+    """The base's own tensor, whatever task is running."""
+    return host._parameters[name]
+
+
+def rests(layer: Any) -> bool:
+    """True where a reader may have the base's own weight: closed, and no gradient of the score is wanted."""
+    if layer.delta is None:
+        return True
+    learns = layer.score is not None and layer.score.requires_grad and torch.is_grad_enabled()
+    return layer.gate is False and not learns
+
+
+def whole_weight(host: nn.Module, layer: Any) -> Tensor:
+    """W + g * Delta as a tensor of its own, differentiable in Delta and the score."""
+    if layer.merged is not None:
+        return layer.merged
+    weight: Tensor = base_parameter(host, "weight")
+    if rests(layer):
+        return weight
+    return ops.effective_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
+
+
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+# What asks about a weight without using its values: answered by the base's.
+_FACTS: frozenset[Callable[..., Any]] = frozenset(
+    [
+        *(_getter(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_nested")),
+        *(_getter(name) for name in ("requires_grad", "is_quantized", "is_sparse", "is_meta", "itemsize", "nbytes")),
+        *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "__len__")),
+        *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "ndimension")),
+    ]
+)
+
+
+class TaskWeight(Tensor):
+    """A gated layer's weight as its readers see it: the facts of W, the values of W + g * Delta."""
+
+    _host: nn.Module
+    _layer: Any
+    _enter: Callable[[], None]
+
+    @staticmethod
+    def of(host: nn.Module, layer: Any, enter: Callable[[], None]) -> TaskWeight:
+        """`enter` is called when the values are used; asking for the dtype is no use."""
+        weight = base_parameter(host, "weight").detach().as_subclass(TaskWeight)
+        weight._host, weight._layer, weight._enter = host, layer, enter
+        return weight
+
+    def _whole(self) -> Tensor:
+        self._enter()
+        return whole_weight(self._host, self._layer)
+
+    def _gated(self, op: Callable[..., Tensor], input: Tensor, bias: Any, *geometry: Any) -> Tensor:
+        self._enter()
+        layer, weight = self._layer, base_parameter(self._host, "weight")
+        gate, threshold = layer.gate, layer.threshold
+        return op(input, weight, layer.delta, layer.score, bias, *geometry, gate=gate, threshold=threshold)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _FACTS:
+                return func(*args, **kwargs)
+            if func is F.linear:
+                return _linear(*args, **kwargs)
+            if func is F.conv2d:
+                return _conv2d(*args, **kwargs)
+        return func(*_plain(args), **_plain(kwargs))
+
+
+def _plain(value: Any) -> Any:
+    """`value` with every TaskWeight in it made a plain tensor."""
+    if isinstance(value, TaskWeight):
+        return value._whole()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if isinstance(weight, TaskWeight) and weight._layer.merged is None:
+        return weight._gated(ops.gated_linear, _plain(input), _plain(bias))
+    return F.linear(_plain(input), _plain(weight), _plain(bias))
+
+
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    geometry = (stride, padding, dilation, groups)
+    if isinstance(weight, TaskWeight) and weight._layer.merged is None:
+        return weight._gated(ops.gated_conv2d, _plain(input), _plain(bias), *geometry)
+    return F.conv2d(_plain(input), _plain(weight), _plain(bias), *geometry)

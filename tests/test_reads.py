@@ -1,0 +1,206 @@
+"""Layers whose weights are read by others, or by a forward of their own: the task's weight is what they see."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close
+from torch import Tensor, nn
+
+from taps_ext import BypassedLayerError, FullConfig, TapsConfig, TaskModel, UnsupportedModuleError
+
+
+class PaddedConv(nn.Conv2d):
+    """Pads in a forward of its own, as timm's Conv2dSame does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(F.pad(input, [0, 1, 0, 1]), self.weight, self.bias, self.stride)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Computes with its weight before it convolves: the gated ops cannot serve it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        weight = (weight - weight.mean(dim=(1, 2, 3), keepdim=True)) * 2.0
+        return F.conv2d(input, weight, self.bias, padding=1)
+
+
+class Net(nn.Module):
+    """`read` has its weight handed to a function; its dtype is asked for as well, as mixed-precision code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded = PaddedConv(3, 6, 2, stride=2)
+        self.standardised = StandardisedConv(6, 5, 3)
+        self.read = nn.Linear(5, 7)
+        self.fc = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.standardised(F.gelu(self.padded(x))).mean((2, 3))
+        x = x.to(self.read.weight.dtype)
+        return self.fc(F.linear(x, self.read.weight, self.read.bias))
+
+
+LAYERS = ("padded", "standardised", "read")
+
+
+def make(config: object = None, gates: str = "host") -> tuple[nn.Module, TaskModel]:
+    torch.manual_seed(0)
+    base = Net().eval()
+    model = TaskModel(copy.deepcopy(base), config or TapsConfig(lam=1.0), gates=gates)
+    model.add_task("t", num_classes=4)
+    return base, model
+
+
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def parts(model: TaskModel) -> dict[str, nn.Module]:
+    return dict(model.state("t").gated())
+
+
+@torch.no_grad()
+def fill(model: TaskModel, names: tuple[str, ...] = LAYERS) -> None:
+    for name, part in parts(model).items():
+        part.delta.copy_(torch.randn(part.delta.shape, generator=torch.Generator().manual_seed(len(name))))
+        part.score.fill_(0.15 if name in names else 0.05)
+
+
+def reference(base: nn.Module, model: TaskModel, x: Tensor, upstream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and dL/dW_t of each layer, in float64 by plain torch on the merged weights."""
+    plain = copy.deepcopy(base).double()
+    plain.fc = copy.deepcopy(model.state("t").head).double()
+    for name, part in parts(model).items():
+        if part.score >= 0.1:
+            plain.get_submodule(name).weight.data += part.delta.detach().double()
+    y = plain(x.double())
+    y.backward(upstream.double())
+    return y.detach(), {name: plain.get_submodule(name).weight.grad for name in LAYERS}
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+@pytest.mark.parametrize("opened", [LAYERS, *[(name,) for name in LAYERS], ()])
+def test_values_and_gradients(opened: tuple[str, ...], gates: str) -> None:
+    base, model = make(gates=gates)
+    fill(model, opened)
+    x = images()
+    upstream = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    model.train()
+    y = model(x, task="t")
+    y.backward(upstream)
+    want, gradient = reference(base, model, x, upstream)
+    # Every value passes through four layers of at most 54 terms; norms of the layers after it bound its errors.
+    scale = torch.tensor([float(want.abs().max())])
+    assert_close(y, want, torch.float32, 4 * 54, scale)
+    for name, part in parts(model).items():
+        g, delta = gradient[name], part.delta.detach()
+        scale = torch.tensor([float(g.abs().max())])
+        assert_close(part.score.grad, (g * delta.double()).sum(), torch.float32, 4 * 80, scale, delta, outer=g.numel())
+        if name in opened:
+            assert_close(part.delta.grad, g, torch.float32, 4 * 80, scale)
+        else:
+            assert part.delta.grad is None or not part.delta.grad.any()
+
+
+def test_closed_is_the_base_bit_for_bit() -> None:
+    base, model = make()
+    with torch.no_grad():
+        for part in parts(model).values():
+            part.delta.fill_(float("nan"))
+            part.score.fill_(0.0)
+    model.eval()
+    x = images()
+    plain = copy.deepcopy(base)
+    plain.fc = model.state("t").head
+    with torch.no_grad():
+        assert torch.equal(model(x, task="t"), plain(x))
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model.unload()(x), base(x))
+
+
+def test_merged_and_saved_are_the_same(tmp_path) -> None:
+    base, model = make()
+    fill(model)
+    model.eval()
+    x = images()
+    with torch.no_grad():
+        want = model(x, task="t")
+        model.save_task("t", tmp_path / "t.taps")
+        model.merge_task("t")
+        torch.testing.assert_close(model(x, task="t"), want, rtol=0, atol=0)
+        model.unmerge_task()
+        assert torch.equal(model(x, task="t"), want)
+        fresh = TaskModel(base, TapsConfig(lam=1.0)).eval()
+        fresh.load_task(tmp_path / "t.taps")
+        assert torch.equal(fresh(x, task="t"), want)
+        plain = copy.deepcopy(model).merge_and_unload("t")
+    assert not any("taps" in type(m).__module__ for m in plain.modules())
+    assert torch.equal(plain(x), want)
+
+
+def test_full_config_trains_what_is_read() -> None:
+    _, model = make(FullConfig())
+    model.train()
+    model(images(), task="t").square().sum().backward()
+    for part in parts(model).values():
+        assert part.delta.grad.abs().max() > 0
+        assert part.bias.grad.abs().max() > 0
+
+
+def test_autocast_reads() -> None:
+    _, model = make()
+    fill(model)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(images(), task="t")
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(part.delta.grad.abs().max() > 0 for part in parts(model).values())
+
+
+def test_compiled_reads_equal_eager() -> None:
+    _, model = make(gates="device")
+    fill(model)
+    model.eval()
+    x = images()
+    with torch.no_grad():
+        want = model(x, task="t")
+        got = torch.compile(model)(x, task="t")
+    scale = torch.tensor([float(want.abs().max())])
+    assert_close(got, want.double(), torch.float32, 4 * 54, scale)
+
+
+class OnlyAsks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = nn.Linear(3, 3)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.to(self.asked.weight.dtype, copy=True) * self.asked.weight.shape[0])
+
+
+def test_asking_for_facts_is_not_using() -> None:
+    model = TaskModel(OnlyAsks(), TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    with pytest.raises(BypassedLayerError, match="asked"):
+        model.train()(torch.randn(1, 3), task="t")
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    class Gained(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 3, 1)
+            self.gain = nn.Parameter(torch.ones(3, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * self.gain, self.bias)
+
+    model = TaskModel(nn.Sequential(Gained(), nn.Flatten(), nn.Linear(3, 2)), TapsConfig(lam=1.0))
+    with pytest.raises(UnsupportedModuleError, match="weight and bias alone, got parameters"):
+        model.add_task("t", num_classes=2)
