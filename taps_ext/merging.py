@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import TapsError
 from .nn import TaskNorm, TaskTensors
+from .nn.forward import base_weight, bias_name, weight_name
 from .task import TaskState
 
 
@@ -19,8 +20,7 @@ def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
     opened = set(state.open_layers())
     for layer, part in state.gated():
         if layer in opened and part.delta is not None:
-            stored: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
-            weight = stored.detach()
+            weight = base_weight(base.get_submodule(layer)).detach()
             merged[layer] = ops.reconstruct_(torch.empty_like(weight), weight, part.delta.detach(), gate=True)
     return merged
 
@@ -33,7 +33,7 @@ def merge(state: TaskState, base: nn.Module) -> None:
     """Give every gated layer the weight it multiplies by: merged where open, the base's own where closed."""
     merged = _merged_weights(state, base)
     for layer, part in state.gated():
-        weight: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
+        weight = base_weight(base.get_submodule(layer))
         part.merged = merged.get(layer, weight.detach())
         if layer in merged:
             part.merged.requires_grad_().register_hook(_refuse)
@@ -48,10 +48,12 @@ def unmerge(state: TaskState) -> None:
 
 def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tensor]]:
     """module -> tensor name -> the value it has under the task, for every tensor that the task changes."""
-    tensors: dict[str, dict[str, Tensor]] = {n: {"weight": w} for n, w in _merged_weights(state, base).items()}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for layer, weight in _merged_weights(state, base).items():
+        tensors[layer] = {weight_name(base.get_submodule(layer)): weight}
     for layer, part in state.gated():
         if part.bias is not None:
-            tensors.setdefault(layer, {})["bias"] = part.bias
+            tensors.setdefault(layer, {})[bias_name(base.get_submodule(layer))] = part.bias
     for kind in (TaskNorm, TaskTensors):
         for module, own in state.owned(kind):
             tensors[module] = {**own._parameters, **own._buffers}  # type: ignore[dict-item]

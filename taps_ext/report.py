@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .nn import TaskNorm, TaskTensors
+from .nn.forward import base_weight
 from .task import TaskState
 
 
@@ -96,7 +97,7 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
     rows = []
     biases = 0
     for layer, part in state.gated():
-        weight: Tensor = base.get_submodule(layer).weight  # type: ignore[assignment]
+        weight = base_weight(base.get_submodule(layer))
         size = weight.numel()
         is_open = layer in open_layers
         score = part.score.item() if part.learn and part.score is not None else None

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import ConfigError, UnsupportedModuleError, suggestion
-from .nn.forward import GATED_TYPES
+from .nn.forward import GATED_TYPES, base_weight, bias_name, weight_name
 from .nn.own import NORM_TYPES
 from .nn.route import original_class
 
@@ -27,7 +27,6 @@ _UNSUPPORTED: tuple[type[nn.Module], ...] = (
     nn.Bilinear,
     nn.RNNBase,
     nn.RNNCellBase,
-    nn.MultiheadAttention,
 )
 
 
@@ -108,11 +107,14 @@ def _refusal(name: str, module: nn.Module) -> str | None:
             return f"{name}: expected a plain {kind}, got one under weight or spectral norm; remove it first"
         if parametrize.is_parametrized(module):
             return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
-        if module._parameters.get("weight") is None or set(module._parameters) - {"weight", "bias"}:
-            return f"{name}: expected a {kind} with weight and bias alone, got parameters {list(module._parameters)}"
+        known = {weight_name(module), bias_name(module)}
+        extra = [key for key, parameter in module._parameters.items() if parameter is not None and key not in known]
+        if module._parameters.get(weight_name(module)) is None or extra:
+            held = [key for key, parameter in module._parameters.items() if parameter is not None]
+            return f"{name}: expected a {kind} with {' and '.join(sorted(known, reverse=True))} alone, got {held}"
         return None
     if isinstance(module, _UNSUPPORTED):
-        return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d)"
+        return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d, MultiheadAttention)"
     return None
 
 
@@ -150,7 +152,7 @@ def scan(
             reason = _refusal(name, module)
             if reason is not None:
                 raise UnsupportedModuleError(f"{reason}; to leave it frozen, name it in exclude_modules")
-            other = seen.setdefault(id(module.weight), name)
+            other = seen.setdefault(id(base_weight(module)), name)
             if other != name:
                 raise UnsupportedModuleError(
                     f"{name}: shares its weight with {other}; to leave it frozen, name it in exclude_modules"

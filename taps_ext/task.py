@@ -13,6 +13,7 @@ from . import reference
 from .errors import ConfigError, GateError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn.forward import base_bias, base_weight
 from .nn.gated import Stamp, same_stamp, stamp
 from .nn.route import original_class, unroute
 
@@ -100,14 +101,14 @@ class TaskState(nn.Module):
         self.watched = False
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)
-            weight: Tensor = host.weight  # type: ignore[assignment]
+            weight = base_weight(host)
             part = GatedLayer(
                 weight.shape if spec.delta else None,
                 learn=spec.learn,
                 open=spec.open,
                 score_init=spec.score_init,
                 threshold=spec.threshold,
-                bias=host.bias if spec.bias else None,  # type: ignore[arg-type]
+                bias=base_bias(host) if spec.bias else None,
                 device=weight.device,
             )
             if part.delta is not None:

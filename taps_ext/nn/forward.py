@@ -14,7 +14,29 @@ from torch import Tensor, nn
 
 from .. import ops
 
-GATED_TYPES = (nn.Linear, nn.Conv2d)
+GATED_TYPES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # of the last, the joint input projection
+
+
+def weight_name(host: nn.Module) -> str:
+    """The attribute that holds the weight of a layer that can be gated."""
+    return "in_proj_weight" if isinstance(host, nn.MultiheadAttention) else "weight"
+
+
+def bias_name(host: nn.Module) -> str:
+    """The attribute that holds its bias."""
+    return "in_proj_bias" if isinstance(host, nn.MultiheadAttention) else "bias"
+
+
+def base_weight(host: nn.Module) -> Tensor:
+    """The base's own weight, whatever task is running."""
+    weight = host._parameters[weight_name(host)]
+    assert weight is not None
+    return weight
+
+
+def base_bias(host: nn.Module) -> Tensor | None:
+    """The base's own bias, whatever task is running."""
+    return host._parameters[bias_name(host)]
 
 
 def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
@@ -53,7 +75,7 @@ def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | Non
     if layer.merged is not None:
         return stock_forward(host, input, resting_weight(layer, layer.merged, input), bias)
     gate = layer.gate
-    weight: Tensor = host._parameters["weight"]  # type: ignore[assignment]  # not a task's view of it
+    weight = base_weight(host)
     if gate is False:
         weight = resting_weight(host, weight, input)
     if layer.delta is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GateError
-from .forward import gated_forward
+from .forward import base_bias, gated_forward
 
 
 def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> Any:
@@ -88,7 +88,7 @@ class GatedLayer(nn.Module):
         self._seen: Stamp | None = None
 
     def forward(self, host: nn.Module, input: Tensor) -> Tensor:
-        return gated_forward(host, self, input, host._parameters["bias"] if self.bias is None else self.bias)
+        return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias)
 
     def stale(self) -> bool:
         """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""

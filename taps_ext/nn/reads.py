@@ -15,11 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-
-
-def base_parameter(host: nn.Module, name: str) -> Any:
-    """The base's own tensor, whatever task is running."""
-    return host._parameters[name]
+from .forward import base_weight
 
 
 def rests(layer: Any) -> bool:
@@ -34,7 +30,7 @@ def whole_weight(host: nn.Module, layer: Any) -> Tensor:
     """W + g * Delta as a tensor of its own, differentiable in Delta and the score."""
     if layer.merged is not None:
         return layer.merged
-    weight: Tensor = base_parameter(host, "weight")
+    weight = base_weight(host)
     if rests(layer):
         return weight
     return ops.effective_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
@@ -65,7 +61,7 @@ class TaskWeight(Tensor):
     @staticmethod
     def of(host: nn.Module, layer: Any, enter: Callable[[], None]) -> TaskWeight:
         """`enter` is called when the values are used; asking for the dtype is no use."""
-        weight = base_parameter(host, "weight").detach().as_subclass(TaskWeight)
+        weight = base_weight(host).detach().as_subclass(TaskWeight)
         weight._host, weight._layer, weight._enter = host, layer, enter
         return weight
 
@@ -75,7 +71,7 @@ class TaskWeight(Tensor):
 
     def _gated(self, op: Callable[..., Tensor], input: Tensor, bias: Any, *geometry: Any) -> Tensor:
         self._enter()
-        layer, weight = self._layer, base_parameter(self._host, "weight")
+        layer, weight = self._layer, base_weight(self._host)
         gate, threshold = layer.gate, layer.threshold
         return op(input, weight, layer.delta, layer.score, bias, *geometry, gate=gate, threshold=threshold)
 

@@ -59,44 +59,57 @@ class _Routed(nn.Module):
         return super().forward(*args, **kwargs)
 
 
+def _part_and_frame(module: nn.Module) -> tuple[GatedLayer | None, Frame | None]:
+    frame = _frame.get()
+    part = None if frame is None else frame.parts.get(module.__dict__["_taps_name"])
+    return (part, frame) if isinstance(part, GatedLayer) else (None, None)
+
+
+def _read_weight(module: nn.Module) -> Any:
+    """The base's weight, or during a task's forward the task's (`reads.TaskWeight`)."""
+    part, frame = _part_and_frame(module)
+    if part is None or frame is None:
+        return module._parameters[_forward.weight_name(module)]
+    enter = functools.partial(frame.entered.add, module.__dict__["_taps_name"])
+    if torch.compiler.is_compiling() or part.merged is not None or reads.rests(part):
+        enter()
+        return reads.whole_weight(module, part)
+    return reads.TaskWeight.of(module, part, enter)
+
+
+def _read_bias(module: nn.Module) -> Any:
+    """The base's bias, or during a task's forward the task's own, if it has one."""
+    part, _ = _part_and_frame(module)
+    own = None if part is None else part.bias
+    return module._parameters[_forward.bias_name(module)] if own is None else own
+
+
 class _Readable(_Routed):
     """A linear or convolution layer whose weight and bias, when others read them, are the running task's."""
 
-    @property
-    def weight(self) -> Any:
-        """The base's weight, or during a task's forward the task's (`reads.TaskWeight`)."""
-        part, frame = self._part()
-        if part is None:
-            return self._parameters["weight"]
-        enter = functools.partial(frame.entered.add, self.__dict__["_taps_name"])
-        if torch.compiler.is_compiling() or part.merged is not None or reads.rests(part):
-            enter()
-            return reads.whole_weight(self, part)
-        return reads.TaskWeight.of(self, part, enter)
-
-    @property
-    def bias(self) -> Any:
-        """The base's bias, or during a task's forward the task's own, if it has one."""
-        part, _ = self._part()
-        return self._parameters["bias"] if part is None or part.bias is None else part.bias
-
-    def _part(self) -> tuple[Any, Any]:
-        frame = _frame.get()
-        part = None if frame is None else frame.parts.get(self.__dict__["_taps_name"])
-        return (part, frame) if isinstance(part, GatedLayer) else (None, None)
+    weight = property(_read_weight)
+    bias = property(_read_bias)
 
 
-class _RoutedReader(_Readable):
-    """A linear or convolution layer with a forward of its own, which reads `self.weight`."""
+class _Reads(_Routed):
+    """A layer whose own forward reads its weight: nothing else is needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name: str = self.__dict__["_taps_name"]
-        frame = _frame.get()
-        if frame is None:
-            _outside(name)
-        elif not isinstance(frame.parts.get(name), GatedLayer):
+        part, _ = _part_and_frame(self)
+        if part is None:
             return super().forward(*args, **kwargs)
         return super(_Routed, self).forward(*args, **kwargs)
+
+
+class _RoutedReader(_Reads, _Readable):
+    """A linear or convolution layer with a forward of its own."""
+
+
+class _RoutedAttention(_Reads):
+    """`nn.MultiheadAttention`, whose forward hands its projections to a function."""
+
+    in_proj_weight = property(_read_weight)
+    in_proj_bias = property(_read_bias)
 
 
 class _RoutedLayer(_Readable):
@@ -157,6 +170,8 @@ def _routed_class(cls: Any) -> type[nn.Module]:
         router = _RoutedNorm
     elif cls.forward in (nn.Linear.forward, nn.Conv2d.forward) and issubclass(cls, _forward.GATED_TYPES):
         router = _RoutedLayer
+    elif issubclass(cls, nn.MultiheadAttention):
+        router = _RoutedAttention
     elif issubclass(cls, _forward.GATED_TYPES):
         router = _RoutedReader
     else:
