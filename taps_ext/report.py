@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight
