@@ -206,9 +206,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
-    print(
-        "| model | gated layers | entered | bypassed | weights gated | worst gradient error |\n|---|---|---|---|---|---|"
-    )
+    titles = ("model", "gated layers", "entered", "bypassed", "weights gated", "worst gradient error")
+    print(f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for spec in args.only:
         row = check(spec)
         rows.append(row)
