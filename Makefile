@@ -7,6 +7,7 @@
 #   make fuzz          the long random tests of the task-file reader
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data, resumable (hours); make study-table prints it
+#   make architectures every promise of TaskModel on 23 models of timm and torchvision (about ten minutes)
 #   make gpu           on a machine with CUDA: build, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
@@ -57,7 +58,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz bench study study-table gpu
+.PHONY: demo test lint fuzz bench study study-table architectures gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -81,6 +82,9 @@ study: build
 
 study-table: build
 	$(PY) benchmarks/study.py table $(STUDY)
+
+architectures: build
+	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json
 
 # No environment of its own: the machine's python3 has torch, the build tools and pytest.
 GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)
