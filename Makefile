@@ -7,7 +7,7 @@
 #   make fuzz          the long random tests of the task-file reader
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data, resumable (hours); make study-table prints it
-#   make architectures every promise of TaskModel on 23 models of timm and torchvision (about ten minutes)
+#   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make gpu           on a machine with CUDA: build, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)

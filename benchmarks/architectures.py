@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import taps_ext
 from taps_ext.nn.forward import weight_name
 
-SIZES = {"timm:vit_small_patch16_224": 224, "torchvision:vit_b_16": 224, "timm:swin_tiny_patch4_window7_224": 224}
 MODELS = (
     "timm:resnet18",
     "torchvision:resnet18",
@@ -52,6 +51,8 @@ MODELS = (
     "torchvision:regnet_y_400mf",
     "timm:vgg16_bn",
     "torchvision:vgg16_bn",
+    "transformers:ViT",
+    "transformers:ResNet",
 )
 CLASSES = 7
 
@@ -62,6 +63,9 @@ def build(spec: str) -> nn.Module:
     torch.manual_seed(0)
     if library == "timm":
         model = importlib.import_module("timm").create_model(name)
+    elif library == "transformers":
+        transformers = importlib.import_module("transformers")
+        model = getattr(transformers, f"{name}ForImageClassification")(getattr(transformers, f"{name}Config")())
     else:
         model = getattr(importlib.import_module("torchvision").models, name)()
     with torch.no_grad():
@@ -76,6 +80,12 @@ def build(spec: str) -> nn.Module:
             if key.endswith(("layer_scale", "gamma")):  # as does one of 1e-6
                 parameter.fill_(0.5)
     return model.eval()
+
+
+def logits(output: Any) -> Tensor:
+    """What a classifier returns, or the part of a transformers `ModelOutput` that it is."""
+    found: Tensor = getattr(output, "logits", output)
+    return found
 
 
 def expect(holds: bool, promise: str) -> None:
@@ -110,10 +120,10 @@ def check_each_layer_counts(model: taps_ext.TaskModel, x: Tensor) -> None:
     fill(model, 3.0)  # large enough to wake a ReLU that sleeps for every sample
     with torch.no_grad():
         gates(model, set())
-        closed = model(x, task="t")
+        closed = logits(model(x, task="t"))
         for layer, _ in model.state("t").gated():
             gates(model, {layer})
-            expect(not torch.equal(model(x, task="t"), closed), f"{layer} opened alone changes the output")
+            expect(not torch.equal(logits(model(x, task="t")), closed), f"{layer} opened alone changes the output")
         gates(model, None)
 
 
@@ -126,8 +136,8 @@ def check_gradients(base: nn.Module, x: Tensor) -> float:
     plain = copy.deepcopy(model).merge_and_unload("t").requires_grad_(True)
     x = x.double()
     target = torch.arange(len(x)) % CLASSES
-    F.cross_entropy(model(x, task="t"), target).backward()
-    F.cross_entropy(plain(x), target).backward()
+    F.cross_entropy(logits(model(x, task="t")), target).backward()
+    F.cross_entropy(logits(plain(x)), target).backward()
     worst = 0.0
     for layer, part in model.state("t").gated():
         host = plain.get_submodule(layer)
@@ -150,8 +160,8 @@ def check_closed(base: nn.Module, model: taps_ext.TaskModel, x: Tensor) -> None:
             part.delta.fill_(float("nan"))
         gates(model, set())
         plain = copy.deepcopy(model).merge_and_unload("t")
-        expect(torch.equal(model(x, task="t"), plain(x)), "all closed is the plain model bit for bit")
-        expect(torch.equal(model(x), base(x)), "no task is the base bit for bit")
+        expect(torch.equal(logits(model(x, task="t")), logits(plain(x))), "all closed is the plain model bit for bit")
+        expect(torch.equal(logits(model(x)), logits(base(x))), "no task is the base bit for bit")
 
 
 def check_training(base: nn.Module, x: Tensor) -> None:
@@ -160,19 +170,19 @@ def check_training(base: nn.Module, x: Tensor) -> None:
     fill(model, 0.02)
     model.train()
     optimizer = torch.optim.SGD(model.parameter_groups("t", lr=0.01), momentum=0.9)
-    loss = F.cross_entropy(model(x, task="t"), torch.arange(len(x)) % CLASSES) + model.sparsity_loss("t")
+    loss = F.cross_entropy(logits(model(x, task="t")), torch.arange(len(x)) % CLASSES) + model.sparsity_loss("t")
     loss.backward()
     optimizer.step()
     model.eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        want = model(x, task="t")
+        want = logits(model(x, task="t"))
         model.save_task("t", Path(folder) / "t.taps")
         fresh = taps_ext.TaskModel(copy.deepcopy(base), taps_ext.TapsConfig(lam=0.5)).eval()
         fresh.load_task(Path(folder) / "t.taps")
-        expect(torch.equal(fresh(x, task="t"), want), "a file loaded into a fresh copy gives the same outputs")
+        expect(torch.equal(logits(fresh(x, task="t")), want), "a file loaded into a fresh copy gives the same outputs")
         model.merge_task("t")
         model.unmerge_task()
-        expect(torch.equal(model(x, task="t"), want), "merge, then unmerge, gives the same outputs")
+        expect(torch.equal(logits(model(x, task="t")), want), "merge, then unmerge, gives the same outputs")
         state, own = base.state_dict(), model.unload().state_dict()
         same = list(state) == list(own) and all(torch.equal(state[key], own[key]) for key in state)
         expect(same, "unload gives the base's state_dict back")
@@ -181,7 +191,7 @@ def check_training(base: nn.Module, x: Tensor) -> None:
 def check(spec: str) -> dict[str, Any]:
     started = time.perf_counter()
     base = build(spec)
-    size = SIZES.get(spec, 224 if "swin" in spec else 64)
+    size = 224 if any(name in spec.lower() for name in ("swin", "vit")) else 64  # the others take any
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
     model = adapt(copy.deepcopy(base))
     fill(model)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from . import merging, modes, taskfile
 from .checks import check_base, disown, own
-from .errors import BypassedLayerError, ConfigError, TapsError, suggestion
+from .errors import ConfigError, TapsError, suggestion
 from .methods import MethodConfig
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import GATED_TYPES
+from .nn.frame import recomputed_call, recomputing
 from .nn.own import NORM_TYPES
-from .nn.route import Frame, enter, leave, route, unroute
+from .nn.route import route, unroute
 from .report import Report, make_report
+from .running import run_base, run_task
 from .scan import head_path, inside, match, scan
 from .task import TaskState, make_head, module_key
 
@@ -209,67 +211,36 @@ class TaskModel(nn.Module):
         """
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
-        name = self._active if task is _ACTIVE else task
+        repeated = recomputed_call(self) if recomputing() else None
+        if task is not _ACTIVE:
+            name = task
+        elif not recomputing():
+            name = self._active
+        elif repeated is not None:
+            name = repeated.task
+        else:
+            raise TapsError(
+                "task: activation checkpointing repeats this forward in backward, when another task may be active; "
+                "name it in the checkpointed call: model(x, task=...)"
+            )
         if name is None:
             if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
                 warnings.warn(
                     "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
                     stacklevel=2,
                 )
-            return self._base_forward(*args, **kwargs)
+            return run_base(self, args, kwargs)
         state = self.state(name)
         if self.gates == "host":
             state.refresh()
+        if repeated is not None:
+            repeated.check_gates()
         learning = self.training and torch.is_grad_enabled()
         if learning:
             self._not_merged(name, "training")
         if learning and self.gates == "host":
             state.check_rest()
-        frame = Frame(state.table, set())
-        if self.training:
-            with modes.training():
-                output = self._task_forward(name, state, frame, args, kwargs)
-        else:
-            output = self._run(frame, args, kwargs)
-        self._check_entered(name, state, frame.entered)
-        return output
-
-    def _run(self, frame: Frame, args: Any, kwargs: Any) -> Any:
-        token = enter(frame)
-        try:
-            return self.base(*args, **kwargs)
-        finally:
-            leave(token)
-
-    def _task_forward(self, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
-        """A forward in training mode; the first one proves that it leaves the base's buffers alone."""
-        if state.watched:
-            return self._run(frame, args, kwargs)
-        before = {n: (b, b._version) for n, b in self.base.named_buffers() if not b.is_inference()}
-        output = self._run(frame, args, kwargs)
-        for buffer, now in self.base.named_buffers():
-            was = before.get(buffer)
-            if was is not None and (was[0] is not now or was[1] != now._version):
-                raise TapsError(
-                    f"task {name!r}: training wrote to the base's buffer {buffer}, which no task owns; "
-                    'give it to the task (others="task") or freeze the module that writes it'
-                )
-        state.watched = True
-        return output
-
-    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
-            return self._run(Frame({}, set()), args, kwargs)
-        with modes.evaluating(self.base):
-            return self._run(Frame({}, set()), args, kwargs)
-
-    def _check_entered(self, name: str, state: TaskState, entered: set[str]) -> None:
-        missed = [module for module in state.table if module not in entered]
-        if missed:
-            raise BypassedLayerError(
-                f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
-                "have no effect; something reads these weights directly. Name them in exclude_modules"
-            )
+        return run_task(self, name, state, args, kwargs)
 
     def train(self, mode: bool = True) -> TaskModel:
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""

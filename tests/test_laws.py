@@ -303,25 +303,6 @@ def test_tasks_do_not_meet_across_threads() -> None:
     assert wrong == []
 
 
-def test_recomputation_outside_the_forward_is_refused() -> None:
-    """Activation checkpointing inside the base would lose the task: it raises instead of running the base."""
-    from torch.utils.checkpoint import checkpoint
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.fc = nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.fc(checkpoint(self.body, x, use_reentrant=False))
-
-    model = TaskModel(Checkpointed(), TapsConfig(lam=1.0))
-    model.add_task("t", num_classes=2)
-    loss = model(torch.randn(3, 4, requires_grad=True), task="t").sum()
-    with pytest.raises(RuntimeError, match="body: forward was recomputed during backward"):
-        loss.backward()
-
-
 # ---------------------------------------------------------------------------------- standalone layers
 
 

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import TaskModel, store
     from ..data.folder import read_image
     from ..data.source import Options, apply_normalize
+    from ..train.task import predictions
 
     config = config_from(args)
     header = store.read_header(args.file)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     name = model.load_task(args.file)
     with torch.no_grad():
         stacked = torch.stack(images).to(args.device or "cpu")
-        batches = [model(batch, task=name) for batch in stacked.split(64)]
+        batches = [predictions(model(batch, task=name)) for batch in stacked.split(64)]
         chances = torch.cat(batches).float().softmax(dim=-1).cpu()
     labels = header.metadata.labels or [str(i) for i in range(chances.shape[1])]
     if len(labels) != chances.shape[1]:

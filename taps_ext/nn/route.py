@@ -1,45 +1,22 @@
 """Routing: base modules keep their place, tensors and hooks; only their forward asks which task is running.
 
 `route` swaps a module's class for a generated subclass of it and `unroute` swaps it back, so that adapting and
-unloading is the identity. The running task is a frame held in a context variable for the length of one
-`TaskModel.forward`: threads never see each other's, and nothing remembers a task between calls.
+unloading is the identity. `frame.py` says which task that is.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import forward as _forward
 from . import reads
+from .frame import Frame, running
 from .gated import GatedLayer
 from .own import NORM_TYPES
-
-
-class Frame(NamedTuple):
-    """One forward: the parts of the running task by module name, and where entered modules are noted."""
-
-    parts: Mapping[str, nn.Module]
-    entered: set[str]
-
-
-_frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
-enter = _frame.set
-leave = _frame.reset
-
-
-def _outside(name: str) -> None:
-    """A forward with no frame is the base, unless autograd is recomputing: then the task is unknown."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            f"{name}: forward was recomputed during backward, outside TaskModel.forward, where its task is not "
-            "known; activation checkpointing inside the base model is not supported yet: switch it off"
-        )
 
 
 class _Routed(nn.Module):
@@ -48,9 +25,8 @@ class _Routed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]
-        frame = _frame.get()
+        frame = running(name)
         if frame is None:
-            _outside(name)
             return super().forward(*args, **kwargs)
         frame.entered.add(name)
         part = frame.parts.get(name)
@@ -60,8 +36,9 @@ class _Routed(nn.Module):
 
 
 def _part_and_frame(module: nn.Module) -> tuple[GatedLayer | None, Frame | None]:
-    frame = _frame.get()
-    part = None if frame is None else frame.parts.get(module.__dict__["_taps_name"])
+    name: str = module.__dict__["_taps_name"]
+    frame = running(name)
+    part = None if frame is None else frame.parts.get(name)
     return (part, frame) if isinstance(part, GatedLayer) else (None, None)
 
 
@@ -117,10 +94,8 @@ class _RoutedLayer(_Readable):
 
     def forward(self, input: torch.Tensor) -> Any:
         name: str = self.__dict__["_taps_name"]
-        frame = _frame.get()
-        if frame is None:
-            _outside(name)
-        else:
+        frame = running(name)
+        if frame is not None:
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
         if part is not None:
@@ -154,7 +129,7 @@ class _RoutedAffine(_RoutedNorm):
         if key not in self._parameters:
             raise AttributeError(f"{original_class(self).__name__!r} object has no attribute {key!r}")
         name: str = self.__dict__["_taps_name"]
-        frame = _frame.get()
+        frame = running(name)
         part = None if frame is None else frame.parts.get(name)
         if frame is None or part is None:
             return self._parameters[key]

@@ -21,6 +21,12 @@ from ..store import fingerprint
 Batch = tuple[Any, Any]
 
 
+def predictions(outputs: Any) -> Any:
+    """What losses and metrics see: the model's outputs, or the `logits` of a transformers `ModelOutput`."""
+    logits = getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else outputs
+
+
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of rows whose largest output is the target: `[B, C]` and `[B]`, in [0, 1]."""
     return (outputs.argmax(dim=-1) == targets).float().mean().item()
@@ -34,7 +40,8 @@ class Task:
         train: a map-style dataset of (input, target), or a pair of tensors `x [N, ...]`, `y [N, ...]`.
         val: like `train`; None holds out a part of `train`. Selection uses only this split.
         test: like `train`; evaluated once at the end, never used to choose anything.
-        loss: `loss(outputs, targets) -> scalar`, a mean over the batch.
+        loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
+            transformers `ModelOutput` it is the logits.
         metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects.
         maximize: False if less of the first metric is better.
         augment: `augment(inputs, generator) -> inputs` on training batches, or None.

@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
 from .state import load_run, restore, same_settings, save_run, snapshot
-from .task import Batches, Task, as_dataset, function_name, identity, split_off, targets_of
+from .task import Batches, Task, as_dataset, function_name, identity, predictions, split_off, targets_of
 
 SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
@@ -290,7 +290,7 @@ class Trainer:
     def _loss(self, name: str, task: Task, inputs: Any, targets: Any) -> Tensor:
         device = self.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp is not None):
-            outputs = self.model(inputs.to(device), task=name)
+            outputs = predictions(self.model(inputs.to(device), task=name))
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
             return task.loss(outputs, targets.to(device))
@@ -309,7 +309,7 @@ class Trainer:
                 for inputs, targets in batches.epoch(0):
                     targets = targets.to(device)
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        outputs = self.model(inputs.to(device), task=name)
+                        outputs = predictions(self.model(inputs.to(device), task=name))
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
                     for key, metric in task.metrics.items():

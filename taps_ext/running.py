@@ -1,0 +1,84 @@
+"""One forward of a base model with a task's parts, and what must hold before and after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import modes
+from .errors import BypassedLayerError, ConfigError, TapsError
+from .nn.frame import Call, Frame, enter, leave, sequence_number
+
+if TYPE_CHECKING:
+    from .model import TaskModel
+    from .task import TaskState
+
+
+def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any) -> Any:
+    """Call the base in a frame; where gradients may flow, remember the call for recomputation."""
+    remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
+    first = sequence_number() if remember else 0
+    token = enter(frame)
+    try:
+        output = model.base(*args, **kwargs)
+    finally:
+        leave(token)
+    if remember:
+        Call(model, task, frame, first, output)
+    return output
+
+
+def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
+    """The base as it was before adapting, in evaluation mode."""
+    frame = Frame({}, set())
+    if not model.training:
+        return _run(model, None, frame, args, kwargs)
+    with modes.evaluating(model.base):
+        return _run(model, None, frame, args, kwargs)
+
+
+def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
+    """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
+    _check_labels(model, name, state, kwargs)
+    frame = Frame(state.table, set())
+    if model.training:
+        with modes.training():
+            output = _watched(model, name, state, frame, args, kwargs)
+    else:
+        output = _run(model, name, frame, args, kwargs)
+    missed = [module for module in state.table if module not in frame.entered]
+    if missed:
+        raise BypassedLayerError(
+            f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
+            "have no effect; something reads these weights directly. Name them in exclude_modules"
+        )
+    return output
+
+
+def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
+    """A forward in training mode; the first one proves that it leaves the base's buffers alone."""
+    if state.watched:
+        return _run(model, name, frame, args, kwargs)
+    before = {n: (b, b._version) for n, b in model.base.named_buffers() if not b.is_inference()}
+    output = _run(model, name, frame, args, kwargs)
+    for buffer, now in model.base.named_buffers():
+        was = before.get(buffer)
+        if was is not None and (was[0] is not now or was[1] != now._version):
+            raise TapsError(
+                f"task {name!r}: training wrote to the base's buffer {buffer}, which no task owns; "
+                'give it to the task (others="task") or freeze the module that writes it'
+            )
+    state.watched = True
+    return output
+
+
+def _check_labels(model: TaskModel, name: str, state: TaskState, kwargs: Any) -> None:
+    """transformers' models compute a loss from `labels` with the base's number of classes, not the task's."""
+    classes = getattr(getattr(model.base, "config", None), "num_labels", None)
+    own = getattr(state.head, "out_features", None)
+    if kwargs.get("labels") is not None and isinstance(classes, int) and own is not None and own != classes:
+        raise ConfigError(
+            f"labels: the base computes its loss over {classes} classes and task {name!r} has {own}; leave labels "
+            "out and compute the loss from the output's logits"
+        )
