@@ -196,7 +196,6 @@ class TaskModel(nn.Module):
 
     # -- forward
 
-    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
         """Run the base with one task's parts.
 
@@ -209,6 +208,14 @@ class TaskModel(nn.Module):
             GateError: a NaN score; Inf or NaN in a closed Delta while training.
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
+        if torch.compiler.is_exporting():
+            raise TapsError(
+                "torch.export: a TaskModel decides per call what runs; export merge_and_unload(name) instead"
+            )
+        return self._forward(*args, task=task, tasks=tasks, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         repeated = recomputed_call(self) if recomputing() else None
@@ -227,7 +234,7 @@ class TaskModel(nn.Module):
             if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
                 warnings.warn(
                     "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=2,
+                    stacklevel=6,  # the caller of model(x)
                 )
             return run_base(self, args, kwargs)
         state = self.state(name)
@@ -241,6 +248,11 @@ class TaskModel(nn.Module):
         if learning and self.gates == "host":
             state.check_rest()
         return run_task(self, name, state, args, kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TapsError(
+            "DataParallel: expected one process for each GPU, got threads; use DistributedDataParallel instead"
+        )
 
     def train(self, mode: bool = True) -> TaskModel:
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""

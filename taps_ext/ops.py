@@ -1,14 +1,9 @@
-"""Python side of the custom operators: autograd and the public signatures.
-
-The schemas live in `csrc/ops.cpp`. Eager autograd goes through `torch.autograd.Function` (cheaper to call);
-compiled graphs and direct users of `torch.ops.taps_ext` get the same backward through `register_autograd`.
-"""
+"""Python side of the custom operators: the public signatures. Their schemas live in `csrc/ops.cpp`."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import fakes, reference
+from . import autograd, fakes, reference
 
 _C: ModuleType | None
 try:
@@ -33,38 +28,6 @@ except ImportError as error:
 HAS_EXTENSION: bool = _C is not None
 
 __all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", "reconstruct_"]
-
-_INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both forward ops
-
-
-def _output_mask(ctx: Any) -> list[bool]:
-    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give; a closed Delta rests."""
-    need = ctx.needs_input_grad
-    return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for."""
-    input, weight, delta, score, bias = inputs[:5]
-    ctx.gate, ctx.threshold = inputs[-2:]
-    gate = ctx.gate
-    mask = _output_mask(ctx)
-    keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(
-        input if mask[1] or mask[2] or mask[4] else None,
-        weight,
-        delta if keep_delta else None,
-        score if mask[2] or gate is None else None,
-    )
-
-
-def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
-    """Backward results in the order of the forward's arguments; what was not asked for is None."""
-    dinput, ddelta, dscore, dbias, dweight = (g if m else None for g, m in zip(grads, mask, strict=True))
-    if dbias is not None and dbias.dtype != ctx.bias_dtype:
-        dbias = dbias.to(ctx.bias_dtype)
-    return [dinput, dweight, ddelta, dscore, dbias]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -102,44 +65,7 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Refuse to be differentiated again, which would silently give zeros."""
-
-    def checked(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and grad_output.requires_grad:
-            raise RuntimeError("taps_ext: the backward of gated layers cannot be differentiated again")
-        return backward(ctx, grad_output)
-
-    return checked
-
-
 # ---------------------------------------------------------------------------------------------- linear
-
-
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs)
-
-
-def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score = ctx.saved_tensors
-    mask = _output_mask(ctx)
-    grads = torch.ops.taps_ext.gated_linear_backward(
-        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, None, 1.0
-    )
-    return (*_order(ctx, grads, mask), None, None)
-
-
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output: Tensor = torch.ops.taps_ext.gated_linear(*inputs)
-        _linear_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _linear_backward(ctx, *grads)
 
 
 def gated_linear(
@@ -180,49 +106,10 @@ def gated_linear(
         return reference.gated_linear(input, weight, delta, score, bias, gate=gate, threshold=threshold)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
         return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, gate, threshold)
-    return _GatedLinear.apply(input, weight, delta, score, bias, gate, threshold)
+    return _linear(input, weight, delta, score, bias, gate, threshold)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
-
-
-def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.geometry = inputs[5:9]
-    ctx.input_size = tuple(inputs[0].shape[-2:])
-    _save(ctx, inputs)
-
-
-def _conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score = ctx.saved_tensors
-    mask = _output_mask(ctx)
-    grads = torch.ops.taps_ext.gated_conv2d_backward(
-        grad_output,
-        input,
-        ctx.input_size,
-        weight,
-        delta,
-        score,
-        ctx.gate,
-        ctx.threshold,
-        *ctx.geometry,
-        mask,
-        None,
-        1.0,
-    )
-    return (*_order(ctx, grads, mask), *[None] * 6)
-
-
-class _GatedConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output: Tensor = torch.ops.taps_ext.gated_conv2d(*inputs)
-        _conv2d_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return _conv2d_backward(ctx, *grads)
 
 
 def _padding(
@@ -318,7 +205,7 @@ def gated_conv2d(
     arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
         return torch.ops.taps_ext.gated_conv2d(*arguments)
-    return _GatedConv2d.apply(*arguments)
+    return _conv2d(*arguments)
 
 
 # ----------------------------------------------------------------------------------------- reconstruct
@@ -343,34 +230,6 @@ def reconstruct_(
     return out
 
 
-class _EffectiveWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
-    ) -> Tensor:
-        ctx.gate, ctx.threshold = gate, threshold
-        ctx.save_for_backward(delta, score)
-        return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (grad,) = grads
-        delta, score = ctx.saved_tensors
-        need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
-        ddelta = dscore = None
-        if need_delta and ctx.gate is not False:
-            ddelta = grad.to(delta.dtype)
-            if ctx.gate is None:
-                ddelta = torch.where(score >= ctx.threshold, ddelta, torch.zeros_like(ddelta))
-        if need_score:
-            kind = reference.compute_dtype(grad, delta)
-            dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
-            if ctx.gate is False and not bool(torch.isfinite(dscore)) and not bool(torch.isfinite(delta).all()):
-                raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
-        return grad if need_weight else None, ddelta, dscore, None, None
-
-
 def effective_weight(
     weight: Tensor,
     delta: Tensor,
@@ -385,13 +244,33 @@ def effective_weight(
     """
     if not HAS_EXTENSION:
         return reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold)
-    return _EffectiveWeight.apply(weight, delta, score, gate, threshold)
+    return _effective_weight(weight, delta, score, gate, threshold)
 
+
+def _run_linear(*inputs: Any) -> Tensor:
+    return torch.ops.taps_ext.gated_linear(*inputs)
+
+
+def _run_conv2d(*inputs: Any) -> Tensor:
+    return torch.ops.taps_ext.gated_conv2d(*inputs)
+
+
+def _run_effective_weight(
+    weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
+) -> Tensor:
+    return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
+
+
+_linear = autograd.differentiable(_run_linear, autograd.linear_setup, autograd.linear_backward)
+_conv2d = autograd.differentiable(_run_conv2d, autograd.conv2d_setup, autograd.conv2d_backward)
+_effective_weight = autograd.differentiable(
+    _run_effective_weight, autograd.effective_weight_setup, autograd.effective_weight_backward
+)
 
 if HAS_EXTENSION:
     fakes.register()
     for _name, _backward, _setup in (
-        ("gated_linear", _linear_backward, _linear_setup),
-        ("gated_conv2d", _conv2d_backward, _conv2d_setup),
+        ("gated_linear", autograd.linear_backward, autograd.linear_setup),
+        ("gated_conv2d", autograd.conv2d_backward, autograd.conv2d_setup),
     ):
-        torch.library.register_autograd(f"taps_ext::{_name}", _once(_backward), setup_context=_setup)
+        torch.library.register_autograd(f"taps_ext::{_name}", autograd.once(_backward), setup_context=_setup)

@@ -99,6 +99,11 @@ def head_path(base: nn.Module, name: str | None = None) -> str | None:
     return next(first for first, module in base.named_modules() if module is known[name])
 
 
+def _quantised(module: nn.Module) -> bool:
+    """True for the linear and convolution layers of torch.ao's eager and graph quantisation."""
+    return ".quantized." in f"{type(module).__module__}." and hasattr(module, "_packed_params")
+
+
 def _refusal(name: str, module: nn.Module) -> str | None:
     """Why a module that holds weights cannot be gated, or None if it can or need not be."""
     kind = original_class(module).__name__
@@ -107,13 +112,18 @@ def _refusal(name: str, module: nn.Module) -> str | None:
             return f"{name}: expected a plain {kind}, got one under weight or spectral norm; remove it first"
         if parametrize.is_parametrized(module):
             return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
+        weight = module._parameters.get(weight_name(module))
+        if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
+            got = f"{type(weight.data).__name__} of {weight.dtype}"
+            return f"{name}: expected a {kind} with a plain floating-point weight, got a {got}"
         known = {weight_name(module), bias_name(module)}
         extra = [key for key, parameter in module._parameters.items() if parameter is not None and key not in known]
         if module._parameters.get(weight_name(module)) is None or extra:
             held = [key for key, parameter in module._parameters.items() if parameter is not None]
             return f"{name}: expected a {kind} with {' and '.join(sorted(known, reverse=True))} alone, got {held}"
         return None
-    if isinstance(module, _UNSUPPORTED):
+    if isinstance(module, _UNSUPPORTED) or _quantised(module):
+        kind = f"quantised {kind}" if _quantised(module) else kind
         return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d, MultiheadAttention)"
     return None
 
@@ -143,7 +153,7 @@ def scan(
     named = [(name, module) for name, module in base.named_modules() if not inside(name, head)]
     layers = [n for n, m in named if isinstance(m, GATED_TYPES) or _refusal(n, m) is not None]
     chosen = match(target, layers, "target_modules") if target is not None else layers
-    owners = [n for n, m in named if m._parameters or m._buffers]
+    owners = [n for n, m in named if m._parameters or m._buffers or n in layers]
     dropped = set(match(exclude, owners, "exclude_modules")) if exclude is not None else set()
     chosen = [name for name in chosen if not any(inside(name, d) for d in dropped)]
     seen: dict[int, str] = {}

@@ -1,0 +1,142 @@
+"""Gradients of the custom operators: what forward keeps, what backward gives, and who calls them.
+
+Eager autograd goes through `torch.autograd.Function` (cheaper to call); compiled graphs and direct users of
+`torch.ops.taps_ext` get the same backward through `register_autograd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both forward ops
+
+
+def _output_mask(ctx: Any) -> list[bool]:
+    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give; a closed Delta rests."""
+    need = ctx.needs_input_grad
+    return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for."""
+    input, weight, delta, score, bias = inputs[:5]
+    ctx.gate, ctx.threshold = inputs[-2:]
+    gate = ctx.gate
+    mask = _output_mask(ctx)
+    keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(
+        input if mask[1] or mask[2] or mask[4] else None,
+        weight,
+        delta if keep_delta else None,
+        score if mask[2] or gate is None else None,
+    )
+
+
+def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
+    """Backward results in the order of the forward's arguments; what was not asked for is None."""
+    dinput, ddelta, dscore, dbias, dweight = (g if m else None for g, m in zip(grads, mask, strict=True))
+    if dbias is not None and dbias.dtype != ctx.bias_dtype:
+        dbias = dbias.to(ctx.bias_dtype)
+    return [dinput, dweight, ddelta, dscore, dbias]
+
+
+def differentiable(run: Callable[..., Tensor], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """`run(*inputs)` with a gradient: `setup(ctx, inputs, output)` keeps what `backward(ctx, grad)` reads.
+
+    torch.func's transforms need a form of `autograd.Function` whose eager calls cost a fifth more, so there are two.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = run(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    back = {"backward": staticmethod(torch.autograd.function.once_differentiable(backward))}
+    eager: Any = type("Gated", (torch.autograd.Function,), {"forward": staticmethod(forward), **back})
+    split = {"forward": staticmethod(run), "setup_context": staticmethod(setup), "generate_vmap_rule": True}
+    functional: Any = type("GatedFunctional", (torch.autograd.Function,), {**split, **back})
+
+    def call(*inputs: Any) -> Tensor:
+        transformed = torch._C._are_functorch_transforms_active()
+        output: Tensor = (functional if transformed else eager).apply(*inputs)
+        return output
+
+    return call
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Refuse to be differentiated again, which would silently give zeros."""
+
+    def checked(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and grad_output.requires_grad:
+            raise RuntimeError("taps_ext: the backward of gated layers cannot be differentiated again")
+        return backward(ctx, grad_output)
+
+    return checked
+
+
+def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, inputs)
+
+
+def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, delta, score = ctx.saved_tensors
+    mask = _output_mask(ctx)
+    grads = torch.ops.taps_ext.gated_linear_backward(
+        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, None, 1.0
+    )
+    return (*_order(ctx, grads, mask), None, None)
+
+
+def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.geometry = inputs[5:9]
+    ctx.input_size = tuple(inputs[0].shape[-2:])
+    _save(ctx, inputs)
+
+
+def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, delta, score = ctx.saved_tensors
+    mask = _output_mask(ctx)
+    grads = torch.ops.taps_ext.gated_conv2d_backward(
+        grad_output,
+        input,
+        ctx.input_size,
+        weight,
+        delta,
+        score,
+        ctx.gate,
+        ctx.threshold,
+        *ctx.geometry,
+        mask,
+        None,
+        1.0,
+    )
+    return (*_order(ctx, grads, mask), *[None] * 6)
+
+
+def effective_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, delta, score, ctx.gate, ctx.threshold = inputs
+    ctx.save_for_backward(delta, score)
+
+
+def effective_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    delta, score = ctx.saved_tensors
+    need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
+    ddelta = dscore = None
+    if need_delta and ctx.gate is not False:
+        ddelta = grad.to(delta.dtype)
+        if ctx.gate is None:
+            ddelta = torch.where(score >= ctx.threshold, ddelta, torch.zeros_like(ddelta))
+    if need_score:
+        kind = reference.compute_dtype(grad, delta)
+        dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+        if ctx.gate is False and not bool(torch.isfinite(dscore)) and not bool(torch.isfinite(delta).all()):
+            raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
+    return grad if need_weight else None, ddelta, dscore, None, None
