@@ -4,7 +4,7 @@
     python benchmarks/study.py table --results benchmarks/results/study-resnet20.jsonl
     python benchmarks/study.py plot  --results benchmarks/results/study-resnet20.jsonl --png docs/study-resnet20.png
 
-`run` appends one JSON line for each (task, seed, method) and skips those that are there, so it can be stopped and
+`run` appends one JSON line for each (task, seed, method, epochs) and skips those that are there, so it can be stopped and
 started at will. Every run: SGD .01, momentum .9, cosine, 30 epochs, batch 32; a tenth of the training data is held
 out for choosing the epoch and lambda; the test split is read once, at the end.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from resnet20 import normalise, pretrained
+from scipy.stats import t as student
 
 import taps_ext
 from taps_ext.train import Task, TrainConfig, Trainer
@@ -52,7 +53,8 @@ def load(folder: Path, task: str) -> dict[str, torch.Tensor]:
 
 
 def run(folder: Path, results: Path, tasks: list[str], seeds: list[int], epochs: int, only: list[str]) -> None:
-    done = {(r["task"], r["seed"], r["method"]) for r in read(results)}
+    cut_torn_line(results)
+    done = {(r["task"], r["seed"], r["method"]) for r in read(results) if r["epochs"] == epochs}
     for seed in seeds:
         for task in tasks:
             for name, config in methods().items():
@@ -107,21 +109,29 @@ def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int)
 def read(results: Path) -> list[dict[str, Any]]:
     if not results.exists():
         return []
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]  # the last one may be torn
+
+
+def cut_torn_line(results: Path) -> None:
+    """Drop what a killed run left of its last line; the run is then repeated."""
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    if text and not text.endswith("\n"):
+        results.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % t-interval."""
-    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, math.nan
-    return mean, t95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    t95 = float(student.ppf(0.975, len(values) - 1))
+    return mean, t95 * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def grouped(results: Path, task: str) -> dict[str, dict[int, dict[str, Any]]]:
+def grouped(results: Path, task: str, epochs: int) -> dict[str, dict[int, dict[str, Any]]]:
     """Method -> seed -> record, for the methods that have been run on a task."""
-    rows = [r for r in read(results) if r["task"] == task]
+    rows = [r for r in read(results) if r["task"] == task and r["epochs"] == epochs]
     groups = {m: {r["seed"]: r for r in rows if r["method"] == m} for m in methods()}
     return {m: group for m, group in groups.items() if group}
 
@@ -143,14 +153,14 @@ def chosen(groups: dict[str, dict[int, dict[str, Any]]], limit: float = 1.0) -> 
     return max(allowed, key=lambda m: (round(mean(m, "val"), 6), -mean(m, "share")), default=None)
 
 
-def table(results: Path) -> str:
+def table(results: Path, epochs: int) -> str:
     """The results in Markdown. `val` and `test` in per cent, the gap to fine-tuning paired by seed."""
     lines = [
         "| task | method | seeds | validation | test | below fine-tuning | weights open | layers open |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
-        groups = grouped(results, task)
+        groups = grouped(results, task, epochs)
         best, small = chosen(groups), chosen(groups, SMALL)
         for method, group in groups.items():
             val, test = (interval([100 * r[k] for r in group.values()]) for k in ("val", "test"))
@@ -174,7 +184,7 @@ def number(value: tuple[float, float]) -> str:
     return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
 
 
-def plot(results: Path, path: Path) -> None:
+def plot(results: Path, path: Path, epochs: int) -> None:
     """Test accuracy against the share of weights open, mean and 95 % interval, one panel for each task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -182,7 +192,7 @@ def plot(results: Path, path: Path) -> None:
     figure = Figure(figsize=(9.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
-        groups = grouped(results, task)
+        groups = grouped(results, task, epochs)
         for penalty, marker in (("layer", "o"), ("size", "s")):
             found = [(lam, groups[name]) for lam in LAMBDAS if (name := f"taps {lam:g} {penalty}") in groups]
             if not found:
@@ -206,6 +216,9 @@ def plot(results: Path, path: Path) -> None:
                 axes.axhspan(mean - half, mean + half, color="black", alpha=0.08, lw=0)
             axes.axhline(mean - 1.0, color="black", lw=0.8, ls=":", label="one point below")
         axes.axvline(100 * SMALL, color="grey", lw=0.8, ls="--")
+        if not groups:
+            axes.set_title(f"{task} (not run)")
+            continue
         axes.set_title(
             f"{task} ({min(len(g) for g in groups.values())} to {max(len(g) for g in groups.values())} seeds)"
         )
@@ -234,9 +247,9 @@ def main() -> None:
         args.results.parent.mkdir(parents=True, exist_ok=True)
         run(args.data, args.results, args.tasks, args.seeds, args.epochs, args.only)
     elif args.command == "plot":
-        plot(args.results, args.png)
+        plot(args.results, args.png, args.epochs)
     else:
-        print(table(args.results))
+        print(table(args.results, args.epochs))
 
 
 if __name__ == "__main__":

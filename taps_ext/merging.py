@@ -11,6 +11,7 @@ from . import ops
 from .errors import TapsError
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
+from .nn.route import unroute
 from .task import TaskState
 
 
@@ -60,15 +61,31 @@ def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tenso
     return tensors
 
 
-def plain_copy(base: nn.Module, tensors: dict[str, dict[str, Tensor]], state: TaskState) -> nn.Module:
-    """A copy of the unloaded base with the task's tensors and head; nothing in it knows this package."""
-    plain = copy.deepcopy(base)
-    with torch.no_grad():
-        for module, values in tensors.items():
-            target = plain.get_submodule(module)
-            for key, value in values.items():
-                if value is not None:
-                    getattr(target, key).copy_(value)
+def _install(target: nn.Module, key: str, value: Tensor) -> None:
+    """A tensor of its own in the place of `target.key`, which another module may share."""
+    old = getattr(target, key)
+    own = torch.empty_like(old, requires_grad=False).copy_(value)
+    if isinstance(old, nn.Parameter):
+        target._parameters[key] = nn.Parameter(own, requires_grad=old.requires_grad)
+    else:
+        target._buffers[key] = own
+
+
+def like_unloaded(copied: nn.Module, base: nn.Module) -> None:
+    """Make a copy of the routed base what the unloaded base is: plain classes, its modes and flags."""
+    for own, module in zip(copied.modules(), base.modules(), strict=True):
+        unroute(own)
+        own.training = module.training
+    for mine, parameter in zip(copied.parameters(), base.parameters(), strict=True):
+        mine.requires_grad_(parameter.requires_grad)
+
+
+def install(plain: nn.Module, tensors: dict[str, dict[str, Tensor]], state: TaskState) -> None:
+    """Put a task's tensors and head into a plain copy of the base."""
+    for module, values in tensors.items():
+        target = plain.get_submodule(module)
+        for key, value in values.items():
+            if value is not None:
+                _install(target, key, value.detach())
     if state.head is not None and state.head_path is not None:
         plain.set_submodule(state.head_path, copy.deepcopy(state.head))
-    return plain

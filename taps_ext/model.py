@@ -73,9 +73,11 @@ class TaskModel(nn.Module):
         own(base, self, self._flags)
         base.requires_grad_(False)
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
+        encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+        fused = {part for encoder in encoders for part in encoder.modules()}
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
-                route(module, name)
+                route(module, name, fused=module in fused)
 
     # -- tasks
 
@@ -445,4 +447,7 @@ class TaskModel(nn.Module):
         """
         state = self.state(name)
         tensors = merging.task_tensors(state, self.base)
-        return merging.plain_copy(self.unload(), tensors, state).train(self.training)
+        plain = copy.deepcopy(self.base)  # while the tasks still are there: not every base can be copied
+        merging.like_unloaded(plain, self.unload())
+        merging.install(plain, tensors, state)
+        return plain.train(self.training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,7 +28,7 @@ except ImportError as error:
 
 HAS_EXTENSION: bool = _C is not None
 
-__all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", "reconstruct_"]
+__all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", "reconstruct_", "unread_weight"]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -112,12 +113,18 @@ def gated_linear(
 # ---------------------------------------------------------------------------------------------- conv2d
 
 
+def _two(value: int | Sequence[int]) -> tuple[int, ...]:
+    """One int or a list of one for both axes, as `F.conv2d` takes them."""
+    pair = tuple(_pair(value))
+    return pair * 2 if len(pair) == 1 else pair
+
+
 def _padding(
     padding: str | int | tuple[int, ...], weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[list[int], list[int] | None]:
     """Symmetric padding `[h, w]`, and what `F.pad` must add first where "same" is asymmetric."""
     if not isinstance(padding, str):
-        return list(_pair(padding)), None
+        return list(_two(padding)), None
     if padding == "valid":
         return [0, 0], None
     if padding != "same":
@@ -198,7 +205,7 @@ def gated_conv2d(
             threshold=threshold,
         )
         return batched[0]
-    steps, spread = _pair(stride), _pair(dilation)
+    steps, spread = _two(stride), _two(dilation)
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
@@ -247,6 +254,21 @@ def effective_weight(
     return _effective_weight(weight, delta, score, gate, threshold)
 
 
+def unread_weight(
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """W itself, not W_t, with the gradients of :func:`effective_weight`: for those who never look at its values.
+
+    Where the gate is known to be closed the two are the same, and this one costs no copy.
+    """
+    return _unread_weight(weight, delta, score, gate, threshold)
+
+
 def _run_linear(*inputs: Any) -> Tensor:
     return torch.ops.taps_ext.gated_linear(*inputs)
 
@@ -261,10 +283,19 @@ def _run_effective_weight(
     return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
 
 
+def _run_unread_weight(
+    weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
+) -> Tensor:
+    return weight.view_as(weight)
+
+
 _linear = autograd.differentiable(_run_linear, autograd.linear_setup, autograd.linear_backward)
 _conv2d = autograd.differentiable(_run_conv2d, autograd.conv2d_setup, autograd.conv2d_backward)
 _effective_weight = autograd.differentiable(
     _run_effective_weight, autograd.effective_weight_setup, autograd.effective_weight_backward
+)
+_unread_weight = autograd.differentiable(
+    _run_unread_weight, autograd.effective_weight_setup, autograd.effective_weight_backward
 )
 
 if HAS_EXTENSION:

@@ -140,14 +140,15 @@ class TaskState(nn.Module):
         """What decides whether two states differ in their values alone."""
         gates = [(name, p.learn, p.threshold, None if p.learn else p.gate) for name, p in self.gated()]
         tensors = [(name, t.shape, t.dtype) for name, t in self.state_dict(keep_vars=True).items()]
-        trained = [name for name, p in self.named_parameters() if p.requires_grad]
-        return self.config, self.head_path, list(self.table), gates, tensors, trained
+        return self.config, self.head_path, list(self.table), gates, tensors
 
     def take_over(self, other: TaskState) -> bool:
         """Copy another state's values in place; False, and nothing done, if it is built differently."""
         if self._build() != other._build():
             return False
         self.load_state_dict(other.state_dict())
+        for parameter in self.parameters():
+            parameter.grad = None  # of the values that are gone
         self.refresh(force=True)
         return True
 

@@ -29,6 +29,7 @@ def set_workspace_limit(limit: int | None) -> None:
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**63):
         raise ConfigError(f"limit: expected a positive number of bytes or None, got {limit!r}")
-    if _C is None:
+    if _C is not None:
+        _C.set_workspace_limit(limit or 0)
+    elif limit is not None:
         raise ConfigError("limit: expected the compiled extension, which owns the workspace; it is not loaded")
-    _C.set_workspace_limit(limit or 0)

@@ -205,8 +205,12 @@ def test_reloading_keeps_the_parameters_that_an_optimizer_holds(tmp_path):
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     model(x, task="t").sum().backward()
     optimizer.step()
+    frozen = next(p for n, p in model.state("t").named_parameters() if "bn" in n or "norm" in n)
+    frozen.requires_grad_(False)
     model.reload_task("t", tmp_path / "t.taps")
     assert torch.equal(model(x, task="t"), saved)
+    assert all(p.grad is None for p in model.parameters()) and not frozen.requires_grad
+    frozen.requires_grad_(True)
     assert held == {id(p) for g in model.parameter_groups("t", lr=0.1) for p in g["params"]}
 
 

@@ -391,6 +391,9 @@ def test_splits_and_batches() -> None:
     rest, held = split_off(as_dataset((x, y), "train"), 0.2, 3)
     assert len(rest) == 80 and len(held) == 20 and not set(rest.indices) & set(held.indices)
     assert torch.bincount(y[torch.tensor(held.indices)]).tolist() == [5, 5, 5, 5]
+    few = torch.tensor([0] * 100 + [1, 1, 2, 2])
+    rest_few, held_few = split_off(as_dataset((torch.zeros(104, 1), few), "train"), 0.8, 3)
+    assert all(set(few[torch.tensor(part.indices)].tolist()) == {0, 1, 2} for part in (rest_few, held_few))
     batches = Batches(rest, 16, 0, train=True)
     seen = torch.cat([t for _, t in batches.epoch(0)])
     assert len(batches) == 5 and sorted(seen.tolist()) == sorted(y[torch.tensor(rest.indices)].tolist())

@@ -72,8 +72,10 @@ _lock = threading.Lock()
 
 
 def recomputing() -> bool:
-    """True inside a backward: a forward that runs here is run again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """True inside a backward with gradients on, as checkpointing repeats a forward; hooks run without them."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch.is_grad_enabled()
 
 
 def recomputed_call(owner: nn.Module | None = None) -> Call | None:

@@ -15,25 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .forward import base_weight
+from .forward import base_weight, resting_weight
+
+
+def _learns(layer: Any) -> bool:
+    return layer.score is not None and layer.score.requires_grad
 
 
 def rests(layer: Any) -> bool:
-    """True where a reader may have the base's own weight: closed, and no gradient of the score is wanted."""
-    if layer.delta is None:
-        return True
-    learns = layer.score is not None and layer.score.requires_grad and torch.is_grad_enabled()
-    return layer.gate is False and not learns
+    """True where a reader may have the base's own weight: closed, its score is not learned, no cast to be kept."""
+    if layer.merged is not None or (layer.delta is not None and (layer.gate is not False or _learns(layer))):
+        return False
+    return not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
 def whole_weight(host: nn.Module, layer: Any) -> Tensor:
-    """W + g * Delta as a tensor of its own, differentiable in Delta and the score."""
+    """W + g * Delta as a tensor, differentiable in Delta and the score; a closed one is W itself, not a copy."""
     if layer.merged is not None:
         return layer.merged
     weight = base_weight(host)
-    if rests(layer):
+    if layer.delta is None or (layer.gate is False and not (_learns(layer) and torch.is_grad_enabled())):
         return weight
-    return ops.effective_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
+    make = ops.unread_weight if layer.gate is False else ops.effective_weight
+    return make(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
 
 
 def _getter(name: str) -> Any:
@@ -49,10 +53,23 @@ _FACTS: frozenset[Callable[..., Any]] = frozenset(
         *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "ndimension")),
     ]
 )
+# What takes size and type alone from some other tensor.
+_LIKES: frozenset[Callable[..., Any]] = frozenset(
+    [
+        *(getattr(torch, f"{name}_like") for name in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+        *(getattr(Tensor, f"new_{name}") for name in ("zeros", "ones", "empty", "full", "tensor", "empty_strided")),
+        Tensor.to,
+        Tensor.type_as,
+    ]
+)
 
 
 class TaskWeight(Tensor):
-    """A gated layer's weight as its readers see it: the facts of W, the values of W + g * Delta."""
+    """A gated layer's weight as its readers see it: the facts of W, the values of W + g * Delta.
+
+    As an input of an `autograd.Function` (or of reentrant checkpointing) it is a node of its own, whose gradient
+    goes to Delta and the score; everything else comes through `__torch_function__`.
+    """
 
     _host: nn.Module
     _layer: Any
@@ -61,7 +78,14 @@ class TaskWeight(Tensor):
     @staticmethod
     def of(host: nn.Module, layer: Any, enter: Callable[[], None]) -> TaskWeight:
         """`enter` is called when the values are used; asking for the dtype is no use."""
-        weight = base_weight(host).detach().as_subclass(TaskWeight)
+        weight = base_weight(host)
+        if layer.merged is not None:
+            node = layer.merged
+        elif layer.delta is not None and torch.is_grad_enabled() and (layer.delta.requires_grad or _learns(layer)):
+            node = ops.unread_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
+        else:
+            node = weight.detach()
+        weight = node.as_subclass(TaskWeight)
         weight._host, weight._layer, weight._enter = host, layer, enter
         return weight
 
@@ -73,6 +97,8 @@ class TaskWeight(Tensor):
         self._enter()
         layer, weight = self._layer, base_weight(self._host)
         gate, threshold = layer.gate, layer.threshold
+        if gate is False:
+            weight = resting_weight(self._host, weight, input)
         return op(input, weight, layer.delta, layer.score, bias, *geometry, gate=gate, threshold=threshold)
 
     @classmethod
@@ -81,13 +107,18 @@ class TaskWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _FACTS:
+            if func in _FACTS or (func in _LIKES and _asks(func, args)):
                 return func(*args, **kwargs)
             if func is F.linear:
                 return _linear(*args, **kwargs)
             if func is F.conv2d:
                 return _conv2d(*args, **kwargs)
         return func(*_plain(args), **_plain(kwargs))
+
+
+def _asks(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """True unless `func` converts the values of its first argument, a TaskWeight."""
+    return func not in (Tensor.to, Tensor.type_as) or not isinstance(args[0], TaskWeight)
 
 
 def _plain(value: Any) -> Any:
@@ -101,8 +132,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_gated(weight: Any) -> bool:
+    return isinstance(weight, TaskWeight) and weight._layer.merged is None and weight._layer.delta is not None
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(weight, TaskWeight) and weight._layer.merged is None:
+    if _is_gated(weight):
         return weight._gated(ops.gated_linear, _plain(input), _plain(bias))
     return F.linear(_plain(input), _plain(weight), _plain(bias))
 
@@ -111,6 +146,6 @@ def _conv2d(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     geometry = (stride, padding, dilation, groups)
-    if isinstance(weight, TaskWeight) and weight._layer.merged is None:
+    if _is_gated(weight):
         return weight._gated(ops.gated_conv2d, _plain(input), _plain(bias), *geometry)
     return F.conv2d(_plain(input), _plain(weight), _plain(bias), *geometry)

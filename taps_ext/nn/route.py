@@ -7,10 +7,12 @@ unloading is the identity. `frame.py` says which task that is.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import forward as _forward
 from . import reads
@@ -21,7 +23,7 @@ from .own import NORM_TYPES
 
 class _Routed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (original_class(self),), self.__getstate__()
+        return _rebuild, (original_class(self), type(self).__bases__[0]), self.__getstate__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]
@@ -42,13 +44,35 @@ def _part_and_frame(module: nn.Module) -> tuple[GatedLayer | None, Frame | None]
     return (part, frame) if isinstance(part, GatedLayer) else (None, None)
 
 
+def _held(module: nn.Module, key: str) -> Any:
+    """The module's own attribute `key`, which a property hides, wherever the module keeps it."""
+    if key in module._parameters:
+        return module._parameters[key]
+    return module.__dict__[key] if key in module.__dict__ else nn.Module.__getattr__(module, key)
+
+
+def _property(key: str, read: Callable[[nn.Module], Any]) -> property:
+    """`read` as the attribute `key`; what others set or delete there is the module's own."""
+
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__[key] = value
+
+    def delete(module: nn.Module) -> None:
+        if key not in module.__dict__:
+            raise AttributeError(key)
+        del module.__dict__[key]
+
+    return property(read, write, delete, doc="The base's own, or during a task's forward the task's.")
+
+
 def _read_weight(module: nn.Module) -> Any:
     """The base's weight, or during a task's forward the task's (`reads.TaskWeight`)."""
     part, frame = _part_and_frame(module)
     if part is None or frame is None:
-        return module._parameters[_forward.weight_name(module)]
+        return _held(module, _forward.weight_name(module))
     enter = functools.partial(frame.entered.add, module.__dict__["_taps_name"])
-    if torch.compiler.is_compiling() or part.merged is not None or reads.rests(part):
+    fused = "_taps_fused" in module.__dict__ and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or fused or reads.rests(part):
         enter()
         return reads.whole_weight(module, part)
     return reads.TaskWeight.of(module, part, enter)
@@ -58,14 +82,14 @@ def _read_bias(module: nn.Module) -> Any:
     """The base's bias, or during a task's forward the task's own, if it has one."""
     part, _ = _part_and_frame(module)
     own = None if part is None else part.bias
-    return module._parameters[_forward.bias_name(module)] if own is None else own
+    return _held(module, _forward.bias_name(module)) if own is None else own
 
 
 class _Readable(_Routed):
     """A linear or convolution layer whose weight and bias, when others read them, are the running task's."""
 
-    weight = property(_read_weight)
-    bias = property(_read_bias)
+    weight = _property("weight", _read_weight)
+    bias = _property("bias", _read_bias)
 
 
 class _Reads(_Routed):
@@ -85,8 +109,8 @@ class _RoutedReader(_Reads, _Readable):
 class _RoutedAttention(_Reads):
     """`nn.MultiheadAttention`, whose forward hands its projections to a function."""
 
-    in_proj_weight = property(_read_weight)
-    in_proj_bias = property(_read_bias)
+    in_proj_weight = _property("in_proj_weight", _read_weight)
+    in_proj_bias = _property("in_proj_bias", _read_bias)
 
 
 class _RoutedLayer(_Readable):
@@ -100,9 +124,8 @@ class _RoutedLayer(_Readable):
         part = None if frame is None else frame.parts.get(name)
         if part is not None:
             return part(self, input)
-        own: Any = self._parameters
-        weight = _forward.resting_weight(self, own["weight"], input)
-        return _forward.stock_forward(self, input, weight, own["bias"])
+        weight = _forward.resting_weight(self, _held(self, "weight"), input)
+        return _forward.stock_forward(self, input, weight, _held(self, "bias"))
 
 
 class _RoutedNorm(_Routed):
@@ -112,55 +135,70 @@ class _RoutedNorm(_Routed):
         return super().train(False)
 
 
-class _RoutedAffine(_RoutedNorm):
-    """A norm that is its weight and bias alone, so that who reads them can do its work: fused encoder layers do."""
-
-    @property
-    def weight(self) -> Any:
-        """The base's weight, or during a task's forward the task's."""
-        return self._read("weight")
-
-    @property
-    def bias(self) -> Any:
-        """The base's bias, or during a task's forward the task's."""
-        return self._read("bias")
-
-    def _read(self, key: str) -> Any:
-        if key not in self._parameters:
-            raise AttributeError(f"{original_class(self).__name__!r} object has no attribute {key!r}")
-        name: str = self.__dict__["_taps_name"]
-        frame = running(name)
-        part = None if frame is None else frame.parts.get(name)
-        if frame is None or part is None:
-            return self._parameters[key]
+def _read_affine(key: str, module: nn.Module) -> Any:
+    """A norm's tensor as :func:`_read_weight`; who has read all of them may have done the norm's work."""
+    name: str = module.__dict__["_taps_name"]
+    frame = running(name)
+    part = None if frame is None else frame.parts.get(name)
+    if frame is None or part is None:
+        return _held(module, key)
+    frame.entered.add(f"{name}.{key}")
+    if all(f"{name}.{own}" in frame.entered for own, value in module._parameters.items() if value is not None):
         frame.entered.add(name)
-        return part._parameters[key]
+    return part._parameters[key]
+
+
+class _RoutedScale(_RoutedNorm):
+    """A norm that is its weight alone, so that who reads it can do its work."""
+
+    weight = _property("weight", functools.partial(_read_affine, "weight"))
+
+
+class _RoutedAffine(_RoutedScale):
+    """A norm that is its weight and bias alone: fused encoder layers read them."""
+
+    bias = _property("bias", functools.partial(_read_affine, "bias"))
+
+
+def _router(module: nn.Module) -> Any:
+    """The routing class for a module, by what it is and by where it keeps its weights."""
+    held = module._parameters
+    plain = not parametrize.is_parametrized(module)
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) and plain and "weight" in held:
+        return _RoutedAffine if "bias" in held else _RoutedScale
+    if isinstance(module, NORM_TYPES):
+        return _RoutedNorm
+    if not isinstance(module, _forward.GATED_TYPES) or not plain:
+        return _Routed
+    if _forward.weight_name(module) not in held or _forward.bias_name(module) not in held:
+        return _Routed
+    if isinstance(module, nn.MultiheadAttention):
+        return _RoutedAttention
+    cls: Any = type(module)
+    if cls.forward is nn.Linear.forward:
+        return _RoutedLayer
+    stock = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+    return _RoutedLayer if stock else _RoutedReader
 
 
 @functools.cache
-def _routed_class(cls: Any) -> type[nn.Module]:
-    if issubclass(cls, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        router: type[nn.Module] = _RoutedAffine
-    elif issubclass(cls, NORM_TYPES):
-        router = _RoutedNorm
-    elif cls.forward in (nn.Linear.forward, nn.Conv2d.forward) and issubclass(cls, _forward.GATED_TYPES):
-        router = _RoutedLayer
-    elif issubclass(cls, nn.MultiheadAttention):
-        router = _RoutedAttention
-    elif issubclass(cls, _forward.GATED_TYPES):
-        router = _RoutedReader
-    else:
-        router = _Routed
+def _routed_class(cls: Any, router: Any) -> type[nn.Module]:
     return type(cls.__name__, (router, cls), {"__module__": cls.__module__})
 
 
-def route(module: nn.Module, name: str) -> None:
-    """Make `module` ask the running task for its part called `name`."""
+def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
+    """Make `module` ask the running task for its part called `name`.
+
+    `fused`: its weights are read by `nn.TransformerEncoderLayer`, whose fused path takes plain tensors alone.
+    """
     if not isinstance(module, _Routed):
-        module.__dict__["_taps_class"] = type(module)
+        kind: Any = type(module)
+        cls = _routed_class(kind, _router(module))
+        module.__dict__["_taps_class"] = kind
         module.__dict__["_taps_name"] = name
-        cls: Any = type(module)
-        module.__class__ = _routed_class(cls)
+        if fused:
+            module.__dict__["_taps_fused"] = True
+        module.__class__ = cls
         if isinstance(module, _RoutedNorm):
             module.training = False
 
@@ -170,9 +208,9 @@ def is_routed(module: nn.Module) -> bool:
     return isinstance(module, _Routed)
 
 
-def _rebuild(cls: Any) -> nn.Module:
+def _rebuild(cls: Any, router: Any) -> nn.Module:
     """An empty routed module, for copying and pickling."""
-    module: nn.Module = object.__new__(_routed_class(cls))
+    module: nn.Module = object.__new__(_routed_class(cls, router))
     return module
 
 
@@ -187,3 +225,4 @@ def unroute(module: nn.Module) -> None:
         module.__class__ = module.__dict__.pop("_taps_class")
         module.__dict__.pop("_taps_name")
         module.__dict__.pop("_taps_cast", None)
+        module.__dict__.pop("_taps_fused", None)

@@ -92,7 +92,8 @@ def targets_of(data: Dataset[Any]) -> Tensor | None:
 def split_off(data: Dataset[Any], fraction: float, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
     """(rest, held out): a seeded split.
 
-    Where integer targets are known it is stratified: of each class with two samples or more at least one is held out.
+    Where integer targets are known it is stratified: of each class with two samples or more at least one is held out
+    and at least one is not.
     """
     size = len(cast(Sized, data))
     generator = torch.Generator().manual_seed(seed)
@@ -102,8 +103,8 @@ def split_off(data: Dataset[Any], fraction: float, seed: int) -> tuple[Dataset[A
         chosen = torch.zeros(size, dtype=torch.bool)
         for value in targets.unique():
             members = order[targets[order] == value]
-            count = round(fraction * len(members))
-            chosen[members[: max(count, 1) if fraction and len(members) > 1 else 0]] = True
+            most = len(members) - 1
+            chosen[members[: min(max(round(fraction * len(members)), 1), most) if fraction else 0]] = True
         held, rest = order[chosen[order]], order[~chosen[order]]
     else:
         count = round(fraction * size)
