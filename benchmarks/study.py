@@ -4,8 +4,8 @@
     python benchmarks/study.py table --results benchmarks/results/study-resnet20.jsonl
     python benchmarks/study.py plot  --results benchmarks/results/study-resnet20.jsonl --png docs/study-resnet20.png
 
-`run` appends one JSON line for each (task, seed, method, epochs) and skips those that are there, so it can be stopped and
-started at will. Every run: SGD .01, momentum .9, cosine, 30 epochs, batch 32; a tenth of the training data is held
+`run` appends one JSON line for each (task, seed, method, epochs) and skips those that are there, so it can be stopped
+and started at will. Every run: SGD .01, momentum .9, cosine, 30 epochs, batch 32; a tenth of the training data is held
 out for choosing the epoch and lambda; the test split is read once, at the end.
 """
 
