@@ -124,9 +124,11 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] *
                        (x.ndim() == 4 ? x.sizes[0] : 1);
   const Path path = path_for(w, x.dtype, rows);
-  if (const int64_t step = path == Path::kStock ? 0 : panel_step(w.weight, x.dtype, groups)) {
+  // A weight known to be closed stays whole: its results are the base's bit for bit.
+  const bool whole = path == Path::kStock || w.known_closed();
+  if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, groups)) {
     const int64_t channel_dim = x.ndim() - 3;
-    Slices output(channel_dim, w.weight.sizes[0]);
+    Slices output(channel_dim, w.weight.sizes[0], channels_last(x) || channels_last(w.weight));
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
@@ -186,11 +188,18 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   }
 
   const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
-  const bool rebuilds = wanted.input && path != Path::kStock;
-  const bool takes_scratch = rebuilds || (wanted.weight_side() && w.weight.dtype != compute);
-  if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, groups) : 0) {
+  const bool rebuilds = wanted.input && path != Path::kStock && !w.known_closed();
+  // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
+  const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
+  const bool casts = form_gradient ? w.weight.dtype != compute
+                                   : wanted.score && w.delta->dtype != compute;
+  if (const int64_t step = rebuilds || casts ? panel_step(w.weight, compute, groups) : 0) {
     const int64_t channel_dim = dy.ndim() - 3;
-    PanelGrads grads(w, wanted, groups, channel_dim);
+    std::vector<bool> mask = output_mask;
+    if (!rebuilds) mask[0] = false;  // W serves, whole
+    const bool last = channels_last(dy) || channels_last(w.weight) ||
+                      (input && channels_last(describe(*input, "input")));
+    PanelGrads grads(w, check_mask(mask, w), groups, channel_dim, last);
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       grads.put(gated_conv2d_backward(
@@ -198,17 +207,21 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
                     groups == 1 ? input : narrow(input, channel_dim, read), input_size,
                     narrow(weight, 0, panel), narrow(delta, 0, panel), score, gate, threshold,
                     stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1],
-                    output_mask, rows, row_scale),
+                    mask, rows, row_scale),
                 panel);
     });
-    return grads.whole(compute);
+    Grads whole = grads.whole(compute);
+    if (wanted.input && !rebuilds) {
+      std::get<0>(whole) = std::get<0>(gated_conv2d_backward(
+          grad_output, input, input_size, weight, delta, score, gate, threshold, stride, padding,
+          dilation, groups, {true, false, false, false, false}, std::nullopt, 1.0));
+    }
+    return whole;
   }
 
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
-  // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
-  const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
   const bool at_once = wanted.input && form_gradient && !rows;
   Scratch scratch;
   OptionalTensor dinput, gradient, dbias;

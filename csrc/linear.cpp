@@ -79,7 +79,9 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   const Path path = path_for(w, x.dtype, sizes.rows);
-  if (const int64_t step = path == Path::kStock ? 0 : panel_step(w.weight, x.dtype, 1)) {
+  // A weight known to be closed stays whole: its results are the base's bit for bit.
+  const bool whole = path == Path::kStock || w.known_closed();
+  if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
     Slices output(x.ndim() - 1, sizes.outputs);
     for_panels(sizes.outputs, step, [&](Range panel) {
       output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score,
@@ -108,14 +110,14 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Dtype compute = dy.dtype;
   const Path path = path_for(w, compute, sizes.rows);
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
-  const bool rebuilds = wanted.input && path != Path::kStock;
+  const bool rebuilds = wanted.input && path != Path::kStock && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.
   const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());
   const Holder holder = holder_for(side);
   const bool takes_scratch = rebuilds || (form_gradient && holder == Holder::kScratch);
   if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {
     std::vector<bool> mask = output_mask;
-    if (!rebuilds) mask[0] = false;  // W itself serves, whole
+    if (!rebuilds) mask[0] = false;  // W serves, whole
     PanelGrads grads(w, check_mask(mask, w));
     for_panels(sizes.outputs, step, [&](Range panel) {
       grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input,

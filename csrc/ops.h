@@ -46,7 +46,8 @@ Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinp
 class PanelGrads {
  public:
   // With groups, dinput is made of slices along `input_dim`; else it is a sum.
-  PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups = 1, int64_t input_dim = 0);
+  PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups = 1, int64_t input_dim = 0,
+             bool may_be_channels_last = true);
   void put(const Grads& part, Range panel);
   Grads whole(Dtype compute) const;
 

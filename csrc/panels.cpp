@@ -17,18 +17,36 @@ Gate open_gate() {
 }
 
 // `part` with `size` instead of its size in `dim`, contiguous or channels_last like it.
-Tensor empty_whole(const Described& part, int64_t dim, int64_t size) {
+Tensor empty_whole(const Described& part, int64_t dim, int64_t size, bool may_be_channels_last) {
   Ints sizes(part.sizes.begin(), part.sizes.end());
   sizes[dim] = size;
   Ints strides = contiguous_strides(Span(sizes.data(), sizes.size()));
-  if (sizes.size() == 4 && part.strides[1] == 1 && part.strides[3] == part.sizes[1]) {
+  if (may_be_channels_last && channels_last(part)) {
     strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
   }
   return empty_strided(Span(sizes.data(), sizes.size()), Span(strides.data(), strides.size()),
                        part.dtype, part.place);
 }
 
+// A copy in another type with the same layout.
+Tensor copy_as(const Described& from, Dtype dtype) {
+  Tensor copy = empty_strided(from.sizes, from.strides, dtype, from.place);
+  reconstruct_into(describe(copy, "copy"), &from, nullptr, Gate{});
+  return copy;
+}
+
 }  // namespace
+
+bool channels_last(const Described& image) {
+  if (image.ndim() != 4 || image.strides[1] == 0) return false;
+  int64_t least = 0;  // what the next stride must at least be, from the innermost dimension out
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (image.sizes[dim] == 0 || image.strides[dim] < least) return false;
+    if (dim == 0 && least == image.strides[1]) return false;  // [N, 1, 1, 1] is contiguous as well
+    least = image.strides[dim] * std::max<int64_t>(image.sizes[dim], 1);
+  }
+  return true;
+}
 
 int64_t panel_step(const Described& weight, Dtype compute, int64_t groups) {
   const int64_t limit = static_cast<int64_t>(workspace_limit());
@@ -67,26 +85,35 @@ Range input_range(const Described& weight, Range outputs, int64_t groups) {
 
 void Slices::put(const Tensor& part, Range range) {
   const Described from = describe(part, "panel");
-  if (!whole_) whole_ = empty_whole(from, dim_, size_);
+  if (!whole_) whole_ = empty_whole(from, dim_, size_, may_be_channels_last_);
   const Tensor slice = narrow(*whole_, dim_, range);
   reconstruct_into(describe(slice, "slice"), nullptr, &from, open_gate());
 }
 
 void Sum::add(const Tensor& part) {
-  if (!whole_) {
-    whole_ = part;
+  const Described from = describe(part, "panel");
+  if (!sum_) {
+    dtype_ = from.dtype;
+    const bool narrow = size_of(dtype_) < size_of(Dtype::kFloat32);
+    sum_ = narrow ? copy_as(from, Dtype::kFloat32) : part;
     return;
   }
-  const Described sum = describe(*whole_, "sum"), from = describe(part, "panel");
+  const Described sum = describe(*sum_, "sum");
   reconstruct_into(sum, &sum, &from, open_gate());
 }
 
+OptionalTensor Sum::whole() const {
+  if (!sum_) return std::nullopt;
+  const Described sum = describe(*sum_, "sum");
+  return sum.dtype == dtype_ ? *sum_ : copy_as(sum, dtype_);
+}
+
 PanelGrads::PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups,
-                       int64_t input_dim)
+                       int64_t input_dim, bool may_be_channels_last)
     : w_(w),
       wanted_(wanted),
       groups_(groups),
-      input_(input_dim, w.weight.sizes[1] * groups),
+      input_(input_dim, w.weight.sizes[1] * groups, may_be_channels_last),
       delta_(0, w.weight.sizes[0]),
       bias_(0, w.weight.sizes[0]),
       weight_(0, w.weight.sizes[0]) {
@@ -106,7 +133,7 @@ void PanelGrads::put(const Grads& part, Range panel) {
 
 Grads PanelGrads::whole(Dtype compute) const {
   const OptionalTensor nothing;
-  const OptionalTensor& input = groups_ == 1 ? input_sum_.whole() : input_.whole();
+  const OptionalTensor input = groups_ == 1 ? input_sum_.whole() : input_.whole();
   return pack_grads(w_, compute, input,
                     {wanted_.delta ? delta_.whole() : nothing, score_.whole(),
                      wanted_.weight ? weight_.whole() : nothing},

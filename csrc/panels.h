@@ -27,27 +27,34 @@ void for_panels(int64_t channels, int64_t step, const Each& each) {
   }
 }
 
-// A result made of slices along `dim`, laid out like its first slice; `size` is the whole's.
+// True for an image whose channels lie next to each other, as torch's kernels decide it.
+bool channels_last(const Described& image);
+
+// A result made of slices along `dim`; `size` is the whole's. It is laid out like its first slice,
+// unless that is channels_last only because the slice is too small to tell.
 class Slices {
  public:
-  Slices(int64_t dim, int64_t size) : dim_(dim), size_(size) {}
+  Slices(int64_t dim, int64_t size, bool may_be_channels_last = true)
+      : dim_(dim), size_(size), may_be_channels_last_(may_be_channels_last) {}
   Slices(Tensor whole, int64_t dim) : dim_(dim), size_(0), whole_(std::move(whole)) {}
   void put(const Tensor& part, Range range);
   const OptionalTensor& whole() const { return whole_; }
 
  private:
   int64_t dim_, size_;
+  bool may_be_channels_last_ = true;
   OptionalTensor whole_;
 };
 
-// A result that is the sum of its parts, added in order.
+// A result that is the sum of its parts, added in order; in float32 where the parts are narrower.
 class Sum {
  public:
   void add(const Tensor& part);
-  const OptionalTensor& whole() const { return whole_; }
+  OptionalTensor whole() const;  // in the type of the parts
 
  private:
-  OptionalTensor whole_;
+  Dtype dtype_ = Dtype::kFloat32;
+  OptionalTensor sum_;
 };
 
 }  // namespace taps

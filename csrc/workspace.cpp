@@ -47,6 +47,7 @@ struct Buffer {
   Key key;
   size_t bytes;
   void* data = nullptr;
+  unsigned age = 0;    // how often the limit had been set when it was made
   bool cached = true;  // false: made while a graph is captured, belongs to that graph's pool
   std::optional<Tensor> tensor;
 };
@@ -57,6 +58,7 @@ struct Pool {
   std::mutex mutex;
   std::map<Key, std::vector<std::unique_ptr<Buffer>>> free;
   size_t bytes = 0;
+  unsigned age = 0;
 
   std::unique_ptr<Buffer> take(const Key& key) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -66,12 +68,23 @@ struct Pool {
     buffers.pop_back();
     return buffer;
   }
-  void add(int64_t change) {
+  void made(Buffer& buffer) {
     const std::lock_guard<std::mutex> lock(mutex);
-    bytes += static_cast<size_t>(change);
+    bytes += buffer.bytes;
+    buffer.age = age;
+  }
+  void gone(const Buffer& buffer) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    bytes -= buffer.bytes;
   }
   void give_back(std::unique_ptr<Buffer> buffer) {
+    std::unique_ptr<Buffer> doomed;  // freed after the lock
     const std::lock_guard<std::mutex> lock(mutex);
+    if (buffer->age != age) {  // leased while the limit was set
+      bytes -= buffer->bytes;
+      doomed = std::move(buffer);
+      return;
+    }
     auto& buffers = free[buffer->key];
     buffers.push_back(std::move(buffer));
   }
@@ -105,11 +118,11 @@ Lease::Lease(bool cuda, int device, void* stream, size_t bytes) {
   buffer_ = pool().take(key);
   if (buffer_ && buffer_->bytes >= bytes) return;
   if (buffer_) {  // too small: free it before its successor is made
-    pool().add(-static_cast<int64_t>(buffer_->bytes));
+    pool().gone(*buffer_);
     buffer_.reset();
   }
   buffer_ = std::make_unique<Buffer>(key, rounded(bytes));
-  pool().add(static_cast<int64_t>(buffer_->bytes));
+  pool().made(*buffer_);
 }
 
 Lease::Lease() = default;
@@ -131,6 +144,10 @@ size_t workspace_limit() { return limit().load(std::memory_order_relaxed); }
 
 void set_workspace_limit(size_t bytes) {
   limit().store(bytes, std::memory_order_relaxed);
+  {
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    ++pool().age;
+  }
   workspace_clear();
 }
 

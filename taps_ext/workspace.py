@@ -7,7 +7,8 @@ from .ops import _C
 
 
 def workspace_bytes() -> int:
-    """Bytes held in workspaces on all devices: at most the largest gated weight for each device and stream."""
+    """Bytes held in workspaces on all devices: at most the largest gated weight for each device and
+    stream, and for each host thread that uses one at the same time."""
     return 0 if _C is None else int(_C.workspace_bytes())
 
 
@@ -22,7 +23,7 @@ def set_workspace_limit(limit: int | None) -> None:
     Open layers above the limit work in panels of output channels (at least two; never less than a group of a grouped
     convolution unless it can be cut itself). That costs a few per cent of time in those layers. Sums run in another
     order, so outputs and gradients may differ in the last bits from those without a limit. Layers whose gate the
-    host knows to be closed still are bit-equal to the base.
+    host knows to be closed stay whole and are bit-equal to the base, in outputs and in their input's gradient.
 
     Raises:
         ConfigError: a limit that is not a positive integer; a limit without the compiled extension.

@@ -102,11 +102,63 @@ def test_panels_under_autocast(shape: str) -> None:
     x, w, d = (t.detach() for t in inputs[:3])
     rows = whole[0].numel() // w.shape[0]
     one = torch.ones(1)
-    # Both sides are rounded; dinput adds at most ceil(bytes / LIMIT) rounded panels, 16 here.
-    pairs = [(w[0].numel(), (x, w + d), 2), (w.numel(), (one, w + d), 2 * 16), (rows, (one, x), 2), (rows, (one, x), 2)]
+    # Both sides are rounded; dinput adds rounded panels in float32: together they err as much as one rounding more.
+    pairs = [(w[0].numel(), (x, w + d), 2), (w.numel(), (one, w + d), 3), (rows, (one, x), 2), (rows, (one, x), 2)]
     for a, b, (terms, factors, outer) in zip(whole[:4], parts[:4], pairs, strict=True):
         assert a.dtype == b.dtype
         assert_close(a, b.double(), torch.bfloat16, terms, *factors, outer=outer)
+
+
+@pytest.mark.parametrize("panels", [8, 128])
+def test_the_sum_over_panels_is_not_rounded_at_every_panel(panels: int) -> None:
+    """Terms of one sign, so that a running bfloat16 sum would lose them: 5 % at 128 panels."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 64, dtype=torch.bfloat16).requires_grad_(), torch.rand(4096, 64, dtype=torch.bfloat16)
+    d, dy = torch.rand(4096, 64, dtype=torch.bfloat16), torch.rand(4, 4096, dtype=torch.bfloat16)
+    taps_ext.set_workspace_limit(w.nbytes // panels)
+    gated_linear(x, w, d, gate=True).backward(dy)
+    want = dy.double() @ (w.double() + d.double())
+    # W + Delta, each panel's sum and the whole are rounded once each: eps / 2 apiece at worst.
+    worst = 3 * torch.finfo(torch.bfloat16).eps / 2
+    assert float((x.grad.double() / want - 1).abs().max()) <= worst
+
+
+def test_a_closed_half_precision_convolution_keeps_the_limit() -> None:
+    """The gate gradient of a closed layer casts its float32 Delta, in panels as well."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 6, 6, dtype=torch.bfloat16).requires_grad_()
+    w, d = torch.randn(64, 64, 3, 3, dtype=torch.bfloat16), torch.randn(64, 64, 3, 3)
+    score = torch.tensor(0.0, requires_grad=True)
+    grads = []
+    for limit in (None, LIMIT):
+        taps_ext.set_workspace_limit(limit)
+        y = gated_conv2d(x, w, d, score, padding=1, gate=False)
+        grads.append(torch.autograd.grad(y, [x, score], torch.ones_like(y)))
+    assert taps_ext.workspace_bytes() <= LIMIT
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert_close(grads[1][1], grads[0][1].double(), torch.bfloat16, 64 * 9, x, d, outer=2 * 2 * 64 * 36)
+
+
+def test_closed_layers_under_autocast_are_the_base_bit_for_bit() -> None:
+    inputs, _ = leaves("linear", torch.float32, torch.float32)
+    x, w, _, _, b = inputs
+    taps_ext.set_workspace_limit(LIMIT)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(inputs, None, False)
+        stock = F.linear(x, w, b)
+    assert torch.equal(got[0], stock)
+    assert torch.equal(got[1], torch.autograd.grad(stock, [x], torch.ones_like(stock))[0])
+
+
+def test_a_panel_too_small_to_tell_its_layout() -> None:
+    x, w, d = torch.randn(2, 3, 1, 1), torch.randn(9, 1, 1, 1), torch.randn(9, 1, 1, 1)
+    taps_ext.set_workspace_limit(1)
+
+    def run_it(x: torch.Tensor) -> torch.Tensor:
+        return gated_conv2d(x, w, d, padding=1, groups=3, gate=True)
+
+    eager = run_it(x)
+    assert eager.is_contiguous() and torch.equal(torch.compile(run_it)(x), eager)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
