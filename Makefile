@@ -4,7 +4,7 @@
 #   make test          style, types and tests (fuzz and GPU have targets of their own)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          ruff and mypy
-#   make fuzz          the long random tests of the task-file reader
+#   make fuzz          the long random tests: task files, and 500 random models
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data, resumable (hours); make study-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
@@ -71,7 +71,7 @@ test: lint
 	$(PY) -m pytest
 
 fuzz: build
-	TAPS_FUZZ=1 $(PY) -m pytest tests/test_store_fuzz.py tests/test_store_refusals.py
+	TAPS_FUZZ=1 $(PY) -m pytest tests/test_store_fuzz.py tests/test_store_refusals.py tests/test_random_models.py
 
 bench: build
 	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json

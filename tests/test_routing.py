@@ -88,7 +88,7 @@ def test_a_weight_read_without_gradients_can_be_used_with_them() -> None:
             return self.fc(F.linear(x, weight))
 
     for score in (0.15, 0.05):
-        model = task_on(Early(None), score=score)
+        model = task_on(Early(None), score=score).train()
         model(torch.randn(5, 6), task="t").square().sum().backward()
         assert model.state("t").table["body"].score.grad is not None
 

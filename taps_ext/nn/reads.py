@@ -15,24 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .forward import base_weight, resting_weight
+from .forward import base_weight, merged_weight, resting_weight
 
 
 def _learns(layer: Any) -> bool:
     return layer.score is not None and layer.score.requires_grad
 
 
-def rests(layer: Any) -> bool:
-    """True where a reader may have the base's own weight: closed, its score is not learned, no cast to be kept."""
-    if layer.merged is not None or (layer.delta is not None and (layer.gate is not False or _learns(layer))):
-        return False
-    return not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+def rests(host: nn.Module, layer: Any) -> bool:
+    """True where a reader may have the base's own weight: closed, no gradient of its score, no cast to be kept.
+
+    In training a reader may hold the weight until gradients are on; in evaluation fused paths want plain tensors.
+    """
+    if layer.merged is not None:
+        closed = not layer.merged.requires_grad
+    else:
+        learns = _learns(layer) and (host.training or torch.is_grad_enabled())
+        closed = layer.delta is None or (layer.gate is False and not learns)
+    return closed and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
 def whole_weight(host: nn.Module, layer: Any) -> Tensor:
     """W + g * Delta as a tensor, differentiable in Delta and the score; a closed one is W itself, not a copy."""
     if layer.merged is not None:
-        return layer.merged
+        return merged_weight(layer)
     weight = base_weight(host)
     if layer.delta is None or (layer.gate is False and not (_learns(layer) and torch.is_grad_enabled())):
         return weight
@@ -80,7 +86,7 @@ class TaskWeight(Tensor):
         """`enter` is called when the values are used; asking for the dtype is no use."""
         weight = base_weight(host)
         if layer.merged is not None:
-            node = layer.merged
+            node = merged_weight(layer)
         elif layer.delta is not None and torch.is_grad_enabled() and (layer.delta.requires_grad or _learns(layer)):
             node = ops.unread_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
         else:

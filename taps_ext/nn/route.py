@@ -72,7 +72,7 @@ def _read_weight(module: nn.Module) -> Any:
         return _held(module, _forward.weight_name(module))
     enter = functools.partial(frame.entered.add, module.__dict__["_taps_name"])
     fused = "_taps_fused" in module.__dict__ and not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or fused or reads.rests(part):
+    if torch.compiler.is_compiling() or fused or reads.rests(module, part):
         enter()
         return reads.whole_weight(module, part)
     return reads.TaskWeight.of(module, part, enter)

@@ -1,0 +1,226 @@
+"""Random small models, adapted, trained, saved, loaded and unloaded: every promise on every one.
+
+500 of them in `make fuzz`. Outputs are compared bit for bit with models that are frozen as the adapted base is: torch
+picks the product of a linear layer by whether its weight requires a gradient (`should_fold` in its matmul).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import hypothesis.strategies as st
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+from taps_ext import FullConfig, ProbeConfig, TapsConfig, TaskModel
+
+EXAMPLES = 500 if os.environ.get("TAPS_FUZZ") else 40
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over `[B, L, D]`, with or without bias."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, bias=bias, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class ReadsItsWeight(nn.Module):
+    """Hands its projection to a function, as torchvision's Swin does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj, self.scale = nn.Linear(width, width), nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(x, self.proj.weight, self.proj.bias)
+
+
+class Same(nn.Conv2d):
+    """A convolution that pads by itself, as timm's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, [1, 1, 1, 1]), self.weight, self.bias, 1, 0, 1, self.groups)
+
+
+class Tokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
+@st.composite
+def image_part(draw, channels: int) -> tuple[nn.Module, int]:
+    kind = draw(
+        st.sampled_from(["conv", "conv", "strided", "depthwise", "same", "bn", "gn", "act", "residual", "drop"])
+    )
+    bias = draw(st.booleans())
+    if kind == "conv":
+        out, groups = 2 * draw(st.integers(1, 5)), draw(st.sampled_from([1, 2]))
+        mode = draw(st.sampled_from(["zeros", "circular", "reflect"]))
+        size = draw(st.sampled_from([1, 3]))
+        padding = draw(st.sampled_from([size // 2, "same"]))
+        return nn.Conv2d(channels, out, size, padding=padding, groups=groups, bias=bias, padding_mode=mode), out
+    if kind == "strided":
+        return nn.Conv2d(channels, 6, 3, 2, 2, dilation=draw(st.sampled_from([1, 2])), bias=bias), 6
+    if kind == "depthwise":
+        return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=bias), channels
+    if kind == "same":
+        return Same(channels, 4, 3, bias=bias), 4
+    if kind == "residual":
+        return Residual(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())), channels
+    if kind == "bn":
+        return nn.BatchNorm2d(channels, affine=draw(st.booleans())), channels
+    other = {"gn": nn.GroupNorm(2, channels), "act": nn.GELU(), "drop": nn.Dropout(0.2)}
+    return other[kind], channels
+
+
+@st.composite
+def token_part(draw, width: int) -> nn.Module:
+    kind = draw(st.sampled_from(["linear", "attention", "encoder", "reads", "ln", "rms", "act"]))
+    if kind == "attention":
+        return Attention(width, draw(st.booleans()))
+    if kind == "encoder":
+        first = draw(st.booleans())
+        return nn.TransformerEncoderLayer(width, 2, 2 * width, 0.1, batch_first=True, norm_first=first)
+    other = {"linear": nn.Linear(width, width), "reads": ReadsItsWeight(width), "ln": nn.LayerNorm(width)}
+    return {**other, "rms": nn.RMSNorm(width), "act": nn.SiLU()}[kind]
+
+
+@st.composite
+def bases(draw) -> nn.Module:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    model, channels = nn.Sequential(), 2
+    for _ in range(draw(st.integers(1, 4))):
+        part, channels = draw(image_part(channels))
+        model.append(part)
+    model.append(Tokens())
+    for _ in range(draw(st.integers(0, 3))):
+        model.append(draw(token_part(channels)))
+    model.append(Mean())
+    if draw(st.booleans()):
+        model.append(nn.BatchNorm1d(channels))
+    model.append(nn.Linear(channels, 5))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2.0)
+    return model.train(draw(st.booleans()))
+
+
+@st.composite
+def configs(draw):
+    kind = draw(st.sampled_from(["taps", "taps", "taps", "full", "probe"]))
+    if kind != "taps":
+        return {"full": FullConfig, "probe": ProbeConfig}[kind]()
+    others = draw(st.sampled_from(["frozen", "task"]))
+    norm = draw(st.sampled_from(["task", "frozen"]))
+    return TapsConfig(lam=draw(st.sampled_from([0.0, 0.5, 40.0])), others=others, norm=norm)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:
+    return list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def fused_paths(model: TaskModel) -> set[bool]:
+    """Which paths its attention takes in evaluation: open ones the slow path, closed ones and encoder layers the fused.
+
+    They round differently, and a merged copy can only be told to take one of them throughout. With device gates a
+    closed one takes the slow path, merged the fused one.
+    """
+    opened = set(model.state("t").open_layers())
+    paths = set()
+    for name, module in model.base.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            paths.add(True)
+        if isinstance(module, Attention):
+            paths.add(not any(layer.startswith(name) for layer in opened))
+    return paths
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    base=bases(),
+    config=configs(),
+    gates=st.sampled_from(["host", "device"]),
+    adamw=st.booleans(),
+    seed=st.integers(0, 1000),
+    scores=st.lists(st.sampled_from([0.05, 0.15]), min_size=1, max_size=4),
+)
+def test_adapt_train_save_load_unload(base, config, gates, adamw, seed, scores) -> None:
+    torch.manual_seed(seed)
+    plain, modes = copy.deepcopy(base), [m.training for m in base.modules()]
+    before, x = state_of(base), torch.randn(3, 2, 8, 8)
+    plain.eval().requires_grad_(False)
+    model = TaskModel(base, config, gates=gates).train()
+    model.add_task("t", num_classes=3)
+    with torch.no_grad():
+        for index, (_, part) in enumerate(model.state("t").gated()):
+            if part.delta is not None:
+                part.delta.normal_(0, 0.1)
+            if part.score is not None:
+                part.score.fill_(scores[index % len(scores)])
+    groups = model.parameter_groups("t", lr=0.05)
+    optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x, task="t"), torch.tensor([0, 1, 2]))
+        (loss + model.sparsity_loss("t")).backward()
+        model.drop_closed_gradients("t")
+        optimizer.step()
+    model.eval()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        want = model(x, task="t")
+        assert torch.isfinite(want).all()
+        assert torch.equal(model(x, task=None), plain(x))
+        model.save_task("t", Path(folder) / "t.taps")
+        fresh = TaskModel(copy.deepcopy(plain), gates=gates).eval()
+        fresh.load_task(Path(folder) / "t.taps", "again")
+        assert torch.equal(fresh(x, task="again"), want)
+        fused = fused_paths(model)
+        model.merge_task("t")
+        assert torch.equal(model(x, task="t"), want) or (gates == "device" and True in fused)
+        model.unmerge_task()
+        assert torch.equal(model(x, task="t"), want)
+        merged = copy.deepcopy(model).merge_and_unload("t").requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(fused != {False})
+        try:
+            assert torch.equal(merged(x), want) or len(fused) > 1 or (gates == "device" and True in fused)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        again = io.BytesIO()
+        torch.save(model, again)
+        again.seek(0)
+        assert torch.equal(torch.load(again, weights_only=False)(x, task="t"), want)
+    assert model.unload() is base and equal(base.state_dict(), before)
+    assert [m.training for m in base.modules()] == modes
+    assert all(p.requires_grad for p in base.parameters())
+    with torch.no_grad():
+        assert torch.equal(base.eval().requires_grad_(False)(x), plain(x))
