@@ -156,33 +156,6 @@ def test_same_seed_same_bits_and_the_global_generator_is_left_alone() -> None:
     assert not equal(runs[0], tensors(model))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("at", [1, 7, 13])
-def test_an_interrupted_run_resumes_bit_equal(at, optimizer, tmp_path) -> None:
-    settings = dict(optimizer=optimizer, schedule="cosine", weight_decay=1e-3, lr=0.01)
-    whole = build(dropout=0.3)
-    reference = fit(whole, **settings)
-    tensors_of_whole = tensors(whole)
-    steps = []
-
-    def loss(outputs, targets):
-        steps.append(1)
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return F.cross_entropy(outputs, targets)
-
-    model = build(dropout=0.3)
-    with pytest.raises(TrainingInterrupted, match="run it again to go on"):
-        fit(model, task={"loss": loss}, out=str(tmp_path), **settings)
-    assert (tmp_path / "t.state").exists()
-    fresh = TaskModel(whole.unload(), TapsConfig(lam=0.5))
-    fresh.add_task("t", num_classes=4)
-    result = fit(fresh, task={"loss": loss}, out=str(tmp_path), **settings)
-    assert equal(tensors(fresh), tensors_of_whole)
-    assert [h["loss"] for h in result.history] == [h["loss"] for h in reference.history]
-    assert result.test == reference.test and not (tmp_path / "t.state").exists()
-
-
 def test_a_finished_task_is_not_trained_again(tmp_path) -> None:
     first = build()
     result = fit(first, out=str(tmp_path))

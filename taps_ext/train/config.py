@@ -27,6 +27,11 @@ class TrainConfig:
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.
+        label_smoothing: of the training loss, in [0, 1), where that is `F.cross_entropy`.
+        ema: decay of a moving average of all that is trained but the scores, in [0, 1); validated and kept are the
+            averages, while gates come from the live scores. None keeps the live values.
+        patience: stop after this many epochs, counted from the end of the warm-up, without a better one; None
+            trains all epochs.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
@@ -50,6 +55,9 @@ class TrainConfig:
     accumulate: int = 1
     amp: str | None = None
     clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    patience: int | None = None
     seed: int = 0
     val_fraction: float = 0.1
     select: str = "best"
@@ -63,8 +71,11 @@ class TrainConfig:
             ("accumulate", 1),
             ("step_epochs", 1),
             ("warmup_epochs", 0),
+            ("patience", 1),
         ):
             value = getattr(self, name)
+            if name == "patience" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected an int >= {low}, got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
@@ -72,6 +83,12 @@ class TrainConfig:
         for name in ("lr", "score_lr", "clip_norm"):
             if name == "lr" or getattr(self, name) is not None:
                 number(getattr(self, name), name, 0.0, open_low=True)
+        for name in ("label_smoothing", "ema"):
+            value = getattr(self, name)
+            if value is not None:
+                number(value, name, 0.0, 1.0)
+            if value == 1:
+                raise ConfigError(f"{name}: expected a number below 1, got {value!r}")
         for name in ("momentum", "weight_decay"):
             number(getattr(self, name), name, 0.0, 1.0)
         number(self.step_gamma, "step_gamma", 0.0, 1.0, open_low=True)

@@ -50,16 +50,19 @@ def save_run(
     path: Path,
     state: TaskState,
     optimizer: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
+    kept: Mapping[str, Mapping[str, Tensor]],
     counters: Mapping[str, Any],
     parent: str,
 ) -> None:
-    """Write the whole state of a run, atomically. `counters` is JSON-ready."""
+    """Write the whole state of a run, atomically.
+
+    `kept` are further tensors: "best" (those of the best epoch) and "average". `counters` is JSON-ready.
+    """
     moments, numbers = _optimizer_tensors(optimizer)
     groups: dict[str, dict[str, Tensor]] = {
         "part": snapshot(state),
         "optimizer": moments,
-        "best": dict(best),
+        **{name: dict(tensors) for name, tensors in kept.items()},
         "random": {"cpu": torch.get_rng_state()},
     }
     if torch.cuda.is_available():
@@ -86,8 +89,8 @@ def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 
 def load_run(
     path: Path, state: TaskState, optimizer: torch.optim.Optimizer, parent: str, expected: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a saved run back; returns (tensors of the best epoch, counters).
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Put a saved run back; returns (what was `kept` beside it, counters).
 
     Raises:
         TaskFileError: a damaged file or another base.
@@ -99,7 +102,8 @@ def load_run(
         raise ConfigError(f"resume: expected a trainer state in {path}, got {record.method.get('method')!r}")
     counters = json.loads(record.extra["train.counters"])
     same_settings(path, counters["settings"], expected)
-    groups: dict[str, dict[str, Tensor]] = {"part": {}, "optimizer": {}, "best": {}, "random": {}}
+    names = ("part", "optimizer", "best", "average", "random")
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in record.values.items():
         group, _, rest = name.partition(":")
         groups[group][rest] = tensor
@@ -108,4 +112,4 @@ def load_run(
     torch.set_rng_state(groups["random"]["cpu"])
     if "cuda" in groups["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["random"]["cuda"])
-    return groups["best"], counters
+    return {"best": groups["best"], "average": groups["average"]}, counters

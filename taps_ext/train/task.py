@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from ..data.arrays import ArrayDataset
@@ -44,7 +44,8 @@ class Task:
             transformers `ModelOutput` it is the logits.
         metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects.
         maximize: False if less of the first metric is better.
-        augment: `augment(inputs, generator) -> inputs` on training batches, or None.
+        augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision
+            (any `nn.Module`), which is given one sample at a time; or None.
         labels: class names, kept in the task file.
     """
 
@@ -54,7 +55,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=lambda: {"accuracy": accuracy})
     maximize: bool = True
-    augment: Callable[[Any, torch.Generator], Any] | None = None
+    augment: Callable[..., Any] | None = None
     labels: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +63,17 @@ class Task:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
         if self.labels is not None and not all(isinstance(label, str) for label in self.labels):
             raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
+
+
+def augmented(augment: Any, inputs: Any, seed: int) -> Any:
+    """A training batch after `augment`, which draws from `seed` alone; a transform sees one sample at a time."""
+    if augment is None:
+        return inputs
+    if not isinstance(augment, nn.Module):
+        return augment(inputs, torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.stack([augment(sample) for sample in inputs])
 
 
 def as_dataset(data: Any, argument: str) -> Dataset[Any]:
@@ -142,9 +154,11 @@ def identity(data: Any, argument: str) -> list[Any] | None:
 
 
 def function_name(function: Any) -> str | None:
-    """The qualified name of a function or class, to tell one setting from another."""
+    """What tells one function from another as a setting: its qualified name, or what a module prints as."""
     if function is None:
         return None
+    if isinstance(function, nn.Module):
+        return repr(function)
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

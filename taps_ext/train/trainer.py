@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, TapsError, suggestion
+from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from .config import TrainConfig
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
-from .state import load_run, restore, same_settings, save_run, snapshot
+from .run import Progress, Run
+from .state import same_settings
 from .task import Batches, Task, as_dataset, function_name, identity, predictions, split_off, targets_of
 
 SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
@@ -42,21 +42,6 @@ class Result:
     within_budget: bool
     seconds: float
     file: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class _Progress:
-    """Where a run stands: everything in it is saved and resumed."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    pressure: float = 1.0
-    loss: float = 0.0
-    seen: int = 0
-    seconds: float = 0.0
-    best: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -174,42 +159,36 @@ class Trainer:
         batches = Batches(train, config.batch_size, config.seed, train=True)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
-        state = self.model.state(name)
-        optimizer = self._optimizer(name)
+        run = Run(self.model, name, task, config, batches, lambda: self.evaluate(name, val, task=task))
         torch.manual_seed(config.seed)
-        progress, best = _Progress(), snapshot(state)
         path = None if self.out is None else self.out / f"{_safe(name)}.state"
-        parent = self.model.fingerprint(state.head_path)
+        parent = self.model.fingerprint(run.state.head_path)
         if path is not None and resume is not False and (path.exists() or resume is True):
-            best, counters = load_run(path, state, optimizer, parent, settings)
-            progress = _Progress(**counters["progress"])
-        steps = math.ceil(len(batches) / config.accumulate)
-        log = Log(
-            None if self.out is None else self.out / "metrics.jsonl",
-            name,
-            steps * config.epochs,
-            quiet=self.quiet,
-        )
-        saved = time.perf_counter()
-        started = saved - progress.seconds
+            run.load(path, settings, parent)
+        metrics = None if self.out is None else self.out / "metrics.jsonl"
+        log = Log(metrics, name, run.steps_per_epoch * config.epochs, quiet=self.quiet)
         try:
-            while progress.epoch < config.epochs:
-                complete = self._epoch(name, task, batches, optimizer, progress, log, stop)
-                progress.seconds = time.perf_counter() - started
-                if complete:
-                    best = self._validate(name, task, val, progress, best, log)
-                stopping = stop.asked and progress.epoch < config.epochs
-                due = time.perf_counter() - saved > SAVE_EVERY or progress.epoch == config.epochs
-                if path is not None and (stopping or due):
-                    counters = {"progress": asdict(progress), "settings": settings}
-                    save_run(path, state, optimizer, best, counters, parent)
-                    saved = time.perf_counter()
-                if stopping:
-                    raise TrainingInterrupted(self._stopped(name, path))
+            self._train(run, log, stop, path, settings, parent)
         finally:
             log.close()
-        restore(state, best)
-        return self._finish(name, task, progress, settings, path)
+        run.keep_best()
+        return self._finish(name, task, run.progress, settings, path)
+
+    def _train(self, run: Run, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str) -> None:
+        """Epochs until the run is done, saved now and then, and where a stop is asked for."""
+        saved = time.perf_counter()
+        started = saved - run.progress.seconds
+        while not run.done:
+            complete = run.train_epoch(log, stop)
+            run.progress.seconds = time.perf_counter() - started
+            if complete:
+                run.close_epoch(log)
+            stopping = stop.asked and not run.done
+            if path is not None and (stopping or run.done or time.perf_counter() - saved > SAVE_EVERY):
+                run.save(path, settings, parent)
+                saved = time.perf_counter()
+            if stopping:
+                raise TrainingInterrupted(self._stopped(run.name, path))
 
     def _check_labels(self, name: str, task: Task) -> None:
         """Raise before the first step if a class index has no output in the task's linear head."""
@@ -222,78 +201,6 @@ class Trainer:
             if targets is not None and len(targets) and int(targets.max()) >= outputs:
                 got = int(targets.max())
                 raise ConfigError(f"tasks[{name!r}].{split}: expected labels below {outputs} (the head), got {got}")
-
-    def _optimizer(self, name: str) -> torch.optim.Optimizer:
-        config = self.config
-        groups = self.model.parameter_groups(
-            name, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
-        )
-        if not groups:
-            raise ConfigError(f"task {name!r}: expected something to train, got neither gates, norms nor a head")
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, betas=config.betas)
-        return torch.optim.SGD(groups, momentum=config.momentum)
-
-    def _epoch(
-        self,
-        name: str,
-        task: Task,
-        batches: Batches,
-        optimizer: torch.optim.Optimizer,
-        progress: _Progress,
-        log: Log,
-        stop: Stop,
-    ) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for first."""
-        config, model = self.config, self.model
-        steps = math.ceil(len(batches) / config.accumulate)
-        generator = torch.Generator()
-        model.train()
-        running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
-        stream = batches.epoch(progress.epoch, skip=progress.batch)
-        while chunk := list(islice(stream, config.accumulate)):
-            if stop.asked:
-                progress.loss = running.item()
-                return False
-            factor = config.lr_scale(progress.step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            samples = sum(len(targets) for _, targets in chunk)
-            for index, (inputs, targets) in enumerate(chunk):
-                if task.augment is not None:
-                    generator.manual_seed(hash((config.seed, progress.epoch, progress.batch + index)) % 2**63)
-                    inputs = task.augment(inputs, generator)
-                loss = self._loss(name, task, inputs, targets)
-                (loss * (len(targets) / samples)).backward()
-                running += loss.detach().double() * len(targets)
-            penalty = 0.0 if progress.epoch < config.warmup_epochs else progress.pressure
-            if penalty and (sparsity := model.sparsity_loss(name, penalty)).requires_grad:
-                sparsity.backward()
-            if config.clip_norm is not None:
-                clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
-                torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
-            if model.gates == "device":
-                model.drop_closed_gradients(name)
-            optimizer.step()
-            progress.seen += samples
-            progress.batch += len(chunk)
-            progress.step += 1
-            log.step(progress.step)
-        progress.loss = running.item()
-        if not math.isfinite(progress.loss):
-            raise TapsError(f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr")
-        return True
-
-    def _loss(self, name: str, task: Task, inputs: Any, targets: Any) -> Tensor:
-        device = self.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp is not None):
-            outputs = predictions(self.model(inputs.to(device), task=name))
-            if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
-                outputs = outputs.float()
-            return task.loss(outputs, targets.to(device))
 
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
         """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
@@ -318,45 +225,12 @@ class Trainer:
             self.model.train(was_training)
         return {key: value / batches.samples for key, value in totals.items()}
 
-    def _validate(
-        self, name: str, task: Task, val: Any, progress: _Progress, best: dict[str, Tensor], log: Log
-    ) -> dict[str, Tensor]:
-        """Close an epoch: validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
-        config, state = self.config, self.model.state(name)
-        metrics = self.evaluate(name, val, task=task)
-        report = self.model.report(name)
-        entry = {
-            "epoch": progress.epoch,
-            "loss": progress.loss / max(1, progress.seen),
-            **{f"val_{key}": value for key, value in metrics.items()},
-            "share": report.share,
-            "layers_open": report.layers_open,
-        }
-        log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
-        progress.history.append(entry)
-        key = next(iter(task.metrics), "loss")
-        quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
-        quality = -math.inf if math.isnan(quality) else quality
-        within = config.budget is None or report.share <= config.budget
-        rank = [within, quality if within else -report.share, -report.share]
-        settled = progress.epoch >= config.warmup_epochs or not state.learned() or config.epochs <= config.warmup_epochs
-        better = progress.best is None or rank >= progress.best["rank"] or not progress.best["settled"]
-        if config.select == "last" or (settled and better) or progress.best is None:
-            progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
-            best = snapshot(state)
-        if config.budget is not None and progress.epoch >= config.warmup_epochs:
-            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
-        progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
-        return best
-
     def _stopped(self, name: str, path: Path | None) -> str:
         if path is None:
             return f"training of {name!r} stopped; config.out is None, so nothing was saved"
         return f"training of {name!r} stopped and saved in {path}; run it again to go on"
 
-    def _finish(
-        self, name: str, task: Task, progress: _Progress, settings: dict[str, Any], path: Path | None
-    ) -> Result:
+    def _finish(self, name: str, task: Task, progress: Progress, settings: dict[str, Any], path: Path | None) -> Result:
         assert progress.best is not None
         within = bool(progress.best["rank"][0])
         if not within:

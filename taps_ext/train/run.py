@@ -1,0 +1,216 @@
+"""One task's run: epochs of steps, validation, the best epoch so far, and the state to resume from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, TapsError
+from ..model import TaskModel
+from .average import Average
+from .config import TrainConfig
+from .interrupt import Stop
+from .log import Log
+from .state import load_run, restore, save_run, snapshot
+from .task import Batches, Task, augmented, predictions
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything in it is saved and resumed."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    pressure: float = 1.0
+    loss: float = 0.0
+    seen: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Run:
+    """The training of one task.
+
+    Args:
+        batches: of the training split.
+        evaluate: metrics of the task, as it is now, on the validation split.
+
+    Raises:
+        ConfigError: nothing to train; label smoothing with a loss that is not `F.cross_entropy`.
+    """
+
+    def __init__(
+        self, model: TaskModel, name: str, task: Task, config: TrainConfig, batches: Batches, evaluate: Evaluate
+    ) -> None:
+        self.model, self.name, self.task, self.config = model, name, task, config
+        self.batches, self.evaluate = batches, evaluate
+        self.state = model.state(name)
+        self.device = next(model.parameters()).device
+        self.loss = self._training_loss()
+        self.optimizer = self._optimizer()
+        self.average = None if config.ema is None else Average(self.state, config.ema)
+        self.progress, self.best = Progress(), snapshot(self.state)
+
+    def _training_loss(self) -> Callable[[Any, Any], Tensor]:
+        smoothing = self.config.label_smoothing
+        if not smoothing:
+            return self.task.loss
+        if self.task.loss is not F.cross_entropy:
+            raise ConfigError(
+                f"label_smoothing: expected 0 for task {self.name!r}, whose loss is not F.cross_entropy, "
+                f"got {smoothing}"
+            )
+        return lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=smoothing)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = self.model.parameter_groups(
+            self.name, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
+        )
+        if not groups:
+            raise ConfigError(f"task {self.name!r}: expected something to train, got neither gates, norms nor a head")
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, betas=config.betas)
+        return torch.optim.SGD(groups, momentum=config.momentum)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.batches) / self.config.accumulate)
+
+    @property
+    def done(self) -> bool:
+        """True after the last epoch, or where `patience` epochs brought nothing better."""
+        progress, patience = self.progress, self.config.patience
+        if progress.epoch >= self.config.epochs:
+            return True
+        if patience is None or progress.best is None or not progress.best["settled"]:
+            return False
+        return progress.epoch - 1 - progress.best["epoch"] >= patience
+
+    # -- epochs
+
+    def train_epoch(self, log: Log, stop: Stop) -> bool:
+        """Train to the end of the epoch; False if a stop was asked for first."""
+        config, progress, optimizer = self.config, self.progress, self.optimizer
+        self.model.train()
+        running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
+        stream = self.batches.epoch(progress.epoch, skip=progress.batch)
+        while progress.batch < len(self.batches):
+            if stop.asked:  # before the next samples draw random numbers
+                progress.loss = running.item()
+                return False
+            chunk = list(islice(stream, config.accumulate))
+            factor = config.lr_scale(progress.step, self.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            running += self._gradients(chunk)
+            if config.clip_norm is not None:
+                clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
+                torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+            if self.model.gates == "device":
+                self.model.drop_closed_gradients(self.name)
+            optimizer.step()
+            if self.average is not None:
+                self.average.update()
+            progress.batch += len(chunk)
+            progress.step += 1
+            log.step(progress.step)
+        progress.loss = running.item()
+        if not math.isfinite(progress.loss):
+            raise TapsError(f"task {self.name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr")
+        return True
+
+    def _gradients(self, chunk: list[tuple[Any, Any]]) -> Tensor:
+        """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses."""
+        config, progress = self.config, self.progress
+        samples = sum(len(targets) for _, targets in chunk)
+        total = torch.zeros([], dtype=torch.float64, device=self.device)
+        for index, (inputs, targets) in enumerate(chunk):
+            seed = hash((config.seed, progress.epoch, progress.batch + index)) % 2**63
+            loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
+            (loss * (len(targets) / samples)).backward()
+            total += loss.detach().double() * len(targets)
+        penalty = 0.0 if progress.epoch < config.warmup_epochs else progress.pressure
+        if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
+            sparsity.backward()
+        progress.seen += samples
+        return total
+
+    def _loss(self, inputs: Any, targets: Any) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):
+            outputs = predictions(self.model(inputs.to(self.device), task=self.name))
+            if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+                outputs = outputs.float()
+            return self.loss(outputs, targets.to(self.device))
+
+    def close_epoch(self, log: Log) -> None:
+        """Validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
+        config, state, progress = self.config, self.state, self.progress
+        with nullcontext() if self.average is None else self.average.used():
+            metrics = self.evaluate()
+            report = self.model.report(self.name)
+            entry = {
+                "epoch": progress.epoch,
+                "loss": progress.loss / max(1, progress.seen),
+                **{f"val_{key}": value for key, value in metrics.items()},
+                "share": report.share,
+                "layers_open": report.layers_open,
+            }
+            log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
+            progress.history.append(entry)
+            within = config.budget is None or report.share <= config.budget
+            rank = self._rank(metrics, report.share, within)
+            settled = (
+                progress.epoch >= config.warmup_epochs or not state.learned() or config.epochs <= config.warmup_epochs
+            )
+            best = progress.best
+            better = best is None or rank >= best["rank"] or not best["settled"]
+            if config.select == "last" or (settled and better) or best is None:
+                progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
+                self.best = snapshot(state)
+        if config.budget is not None and progress.epoch >= config.warmup_epochs:
+            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
+        progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
+
+    def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
+        """The best epoch has the largest: within the budget, then by the first metric (or the share), then sparser."""
+        key = next(iter(self.task.metrics), "loss")
+        quality = metrics[key] if self.task.metrics and self.task.maximize else -metrics[key]
+        quality = -math.inf if math.isnan(quality) else quality
+        return [within, quality if within else -share, -share]
+
+    # -- the state on disk
+
+    def save(self, path: Path, settings: dict[str, Any], parent: str) -> None:
+        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
+        average = {} if self.average is None else self.average.values
+        if self.average is not None:
+            counters["average_steps"] = self.average.steps
+        save_run(path, self.state, self.optimizer, {"best": self.best, "average": average}, counters, parent)
+
+    def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
+        """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
+        kept, counters = load_run(path, self.state, self.optimizer, parent, settings)
+        self.progress, self.best = Progress(**counters["progress"]), kept["best"]
+        if self.average is not None:
+            self.average.load(kept["average"], counters["average_steps"])
+
+    def keep_best(self) -> None:
+        """Leave the task as it was in the selected epoch."""
+        restore(self.state, self.best)
