@@ -36,6 +36,7 @@ class TrainConfig:
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
         device: where to train; None leaves the model where it is.
+        tensorboard: also write events for TensorBoard, under `out`/tensorboard.
         out: folder for metrics, task files and the state to resume from; None writes nothing.
     """
 
@@ -62,6 +63,7 @@ class TrainConfig:
     val_fraction: float = 0.1
     select: str = "best"
     device: str | None = None
+    tensorboard: bool = False
     out: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +103,10 @@ class TrainConfig:
         for beta in betas:
             number(beta, "betas", 0.0, 1.0)
         object.__setattr__(self, "betas", betas)
+        if not isinstance(self.tensorboard, bool):
+            raise ConfigError(f"tensorboard: expected True or False, got {self.tensorboard!r}")
+        if self.tensorboard and self.out is None:
+            raise ConfigError("tensorboard: expected out to name the folder for its events, got None")
         one_of(self.optimizer, ("sgd", "adamw"), "optimizer")
         one_of(self.schedule, ("cosine", "step", "constant"), "schedule")
         one_of(self.select, ("best", "last"), "select")

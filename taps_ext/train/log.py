@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from .board import Board
+
 
 class Log:
     """Write one JSON line for each event to `path`, and tell a person how far the run is.
@@ -15,9 +17,13 @@ class Log:
     Args:
         path: the `.jsonl` file, appended to; None writes none.
         total: optimizer steps of the run. quiet: say nothing on the terminal.
+        board: a folder for TensorBoard, or None.
     """
 
-    def __init__(self, path: Path | None, title: str, total: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, title: str, total: int, *, quiet: bool = False, board: Path | None = None
+    ) -> None:
+        self.board = None if board is None else Board(board)
         self.file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
         self.title, self.quiet = title, quiet
         self.progress: Any = None
@@ -54,6 +60,8 @@ class Log:
             }
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        if kind == "epoch" and self.board is not None:
+            self.board.epoch(values, detail.get("scores", {}))
         if kind != "epoch" or self.quiet:
             return
         note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
@@ -65,5 +73,7 @@ class Log:
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
+        if self.board is not None:
+            self.board.close()
         if self.file is not None:
             self.file.close()

@@ -127,7 +127,9 @@ class Trainer:
     def _settings(self, name: str, task: Task) -> dict[str, Any]:
         """What a run depends on, JSON-ready: a run goes on, or counts as done, only if all of it is the same."""
         state = self.model.state(name)
-        plain = {key: value for key, value in self.config.to_dict().items() if key not in ("out", "device")}
+        plain = {
+            key: value for key, value in self.config.to_dict().items() if key not in ("out", "device", "tensorboard")
+        }
         layers = {layer: [part.learn, None if part.learn else part.gate] for layer, part in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
         splits = ("train", "val", "test")
@@ -166,7 +168,8 @@ class Trainer:
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
         metrics = None if self.out is None else self.out / "metrics.jsonl"
-        log = Log(metrics, name, run.steps_per_epoch * config.epochs, quiet=self.quiet)
+        board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
+        log = Log(metrics, name, run.steps_per_epoch * config.epochs, quiet=self.quiet, board=board)
         try:
             self._train(run, log, stop, path, settings, parent)
         finally:

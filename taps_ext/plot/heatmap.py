@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from .canvas import new_figure
 
 
 def heatmap(
@@ -27,12 +28,6 @@ def heatmap(
     Raises:
         ConfigError: matplotlib is not installed, there is nothing to draw, or a task has another number of layers.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch, Rectangle
-    except ImportError:
-        raise ConfigError("heatmap: matplotlib is not installed: pip install taps_ext[demo]") from None
     if not layers or not changes:
         raise ConfigError(f"heatmap: expected layers and tasks, got {len(layers)} layers and {len(changes)} tasks")
     for task, values in changes.items():
@@ -42,8 +37,9 @@ def heatmap(
     peak = max((v for values in changes.values() for v in values if v is not None), default=1.0) or 1.0
     table = [[changes[task][row] or 0.0 for task in tasks] for row in range(len(layers))]
 
-    figure = Figure(figsize=(3.4 + 1.15 * len(tasks), 1.9 + 0.34 * len(layers)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.4 + 1.15 * len(tasks), 1.9 + 0.34 * len(layers))
+    from matplotlib.patches import Patch, Rectangle
+
     axes = figure.add_subplot()
     image = axes.imshow(table, cmap="YlGnBu", vmin=0.0, vmax=peak, aspect="auto")
     for column, task in enumerate(tasks):

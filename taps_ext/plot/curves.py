@@ -1,0 +1,98 @@
+"""Learning curves and gates over time, from the `metrics.jsonl` that the Trainer writes."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, suggestion
+from .canvas import new_figure
+
+
+def read_epochs(metrics: str | PathLike[str]) -> dict[str, list[dict[str, Any]]]:
+    """Task -> its epochs in order; of an epoch that was repeated after a restart, the last.
+
+    Raises:
+        ConfigError: a file without epochs, or a line in it that is no JSON object.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    lines = Path(metrics).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if entry["event"] == "epoch":
+                found.setdefault(entry["task"], {})[entry["epoch"]] = entry
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines) and not line.endswith("\n"):
+                break  # a run that was killed, or is writing
+            raise ConfigError(
+                f"metrics: {metrics}: expected a JSON event in line {number}, got {line[:60]!r}"
+            ) from None
+    if not found:
+        raise ConfigError(f"metrics: expected epochs in {metrics}, got none")
+    return {task: [epochs[i] for i in sorted(epochs)] for task, epochs in found.items()}
+
+
+def curves(path: str | PathLike[str], metrics: str | PathLike[str]) -> None:
+    """Training loss, first validation metric and share of weights open by epoch, a line for each task, into a PNG.
+
+    Args:
+        metrics: the `metrics.jsonl` of a run.
+
+    Raises:
+        ConfigError: matplotlib is not installed; no epochs in the file.
+    """
+    runs = read_epochs(metrics)
+    figure = new_figure(11.0, 3.4)
+    first = next(iter(runs.values()))[0]
+    chosen = next((key for key in first if key.startswith("val_") and key != "val_loss"), "val_loss")
+    panels = (("loss", "training loss"), (chosen, f"validation {chosen[4:]}"), ("share", "gated weights open"))
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        for task, epochs in runs.items():
+            shown = [entry for entry in epochs if entry.get(key) is not None]
+            axes.plot([e["epoch"] + 1 for e in shown], [e[key] for e in shown], marker=".", label=task)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if key == "share":
+            axes.set_ylim(-0.03, 1.03)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def gates(
+    path: str | PathLike[str], metrics: str | PathLike[str], task: str | None = None, *, threshold: float = 0.1
+) -> None:
+    """The learned scores of one task by layer (rows, the input at the top) and epoch (columns), into a PNG.
+
+    Cells at or above the threshold are open and coloured; closed ones are grey.
+
+    Args:
+        task: whose scores; may be left out where the file holds one task.
+        threshold: tau of the task's method.
+
+    Raises:
+        ConfigError: matplotlib is not installed; an unknown task, or one without learned gates.
+    """
+    runs = read_epochs(metrics)
+    if task is None and len(runs) == 1:
+        task = next(iter(runs))
+    if task not in runs:
+        raise ConfigError(f"task: expected one of {list(runs)}, got {task!r}{suggestion(str(task), runs)}")
+    epochs = runs[task]
+    layers = [layer for layer, score in epochs[-1].get("scores", {}).items() if score is not None]
+    if not layers:
+        raise ConfigError(f"task: {task!r} has no learned gates to draw")
+    table = [[entry["scores"].get(layer) for entry in epochs] for layer in layers]
+    figure = new_figure(3.2 + 0.16 * len(epochs), 1.3 + 0.19 * len(layers))
+    axes = figure.add_subplot()
+    shown = [[score if score is not None and score >= threshold else float("nan") for score in row] for row in table]
+    axes.set_facecolor("#ededed")
+    image = axes.imshow(shown, cmap="YlGnBu", vmin=threshold, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(layers)), layers, fontsize=6)
+    step = max(1, len(epochs) // 10)
+    axes.set_xticks(range(0, len(epochs), step), [epochs[i]["epoch"] + 1 for i in range(0, len(epochs), step)])
+    axes.set(xlabel="epoch", title=f"{task}: scores of open layers (grey: closed)")
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path, dpi=130)

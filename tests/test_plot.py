@@ -1,0 +1,74 @@
+"""Pictures and TensorBoard events of a run: written, with the run's numbers in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_trainer import build, fit
+
+from taps_ext import ConfigError
+from taps_ext.plot import curves, gates, tradeoff
+from taps_ext.plot.curves import read_epochs
+from taps_ext.train import TrainConfig
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    result = fit(build(), out=str(out), tensorboard=True)
+    return out, result
+
+
+def is_png(path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_curves_and_gates(run, tmp_path) -> None:
+    out, result = run
+    epochs = read_epochs(out / "metrics.jsonl")
+    assert [e["val_accuracy"] for e in epochs["t"]] == [h["val_accuracy"] for h in result.history]
+    curves(tmp_path / "curves.png", out / "metrics.jsonl")
+    gates(tmp_path / "gates.png", out / "metrics.jsonl")
+    assert is_png(tmp_path / "curves.png") and is_png(tmp_path / "gates.png")
+    with pytest.raises(ConfigError, match=r"task: expected one of \['t'\], got 'u'"):
+        gates(tmp_path / "gates.png", out / "metrics.jsonl", "u")
+
+
+def test_tradeoff(tmp_path) -> None:
+    tradeoff(tmp_path / "t.png", {"TAPS": [(40.0, 97.0), (10.0, 95.0)], "fine-tuning": [(100.0, 99.0)]})
+    assert is_png(tmp_path / "t.png")
+    with pytest.raises(ConfigError, match="points: expected at least one point"):
+        tradeoff(tmp_path / "t.png", {"TAPS": []})
+
+
+def test_a_restarted_run_and_a_torn_line(tmp_path) -> None:
+    def line(epoch: int, loss: float) -> str:
+        return json.dumps({"event": "epoch", "task": "t", "epoch": epoch, "loss": loss}) + "\n"
+
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(line(0, 3.0) + line(1, 2.0) + line(0, 2.5) + '{"event": "ep')
+    assert [(e["epoch"], e["loss"]) for e in read_epochs(file)["t"]] == [(0, 2.5), (1, 2.0)]
+    file.write_text("nonsense\n" + line(0, 1.0))
+    with pytest.raises(ConfigError, match="expected a JSON event in line 1, got 'nonsense"):
+        read_epochs(file)
+    file.write_text("")
+    with pytest.raises(ConfigError, match="expected epochs in .*, got none"):
+        read_epochs(file)
+
+
+def test_tensorboard_has_the_epochs(run) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out, result = run
+    events = accumulator.EventAccumulator(str(out / "tensorboard" / "t"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss", "val_accuracy", "share", "layers_open", "scores/conv1"} <= set(tags)
+    got = [event.value for event in events.Scalars("val_accuracy")]
+    want = torch.tensor([h["val_accuracy"] for h in result.history], dtype=torch.float32)
+    assert torch.equal(torch.tensor(got), want)
+    with pytest.raises(ConfigError, match="tensorboard: expected out to name"):
+        TrainConfig(tensorboard=True)
