@@ -16,11 +16,13 @@ from .task import TaskState
 
 
 def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
-    """round(W + Delta) in the weight's dtype for every open layer."""
+    """round(W + Delta) in the weight's dtype, or the task's own weight, for every open layer."""
     merged = {}
     opened = set(state.open_layers())
     for layer, part in state.gated():
-        if layer in opened and part.delta is not None:
+        if layer in opened and part.weight is not None:
+            merged[layer] = part.weight.detach().clone(memory_format=torch.preserve_format)
+        elif layer in opened and part.delta is not None:
             weight = base_weight(base.get_submodule(layer)).detach()
             merged[layer] = ops.reconstruct_(torch.empty_like(weight), weight, part.delta.detach(), gate=True)
     return merged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import merging, modes, taskfile
+from . import convert, groups, merging, modes, taskfile
 from .checks import check_base, disown, own
 from .errors import ConfigError, TapsError, suggestion
-from .methods import MethodConfig
-from .nn import GatedLayer, TaskNorm, TaskTensors
+from .methods import FullConfig, MethodConfig
 from .nn.forward import GATED_TYPES
 from .nn.frame import recomputed_call, recomputing
 from .nn.own import NORM_TYPES
@@ -151,13 +150,12 @@ class TaskModel(nn.Module):
         own = make_head(self.base, path, num_classes, head)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
         plan = config.plan(found)
-        state = TaskState(self.base, config, plan, path, own, self.gates)
+        self._install(name, TaskState(self.base, config, plan, path, own, self.gates))
+
+    def _install(self, name: str, state: TaskState) -> None:
         for module in state.table:
             route(self.base.get_submodule(module), module)
         state.train(self.training)
-        self._install(name, state)
-
-    def _install(self, name: str, state: TaskState) -> None:
         self._states[module_key(name)] = state
         self._names[name] = state
 
@@ -284,7 +282,7 @@ class TaskModel(nn.Module):
             raise ConfigError(f"open: expected a list of patterns, got {open!r}")
         chosen = match(open, list(layers), "open")
         for layer in chosen:
-            if layers[layer].delta is None:
+            if layers[layer].change is None:
                 raise ConfigError(f"open: {layer} has no Delta under method {state.config.method!r}")
         for layer, part in layers.items():
             part.fix(layer in chosen)
@@ -336,25 +334,7 @@ class TaskModel(nn.Module):
             lr: learning rate. score_lr: that of the scores (default: lr).
             weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
         """
-        groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
-        for state in self._states_for(tasks):
-            for part in state.table.values():
-                if isinstance(part, GatedLayer):
-                    groups["delta"] += [p for p in [part.delta] if p is not None]
-                    groups["score"] += [p for p in [part.score] if p is not None]
-                    groups["other"] += [p for p in [part.bias] if p is not None]
-                elif isinstance(part, TaskTensors):
-                    groups["norm" if isinstance(part, TaskNorm) else "other"] += part.parameters()
-                else:
-                    groups["head"] += part.parameters()
-        result = []
-        for key, parameters in groups.items():
-            trained = [p for p in parameters if p.requires_grad]
-            if trained:
-                rate = score_lr if key == "score" and score_lr is not None else lr
-                decay = weight_decay if key in ("delta", "head") else 0.0
-                result.append({"name": key, "params": trained, "lr": rate, "weight_decay": decay})
-        return result
+        return groups.parameter_groups(self._states_for(tasks), lr=lr, score_lr=score_lr, weight_decay=weight_decay)
 
     # -- reports and files
 
@@ -388,11 +368,7 @@ class TaskModel(nn.Module):
         self._loaded()
         record = taskfile.read(path, self.base)
         name = self._new_name(record.name if name is None else name)
-        state = taskfile.build(record, self.base, self.gates, head, path)
-        for module in state.table:
-            route(self.base.get_submodule(module), module)
-        state.train(self.training)
-        self._install(name, state)
+        self._install(name, taskfile.build(record, self.base, self.gates, head, path))
         return name
 
     @torch.inference_mode(False)
@@ -405,12 +381,56 @@ class TaskModel(nn.Module):
         old = self.state(name)
         self._not_merged(name, "reload_task")
         state = taskfile.build(taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path)
-        if old.take_over(state):
-            return
-        for module in state.table:
-            route(self.base.get_submodule(module), module)
-        state.train(self.training)
-        self._install(name, state)
+        if not old.take_over(state):
+            self._install(name, state)
+
+    # -- plain checkpoints
+
+    @torch.inference_mode(False)
+    def extract_task(
+        self,
+        name: str,
+        state_dict: Mapping[str, Tensor],
+        *,
+        head: nn.Module | None = None,
+        head_module: str | None = None,
+        config: FullConfig | None = None,
+    ) -> None:
+        """Add the task whose model is a fine-tuned copy of the base, bit for bit.
+
+        Layers with the base's own weights are closed. An open one holds a Delta where that gives the checkpoint's
+        weight exactly in every element, and the checkpoint's weight itself where it does not.
+
+        Args:
+            name: printable, without '/'.
+            state_dict: all tensors of the fine-tuned model under the base's names, in the base's shapes and dtypes
+                (wrappers' prefixes `module.` and `_orig_mod.` are dropped). The head may have another number of
+                outputs where the base's is an `nn.Linear`.
+            head: a module of the checkpoint's head's structure, where it differs otherwise.
+            head_module: the head's name, where it is not the model's.
+            config: `FullConfig(exclude_modules=[...])` for modules that cannot be gated; they must be the base's.
+
+        Raises:
+            ConfigError: a tensor that is missing, too many, of another shape or dtype, not finite, or changed where
+                the task cannot hold a change, naming it; nothing is added.
+            UnsupportedModuleError: a layer that cannot be gated, naming it.
+        """
+        self._loaded()
+        name = self._new_name(name)
+        config = FullConfig() if config is None else config
+        if not isinstance(config, FullConfig):
+            raise ConfigError(f"config: expected a FullConfig, got {type(config).__name__}")
+        path = self._head if head_module is None else head_path(self.base, head_module)
+        self._install(name, convert.extract(self.base, state_dict, config, path, head, self.gates))
+
+    @torch.inference_mode(False)
+    def task_state_dict(self, name: str) -> dict[str, Tensor]:
+        """A task as a plain checkpoint: the state of `merge_and_unload(name)`, with this model left as it is.
+
+        For a task made by :meth:`extract_task` these are the checkpoint's tensors, bit for bit.
+        """
+        self._loaded()
+        return {n: t.detach() for n, t in convert.plain_copy(self.base, self.state(name)).state_dict().items()}
 
     # -- merging and unloading
 

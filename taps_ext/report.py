@@ -101,7 +101,7 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
         size = weight.numel()
         is_open = layer in open_layers
         score = part.score.item() if part.learn and part.score is not None else None
-        stored = part.delta.nbytes if is_open and part.delta is not None else 0
+        stored = part.change.nbytes if is_open and part.change is not None else 0
         rows.append(Row(layer, is_open, score, size, stored))
         biases += 0 if part.bias is None else part.bias.numel()
     return Report(

@@ -109,6 +109,7 @@ class TaskState(nn.Module):
                 score_init=spec.score_init,
                 threshold=spec.threshold,
                 bias=base_bias(host) if spec.bias else None,
+                weight=weight if spec.weight else None,
                 device=weight.device,
             )
             if part.delta is not None:
@@ -242,5 +243,5 @@ class TaskState(nn.Module):
         open_now = set(self.open_layers()) if self.gates_mode == "device" else None
         for name, part in self.gated():
             closed = part.gate is False if open_now is None else name not in open_now
-            if closed and part.delta is not None:
-                part.delta.grad = None
+            if closed and part.change is not None:
+                part.change.grad = None

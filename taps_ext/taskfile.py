@@ -71,11 +71,13 @@ def to_record(
     layers = {}
     for layer, part in state.gated():
         is_open = layer in opened
-        delta = part.delta.detach() if is_open and part.delta is not None else None
-        if delta is not None and not bool(torch.isfinite(delta).all()):
-            raise GateError(f"{layer}: delta: expected finite values in a task to save, got Inf or NaN")
+        change = part.change.detach() if is_open and part.change is not None else None
+        if change is not None and not bool(torch.isfinite(change).all()):
+            kind = "weight" if part.delta is None else "delta"
+            raise GateError(f"{layer}: {kind}: expected finite values in a task to save, got Inf or NaN")
         score = part.score.detach() if part.learn and part.score is not None else None
-        layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=delta)
+        codec = "dense" if part.weight is None else "weight"
+        layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=change, codec=codec)
     head = state.head
     return store.TaskFile(
         method=state.config.to_dict(),
@@ -148,11 +150,17 @@ def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: A
         raise UnexpectedTensorError(path, f"layer {extra[0]!r}: the base has no gated layer of that name")
     for name, spec in plan.gates.items():
         entry = record.layers[name]
+        own = entry.open and entry.codec == "weight"
+        if own and entry.learn:
+            raise store.errors.GateError(
+                path, f"layer {name!r}: expected a fixed gate for a whole weight, got a learned one"
+            )
         plan.gates[name] = GateSpec(
-            delta=spec.delta or entry.open,
+            delta=(spec.delta or entry.open) and not own,
             learn=entry.learn,
             open=entry.open,
             bias=spec.bias,
+            weight=own,
             threshold=spec.threshold,
             score_init=spec.score_init,
         )
@@ -183,8 +191,9 @@ def build(
     for layer, part in state.gated():
         entry = record.layers[layer]
         if entry.delta is not None:
-            assert part.delta is not None
-            pairs.append(("", {layer + ".delta": part.delta.detach()}, {layer + ".delta": entry.delta}))
+            assert part.change is not None
+            key = f"{layer}.{'delta' if part.weight is None else 'weight'}"
+            pairs.append(("", {key: part.change.detach()}, {key: entry.delta}))
         if entry.score is not None:
             _check_gate(layer, entry.score.item(), part.threshold, entry.open, path)
     for prefix, wanted, stored in pairs:

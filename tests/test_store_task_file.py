@@ -255,7 +255,7 @@ def test_a_file_of_an_absent_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_registering() -> None:
     assert "dense" in codecs.known() and codecs.get("dense", layer="l", path="p").lossless
     with pytest.raises(ValueError, match="'dense' is already registered"):
-        codecs.register(codecs.Dense())
+        codecs.register(codecs.Whole("dense", "other"))
     for parts in ((), ("a", "a"), ("score",)):
         bad = Halves()
         bad.name, bad.parts = "bad", parts

@@ -17,12 +17,16 @@ _METHODS: dict[str, type[MethodConfig]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class GateSpec:
-    """One layer's part: whether it has a Delta, whether its gate is learned, and how it starts."""
+    """One layer's part: whether it has a Delta, whether its gate is learned, and how it starts.
+
+    `weight`: it has a weight of its own instead of a Delta (only with a fixed gate).
+    """
 
     delta: bool
     learn: bool
     open: bool
     bias: bool = False
+    weight: bool = False
     threshold: float = 0.1
     score_init: float = 0.15
 

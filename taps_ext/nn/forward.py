@@ -1,6 +1,6 @@
 """One gated forward for each supported stock layer: linear and 2-d convolution.
 
-`host` owns the base `weight` (and its geometry), `layer` the task's `delta`, `score`, `gate` and `merged`;
+`host` owns the base `weight` (and its geometry), `layer` the task's `delta`, `score`, `gate` and `whole` weight;
 for the standalone layers both are the same module.
 """
 
@@ -70,19 +70,19 @@ def stock_forward(host: nn.Module, input: Tensor, weight: Tensor, bias: Tensor |
     return F.conv2d(input, weight, bias, host.stride, padding, host.dilation, host.groups)
 
 
-def merged_weight(layer: Any) -> Tensor:
-    """The merged weight; it requires a gradient, in order to refuse it, only where one may be asked for.
+def whole_weight(layer: Any) -> Tensor:
+    """The layer's whole weight (merged, or the task's own), which requires a gradient only where one may be asked for.
 
     torch picks the product of some inputs by that flag, and merging must not change a bit.
     """
-    merged: Tensor = layer.merged
-    return merged if torch.is_grad_enabled() else merged.detach()
+    whole: Tensor = layer.whole
+    return whole if torch.is_grad_enabled() else whole.detach()
 
 
 def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None) -> Tensor:
     """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs."""
-    if layer.merged is not None:
-        return stock_forward(host, input, resting_weight(layer, merged_weight(layer), input), bias)
+    if layer.whole is not None:
+        return stock_forward(host, input, resting_weight(layer, whole_weight(layer), input), bias)
     gate = layer.gate
     weight = base_weight(host)
     if gate is False:

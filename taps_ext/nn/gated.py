@@ -47,6 +47,9 @@ def same_stamp(seen: Stamp | None, tensor: Tensor) -> bool:
 class GatedLayer(nn.Module):
     """A task's share of one layer: `W_t = W + g * Delta`, `g = 1[score >= threshold]`.
 
+    A converted checkpoint may have a `weight` of its own instead: `W_t = weight` where the (fixed) gate is open, since
+    for some W_t no Delta gives it in float32.
+
     Args:
         shape: the base weight's shape; None makes no Delta (a layer that is closed for good).
         learn: True trains a score that decides the gate; False fixes it to `open`.
@@ -54,6 +57,7 @@ class GatedLayer(nn.Module):
         score_init: the score's first value (0.15 in the authors' code).
         threshold: tau (0.1 in the authors' code).
         bias: a task's own bias `[N]`, or None to use the base layer's.
+        weight: the task's own weight, with `shape=None` and `learn=False`. It follows `.half()` and `.bfloat16()`.
         device: where Delta and score live. Both are float32 and stay so through `.half()` and `.bfloat16()`.
 
     `gate` is what the forward uses: a bool known to the host, or None to read the score on its device.
@@ -62,6 +66,7 @@ class GatedLayer(nn.Module):
     delta: nn.Parameter | None
     score: nn.Parameter | None
     bias: nn.Parameter | None
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class GatedLayer(nn.Module):
         score_init: float = 0.15,
         threshold: float = 0.1,
         bias: Tensor | None = None,
+        weight: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -79,13 +85,26 @@ class GatedLayer(nn.Module):
         delta = None if shape is None else nn.Parameter(torch.zeros(shape, **options))
         self.register_parameter("delta", delta)
         self.register_parameter("score", nn.Parameter(torch.full([], score_init, **options)) if learn else None)
-        own = None if bias is None else nn.Parameter(bias.detach().clone(memory_format=torch.preserve_format))
-        self.register_parameter("bias", own)
+        for name, value in (("bias", bias), ("weight", weight)):
+            own = None if value is None else value.detach().clone(memory_format=torch.preserve_format)
+            self.register_parameter(name, None if own is None else nn.Parameter(own))
         self.threshold = float32_bound(threshold)
         self.learn = learn
         self.gate: bool | None = (score_init >= threshold) if learn else open
         self.merged: Tensor | None = None
         self._seen: Stamp | None = None
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The tensor to multiply by where there is one: the merged weight, or the task's own while it is open."""
+        if self.merged is not None:
+            return self.merged
+        return self.weight if self.gate else None
+
+    @property
+    def change(self) -> nn.Parameter | None:
+        """What an open gate lets in: Delta, or the task's own weight; None for a layer that is closed for good."""
+        return self.weight if self.delta is None else self.delta
 
     def forward(self, host: nn.Module, input: Tensor) -> Tensor:
         return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias)
@@ -106,10 +125,10 @@ class GatedLayer(nn.Module):
         """Turn a learned gate into a fixed one; Delta keeps its values."""
         self.learn, self.gate, self._seen = False, open, None
         self.register_parameter("score", None)
-        if self.delta is not None:
-            self.delta.requires_grad_(open)
+        if self.change is not None:
+            self.change.requires_grad_(open)
             if not open:
-                self.delta.grad = None
+                self.change.grad = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLayer:
         self._seen = None

@@ -20,7 +20,7 @@ class _TapsLayer(nn.Module):
 
     weight: Tensor
     bias: Any  # Tensor or None
-    merged: Tensor | None
+    whole = None  # no merged weight
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
         weight = self.weight
@@ -32,7 +32,6 @@ class _TapsLayer(nn.Module):
         self.score = nn.Parameter(torch.full([], score_init, **options))
         self.threshold = float32_bound(threshold)
         self.gate: bool | None = None
-        self.merged = None
 
     def forward(self, input: Tensor) -> Tensor:
         return gated_forward(self, self, input, self.bias)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .forward import base_weight, merged_weight, resting_weight
+from .forward import base_weight, resting_weight, whole_weight
 
 
 def _learns(layer: Any) -> bool:
@@ -27,18 +27,18 @@ def rests(host: nn.Module, layer: Any) -> bool:
 
     In training a reader may hold the weight until gradients are on; in evaluation fused paths want plain tensors.
     """
-    if layer.merged is not None:
-        closed = not layer.merged.requires_grad
+    if layer.whole is not None:
+        closed = not layer.whole.requires_grad
     else:
         learns = _learns(layer) and (host.training or torch.is_grad_enabled())
         closed = layer.delta is None or (layer.gate is False and not learns)
     return closed and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
-def whole_weight(host: nn.Module, layer: Any) -> Tensor:
+def read_weight(host: nn.Module, layer: Any) -> Tensor:
     """W + g * Delta as a tensor, differentiable in Delta and the score; a closed one is W itself, not a copy."""
-    if layer.merged is not None:
-        return merged_weight(layer)
+    if layer.whole is not None:
+        return whole_weight(layer)
     weight = base_weight(host)
     if layer.delta is None or (layer.gate is False and not (_learns(layer) and torch.is_grad_enabled())):
         return weight
@@ -85,8 +85,8 @@ class TaskWeight(Tensor):
     def of(host: nn.Module, layer: Any, enter: Callable[[], None]) -> TaskWeight:
         """`enter` is called when the values are used; asking for the dtype is no use."""
         weight = base_weight(host)
-        if layer.merged is not None:
-            node = merged_weight(layer)
+        if layer.whole is not None:
+            node = whole_weight(layer)
         elif layer.delta is not None and torch.is_grad_enabled() and (layer.delta.requires_grad or _learns(layer)):
             node = ops.unread_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
         else:
@@ -97,7 +97,7 @@ class TaskWeight(Tensor):
 
     def _whole(self) -> Tensor:
         self._enter()
-        return whole_weight(self._host, self._layer)
+        return read_weight(self._host, self._layer)
 
     def _gated(self, op: Callable[..., Tensor], input: Tensor, bias: Any, *geometry: Any) -> Tensor:
         self._enter()
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_gated(weight: Any) -> bool:
-    return isinstance(weight, TaskWeight) and weight._layer.merged is None and weight._layer.delta is not None
+    return isinstance(weight, TaskWeight) and weight._layer.whole is None and weight._layer.delta is not None
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:

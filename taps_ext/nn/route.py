@@ -74,7 +74,7 @@ def _read_weight(module: nn.Module) -> Any:
     fused = "_taps_fused" in module.__dict__ and not torch.is_grad_enabled()
     if torch.compiler.is_compiling() or fused or reads.rests(module, part):
         enter()
-        return reads.whole_weight(module, part)
+        return reads.read_weight(module, part)
     return reads.TaskWeight.of(module, part, enter)
 
 

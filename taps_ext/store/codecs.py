@@ -1,8 +1,8 @@
 """Codecs: how one delta becomes the tensors in a file, and back.
 
 A codec owns part suffixes: the delta of layer `l` is stored as tensors `l.<part>`. `dense` is the lossless
-one. Another codec is a class with these four members, made known by `register`; files name it in
-`taps.codecs`.
+one; `weight` holds the task's whole weight instead, where no delta gives it exactly. Another codec is a class
+with these four members, made known by `register`; files name it in `taps.codecs`.
 """
 
 from __future__ import annotations
@@ -42,18 +42,20 @@ class Codec(Protocol):
         ...
 
 
-class Dense:
-    """The delta itself, in its own dtype."""
+class Whole:
+    """One tensor as it is, in its own dtype: the delta, or the weight that takes the base's place."""
 
-    name = "dense"
-    parts: tuple[str, ...] = ("delta",)
     lossless = True
 
+    def __init__(self, name: str, part: str) -> None:
+        self.name = name
+        self.parts: tuple[str, ...] = (part,)
+
     def encode(self, name: str, delta: Tensor) -> dict[str, Tensor]:
-        return {"delta": delta}
+        return {self.parts[0]: delta}
 
     def decode(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        return parts["delta"]
+        return parts[self.parts[0]]
 
 
 _CODECS: dict[str, Codec] = {}
@@ -87,4 +89,5 @@ def part_suffixes() -> frozenset[str]:
     return frozenset(part for codec in _CODECS.values() for part in codec.parts)
 
 
-register(Dense())
+register(Whole("dense", "delta"))
+register(Whole("weight", "weight"))

@@ -1,0 +1,183 @@
+"""Between a plain fine-tuned checkpoint and a task, without losing a bit.
+
+In float32 some weights have no Delta with round(W + Delta) = W_t (W_t much smaller than W), so a converted layer
+holds a Delta where one is exact in every element, and the checkpoint's own weight otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from . import merging, ops, store
+from .errors import ConfigError
+from .methods import FullConfig, GateSpec, Plan
+from .nn import TaskTensors
+from .nn.forward import base_weight, bias_name, weight_name
+from .nn.route import original_class, unroute
+from .scan import inside, scan
+from .task import TaskState, own_head
+from .taskfile import join
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """True if two tensors of one shape and dtype hold the same bits (0.0 and -0.0 differ, a NaN equals itself)."""
+    if first.dtype == torch.bool:
+        return torch.equal(first, second)
+    kind = _BITS[first.element_size()]
+    return torch.equal(first.detach().contiguous().view(kind), second.detach().contiguous().view(kind))
+
+
+def exact_delta(weight: Tensor, wanted: Tensor) -> Tensor | None:
+    """A float32 Delta with round(weight + Delta) = wanted in every bit, or None if W_ft - W is not one."""
+    delta = torch.empty_like(weight, dtype=torch.float32)
+    delta.copy_(wanted.float() - weight.float())
+    made = ops.reconstruct_(torch.empty_like(weight), weight, delta, gate=True)
+    return delta if same_bits(made, wanted) else None
+
+
+def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ConfigError(f"state_dict: expected tensors by name, got {type(tensor).__name__} under {name!r}")
+        short = store.plain_name(name)
+        if short in plain:
+            raise ConfigError(f"state_dict: {name!r} is there twice, with and without a wrapper's prefix")
+        plain[short] = tensor.detach()
+    return plain
+
+
+def _check(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, what: str) -> None:
+    """Raise unless `got` holds exactly the names of `wanted`, each in its shape and dtype."""
+    missing = [name for name in wanted if name not in got]
+    extra = [name for name in got if name not in wanted]
+    if missing or extra:
+        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the {what} has not"
+        counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)}"
+        raise ConfigError(f"state_dict: {problem} ({counts})")
+    for name, like in wanted.items():
+        tensor = got[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ConfigError(
+                f"state_dict: {name}: expected {like.dtype} {list(like.shape)} as in the {what}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _head(base: nn.Module, path: str, values: dict[str, Tensor], head: nn.Module | None) -> nn.Module:
+    """The checkpoint's head: `head`, or the base's own kind of head with the checkpoint's number of outputs."""
+    old = base.get_submodule(path)
+    weight = values.get("weight")
+    if head is not None:
+        own = own_head(base, head)
+    elif original_class(old) is nn.Linear and isinstance(old, nn.Linear) and weight is not None and weight.ndim == 2:
+        own = nn.utils.skip_init(
+            nn.Linear,
+            old.in_features,
+            len(weight),
+            old.bias is not None,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
+        )
+    else:
+        own = copy.deepcopy(old)
+        for module in own.modules():
+            unroute(module)
+        own.requires_grad_(True)
+    _check(
+        {join(path, n): t for n, t in own.state_dict().items()},
+        {join(path, n): t for n, t in values.items()},
+        what="head",
+    )
+    own.load_state_dict(values)
+    return own
+
+
+def _gate(spec: GateSpec, weight: Tensor, wanted: Tensor, name: str) -> tuple[GateSpec, Tensor | None]:
+    """How one layer holds its weight: closed (the base's bits), a Delta, or a weight of its own."""
+    if same_bits(weight, wanted):
+        return replace(spec, open=False), None
+    if not bool(torch.isfinite(wanted).all()):
+        raise ConfigError(f"state_dict: {name}: expected finite values, got Inf or NaN")
+    delta = exact_delta(weight, wanted)
+    return (spec, delta) if delta is not None else (replace(spec, delta=False, weight=True), wanted)
+
+
+def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], path: str | None) -> None:
+    """Raise if a tensor that the task does not hold differs from the base's, or tied ones from each other."""
+    first: dict[int, str] = {}
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if inside(name.rpartition(".")[0], path):
+            continue
+        other = first.setdefault(id(tensor), name)
+        if other != name:
+            if not same_bits(given[name], given[other]):
+                raise ConfigError(
+                    f"state_dict: {name}: expected the same values as {other}, being one tensor in the base"
+                )
+        elif name not in held and not same_bits(tensor, given[name].to(tensor.device)):
+            raise ConfigError(
+                f"state_dict: {name}: expected the base's values, since the task cannot hold it, got others"
+            )
+
+
+def extract(
+    base: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    config: FullConfig,
+    path: str | None,
+    head: nn.Module | None,
+    gates: str,
+) -> TaskState:
+    """The task whose model is the checkpoint, bit for bit. `path` names the base's head; see `extract_task`."""
+    given = _plain_names(state_dict)
+    of_head = {n[len(path) + 1 :]: t for n, t in given.items() if path is not None and n.startswith(path + ".")}
+    given = {n: t for n, t in given.items() if not inside(n.rpartition(".")[0], path)}
+    wanted = {n: t for n, t in base.state_dict().items() if not inside(n.rpartition(".")[0], path)}
+    _check(wanted, given, what="base")
+    if head is not None and path is None:
+        raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
+    own = None if path is None else _head(base, path, of_head, head)
+    found = scan(base, path, target=config.target_modules, exclude=config.exclude_modules)
+    plan: Plan = config.plan(found)
+    changes: dict[str, Tensor] = {}
+    held: set[str] = set()
+    for layer in list(plan.gates):
+        host = base.get_submodule(layer)
+        weight, name = base_weight(host).detach(), join(layer, weight_name(host))
+        plan.gates[layer], change = _gate(plan.gates[layer], weight, torch.empty_like(weight).copy_(given[name]), name)
+        held |= {name, join(layer, bias_name(host))}
+        if change is not None:
+            changes[layer] = change
+    state = TaskState(base, config, plan, path, own, gates)
+    with torch.no_grad():
+        for layer, part in state.gated():
+            if layer in changes and part.change is not None:
+                part.change.copy_(changes.pop(layer))
+            if part.bias is not None:
+                part.bias.copy_(given[join(layer, bias_name(base.get_submodule(layer)))])
+        for module, own_part in state.table.items():
+            if isinstance(own_part, TaskTensors):
+                for name, tensor in own_part.tensors().items():
+                    tensor.copy_(given[join(module, name)])
+                    held.add(join(module, name))
+    _check_rest(base, held, given, path)
+    return state
+
+
+def plain_copy(base: nn.Module, state: TaskState) -> nn.Module:
+    """A copy of the base with plain classes and the task's tensors and head in place."""
+    plain = copy.deepcopy(base)
+    for module in plain.modules():
+        unroute(module)
+    merging.install(plain, merging.task_tensors(state, base), state)
+    return plain

@@ -1,0 +1,36 @@
+"""Optimizer groups of a task's parameters, by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .nn import GatedLayer, TaskNorm, TaskTensors
+from .task import TaskState
+
+
+def parameter_groups(
+    states: Iterable[TaskState], *, lr: float, score_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """See `TaskModel.parameter_groups`. A layer's own weight counts as "other": decay would pull it to zero."""
+    groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
+    for state in states:
+        for part in state.table.values():
+            if isinstance(part, GatedLayer):
+                groups["delta"] += [p for p in [part.delta] if p is not None]
+                groups["score"] += [p for p in [part.score] if p is not None]
+                groups["other"] += [p for p in [part.bias, part.weight] if p is not None]
+            elif isinstance(part, TaskTensors):
+                groups["norm" if isinstance(part, TaskNorm) else "other"] += part.parameters()
+            else:
+                groups["head"] += part.parameters()
+    result = []
+    for key, parameters in groups.items():
+        trained = [p for p in parameters if p.requires_grad]
+        if trained:
+            rate = score_lr if key == "score" and score_lr is not None else lr
+            decay = weight_decay if key in ("delta", "head") else 0.0
+            result.append({"name": key, "params": trained, "lr": rate, "weight_decay": decay})
+    return result
