@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..errors import TapsError, suggestion
 from ..version import __version__
-from . import demo, env, evaluate, inspect, predict, selftest, train, verify
+from . import demo, env, evaluate, extract, inspect, merge, predict, selftest, train, verify
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -25,6 +25,8 @@ COMMANDS: dict[str, Any] = {
     "predict": predict,
     "inspect": inspect,
     "verify": verify,
+    "extract": extract,
+    "merge": merge,
     "env": env,
     "selftest": selftest,
 }

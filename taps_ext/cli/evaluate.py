@@ -14,12 +14,17 @@ EXAMPLE = "taps eval runs/signs/*.taps --config signs.toml"
 LAST = "files"
 
 
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the base and the data come from: a configuration, or options of the same meaning."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the base comes from: a configuration, or options of the same meaning."""
     parser.add_argument("--config", metavar="CONFIG.toml", help="the configuration of the training")
     parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
     parser.add_argument("--base", metavar="MODEL", help="timm:NAME, torchvision:NAME, python:MODULE.FUNCTION")
     parser.add_argument("--weights", metavar="FILE", help="the base's safetensors file")
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the base and the data come from, and where they are to run."""
+    add_model_arguments(parser)
     parser.add_argument("--size", type=count(1), metavar="N", help="side of the images in pixels")
     parser.add_argument("--channels", type=count(1), metavar="N", help="1 (grey) or 3 (RGB)")
     parser.add_argument("--device", help="cpu (the default) or cuda[:N]")
@@ -31,10 +36,10 @@ def config_from(args: argparse.Namespace) -> Config:
         raise ConfigError("base: expected --config CONFIG.toml or --base MODEL, got neither")
     given = {
         "base": {"model": args.base, "weights": args.weights},
-        "data": {"size": args.size, "channels": args.channels},
+        "data": {key: getattr(args, key, None) for key in ("size", "channels")},
     }
     extra = {s: {k: v for k, v in values.items() if v is not None} for s, values in given.items()}
-    check_device(args.device)
+    check_device(getattr(args, "device", None))
     return load_config(args.config, args.set, {s: values for s, values in extra.items() if values})
 
 
