@@ -356,19 +356,30 @@ class TaskModel(nn.Module):
         return taskfile.save(name, self.state(name), self.base, path, **extra)
 
     @torch.inference_mode(False)
-    def load_task(self, path: str | PathLike[str], name: str | None = None, *, head: nn.Module | None = None) -> str:
+    def load_task(
+        self,
+        path: str | PathLike[str],
+        name: str | None = None,
+        *,
+        head: nn.Module | None = None,
+        allow_dtype_cast: bool = False,
+    ) -> str:
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
         Args:
             head: a module of the saved head's structure, needed where the head is not a plain linear layer.
+            allow_dtype_cast: accept a base that was cast (`.half()`, `.double()`) after the task was trained. The task
+                is cast alike, as if the whole model had been. That the values are those of the file's base cannot be
+                proven then; names, shapes and the file itself are checked as ever.
 
         Raises:
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
         self._loaded()
-        record = taskfile.read(path, self.base)
+        record = taskfile.read(path, self.base, allow_dtype_cast=allow_dtype_cast)
         name = self._new_name(record.name if name is None else name)
-        self._install(name, taskfile.build(record, self.base, self.gates, head, path))
+        state = taskfile.build(record, self.base, self.gates, head, path, allow_dtype_cast=allow_dtype_cast)
+        self._install(name, state)
         return name
 
     @torch.inference_mode(False)

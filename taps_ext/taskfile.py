@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,28 @@ def save(name: str, state: TaskState, base: nn.Module, path: str | PathLike[str]
     return store.save(Path(path), to_record(name, state, base, **extra))
 
 
-def read(path: str | PathLike[str], base: nn.Module) -> store.TaskFile:
+def _floats(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+def _is_cast(record: store.TaskFile, base: nn.Module) -> bool:
+    """True unless the file's tensors show that this base has the type of the one it was trained on."""
+    whole = [e.delta for e in record.layers.values() if e.codec == "weight" and e.delta is not None]
+    stored = _floats([*record.norms.values(), *record.values.values(), *record.head.values(), *whole])
+    return not stored or not stored <= _floats([*base.parameters(), *base.buffers()])
+
+
+def _as_wanted(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors in the types of the cast base: what `.to(dtype)` of the whole model makes of them."""
+    both = {n for n, t in stored.items() if n in wanted and t.is_floating_point() and wanted[n].is_floating_point()}
+    return {n: t.to(wanted[n].dtype) if n in both else t for n, t in stored.items()}
+
+
+def read(path: str | PathLike[str], base: nn.Module, *, allow_dtype_cast: bool = False) -> store.TaskFile:
     """Read and verify a task file, and prove that it belongs to this base.
+
+    A cast base has other bytes, so `allow_dtype_cast` takes the parent on trust where the file's types differ from
+    the base's.
 
     Raises:
         TaskFileError: damaged, not a task file, or another parent.
@@ -109,11 +129,15 @@ def read(path: str | PathLike[str], base: nn.Module) -> store.TaskFile:
     module = None if spec is None else spec.get("module")
     if module is not None and module not in dict(base.named_modules()):
         raise MetadataError(path, f"taps.head: expected the name of a module of the base, got {module!r}")
-    store.check_parent(base_fingerprint(base, module), record.parent, path=Path(path))
+    found = base_fingerprint(base, module)
+    if not (allow_dtype_cast and found != record.parent and _is_cast(record, base)):
+        store.check_parent(found, record.parent, path=Path(path))
     return record
 
 
-def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any) -> nn.Module | None:
+def _make_head(
+    record: store.TaskFile, base: nn.Module, head: nn.Module | None, path: Any, cast: bool
+) -> nn.Module | None:
     spec = record.head_spec
     if spec is None:
         if head is not None:
@@ -132,9 +156,8 @@ def _make_head(record: store.TaskFile, base: nn.Module, head: nn.Module | None, 
         got = None if weight is None else list(weight.shape)
         raise MissingTensorError(path, f"tensor 'head.weight': expected shape {[spec['out'], spec['in']]}, got {got}")
     like = next(base.get_submodule(spec["module"]).parameters(), weight)
-    return nn.utils.skip_init(
-        nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=weight.dtype
-    )
+    dtype = like.dtype if cast else weight.dtype
+    return nn.utils.skip_init(nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=dtype)
 
 
 def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: Any) -> Plan:
@@ -168,9 +191,17 @@ def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: A
 
 
 def build(
-    record: store.TaskFile, base: nn.Module, gates: str, head: nn.Module | None, path: str | PathLike[str]
+    record: store.TaskFile,
+    base: nn.Module,
+    gates: str,
+    head: nn.Module | None,
+    path: str | PathLike[str],
+    *,
+    allow_dtype_cast: bool = False,
 ) -> TaskState:
     """The parts that a file describes, with every tensor checked against the base before one is copied.
+
+    With `allow_dtype_cast` floating-point tensors take the types that this base has.
 
     Raises:
         TaskFileError: a missing, unexpected or ill-shaped tensor, named; a gate that contradicts its score.
@@ -181,7 +212,7 @@ def build(
         plan = _plan(record, config, base, path)
     except ConfigError as error:
         raise MetadataError(path, f"taps.method: {error}") from None
-    own = _make_head(record, base, head, path)
+    own = _make_head(record, base, head, path, allow_dtype_cast)
     state = TaskState(base, config, plan, None if own is None else record.head_spec["module"], own, gates)  # type: ignore[index]
     pairs = [
         ("", _owned(state, TaskNorm), record.norms),
@@ -196,6 +227,8 @@ def build(
             pairs.append(("", {key: part.change.detach()}, {key: entry.delta}))
         if entry.score is not None:
             _check_gate(layer, entry.score.item(), part.threshold, entry.open, path)
+    if allow_dtype_cast:
+        pairs = [(prefix, wanted, _as_wanted(stored, wanted)) for prefix, wanted, stored in pairs]
     for prefix, wanted, stored in pairs:
         store.check_tensors(
             {prefix + n: (t.shape, t.dtype) for n, t in wanted.items()},
