@@ -48,27 +48,17 @@ def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
 
 
 def differentiable(run: Callable[..., Tensor], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
-    """`run(*inputs)` with a gradient: `setup(ctx, inputs, output)` keeps what `backward(ctx, grad)` reads.
-
-    torch.func's transforms need a form of `autograd.Function` whose eager calls cost a fifth more, so there are two.
-    """
+    """`run(*inputs)` with a gradient: `setup(ctx, inputs, output)` keeps what `backward(ctx, grad)` reads."""
 
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = run(*inputs)
         setup(ctx, inputs, output)
         return output
 
-    back = {"backward": staticmethod(torch.autograd.function.once_differentiable(backward))}
-    eager: Any = type("Gated", (torch.autograd.Function,), {"forward": staticmethod(forward), **back})
-    split = {"forward": staticmethod(run), "setup_context": staticmethod(setup), "generate_vmap_rule": True}
-    functional: Any = type("GatedFunctional", (torch.autograd.Function,), {**split, **back})
-
-    def call(*inputs: Any) -> Tensor:
-        transformed = torch._C._are_functorch_transforms_active()
-        output: Tensor = (functional if transformed else eager).apply(*inputs)
-        return output
-
-    return call
+    once_only = torch.autograd.function.once_differentiable(backward)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_only)}
+    kind: Any = type("Gated", (torch.autograd.Function,), methods)
+    return kind.apply
 
 
 def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import autograd, fakes, reference
+from . import autograd, composed, fakes, reference
 
 _C: ModuleType | None
 try:
@@ -101,6 +101,9 @@ def gated_linear(
     if delta is None:
         return F.linear(input, weight, bias)
     input = _check(input, weight, delta, score, gate)
+    if not torch.compiler.is_compiling() and composed.transformed(input, weight, delta, score, bias):
+        made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
+        return F.linear(input, made, bias)
     if _stock_serves(input, weight, score, gate):
         return F.linear(input, weight, bias)
     if not HAS_EXTENSION:
@@ -174,6 +177,9 @@ def gated_conv2d(
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
     input = _check(input, weight, delta, score, gate)
+    if not torch.compiler.is_compiling() and composed.transformed(input, weight, delta, score, bias):
+        made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
+        return F.conv2d(input, made, bias, stride, padding, dilation, groups)
     if _stock_serves(input, weight, score, gate):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not HAS_EXTENSION:
@@ -249,6 +255,8 @@ def effective_weight(
 
     For readers of a weight that no gated op serves; it costs a weight-sized tensor, kept until backward.
     """
+    if composed.transformed(weight, delta, score):
+        return composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold)
     if not HAS_EXTENSION:
         return reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold)
     return _effective_weight(weight, delta, score, gate, threshold)
@@ -266,6 +274,8 @@ def unread_weight(
 
     Where the gate is known to be closed the two are the same, and this one costs no copy.
     """
+    if composed.transformed(weight, delta, score):
+        return composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, read=False)
     return _unread_weight(weight, delta, score, gate, threshold)
 
 
