@@ -6,6 +6,7 @@ import inspect
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -27,6 +28,10 @@ def check_base(base: nn.Module) -> None:
         raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
     if isinstance(base, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"base: expected the bare model, got {type(base).__name__}")
+    for name, module in base.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = name or "base"
+            raise UnsupportedModuleError(f"{where}: expected a module of Python code, got a scripted one")
     clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
     if clash:
         raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")

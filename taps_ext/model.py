@@ -17,9 +17,9 @@ from .checks import check_base, disown, own
 from .errors import ConfigError, TapsError, suggestion
 from .methods import FullConfig, MethodConfig
 from .nn.forward import GATED_TYPES
-from .nn.frame import recomputed_call, recomputing
+from .nn.frame import in_backward, recomputed_call, running_node
 from .nn.own import NORM_TYPES
-from .nn.route import route, unroute
+from .nn.route import follow_mode, route, unroute
 from .report import Report, make_report
 from .running import run_base, run_task
 from .scan import head_path, inside, match, scan
@@ -77,6 +77,8 @@ class TaskModel(nn.Module):
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+            elif modes.follows_mode(module):
+                follow_mode(module, name)
 
     # -- tasks
 
@@ -218,13 +220,14 @@ class TaskModel(nn.Module):
     def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
-        repeated = recomputed_call(self) if recomputing() else None
+        repeated = recomputed_call(owner=self) if in_backward() else None
+        unknown = in_backward() and repeated is None and torch.is_grad_enabled()
         if task is not _ACTIVE:
             name = task
-        elif not recomputing():
-            name = self._active
         elif repeated is not None:
             name = repeated.task
+        elif not unknown:
+            name = self._active
         else:
             raise TapsError(
                 "task: activation checkpointing repeats this forward in backward, when another task may be active; "
@@ -242,10 +245,12 @@ class TaskModel(nn.Module):
             state.refresh()
         if repeated is not None:
             repeated.check_gates()
+        else:
+            state.note_gates(running_node() if unknown else None)
         learning = self.training and torch.is_grad_enabled()
         if learning:
             self._not_merged(name, "training")
-        if learning and self.gates == "host":
+        if learning and self.gates == "host" and not torch._C._are_functorch_transforms_active():
             state.check_rest()
         return run_task(self, name, state, args, kwargs)
 

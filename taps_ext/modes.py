@@ -1,48 +1,50 @@
-"""The base's flags: as they were before adapting, and evaluation mode for the bare base while tasks train.
-
-Training flags sit on modules that all threads share. A forward of the bare base in training mode must switch them
-off for its duration, so it waits until no task's training forward is running, and those wait for it.
-"""
+"""The base's flags: as they were before adapting, and which modules ask for them."""
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from types import CodeType
+from typing import Any
 
 from torch import nn
 
-_turn = threading.Condition()
-_running = 0  # training forwards of tasks, in all threads
+
+def _functions(value: Any, depth: int = 4) -> Iterator[CodeType]:
+    """The code of a function, a method, a property, and of what they wrap."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        for function in (value.fget, value.fset):
+            yield from _functions(function, depth)
+    if isinstance(value, functools.partial):
+        yield from _functions(value.func, depth)
+    code = getattr(value, "__code__", None)
+    if isinstance(code, CodeType):
+        yield code
+        for cell in (getattr(value, "__closure__", None) or ()) if depth else ():
+            try:
+                yield from _functions(cell.cell_contents, depth - 1)
+            except ValueError:  # an empty cell
+                continue
 
 
-@contextmanager
-def training() -> Iterator[None]:
-    """Around a task's forward in training mode: many at a time, none beside `evaluating`."""
-    global _running
-    with _turn:
-        _running += 1
-    try:
-        yield
-    finally:
-        with _turn:
-            _running -= 1
-            _turn.notify_all()
+def _mentions(code: CodeType) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return "training" in code.co_names or "training" in code.co_consts or any(map(_mentions, inner))
 
 
-@contextmanager
-def evaluating(base: nn.Module) -> Iterator[None]:
-    """Evaluation mode for one forward of the bare base, and back."""
-    with _turn:
-        _turn.wait_for(lambda: _running == 0)
-        flags = [(module, module.training) for module in base.modules()]
-        for module, _ in flags:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
+@functools.cache
+def _class_mentions(cls: Any) -> bool:
+    own = (value for kind in cls.__mro__ if kind not in (nn.Module, object) for value in vars(kind).values())
+    return any(_mentions(code) for value in own for code in _functions(value))
+
+
+def follows_mode(module: nn.Module) -> bool:
+    """True if the module's code reads `training`: what it computes may depend on it."""
+    own = (code for value in module.__dict__.values() if callable(value) for code in _functions(value))
+    cls: Any = type(module)
+    return _class_mentions(cls) or any(map(_mentions, own))
 
 
 class Flags:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import modes
 from .errors import BypassedLayerError, ConfigError, TapsError
 from .nn.frame import Call, Frame, enter, leave, sequence_number
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from .task import TaskState
 
 
+@torch.compiler.disable(recursive=False)
 def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any) -> Any:
     """Call the base in a frame; where gradients may flow, remember the call for recomputation."""
     remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
@@ -31,20 +31,15 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
 
 def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
     """The base as it was before adapting, in evaluation mode."""
-    frame = Frame({}, set())
-    if not model.training:
-        return _run(model, None, frame, args, kwargs)
-    with modes.evaluating(model.base):
-        return _run(model, None, frame, args, kwargs)
+    return _run(model, None, Frame({}, set(), evaluate=True), args, kwargs)
 
 
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
     """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
     _check_labels(model, name, state, kwargs)
     frame = Frame(state.table, set())
-    if model.training:
-        with modes.training():
-            output = _watched(model, name, state, frame, args, kwargs)
+    if model.training and not state.watched:
+        output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
     missed = [module for module in state.table if module not in frame.entered]
@@ -57,9 +52,7 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
 
 
 def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
-    """A forward in training mode; the first one proves that it leaves the base's buffers alone."""
-    if state.watched:
-        return _run(model, name, frame, args, kwargs)
+    """The first forward in training mode, which proves that it leaves the base's buffers alone."""
     before = {n: (b, b._version) for n, b in model.base.named_buffers() if not b.is_inference()}
     output = _run(model, name, frame, args, kwargs)
     for buffer, now in model.base.named_buffers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from .errors import ConfigError, GateError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import base_bias, base_weight
+from .nn.frame import gate_changed, sequence_number, settings
 from .nn.gated import Stamp, same_stamp, stamp
 from .nn.route import original_class, unroute
 
@@ -99,6 +101,7 @@ class TaskState(nn.Module):
         self.table: dict[str, nn.Module] = {}
         self.rested: dict[str, Stamp] = {}
         self.watched = False
+        self.noted: tuple[dict[str, Any], int, int] | None = None
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)
             weight = base_weight(host)
@@ -169,6 +172,7 @@ class TaskState(nn.Module):
 
     # -- gates
 
+    @torch.compiler.disable
     def refresh(self, *, force: bool = False) -> None:
         """Bring the host's gates up to date with at most one device-to-host copy.
 
@@ -184,6 +188,23 @@ class TaskState(nn.Module):
             if self.gates_mode == "device":
                 part.gate = None
 
+    @torch.compiler.disable
+    def note_gates(self, node: int | None) -> None:
+        """Remember when the gates were first seen as they are; they may not have changed since `node` was made.
+
+        For activation checkpointing of a whole forward, which ran without gradients and so left no call behind.
+
+        Raises:
+            GateError: a gate changed between that forward and its recomputation.
+        """
+        thread, now = threading.get_ident(), settings(self.table)
+        seen, since, whose = (None, 0, thread) if self.noted is None else self.noted
+        changed = [] if seen is None else [name for name in now if now[name] != seen.get(name)]
+        if node is not None and (changed or (seen is not None and whose == thread and since > node + 1)):
+            raise gate_changed(next(iter(changed), "a layer"))
+        if seen is None or changed:
+            self.noted = now, sequence_number() if seen is not None else 0, thread
+
     def open_layers(self) -> list[str]:
         """Names of the layers whose gate is open now (one copy from the device)."""
         learned = self.learned()
@@ -195,6 +216,7 @@ class TaskState(nn.Module):
             state[name] = value >= part.threshold
         return [name for name, is_open in state.items() if is_open]
 
+    @torch.compiler.disable
     def check_rest(self) -> None:
         """Raise if a closed layer whose score is trained holds Inf or NaN (read once after each change)."""
         changed = []
@@ -217,7 +239,7 @@ class TaskState(nn.Module):
             self.rested[name] = stamp(delta)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rested": {}}  # a copy's version counters start anew
+        return {**self.__dict__, "rested": {}, "noted": None}  # a copy's version counters start anew
 
     def penalty_weights(self) -> list[float]:
         """w_i of the learned gates: 1, or in proportion to the layer's parameters with mean 1."""
@@ -240,6 +262,7 @@ class TaskState(nn.Module):
 
     def drop_closed_gradients(self) -> None:
         """Set the gradients of closed Deltas to None, so that no optimizer moves them or their state."""
+        self.refresh()
         open_now = set(self.open_layers()) if self.gates_mode == "device" else None
         for name, part in self.gated():
             closed = part.gate is False if open_now is None else name not in open_now

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -19,12 +21,17 @@ from taps_ext.nn import frame
 
 
 class Block(nn.Module):
+    """`frozen`: its norm's work is done without gradients. `drop`: of a dropout at its end."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6)
+        self.conv, self.norm, self.last = nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 1)
+        self.drop, self.frozen = nn.Dropout(0.0), False
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.norm(self.conv(x)))
+        with torch.set_grad_enabled(not self.frozen):
+            y = F.relu(self.norm(self.conv(x)))
+        return x + self.drop(self.last(y))
 
 
 class Net(nn.Module):
@@ -144,6 +151,199 @@ def test_a_gate_that_changed_before_backward_is_an_error(whole: bool) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_runs_without_gradients_is_the_tasks_too(reentrant: bool) -> None:
+    plain, checkpointed = plain_and_checkpointed(reentrant)
+    x = images(6)
+    for model in (plain, checkpointed):
+        model.base.first.frozen = model.base.second.frozen = True
+        model(x, task="a")["logits"].square().sum().backward()
+    assert same(gradients(checkpointed), gradients(plain))
+    assert any("second/last" in name for name in gradients(plain))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_bare_base_is_recomputed_in_evaluation_mode(reentrant: bool, whole: bool) -> None:
+    """Dropout rests although the model is in training mode; a task's does not."""
+    plain, checkpointed = plain_and_checkpointed(reentrant)
+    found, images6 = [], images(6)
+    for model in (plain, checkpointed):
+        for module in model.base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        x = images6.clone().requires_grad_()
+        if whole and model is checkpointed:
+            model.base.reentrant = None
+            out = checkpoint(lambda x: checkpointed(x, task=None)["logits"], x, use_reentrant=reentrant)
+        else:
+            out = model(x, task=None)["logits"]
+        out.square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert not torch.equal(plain(x, task="a")["logits"], plain(x, task="a")["logits"])
+
+
+def test_another_thread_runs_the_base_meanwhile() -> None:
+    """Recomputation in training mode in one thread, the bare base in evaluation mode in another."""
+    inside, done = threading.Event(), threading.Event()
+
+    class Wait(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread().name == "base":
+                inside.set()
+                assert done.wait(30)
+            return x
+
+    plain, checkpointed = plain_and_checkpointed(True)
+    for model in (plain, checkpointed):
+        model.base.second.drop.p = 0.5
+    checkpointed.base.norm.register_forward_hook(lambda _, __, out: Wait()(out))
+    x = images(6)
+    torch.manual_seed(2)
+    plain(x, task="a")["logits"].square().sum().backward()
+    torch.manual_seed(2)
+    loss = checkpointed(x.requires_grad_(), task="a")["logits"].square().sum()
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(checkpointed(x, task=None)), name="base")
+    thread.start()
+    assert inside.wait(30)
+    loss.backward()
+    done.set()
+    thread.join()
+    assert same(gradients(checkpointed), gradients(plain))
+    assert torch.equal(outputs[0]["logits"], plain(x, task=None)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("whole", "gates", "how"),
+    [
+        case
+        for case in itertools.product([False, True], ["host", "device"], ["score", "set_gates", "merge"])
+        if case != (False, "host", "score")  # the host's gate is that of the forward until the next one
+    ],
+)
+def test_what_changed_before_a_reentrant_backward_is_an_error(whole: bool, gates: str, how: str) -> None:
+    _, model = plain_and_checkpointed(True, gates)
+    x = images(6).requires_grad_()
+    if whole:
+        model.base.reentrant = None
+        model(x, task="a")  # gates seen before, and again after they changed
+        with torch.no_grad():
+            dict(model.state("a").gated())["stem"].score.fill_(0.05)
+        loss = checkpoint(lambda x: model(x, task="a")["logits"], x, use_reentrant=True).square().sum()
+    else:
+        loss = model(x, task="a")["logits"].square().sum()
+    if how == "score":
+        with torch.no_grad():
+            dict(model.state("a").gated())["second.conv"].score.fill_(0.05)
+    elif how == "set_gates":
+        model.set_gates("a", open=["stem"])
+    else:
+        model.eval()
+        model.merge_task("a")
+    with pytest.raises((GateError, TapsError), match="gate changed|is merged"):
+        loss.backward()
+
+
+def test_a_changed_gate_seen_by_a_later_forward_is_an_error_too() -> None:
+    _, model = plain_and_checkpointed(True)
+    model.base.reentrant = None
+    x = images(6).requires_grad_()
+    loss = checkpoint(lambda x: model(x, task="a")["logits"], x, use_reentrant=True).square().sum()
+    model.set_gates("a", open=["stem"])
+    with torch.no_grad():
+        model(x, task="a")
+    with pytest.raises(GateError, match="gate changed"):
+        loss.backward()
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+
+
+class Hidden:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+def returning(kind: type) -> TaskModel:
+    class Wrapped(Net):
+        def forward(self, x: Tensor):
+            return kind(super().forward(x)["logits"])
+
+    return two_tasks(settle(Wrapped(True)))
+
+
+def test_outputs_of_other_types_are_found() -> None:
+    torch.manual_seed(0)
+    plain, model = two_tasks(settle(Net())), None
+    torch.manual_seed(0)
+    model = returning(Output)
+    x = images(6)
+    plain(x, task="a")["logits"].square().sum().backward()
+    model(x, task="a").logits.square().sum().backward()
+    assert same(gradients(model), gradients(plain))
+
+
+def test_a_forward_that_shows_no_tensor_is_never_taken_for_another() -> None:
+    """Numbers of two threads overlap: another thread's forward must not be recomputed in its place."""
+    model, other = returning(Hidden), plain_and_checkpointed(True)[1]
+    waiting = {}
+    for target in (other, model):  # forwards of task "b" in a thread of their own, waiting for their backward
+        thread = threading.Thread(target=lambda t=target: waiting.update({t: t(images(6), task="b")}))
+        thread.start()
+        thread.join()
+    with pytest.raises(TapsError, match="must return tensors"):
+        model(images(6), task="a").logits.square().sum().backward()
+    assert len(waiting) == 2 and not gradients(other)
+
+
+def test_a_view_that_is_written_to() -> None:
+    class Flat(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)["logits"].view(-1)
+
+    torch.manual_seed(0)
+    plain, model = two_tasks(settle(Net())), None
+    torch.manual_seed(0)
+    model = two_tasks(settle(Flat(True)))
+    x = images(6)
+    (2 * plain(x, task="a")["logits"]).square().sum().backward()
+    model(x, task="a").mul_(2).square().sum().backward()
+    assert same(gradients(model), gradients(plain))
+
+
+def test_under_compile() -> None:
+    """A compiled model whose base falls back to eager code, and one that does not."""
+    plain, checkpointed = plain_and_checkpointed(False)
+    x = images(6)
+    plain(x, task="a")["logits"].square().sum().backward()
+    checkpointed.compile(backend="aot_eager")
+    checkpointed(x, task="a")["logits"].square().sum().backward()
+    got, want = gradients(checkpointed), gradients(plain)
+    assert set(got) == set(want)
+    for name in want:  # aot_eager runs the same kernels; sums of gradients may be taken in another order
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_base_rests_in_training_mode() -> None:
+    model = plain_and_checkpointed(False)[0]
+    for module in model.base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    x = images(6)
+    want = model.eval()(x, task=None)["logits"]
+    model.train().compile(backend="aot_eager")
+    assert not torch.equal(model(x, task="a")["logits"], model(x, task="a")["logits"])
+    for _ in range(2):
+        assert torch.equal(model(x, task=None)["logits"], want)
+        model(x, task="a")
+
+
 def test_without_a_known_forward_it_is_an_error() -> None:
     """The base called by itself has no call to find; nor has an output in which no tensor can be found."""
     _, model = plain_and_checkpointed(False)
@@ -195,7 +395,7 @@ def test_timm_checkpointing(reentrant: bool, monkeypatch) -> None:
     x = torch.randn(4, 3, 32, 32)
     found: list[frame.Call | None] = []
     lookup = frame.recomputed_call
-    monkeypatch.setattr(frame, "recomputed_call", lambda owner=None: (found.append(lookup(owner)), found[-1])[1])
+    monkeypatch.setattr(frame, "recomputed_call", lambda module: (found.append(lookup(module)), found[-1])[1])
     for model in (plain, checkpointed):
         (model(x, task="a").square().sum() + model(x, task="b").square().sum()).backward()
     assert {call.task for call in found if call is not None} == {"a", "b"}

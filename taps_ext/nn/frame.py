@@ -7,9 +7,10 @@ the range of autograd sequence numbers that its forward drew, and lives exactly 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,10 +23,14 @@ from .gated import GatedLayer
 
 
 class Frame(NamedTuple):
-    """One forward: the parts of the running task by module name, and where entered modules are noted."""
+    """One forward: the parts of the running task by module name, and where entered modules are noted.
+
+    `evaluate`: the bare base, whose modules then say that they are in evaluation mode.
+    """
 
     parts: Mapping[str, nn.Module]
     entered: set[str]
+    evaluate: bool = False
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
@@ -34,6 +39,44 @@ leave = _frame.reset
 
 sequence_number = torch.autograd._get_sequence_nr  # the number that this thread's next autograd node will get
 
+_DEPTH = 3  # an output that is a view and then written to loses its own node, but not those below
+
+
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """Tensors in containers that torch.utils._pytree knows, in dataclasses and in plain objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (nn.Module, type)):
+            yield from _tensors(_attributes(leaf), depth - 1)
+
+
+def _attributes(value: Any) -> list[Any]:
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return list(vars(value).values()) if hasattr(value, "__dict__") else []
+
+
+def _setting(part: nn.Module) -> tuple[Any, ...]:
+    """What a forward's arithmetic depends on beside the tensors that autograd watches."""
+    if not isinstance(part, GatedLayer):
+        return ()
+    watched = part.score if part.gate is None else None
+    version = None if watched is None or watched.is_inference() else watched._version
+    return part.gate, part.merged is not None, None if watched is None else id(watched), version
+
+
+def settings(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
+    """The gates of a task as they are now, by layer."""
+    return {name: _setting(part) for name, part in parts.items() if isinstance(part, GatedLayer)}
+
+
+def gate_changed(name: str) -> GateError:
+    return GateError(
+        f"{name}: its gate changed between forward and the recomputation in backward; run backward before changing "
+        "scores or gates, or merging"
+    )
+
 
 class Call:
     """One differentiable forward of a TaskModel: its owner, task, frame and gates, until its graph is freed.
@@ -41,79 +84,107 @@ class Call:
     Args:
         owner: the TaskModel. task: the name that ran, or None for the base.
         first: `sequence_number()` before the forward.
-        outputs: whatever the base returned; tensors are found in containers that torch.utils._pytree knows.
+        outputs: whatever the base returned.
     """
 
+    @torch.compiler.disable
     def __init__(self, owner: nn.Module, task: str | None, frame: Frame, first: int, outputs: Any) -> None:
         self.owner, self.task, self.frame = weakref.ref(owner), task, frame
-        self.first, self.last = first, sequence_number()
-        self.gates = {name: part.gate for name, part in frame.parts.items() if isinstance(part, GatedLayer)}
-        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        nodes: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        for node in nodes:
-            node.metadata.setdefault("taps_ext", []).append(self)  # the graph keeps the call, nothing else does
-        if nodes:
-            with _lock:
+        self.first, self.last, self.thread = first, sequence_number(), threading.get_ident()
+        self.settings = settings(frame.parts)
+        nodes: list[Any] = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
+        with _lock:
+            if nodes:
                 _calls.add(self)
+            elif self.first < self.last:
+                _unseen.setdefault(owner, set()).add(self.thread)
+        for _ in range(_DEPTH):
+            for node in nodes:
+                node.metadata.setdefault("taps_ext", []).append(self)  # the graph keeps the call, nothing else does
+            nodes = [below for node in nodes for below, _ in node.next_functions if below is not None]
+            nodes = [node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"]
 
     def check_gates(self, names: Iterable[str] | None = None) -> None:
         """Raise GateError if a layer's gate is not the one that the forward ran with."""
-        for name in self.gates if names is None else names:
+        for name in self.settings if names is None else names:
             part = self.frame.parts.get(name)
-            if isinstance(part, GatedLayer) and part.gate is not self.gates[name]:
-                raise GateError(
-                    f"{name}: its gate changed between forward and the recomputation in backward; run backward "
-                    "before changing scores or gates"
-                )
+            if part is not None and name in self.settings and _setting(part) != self.settings[name]:
+                raise gate_changed(name)
+
+    def covers(self, number: int, module: nn.Module | None, owner: nn.Module | None) -> bool:
+        """True if a node of this number may belong to this forward, of this owner or with this module."""
+        mine: Any = self.owner()
+        if mine is None or not self.first <= number < self.last:
+            return False
+        if module is None:
+            return mine is owner
+        return bool(mine.base.get_submodule(module.__dict__["_taps_name"]) is module)
 
 
 _calls: weakref.WeakSet[Call] = weakref.WeakSet()
+# Threads with forwards whose outputs show no tensor, by owner.
+_unseen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def recomputing() -> bool:
-    """True inside a backward with gradients on, as checkpointing repeats a forward; hooks run without them."""
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False
-    return torch.is_grad_enabled()
+def in_backward() -> bool:
+    """True while this thread runs a node of a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def recomputed_call(owner: nn.Module | None = None) -> Call | None:
+def running_node() -> int:
+    """The sequence number of the backward node that runs, or -1."""
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
+def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None = None) -> Call | None:
     """The call whose forward the running backward node belongs to, or None if it is not known.
 
     Raises:
-        TapsError: calls of several threads are alive that it could belong to.
+        TapsError: it could belong to forwards of several threads.
     """
-    node: Any = torch._C._current_autograd_node()
-    if node is None:
-        return None
-    number = node._sequence_nr()
+    number = running_node()
     with _lock:
-        found = [call for call in _calls if call.first <= number < call.last]
-    if owner is not None:
-        found = [call for call in found if call.owner() is owner]
-    if len(found) > 1:
+        found = [call for call in _calls if call.covers(number, module, owner)]
+        unseen = _unseen.get(found[0].owner(), set()) - {found[0].thread} if found else set()  # type: ignore[arg-type]
+    if len(found) > 1 or unseen:
         raise TapsError(
-            "activation checkpointing: forwards of several threads or TaskModels are waiting for their backward, and "
-            "which of them is recomputed is not known; run each backward before the next thread's forward"
+            "activation checkpointing: forwards of several threads are waiting for their backward, and which of them "
+            "is recomputed is not known; run each backward before the next thread's forward, and let the base return "
+            "its tensors"
         )
     return found[0] if found else None
 
 
-def running(name: str) -> Frame | None:
-    """The frame in which the module called `name` runs, or None outside of every TaskModel.
+def running(module: nn.Module) -> Frame | None:
+    """The frame in which a routed module runs, or None outside of every TaskModel.
 
     Raises:
         TapsError: the module is recomputed in a backward, and its task or its gate then is not known any more.
     """
     frame = _frame.get()
-    if frame is not None or not recomputing():
+    if frame is not None or not in_backward():
         return frame
-    call = recomputed_call()
-    if call is None:
+    call = recomputed_call(module)
+    name = module.__dict__["_taps_name"]
+    if call is not None:
+        call.check_gates([name])
+        return call.frame
+    if torch.is_grad_enabled():
         raise TapsError(
             f"{name}: forward was recomputed during backward, and the forward it repeats is not known; call the base "
-            "through TaskModel, which must return tensors (or containers of them) that depend on the checkpointed part"
+            "through TaskModel, which must return tensors that depend on the checkpointed part"
         )
-    call.check_gates([name])
-    return call.frame
+    return None  # a hook, which runs without gradients
+
+
+def evaluates(module: nn.Module) -> bool:
+    """True while the bare base runs, in a forward or recomputed."""
+    frame = _frame.get()
+    if frame is None and in_backward():
+        number = running_node()
+        with _lock:
+            calls = [call for call in _calls if call.covers(number, module, None)]
+        frame = calls[0].frame if len(calls) == 1 else None
+    return frame is not None and frame.evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,17 @@ def float32_bound(threshold: float) -> float:
     return torch.tensor(threshold, dtype=torch.float32).item()
 
 
-Stamp = tuple[Tensor, int]
+Stamp = tuple[weakref.ref[Tensor], int]
 
 
 def stamp(tensor: Tensor) -> Stamp:
-    """A tensor as it is now: the object and its version counter (inference tensors have none)."""
-    return tensor, -1 if tensor.is_inference() else tensor._version
+    """A tensor as it is now: the object, not kept alive, and its version counter (inference tensors have none)."""
+    return weakref.ref(tensor), -1 if tensor.is_inference() else tensor._version
 
 
 def same_stamp(seen: Stamp | None, tensor: Tensor) -> bool:
     """True if `tensor` is the stamped object and has not been written to since."""
-    return seen is not None and seen[0] is tensor and not tensor.is_inference() and seen[1] == tensor._version
+    return seen is not None and seen[0]() is tensor and not tensor.is_inference() and seen[1] == tensor._version
 
 
 class GatedLayer(nn.Module):
