@@ -27,13 +27,15 @@ def main() -> None:
     loader = DataLoader(data.train, batch_size=32, shuffle=True)
 
     accumulate, warmup = 2, 2
+    left_over = len(loader) % accumulate  # batches in an epoch's last step, if fewer
     for epoch in range(args.epochs):
         model.train()
         for step, (images, labels) in enumerate(loader, 1):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 logits = model(images, task="rotated")
-            (F.cross_entropy(logits.float(), labels) / accumulate).backward()
-            if step % accumulate == 0:
+            together = left_over if step > len(loader) - left_over else accumulate
+            (F.cross_entropy(logits.float(), labels) / together).backward()
+            if step % accumulate == 0 or step == len(loader):
                 # The penalty is added once for each step, and not at all while it warms up.
                 model.sparsity_loss("rotated", scale=float(epoch >= warmup)).backward()
                 optimizer.step()

@@ -179,5 +179,5 @@ def plain_copy(base: nn.Module, state: TaskState) -> nn.Module:
     plain = copy.deepcopy(base)
     for module in plain.modules():
         unroute(module)
-    merging.install(plain, merging.task_tensors(state, base), state)
+    merging.install(plain, merging.task_tensors(state, base), state.head_path, copy.deepcopy(state.head))
     return plain

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -82,12 +80,12 @@ def like_unloaded(copied: nn.Module, base: nn.Module) -> None:
         mine.requires_grad_(parameter.requires_grad)
 
 
-def install(plain: nn.Module, tensors: dict[str, dict[str, Tensor]], state: TaskState) -> None:
-    """Put a task's tensors and head into a plain copy of the base."""
+def install(plain: nn.Module, tensors: dict[str, dict[str, Tensor]], path: str | None, head: nn.Module | None) -> None:
+    """Put a task's tensors and a head of the copy's own into a plain copy of the base."""
     for module, values in tensors.items():
         target = plain.get_submodule(module)
         for key, value in values.items():
             if value is not None:
                 _install(target, key, value.detach())
-    if state.head is not None and state.head_path is not None:
-        plain.set_submodule(state.head_path, copy.deepcopy(state.head))
+    if head is not None and path is not None:
+        plain.set_submodule(path, head)

@@ -483,7 +483,7 @@ class TaskModel(nn.Module):
         """
         state = self.state(name)
         tensors = merging.task_tensors(state, self.base)
-        plain = copy.deepcopy(self.base)  # while the tasks still are there: not every base can be copied
+        plain, head = copy.deepcopy((self.base, state.head))  # while the tasks still are there: not all can be copied
         merging.like_unloaded(plain, self.unload())
-        merging.install(plain, tensors, state)
+        merging.install(plain, tensors, state.head_path, head)
         return plain.train(self.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
 
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
     """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
-    _check_labels(model, name, state, kwargs)
+    _check_labels(model, name, state, args, kwargs)
     frame = Frame(state.table, set())
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
@@ -66,11 +67,14 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
     return output
 
 
-def _check_labels(model: TaskModel, name: str, state: TaskState, kwargs: Any) -> None:
+def _check_labels(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> None:
     """transformers' models compute a loss from `labels` with the base's number of classes, not the task's."""
     classes = getattr(getattr(model.base, "config", None), "num_labels", None)
     own = getattr(state.head, "out_features", None)
-    if kwargs.get("labels") is not None and isinstance(classes, int) and own is not None and own != classes:
+    if not isinstance(classes, int) or own is None or own == classes:
+        return
+    names = list(inspect.signature(model.base.forward).parameters)
+    if kwargs.get("labels") is not None or ("labels" in names and len(args) > names.index("labels")):
         raise ConfigError(
             f"labels: the base computes its loss over {classes} classes and task {name!r} has {own}; leave labels "
             "out and compute the loss from the output's logits"

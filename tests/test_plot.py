@@ -10,7 +10,7 @@ from test_trainer import build, fit
 
 from taps_ext import ConfigError
 from taps_ext.plot import curves, gates, tradeoff
-from taps_ext.plot.curves import read_epochs
+from taps_ext.plot.curves import _metric, read_epochs
 from taps_ext.train import TrainConfig
 
 pytest.importorskip("matplotlib")
@@ -38,6 +38,31 @@ def test_curves_and_gates(run, tmp_path) -> None:
         gates(tmp_path / "gates.png", out / "metrics.jsonl", "u")
 
 
+def test_a_shorter_run_in_the_same_folder_replaces_the_longer(tmp_path) -> None:
+    """In the file, whose torn last line is cut off, and in TensorBoard."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    fit(build(), out=str(tmp_path), epochs=4, tensorboard=True)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"event": "ep')
+    result = fit(build(), resume=False, out=str(tmp_path), epochs=2, tensorboard=True)
+    assert [e["loss"] for e in read_epochs(file)["t"]] == [h["loss"] for h in result.history]
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "t"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [0, 1]
+
+
+def test_each_task_has_its_own_metric(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    entries = [
+        {"event": "epoch", "task": "a", "epoch": 0, "loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5, "share": 1.0},
+        {"event": "epoch", "task": "b", "epoch": 0, "loss": 1.0, "val_loss": 1.0, "val_error": 0.2, "share": 1.0},
+    ]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert [_metric(epochs[0]) for epochs in read_epochs(file).values()] == ["val_accuracy", "val_error"]
+    curves(tmp_path / "curves.png", file)
+    assert is_png(tmp_path / "curves.png")
+
+
 def test_tradeoff(tmp_path) -> None:
     tradeoff(tmp_path / "t.png", {"TAPS": [(40.0, 97.0), (10.0, 95.0)], "fine-tuning": [(100.0, 99.0)]})
     assert is_png(tmp_path / "t.png")
@@ -52,6 +77,9 @@ def test_a_restarted_run_and_a_torn_line(tmp_path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(line(0, 3.0) + line(1, 2.0) + line(0, 2.5) + '{"event": "ep')
     assert [(e["epoch"], e["loss"]) for e in read_epochs(file)["t"]] == [(0, 2.5), (1, 2.0)]
+    start = json.dumps({"event": "start", "task": "t", "epoch": 1}) + "\n"
+    file.write_text(line(0, 3.0) + line(1, 2.0) + line(2, 1.0) + start + line(1, 1.5))
+    assert [(e["epoch"], e["loss"]) for e in read_epochs(file)["t"]] == [(0, 3.0), (1, 1.5)]
     file.write_text("nonsense\n" + line(0, 1.0))
     with pytest.raises(ConfigError, match="expected a JSON event in line 1, got 'nonsense"):
         read_epochs(file)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from models import TinyNet, images, settle
+from torch import nn
 
 from taps_ext import TapsConfig, TapsError, TaskModel, ops
 
@@ -155,6 +159,48 @@ def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
         F.cross_entropy(model(x, task="t"), y).backward()
         optimizer.step()
     assert torch.equal(part.delta, before)
+
+
+def test_gates_of_other_tensors_drop_no_gradient() -> None:
+    """After `functional_call` with other scores, the model's own decide what an optimizer may act on."""
+    model = build()
+    x = images()
+    model(x, task="t").square().sum().backward()
+    scores = {n: torch.zeros_like(p) for n, p in model.named_parameters() if n.endswith("score")}
+    torch.func.functional_call(model, scores, (x,), {"task": "t"})
+    model.drop_closed_gradients("t")
+    assert all(part.delta.grad is not None for _, part in model.state("t").gated())
+
+
+def test_borrowed_tensors_are_not_kept_alive() -> None:
+    model = build().train()
+    given = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(("delta", "score"))}
+    for name, tensor in given.items():
+        tensor.fill_(0.05 if name.endswith("score") else 0.0)
+    seen = [weakref.ref(tensor) for tensor in given.values()]
+    torch.func.functional_call(model, given, (images(),), {"task": "t"})
+    del given, tensor
+    gc.collect()
+    assert all(ref() is None for ref in seen)
+
+
+def test_casts_are_not_pickled() -> None:
+    model = build()
+    model.set_gates("t", open=[])
+    before = len(pickle.dumps(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(images(), task="t")
+    assert any("_taps_cast" in module.__dict__ for module in model.modules())
+    assert abs(len(pickle.dumps(model)) - before) < 200
+
+
+def test_a_head_that_cannot_be_copied_loses_no_task() -> None:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0))
+    model.add_task("t", head=nn.utils.weight_norm(nn.Linear(12, 3)))
+    model(images(), task="t").sum().backward()  # leaves a computed weight in the head
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        model.merge_and_unload("t")
+    assert model.tasks == ["t"] and model(images(), task="t").shape[1] == 3
 
 
 def test_use_task_survives_deletion() -> None:

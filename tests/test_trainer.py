@@ -56,7 +56,8 @@ def test_learns(config, tmp_path) -> None:
     result = fit(model, epochs=8, out=str(tmp_path))
     floor = 0.4 if config.method == "probe" else 0.9
     assert before["accuracy"] < floor <= result.test["accuracy"]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    start, *lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (start["event"], start["epoch"]) == ("start", 0)
     assert [line["epoch"] for line in lines] == list(range(8)) and {"val_accuracy", "share"} <= lines[0].keys()
     assert Path(result.file).exists() and not list(tmp_path.glob("*.state"))
     other = TaskModel(build(config).unload())

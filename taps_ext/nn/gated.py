@@ -139,7 +139,8 @@ class GatedLayer(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}  # a copy's version counters start anew
+        kept = {key: value for key, value in self.__dict__.items() if key != "_taps_cast"}
+        return {**kept, "_seen": None}  # a copy's version counters start anew
 
     def extra_repr(self) -> str:
         kind = "learned" if self.learn else "fixed"

@@ -25,7 +25,8 @@ class _Moded(nn.Module):
     """Any module of the base: its `training` is False while the bare base runs, in whatever thread."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (original_class(self), type(self).__bases__[0]), self.__getstate__()
+        state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
+        return _rebuild, (original_class(self), type(self).__bases__[0]), state
 
     @property
     def training(self) -> bool:

@@ -12,7 +12,7 @@ from .canvas import new_figure
 
 
 def read_epochs(metrics: str | PathLike[str]) -> dict[str, list[dict[str, Any]]]:
-    """Task -> its epochs in order; of an epoch that was repeated after a restart, the last.
+    """Task -> the epochs of its last run in order, with those of the runs that it went on from.
 
     Raises:
         ConfigError: a file without epochs, or a line in it that is no JSON object.
@@ -22,6 +22,9 @@ def read_epochs(metrics: str | PathLike[str]) -> dict[str, list[dict[str, Any]]]
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
+            if entry["event"] == "start":
+                known = found.get(entry["task"], {})
+                found[entry["task"]] = {epoch: kept for epoch, kept in known.items() if epoch < entry["epoch"]}
             if entry["event"] == "epoch":
                 found.setdefault(entry["task"], {})[entry["epoch"]] = entry
         except (ValueError, KeyError, TypeError):
@@ -30,9 +33,15 @@ def read_epochs(metrics: str | PathLike[str]) -> dict[str, list[dict[str, Any]]]
             raise ConfigError(
                 f"metrics: {metrics}: expected a JSON event in line {number}, got {line[:60]!r}"
             ) from None
+    found = {task: epochs for task, epochs in found.items() if epochs}
     if not found:
         raise ConfigError(f"metrics: expected epochs in {metrics}, got none")
     return {task: [epochs[i] for i in sorted(epochs)] for task, epochs in found.items()}
+
+
+def _metric(entry: dict[str, Any]) -> str:
+    """The key of a task's first validation metric."""
+    return next((key for key in entry if key.startswith("val_") and key != "val_loss"), "val_loss")
 
 
 def curves(path: str | PathLike[str], metrics: str | PathLike[str]) -> None:
@@ -46,16 +55,17 @@ def curves(path: str | PathLike[str], metrics: str | PathLike[str]) -> None:
     """
     runs = read_epochs(metrics)
     figure = new_figure(11.0, 3.4)
-    first = next(iter(runs.values()))[0]
-    chosen = next((key for key in first if key.startswith("val_") and key != "val_loss"), "val_loss")
-    panels = (("loss", "training loss"), (chosen, f"validation {chosen[4:]}"), ("share", "gated weights open"))
-    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
+    metric = {task: _metric(epochs[0]) for task, epochs in runs.items()}
+    names = ", ".join(sorted({chosen[4:] for chosen in metric.values()}))
+    panels = (("loss", "training loss"), (None, f"validation {names}"), ("share", "gated weights open"))
+    for axes, (panel, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for task, epochs in runs.items():
+            key = metric[task] if panel is None else panel
             shown = [entry for entry in epochs if entry.get(key) is not None]
             axes.plot([e["epoch"] + 1 for e in shown], [e[key] for e in shown], marker=".", label=task)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if key == "share":
+        if panel == "share":
             axes.set_ylim(-0.03, 1.03)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -15,7 +15,8 @@ class Average:
     """`average <- d * average + (1 - d) * value` after every step, for all that is trained but the scores.
 
     Gates come from the live scores, and a Delta that got no gradient (a closed one) rests here as well. Over the first
-    steps d grows as (1 + step) / (10 + step), so that the average does not linger at the start.
+    steps d grows as (1 + step) / (10 + step), so that the average does not linger at the start. Averages of half
+    precision are kept in float32, in which small steps are not lost.
 
     Args:
         decay: d in [0, 1).
@@ -23,7 +24,9 @@ class Average:
 
     def __init__(self, state: TaskState, decay: float) -> None:
         self.state, self.decay, self.steps = state, decay, 0
-        self.values = {name: p.detach().clone() for name, p in self._trained()}
+        self.values = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self._trained()
+        }
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         scores = {id(part.score) for _, part in self.state.learned()}

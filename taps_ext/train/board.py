@@ -11,16 +11,19 @@ from ..errors import ConfigError
 class Board:
     """Scalars in a task's folder, by epoch: what `metrics.jsonl` has, and `scores/<layer>`.
 
+    Args:
+        first_epoch: where the run starts or goes on; what an earlier run wrote from there on is not shown any more.
+
     Raises:
         ConfigError: tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_epoch: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("tensorboard: it is not installed: pip install taps_ext[tensorboard]") from None
-        self.writer: Any = SummaryWriter(str(folder))
+        self.writer: Any = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def epoch(self, values: dict[str, Any], scores: dict[str, float | None]) -> None:
         step = int(values["epoch"])

@@ -11,19 +11,36 @@ from typing import Any, TextIO
 from .board import Board
 
 
+def cut_torn_line(path: Path) -> None:
+    """Drop what follows the last line break of a file, if there is one."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 class Log:
     """Write one JSON line for each event to `path`, and tell a person how far the run is.
 
     Args:
-        path: the `.jsonl` file, appended to; None writes none.
+        path: the `.jsonl` file, appended to; None writes none. What a killed run left of its last line is cut off.
         total: optimizer steps of the run. quiet: say nothing on the terminal.
+        first_epoch: where the run starts or goes on; epochs from there on that an earlier run wrote are void.
         board: a folder for TensorBoard, or None.
     """
 
     def __init__(
-        self, path: Path | None, title: str, total: int, *, quiet: bool = False, board: Path | None = None
+        self,
+        path: Path | None,
+        title: str,
+        total: int,
+        *,
+        first_epoch: int = 0,
+        quiet: bool = False,
+        board: Path | None = None,
     ) -> None:
-        self.board = None if board is None else Board(board)
+        self.board = None if board is None else Board(board, first_epoch)
+        if path is not None:
+            cut_torn_line(path)
         self.file: TextIO | None = None if path is None else path.open("a", encoding="utf-8")
         self.title, self.quiet = title, quiet
         self.progress: Any = None
@@ -42,6 +59,7 @@ class Log:
             self.progress.start()
             self.bar = self.progress.add_task(title, total=total, note="")
         self.started = time.perf_counter()
+        self.event("start", {}, epoch=first_epoch)
 
     def step(self, done: int) -> None:
         """Move the bar to `done` optimizer steps."""

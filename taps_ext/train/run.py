@@ -38,6 +38,8 @@ class Progress:
     seen: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
+    peak: list[Any] | None = None
+    improved: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -49,7 +51,7 @@ class Run:
         evaluate: metrics of the task, as it is now, on the validation split.
 
     Raises:
-        ConfigError: nothing to train; label smoothing with a loss that is not `F.cross_entropy`.
+        ConfigError: nothing to train.
     """
 
     def __init__(
@@ -68,11 +70,6 @@ class Run:
         smoothing = self.config.label_smoothing
         if not smoothing:
             return self.task.loss
-        if self.task.loss is not F.cross_entropy:
-            raise ConfigError(
-                f"label_smoothing: expected 0 for task {self.name!r}, whose loss is not F.cross_entropy, "
-                f"got {smoothing}"
-            )
         return lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=smoothing)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -94,13 +91,11 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """True after the last epoch, or where `patience` epochs brought nothing better."""
+        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
         progress, patience = self.progress, self.config.patience
         if progress.epoch >= self.config.epochs:
             return True
-        if patience is None or progress.best is None or not progress.best["settled"]:
-            return False
-        return progress.epoch - 1 - progress.best["epoch"] >= patience
+        return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
     # -- epochs
 
@@ -179,6 +174,8 @@ class Run:
             settled = (
                 progress.epoch >= config.warmup_epochs or not state.learned() or config.epochs <= config.warmup_epochs
             )
+            if settled and (progress.peak is None or rank > progress.peak):
+                progress.peak, progress.improved = rank, progress.epoch
             best = progress.best
             better = best is None or rank >= best["rank"] or not best["settled"]
             if config.select == "last" or (settled and better) or best is None:

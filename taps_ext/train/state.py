@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import store
 from ..errors import ConfigError
 from ..task import TaskState
+from . import randomness
 
 
 def snapshot(state: TaskState) -> dict[str, Tensor]:
@@ -63,10 +64,8 @@ def save_run(
         "part": snapshot(state),
         "optimizer": moments,
         **{name: dict(tensors) for name, tensors in kept.items()},
-        "random": {"cpu": torch.get_rng_state()},
+        "random": randomness.state(),
     }
-    if torch.cuda.is_available():
-        groups["random"]["cuda"] = torch.cuda.get_rng_state()
     values = {f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()}
     record = store.TaskFile(
         method={"method": "trainer-state"},
@@ -109,7 +108,5 @@ def load_run(
         groups[group][rest] = tensor
     restore(state, groups["part"])
     _load_optimizer(optimizer, groups["optimizer"], json.loads(record.extra["train.numbers"]))
-    torch.set_rng_state(groups["random"]["cpu"])
-    if "cuda" in groups["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(groups["random"]["cuda"])
+    randomness.restore(groups["random"])
     return {"best": groups["best"], "average": groups["average"]}, counters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
+from .randomness import forked, seed_host
 
 Batch = tuple[Any, Any]
 
@@ -44,8 +46,9 @@ class Task:
             transformers `ModelOutput` it is the logits.
         metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects.
         maximize: False if less of the first metric is better.
-        augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision
-            (any `nn.Module`), which is given one sample at a time; or None.
+        augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision (any
+            `nn.Module` or function of one argument), which is given one sample at a time; or None. Random numbers of
+            torch, NumPy and Python are seeded for each batch.
         labels: class names, kept in the task file.
     """
 
@@ -61,6 +64,8 @@ class Task:
     def __post_init__(self) -> None:
         if "loss" in self.metrics:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
+        if self.augment is not None and not callable(self.augment):
+            raise ConfigError(f"augment: expected a function or a transform, got {type(self.augment).__name__}")
         if self.labels is not None and not all(isinstance(label, str) for label in self.labels):
             raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
 
@@ -69,11 +74,24 @@ def augmented(augment: Any, inputs: Any, seed: int) -> Any:
     """A training batch after `augment`, which draws from `seed` alone; a transform sees one sample at a time."""
     if augment is None:
         return inputs
-    if not isinstance(augment, nn.Module):
+    with forked():
+        seed_host(seed)
+        if _takes_samples(augment):
+            return torch.stack([augment(sample) for sample in inputs])
         return augment(inputs, torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.stack([augment(sample) for sample in inputs])
+
+
+def _takes_samples(augment: Any) -> bool:
+    """True for a transform: a module, or what cannot be called with two arguments."""
+    if isinstance(augment, nn.Module):
+        return True
+    try:
+        inspect.signature(augment).bind(None, None)
+    except TypeError:
+        return True
+    except ValueError:  # a builtin tells no signature
+        return False
+    return False
 
 
 def as_dataset(data: Any, argument: str) -> Dataset[Any]:
@@ -153,14 +171,30 @@ def identity(data: Any, argument: str) -> list[Any] | None:
     return [type(dataset).__name__, len(cast(Sized, dataset)), content]
 
 
-def function_name(function: Any) -> str | None:
-    """What tells one function from another as a setting: its qualified name, or what a module prints as."""
+def function_name(function: Any, depth: int = 6) -> Any:
+    """What tells one function from another as a setting, JSON-ready: its qualified name; an object's values too."""
     if function is None:
         return None
-    if isinstance(function, nn.Module):
-        return repr(function)
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    if hasattr(function, "__qualname__"):
+        return f"{function.__module__}.{function.__qualname__}"
+    name = f"{type(function).__module__}.{type(function).__qualname__}"
+    if not depth or not hasattr(function, "__dict__"):
+        return name
+    values = {key: _plain(value, depth - 1) for key, value in vars(function).items() if key != "training"}
+    return [name, {key: value for key, value in values.items() if value not in (None, {}, [])}]
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """A value of a transform as JSON: numbers, text and containers as they are, tensors by their digest."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, depth) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item, depth) for item in value]
+    if isinstance(value, Tensor):
+        return fingerprint({"": value})
+    return function_name(value, depth)
 
 
 class Batches:

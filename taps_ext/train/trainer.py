@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggestion
 from ..model import TaskModel
+from . import randomness
 from .config import TrainConfig
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
@@ -60,7 +61,8 @@ class Trainer:
         quiet: print nothing.
 
     Raises:
-        ConfigError: a task that the model lacks; data that is no dataset; a budget without learned gates.
+        ConfigError: a task that the model lacks; a budget without learned gates; label smoothing with a loss that is
+            not `F.cross_entropy`.
     """
 
     def __init__(
@@ -79,6 +81,11 @@ class Trainer:
             state = model.state(name)
             if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):
                 raise ConfigError(f"budget: task {name!r} has no learned gates with lam > 0 that could follow it")
+            if config.label_smoothing and task.loss is not F.cross_entropy:
+                raise ConfigError(
+                    f"label_smoothing: expected 0 for task {name!r}, whose loss is not F.cross_entropy, "
+                    f"got {config.label_smoothing}"
+                )
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             model.to(config.device)
@@ -113,7 +120,7 @@ class Trainer:
         was_training = self.model.training
         results: dict[str, Result] = {}
         try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), Stop() as stop:
+            with randomness.forked(self.device), Stop() as stop:
                 for name, task in self.tasks.items():
                     if stop.asked:
                         raise TrainingInterrupted(f"stopped before task {name!r}; run it again to go on")
@@ -162,18 +169,20 @@ class Trainer:
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         run = Run(self.model, name, task, config, batches, lambda: self.evaluate(name, val, task=task))
-        torch.manual_seed(config.seed)
+        randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / f"{_safe(name)}.state"
         parent = self.model.fingerprint(run.state.head_path)
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
-        log = Log(metrics, name, run.steps_per_epoch * config.epochs, quiet=self.quiet, board=board)
+        first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
+        log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
         try:
             self._train(run, log, stop, path, settings, parent)
         finally:
             log.close()
+        run.optimizer.zero_grad(set_to_none=True)
         run.keep_best()
         return self._finish(name, task, run.progress, settings, path)
 
