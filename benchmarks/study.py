@@ -219,9 +219,8 @@ def plot(results: Path, path: Path, epochs: int) -> None:
         if not groups:
             axes.set_title(f"{task} (not run)")
             continue
-        axes.set_title(
-            f"{task} ({min(len(g) for g in groups.values())} to {max(len(g) for g in groups.values())} seeds)"
-        )
+        counts = sorted({len(group) for group in groups.values()})
+        axes.set_title(f"{task} ({' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds)")
         axes.set_xlabel("gated weights open, %")
         axes.set_ylabel("test accuracy, %")
         axes.set_xlim(0, 103)
