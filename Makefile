@@ -6,7 +6,8 @@
 #   make lint          ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
-#   make study         TAPS against fine-tuning on real data, resumable (hours); make study-table prints it
+#   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
+#                      make study-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make gpu           on a machine with CUDA: build, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)

@@ -243,6 +243,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.command == "run":
+        if not args.data.is_dir():
+            parser.error(f"--data: no folder {args.data}; it must hold the files that docs/study.md names")
         args.results.parent.mkdir(parents=True, exist_ok=True)
         run(args.data, args.results, args.tasks, args.seeds, args.epochs, args.only)
     elif args.command == "plot":

@@ -14,7 +14,7 @@ from taps_ext.zoo import small_resnet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="forwards under autocast")
     parser.add_argument("--out", default="runs/plain/rotated.taps")
     args = parser.parse_args()
@@ -23,7 +23,8 @@ def main() -> None:
     data = open_source("digits:rotated")
     model = taps_ext.TaskModel(small_resnet(), taps_ext.TapsConfig(lam=0.5))
     model.add_task("rotated", num_classes=data.num_classes)
-    optimizer = torch.optim.SGD(model.parameter_groups("rotated", lr=0.05), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameter_groups("rotated", lr=0.02), momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     loader = DataLoader(data.train, batch_size=32, shuffle=True)
 
     accumulate, warmup = 2, 2
@@ -40,6 +41,7 @@ def main() -> None:
                 model.sparsity_loss("rotated", scale=float(epoch >= warmup)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        schedule.step()
         model.eval()
         with torch.no_grad():
             images, labels = next(iter(DataLoader(data.val, batch_size=1000)))

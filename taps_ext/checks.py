@@ -26,6 +26,8 @@ def check_base(base: nn.Module) -> None:
     """
     if not isinstance(base, nn.Module):
         raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
+    if hasattr(base, "merge_and_unload") and hasattr(base, "add_task"):
+        raise ConfigError("base: expected the bare model, got a TaskModel; add further tasks to that")
     if isinstance(base, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"base: expected the bare model, got {type(base).__name__}")
     for name, module in base.named_modules():

@@ -94,6 +94,7 @@ class TaskModel(nn.Module):
 
     def state(self, name: str | None) -> TaskState:
         """The parts of one task. Raises ConfigError for an unknown name."""
+        self._loaded()
         state = self._names.get(name) if isinstance(name, str) else None
         if state is None:
             hint = suggestion(str(name), self._names)
@@ -352,13 +353,31 @@ class TaskModel(nn.Module):
         """SHA-256 over the base's parameters and buffers outside the head."""
         return taskfile.base_fingerprint(self.base, self._head if head_module is None else head_module)
 
-    def save_task(self, name: str, path: str | PathLike[str], **extra: Any) -> int:
+    def save_task(
+        self,
+        name: str,
+        path: str | PathLike[str],
+        *,
+        labels: Sequence[str] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> int:
         """Write a task to a `.taps` file, atomically; returns the bytes written.
 
         Args:
-            extra: `labels` (list of class names), `metrics` (JSON-ready mapping).
+            labels: class names, one for each output of a linear head.
+            metrics, preprocessing: JSON-ready notes, kept as they are.
+
+        Raises:
+            ConfigError: another number of labels than outputs.
+            GateError: Inf or NaN in what is to be saved. OSError: the file cannot be written.
         """
-        return taskfile.save(name, self.state(name), self.base, path, **extra)
+        state = self.state(name)
+        outputs = getattr(state.head, "out_features", None)
+        if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
+            raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
+        notes = {"labels": labels, "metrics": metrics, "preprocessing": preprocessing}
+        return taskfile.save(name, state, self.base, path, **notes)
 
     @torch.inference_mode(False)
     def load_task(

@@ -39,8 +39,14 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return None
 
 
+def _check_tensor(input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+
+
 def _check(input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | None, gate: bool | None) -> Tensor:
     """Check what the kernels cannot and return the input in its compute type."""
+    _check_tensor(input)
     if delta is not None and delta.shape != weight.shape:
         raise ValueError(f"delta: expected shape {list(weight.shape)} like weight, got {list(delta.shape)}")
     if delta is not None and gate is None and score is None:
@@ -172,6 +178,7 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    _check_tensor(input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
     if weight.dim() != 4:

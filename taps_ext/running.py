@@ -43,12 +43,15 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
-    missed = [module for module in state.table if module not in frame.entered]
+    missed = [module for module in state.table if module not in frame.entered and module not in state.entered]
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
-            "have no effect; something reads these weights directly. Name them in exclude_modules"
+            "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
+            "them in exclude_modules"
         )
+    if model.training and len(state.entered) < len(state.table):
+        state.entered |= frame.entered  # evaluation may leave out what training runs
     return output
 
 

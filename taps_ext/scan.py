@@ -73,6 +73,8 @@ def find_head(base: nn.Module) -> str | None:
     getter = getattr(base, "get_classifier", None)
     if callable(getter):
         classifier = getter()
+        if isinstance(classifier, (tuple, list)):
+            return None  # distilled models average several: none of them alone is the head
         for name, module in base.named_modules():
             if module is classifier and isinstance(module, nn.Linear):
                 return name

@@ -101,6 +101,7 @@ class TaskState(nn.Module):
         self.table: dict[str, nn.Module] = {}
         self.rested: dict[str, Stamp] = {}
         self.watched = False
+        self.entered: set[str] = set()
         self.noted: tuple[dict[str, Any], int, int] | None = None
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
 from .scan import inside, scan
-from .store.errors import MetadataError, MissingTensorError, UnexpectedTensorError
+from .store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
 from .task import TaskState, own_head
 
 
@@ -65,6 +66,7 @@ def to_record(
     *,
     labels: Sequence[str] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> store.TaskFile:
     """The content of a task's file. Raises GateError for a NaN score or an open layer with Inf or NaN in Delta."""
     opened = set(state.open_layers())
@@ -90,6 +92,7 @@ def to_record(
         head_spec=_head_spec(state),
         labels=None if labels is None else list(labels),
         metrics=None if metrics is None else dict(metrics),
+        extra={} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))},
     )
 
 
@@ -128,7 +131,9 @@ def read(path: str | PathLike[str], base: nn.Module, *, allow_dtype_cast: bool =
     spec = record.head_spec
     module = None if spec is None else spec.get("module")
     if module is not None and module not in dict(base.named_modules()):
-        raise MetadataError(path, f"taps.head: expected the name of a module of the base, got {module!r}")
+        raise ParentMismatchError(
+            path, f"belongs to another base: it replaces the head {module!r}, which this one lacks"
+        )
     found = base_fingerprint(base, module)
     if not (allow_dtype_cast and found != record.parent and _is_cast(record, base)):
         store.check_parent(found, record.parent, path=Path(path))

@@ -67,7 +67,10 @@ def build_base(section: Mapping[str, Any]) -> nn.Module:
         raise ConfigError(f"base.weights: expected a file name or 'random', got {weights!r}")
     brings_its_own = spec.startswith("python:") or args.get("pretrained") or args.get("weights")
     if weights is None and not brings_its_own:
-        raise ConfigError("base.weights: expected a safetensors file or 'random' (an untrained base), got none")
+        raise ConfigError(
+            "base.weights: expected a safetensors file, 'random' (an untrained base) or args = {pretrained = true}, "
+            "got none"
+        )
     factory, settings = _factory(spec)
     if "num_classes" in section:
         settings["num_classes"] = section["num_classes"]
@@ -97,7 +100,10 @@ def load_weights(model: nn.Module, path: str) -> None:
     """
     from .. import store
 
-    stored, _ = store.read_safetensors(path)
+    try:
+        stored, _ = store.read_safetensors(path)
+    except store.errors.HeaderError as error:
+        raise ConfigError(f"base.weights: {path}: expected a safetensors file: {error.problem}") from None
     wanted = model.state_dict()
     needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in stored]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, suggestion
+from .images import statistics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,6 +140,11 @@ class Config:
     def head_module(self) -> str | None:
         return self.base_section.get("head_module")
 
+    @property
+    def normalize(self) -> Any:
+        """(mean, std) of the images, or None."""
+        return statistics(self.data.get("normalize"), self.base_section)
+
     def base(self) -> nn.Module:
         """The base model, in evaluation mode."""
         from .base import build_base
@@ -196,7 +202,7 @@ class Config:
                 size=self.data.get("size"),
                 channels=self.data.get("channels"),
                 seed=seed,
-                normalize=self.data.get("normalize"),
+                normalize=self.normalize,
             )
         return self._opened[spec]
 

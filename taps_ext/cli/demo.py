@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TapsError
 from .common import count, emit, say, size, table
+from .images import geometry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,7 +174,13 @@ def adapt(
             torch.manual_seed(seed)
             model.add_task(name, num_classes=source.num_classes, config=config)
             parts = {split: tensors(source, split, quick) for split in ("train", "val", "test")}
-            task = Task(train=parts["train"], val=parts["val"], test=parts["test"], labels=list(source.classes))
+            task = Task(
+                train=parts["train"],
+                val=parts["val"],
+                test=parts["test"],
+                labels=list(source.classes),
+                preprocessing=geometry(source),
+            )
             try:
                 result = Trainer(model, {name: task}, settings, quiet=True).fit(resume=False)[name]
             except TrainingInterrupted:
@@ -344,7 +353,8 @@ def summary(report: dict[str, Any], out: Path) -> str:
     if report["quick"]:
         lines.append("This was a smoke run on a few images: the accuracies mean nothing.")
     lines.append(f"{report['seconds']['total']:.0f} s. See {out}/report.json and {out}/heatmap.png, or try")
-    lines.append(f"  taps inspect {out}/taps/print.taps")
+    command = "taps" if shutil.which("taps") else f"{os.path.relpath(sys.executable)} -m taps_ext"
+    lines.append(f"  {command} inspect {out}/taps/print.taps")
     if not report["quick"]:
-        lines.append(f"  taps eval {out}/taps/*.taps --config {out}/demo.toml")
+        lines.append(f"  {command} eval {out}/taps/*.taps --config {out}/demo.toml")
     return "\n".join(lines)

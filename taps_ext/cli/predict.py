@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_input
 from .evaluate import add_base_arguments, config_from
+from .images import geometry, stored_geometry
 
 if TYPE_CHECKING:
     from ..store import FileHeader
@@ -27,17 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
-    """(size, channels, statistics) of the task's own data, or as configured where its data is not."""
-    size, channels, normalize = (config.data.get(key) for key in ("size", "channels", "normalize"))
-    name = header.metadata.name
-    if name in config.tasks:
-        source = config.source(name)
-        if source.shape[1] != source.shape[2]:
-            raise ConfigError(f"tasks.{name}: expected square images to predict on, got {list(source.shape)}")
-        return source.shape[1], source.shape[0], source.normalize
-    if size is None or channels is None:
-        raise ConfigError(f"data: expected size and channels, since the configuration has no task {name!r}")
-    return size, channels, normalize
+    """(size, channels, statistics) of the task's images, from the file, its data, or the configuration."""
+    stored, name = stored_geometry(header), header.metadata.name
+    if stored is None and name in config.tasks:
+        stored = geometry(config.source(name))
+    if stored is None:
+        size, channels = config.data.get("size"), config.data.get("channels")
+        if size is None or channels is None:
+            raise ConfigError(f"data: expected size and channels, since the configuration has no task {name!r}")
+        return size, channels, config.normalize
+    if stored["height"] != stored["width"]:
+        got = [stored["channels"], stored["height"], stored["width"]]
+        raise ConfigError(f"tasks.{name}: expected square images to predict on, got {got}")
+    for key, kept in (("size", "height"), ("channels", "channels")):
+        if config.data.get(key) not in (None, stored[kept]):
+            asked, trained = config.data[key], stored[kept]
+            raise ConfigError(f"data.{key}: {header.path} was trained with {trained}, got {asked}")
+    return stored["height"], stored["channels"], stored["normalize"]
 
 
 def run(args: argparse.Namespace) -> int:

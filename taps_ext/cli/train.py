@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from .common import emit, say, size, table
 from .config import check_input, load_config
+from .images import geometry
 
 PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
 EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
@@ -21,7 +22,7 @@ a configuration:
   model = "timm:resnet50"                    # or torchvision:NAME, python:MODULE.FUNCTION
   args = {pretrained = true}                 # or weights = "base.safetensors"
   [data]
-  size = 224
+  size = 224                                 # normalize = "base" (default), "imagenet", "none" or [mean, std]
   [method]
   method = "taps"                            # or full, probe
   lam = 0.5
@@ -33,7 +34,9 @@ a configuration:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="base, data, method, train, tasks.NAME")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings over the file's, as TOML")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", default=[], help="settings over the file's, as TOML"
+    )
     parser.add_argument("--restart", action="store_true", help="start over instead of resuming")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -52,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     from ..train import Task, Trainer
 
     model = TaskModel(base, head_module=config.head_module)
+    if config.normalize is not None and not args.quiet:
+        mean, std = config.normalize
+        say(f"images are normalised with mean {list(mean)}, std {list(std)}")
     tasks: dict[str, Task] = {}
     for name, section in config.tasks.items():
         source = config.source(name)
@@ -65,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
             torch.manual_seed(settings.seed)  # a head does not depend on the tasks before it
             model.add_task(name, num_classes=classes, config=methods[name])
         labels = [*source.classes, *(str(i) for i in range(source.num_classes, classes))]
-        tasks[name] = Task(train=source.train, val=source.val, test=source.test, labels=labels)
+        tasks[name] = Task(
+            train=source.train,
+            val=source.val,
+            test=source.test,
+            labels=labels,
+            preprocessing=geometry(source),
+        )
     trainer = Trainer(model, tasks, settings, quiet=args.quiet)
     results = trainer.fit(resume=False if args.restart else "auto")
 
@@ -92,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
                 entry["method"],
                 f"{100 * entry['val']['accuracy']:.1f} %",
                 f"{100 * entry['test']['accuracy']:.1f} %",
-                entry["epoch"] + 1,
+                entry["epoch"],
                 f"{entry['layers_open']} of {entry['layers']}",
                 f"{100 * entry['share']:.1f} %",
                 f"{entry['parameters']:,}",

@@ -62,7 +62,7 @@ def curves(path: str | PathLike[str], metrics: str | PathLike[str]) -> None:
         for task, epochs in runs.items():
             key = metric[task] if panel is None else panel
             shown = [entry for entry in epochs if entry.get(key) is not None]
-            axes.plot([e["epoch"] + 1 for e in shown], [e[key] for e in shown], marker=".", label=task)
+            axes.plot([e["epoch"] for e in shown], [e[key] for e in shown], marker=".", label=task)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if panel == "share":
@@ -102,7 +102,7 @@ def gates(
     image = axes.imshow(shown, cmap="YlGnBu", vmin=threshold, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(layers)), layers, fontsize=6)
     step = max(1, len(epochs) // 10)
-    axes.set_xticks(range(0, len(epochs), step), [epochs[i]["epoch"] + 1 for i in range(0, len(epochs), step)])
+    axes.set_xticks(range(0, len(epochs), step), [epochs[i]["epoch"] for i in range(0, len(epochs), step)])
     axes.set(xlabel="epoch", title=f"{task}: scores of open layers (grey: closed)")
     figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(path, dpi=130)

@@ -52,7 +52,11 @@ def check_parent(expected: str, got: str, *, path: Path) -> None:
     (`expected`).
     """
     if expected != got:
-        raise ParentMismatchError(path, f"trained on parent {show(got)}, but this base (or shared file) is {expected}")
+        raise ParentMismatchError(
+            path,
+            f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; load the architecture "
+            "and weights that it was trained on, in that type (allow_dtype_cast=True where the base was cast since)",
+        )
 
 
 def _more(names: list[str]) -> str:

@@ -329,6 +329,8 @@ def _replacing(path: Path) -> Iterator[int]:
             fd = os.open(temporary, flags, 0o666)  # the kernel applies the umask
         except (FileNotFoundError, NotADirectoryError):
             raise MissingFileError(path, f"no such folder: {folder}") from None
+        except OSError as error:  # say which file was asked for
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         if mode is not None and hasattr(os, "fchmod"):
             os.fchmod(fd, stat.S_IMODE(mode) & 0o777)
         yield fd

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, TapsError
+from ..errors import ConfigError, GateError, TapsError
 from ..model import TaskModel
 from .average import Average
+from .checks import check_targets
 from .config import TrainConfig
 from .interrupt import Stop
 from .log import Log
@@ -62,6 +63,7 @@ class Run:
         self.state = model.state(name)
         self.device = next(model.parameters()).device
         self.loss = self._training_loss()
+        self.outputs: int | None = getattr(self.state.head, "out_features", None)
         self.optimizer = self._optimizer()
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -114,7 +116,12 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            running += self._gradients(chunk)
+            try:
+                running += self._gradients(chunk)
+            except GateError as error:
+                if not math.isfinite(running.item()):  # the losses before have spoilt the scores
+                    raise self._not_finite() from error
+                raise
             if config.clip_norm is not None:
                 clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
@@ -128,8 +135,14 @@ class Run:
             log.step(progress.step)
         progress.loss = running.item()
         if not math.isfinite(progress.loss):
-            raise TapsError(f"task {self.name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr")
+            raise self._not_finite()
         return True
+
+    def _not_finite(self) -> TapsError:
+        return TapsError(
+            f"task {self.name!r}: the training loss of epoch {self.progress.epoch} is not finite; lower lr, or look "
+            "for Inf or NaN in the data"
+        )
 
     def _gradients(self, chunk: list[tuple[Any, Any]]) -> Tensor:
         """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses."""
@@ -149,9 +162,10 @@ class Run:
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):
-            outputs = predictions(self.model(inputs.to(self.device), task=self.name))
+            outputs = predictions(self.model(torch.as_tensor(inputs).to(self.device), task=self.name))
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
+            check_targets(self.task.loss, targets, self.outputs, f"tasks[{self.name!r}].train")
             return self.loss(outputs, targets.to(self.device))
 
     def close_epoch(self, log: Log) -> None:

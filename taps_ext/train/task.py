@@ -49,7 +49,10 @@ class Task:
         augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision (any
             `nn.Module` or function of one argument), which is given one sample at a time; or None. Random numbers of
             torch, NumPy and Python are seeded for each batch.
-        labels: class names, kept in the task file.
+        labels: class names, one for each output of a linear head; kept in the task file.
+        preprocessing: how inputs are made from files, JSON-ready; kept in the task file.
+
+    Data is read in the process that trains; a slow dataset slows it down.
     """
 
     train: Any
@@ -60,6 +63,7 @@ class Task:
     maximize: bool = True
     augment: Callable[..., Any] | None = None
     labels: list[str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if "loss" in self.metrics:
@@ -98,14 +102,16 @@ def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     """A map-style dataset from a dataset or a pair of tensors of equal length."""
     if isinstance(data, DataLoader):
         raise ConfigError(f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset")
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, np.ndarray) for t in data):
-        data = tuple(torch.from_numpy(array) for array in data)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, (np.ndarray, Tensor)) for t in data):
+        data = tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in data)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         if len(data[0]) != len(data[1]):
             raise ConfigError(f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}")
         data = TensorDataset(*data)
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise ConfigError(f"{argument}: expected a map-style dataset or a pair of tensors, got {type(data).__name__}")
+    if isinstance(data, (Mapping, tuple)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        kinds = f" of {', '.join(type(part).__name__ for part in data)}" if isinstance(data, tuple) else ""
+        got = type(data).__name__ + kinds
+        raise ConfigError(f"{argument}: expected a map-style dataset or a pair of tensors, got {got}")
     if len(data) == 0:
         raise ConfigError(f"{argument}: expected at least one sample, got none")
     return cast("Dataset[Any]", data)
@@ -113,7 +119,9 @@ def as_dataset(data: Any, argument: str) -> Dataset[Any]:
 
 def targets_of(data: Dataset[Any]) -> Tensor | None:
     """All integer targets `[N]` of a dataset that keeps them in memory, or None."""
-    found = data.tensors[1] if isinstance(data, TensorDataset) else getattr(data, "y", None)
+    found = data.tensors[1] if isinstance(data, TensorDataset) else getattr(data, "y", getattr(data, "targets", None))
+    if isinstance(found, list) and found and all(type(value) is int for value in found):
+        found = torch.tensor(found)  # as torchvision's datasets keep them
     if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point():
         return None
     return found if len(found) == len(cast(Sized, data)) else None

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from . import randomness
+from .checks import check_sample, check_targets
 from .config import TrainConfig
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
@@ -44,6 +45,11 @@ class Result:
     seconds: float
     file: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _test_data(name: str, task: Task) -> Any:
+    """What tells one test split from another, JSON-ready. It has no part in training, so a run may change it."""
+    return json.loads(json.dumps(identity(task.test, f"tasks[{name!r}].test")))
 
 
 def _safe(name: str) -> str:
@@ -73,8 +79,15 @@ class Trainer:
         *,
         quiet: bool = False,
     ) -> None:
-        self.model, self.tasks, self.quiet = model, dict(tasks), quiet
-        self.config = config = TrainConfig() if config is None else config
+        config = TrainConfig() if config is None else config
+        for argument, value, kind in (
+            ("model", model, TaskModel),
+            ("tasks", tasks, Mapping),
+            ("config", config, TrainConfig),
+        ):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{argument}: expected a {kind.__name__}, got {type(value).__name__}")
+        self.model, self.tasks, self.config, self.quiet = model, dict(tasks), config, quiet
         for name, task in self.tasks.items():
             if not isinstance(task, Task):
                 raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
@@ -88,7 +101,11 @@ class Trainer:
                 )
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
-            model.to(config.device)
+            try:
+                model.to(config.device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"device: expected cpu or cuda[:N], got {config.device!r}: {reason}") from None
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +131,10 @@ class Trainer:
         if resume not in ("auto", True, False):
             raise ConfigError(f"resume: expected 'auto', True or False, got {resume!r}")
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise ConfigError(f"out: expected a folder, got {self.out}, which is or lies in a file") from None
         elif resume is True:
             raise ConfigError("resume: expected config.out to name the folder of an earlier run, got None")
         was_training = self.model.training
@@ -139,7 +159,7 @@ class Trainer:
         }
         layers = {layer: [part.learn, None if part.learn else part.gate] for layer, part in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
-        splits = ("train", "val", "test")
+        splits = ("train", "val")
         data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
         functions = {
             "loss": function_name(task.loss),
@@ -156,11 +176,11 @@ class Trainer:
 
     def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop) -> Result:
         config, settings = self.config, self._settings(name, task)
-        finished = self._finished(name, settings) if resume is not False else None
+        finished = self._finished(name, task, settings) if resume is not False else None
         if finished is not None:
             return finished
         train = as_dataset(task.train, f"tasks[{name!r}].train")
-        self._check_labels(name, task)
+        self._check_data(name, task)
         if task.val is not None:
             val = as_dataset(task.val, f"tasks[{name!r}].val")
         else:
@@ -202,17 +222,20 @@ class Trainer:
             if stopping:
                 raise TrainingInterrupted(self._stopped(run.name, path))
 
-    def _check_labels(self, name: str, task: Task) -> None:
-        """Raise before the first step if a class index has no output in the task's linear head."""
+    def _check_data(self, name: str, task: Task) -> None:
+        """Raise before the first step if samples or labels are not what the task's loss and head take."""
         outputs = getattr(self.model.state(name).head, "out_features", None)
         for split in ("train", "val", "test"):
-            data = getattr(task, split)
-            if outputs is None or data is None or task.loss is not F.cross_entropy:
+            data, argument = getattr(task, split), f"tasks[{name!r}].{split}"
+            if data is None:
                 continue
-            targets = targets_of(as_dataset(data, f"tasks[{name!r}].{split}"))
-            if targets is not None and len(targets) and int(targets.max()) >= outputs:
-                got = int(targets.max())
-                raise ConfigError(f"tasks[{name!r}].{split}: expected labels below {outputs} (the head), got {got}")
+            dataset = as_dataset(data, argument)
+            check_sample(dataset, argument)
+            targets = targets_of(dataset)
+            if targets is not None:
+                check_targets(task.loss, targets, outputs, argument)
+        if task.labels is not None and isinstance(outputs, int) and len(task.labels) != outputs:
+            raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
         """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
@@ -222,13 +245,15 @@ class Trainer:
         totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
         batches = Batches(as_dataset(data, "data"), max(256, self.config.batch_size), 0, train=False)
         amp = self.config.amp is not None
+        outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
+                    check_targets(task.loss, targets, outputs_of_head, f"task {name!r}")
                     targets = targets.to(device)
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        outputs = predictions(self.model(inputs.to(device), task=name))
+                        outputs = predictions(self.model(torch.as_tensor(inputs).to(device), task=name))
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
                     for key, metric in task.metrics.items():
@@ -255,27 +280,41 @@ class Trainer:
             task=name,
             epoch=progress.best["epoch"],
             val=progress.best["val"],
-            test={} if task.test is None else self.evaluate(name, task.test, task=task),
+            test={},
             share=report.share,
             layers_open=report.layers_open,
             within_budget=within,
             seconds=progress.seconds,
             history=progress.history,
         )
-        if self.out is not None and path is not None:
-            target = self.out / f"{_safe(name)}.taps"
-            finite = [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in (result.val, result.test)]
-            metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
-            self.model.save_task(name, target, labels=task.labels, metrics=metrics)
-            result.file = str(target)
-            text = json.dumps({"settings": settings, "result": asdict(result)})
-            draft = self.out / f"{_safe(name)}.result.json.tmp"
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(self.out / f"{_safe(name)}.result.json")
+        if path is not None:
+            self._keep(result, task, settings)  # whatever the test split holds, what was learned is on disk
             path.unlink(missing_ok=True)
+        return self._test(result, task, settings)
+
+    def _test(self, result: Result, task: Task, settings: dict[str, Any]) -> Result:
+        """Measure the task on its test split, and say so in its files."""
+        if task.test is not None:
+            result.test = self.evaluate(result.task, task.test, task=task)
+            if self.out is not None:
+                self._keep(result, task, settings)
         return result
 
-    def _finished(self, name: str, settings: dict[str, Any]) -> Result | None:
+    def _keep(self, result: Result, task: Task, settings: dict[str, Any]) -> None:
+        """Write a task's file and the marker that it is finished."""
+        assert self.out is not None
+        target = self.out / f"{_safe(result.task)}.taps"
+        finite = [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in (result.val, result.test)]
+        metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
+        self.model.save_task(result.task, target, labels=task.labels, metrics=metrics, preprocessing=task.preprocessing)
+        result.file = str(target)
+        tested = _test_data(result.task, task) if result.test else None
+        text = json.dumps({"settings": settings, "tested": tested, "result": asdict(result)})
+        draft = self.out / f"{_safe(result.task)}.result.json.tmp"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(self.out / f"{_safe(result.task)}.result.json")
+
+    def _finished(self, name: str, task: Task, settings: dict[str, Any]) -> Result | None:
         """The result of a task that an earlier run with the same settings finished, loaded into the model."""
         if self.out is None:
             return None
@@ -284,7 +323,7 @@ class Trainer:
             return None
         try:
             record = json.loads(marker.read_text(encoding="utf-8"))
-            before, result = record["settings"], Result(**record["result"])
+            before, tested, result = record["settings"], record["tested"], Result(**record["result"])
         except (ValueError, KeyError, TypeError) as error:
             advice = "delete it, or use resume=False (--restart)"
             raise ConfigError(f"resume: {marker} is damaged ({error}); {advice}") from None
@@ -295,4 +334,5 @@ class Trainer:
         self.model.reload_task(name, file)
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
-        return replace(result, file=str(file))
+        result = replace(result, file=str(file))
+        return result if tested == _test_data(name, task) else self._test(result, task, settings)

@@ -1,0 +1,78 @@
+"""How image files become a base's inputs: size, channels and normalisation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..data import Source
+    from ..store import FileHeader
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def statistics(setting: Any, base: Mapping[str, Any]) -> Any:
+    """The (mean, std) that `data.normalize` asks for, or None for images in [0, 1].
+
+    "base" (the default) is what a pretrained base of timm or torchvision was trained with, and nothing for any other;
+    further "imagenet", "none", or the two lists themselves.
+    """
+    if setting is None or setting == "base":
+        return _of_base(base)
+    if isinstance(setting, str):
+        if setting not in ("imagenet", "none"):
+            raise ConfigError(f"data.normalize: expected 'base', 'imagenet', 'none' or [mean, std], got {setting!r}")
+        return IMAGENET if setting == "imagenet" else None
+    return setting
+
+
+def _of_base(base: Mapping[str, Any]) -> Any:
+    scheme, _, name = str(base.get("model")).partition(":")
+    if base.get("weights") == "random" or scheme not in ("timm", "torchvision"):
+        return None
+    try:
+        library: Any = importlib.import_module(scheme)
+        if scheme == "timm":
+            found = library.get_pretrained_cfg(name)
+        else:
+            found = library.models.get_model_weights(name).DEFAULT.transforms()
+    except (ImportError, ValueError, RuntimeError, AttributeError):  # building the base says what is wrong
+        return None
+    mean, std = getattr(found, "mean", None), getattr(found, "std", None)
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def geometry(source: Source) -> dict[str, Any]:
+    """A source's image shape and normalisation, as kept in a task file under "preprocessing"."""
+    channels, height, width = source.shape
+    normalize = None if source.normalize is None else [list(part) for part in source.normalize]
+    return {"channels": channels, "height": height, "width": width, "normalize": normalize}
+
+
+def stored_geometry(header: FileHeader) -> dict[str, Any] | None:
+    """What a task file says of its inputs, or None. Raises ConfigError if that is not what we write."""
+    text = header.metadata.extra.get("preprocessing")
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+        if set(found) != {"channels", "height", "width", "normalize"}:
+            return None  # a note of the user's own
+        return dict(found)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{header.path}: preprocessing: expected JSON, got {text[:60]!r}") from error
+
+
+def check_geometry(header: FileHeader, now: Mapping[str, Any]) -> None:
+    """Raise ConfigError if images would be made otherwise than those that the task was trained on."""
+    before = stored_geometry(header)
+    if before is None:
+        return
+    for key in ("channels", "height", "width", "normalize"):
+        if before[key] != now[key]:
+            raise ConfigError(f"data: {header.path} was trained on images with {key} {before[key]}, got {now[key]}")

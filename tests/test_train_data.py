@@ -1,0 +1,195 @@
+"""What the Trainer says of data and arguments that it cannot use, and that nothing learned is lost over them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TinyNet, settle
+from test_trainer import build, data, equal, fit, tensors
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from taps_ext import BypassedLayerError, ConfigError, TapsConfig, TapsError, TaskModel
+from taps_ext.train import Task, TrainConfig, Trainer
+
+
+class Items(Dataset):
+    """A map-style dataset of whatever `item` makes of an input and a label."""
+
+    def __init__(self, item, samples: int = 32, seed: int = 0) -> None:
+        self.x, self.labels = data(samples, seed)
+        self.item = item
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int):
+        return self.item(self.x[index], int(self.labels[index]))
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (
+            lambda x, y: {"image": x, "label": y},
+            r"expected items \(input, target\), got dictionaries .*'image', 'label'",
+        ),
+        (lambda x, y: (x, y, y), r"expected items \(input, target\), got 3 values"),
+        (lambda x, y: x, r"expected items \(input, target\), got Tensor"),
+        (lambda x, y: ({"pixels": x}, y), "expected a tensor as the input of an item, got builtins dict"),
+        (lambda x, y: (x, "cat"), "expected a number or tensor as the target of an item, got 'cat'"),
+        (lambda x, y: (x, torch.tensor(y, dtype=torch.int32)), r"expected int64 labels \[B\], got torch.int32 \[16\]"),
+        (lambda x, y: (x, torch.tensor([y])), r"expected int64 labels \[B\], got torch.int64 \[16, 1\]"),
+        (lambda x, y: (x, float(y)), r"expected int64 labels \[B\] or probabilities \[B, 4\], got torch.float"),
+        (lambda x, y: (x, y + 1), r"expected labels from 0 to 3 \(the head\), got 4"),
+        (lambda x, y: (x, y - 1), r"expected labels from 0 to 3 \(the head\), got -1"),
+    ],
+)
+def test_items_that_cannot_be_used(item, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"tasks\['t'\]\.train: " + message):
+        fit(build(), task={"train": Items(item), "val": data(16, 2)})
+
+
+def test_pictures_without_a_transform() -> None:
+    image = pytest.importorskip("PIL.Image")
+    items = Items(lambda x, y: (image.new("RGB", (8, 8)), y))
+    with pytest.raises(ConfigError, match="expected a tensor as the input of an item, got PIL Image; give the dataset"):
+        fit(build(), task={"train": items, "val": data(16, 2)})
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_labels_are_checked_before_training(split: str) -> None:
+    """Also those that a dataset keeps in a list, as torchvision's do."""
+    items = Items(lambda x, y: (x, y))
+    items.targets = [*items.labels.tolist()[:-1], 4]
+    model = build()
+    before = tensors(model)
+    with pytest.raises(ConfigError, match=rf"tasks\['t'\]\.{split}: expected labels from 0 to 3 \(the head\), got 4"):
+        fit(model, task={"train": data(), "val": data(16, 2), "test": data(16, 3), split: items})
+    assert equal(tensors(model), before)
+
+
+def test_pairs_of_arrays_and_what_is_no_pair() -> None:
+    x, y = data(32)
+    both, mixed = build(), build()
+    fit(both, task={"train": (x, y), "val": data(16, 2)})
+    fit(mixed, task={"train": (x.numpy(), y), "val": (data(16, 2)[0], np.asarray(data(16, 2)[1]))})
+    assert equal(tensors(both), tensors(mixed))
+    for bad, got in (({"x": x, "y": y}, "got dict"), ((x.tolist(), y), "got tuple of list, Tensor")):
+        with pytest.raises(ConfigError, match=f"expected a map-style dataset or a pair of tensors, {got}"):
+            fit(build(), task={"train": bad})
+
+
+def test_nan_in_the_data_is_not_blamed_on_a_gate() -> None:
+    x, y = data(96)
+    x[40] = torch.nan
+    with pytest.raises(TapsError, match="the training loss of epoch 0 is not finite; lower lr, or look for Inf or NaN"):
+        fit(build(), task={"train": (x, y), "val": data(16, 2)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: (nn.Linear(2, 2), {}), "model: expected a TaskModel, got Linear"),
+        (lambda: (build(), [Task(train=data())]), "tasks: expected a Mapping, got list"),
+        (lambda: (build(), {}, {"epochs": 3}), "config: expected a TrainConfig, got dict"),
+        (lambda: (build(), {}, TrainConfig(device="gpu")), "device: expected cpu or cuda"),
+        (
+            lambda: (build(), {"t": Task(train=data(), labels=["a"])}),
+            r"tasks\['t'\]\.labels: expected 4 names .*, got 1",
+        ),
+    ],
+)
+def test_arguments_are_named(arguments, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(*arguments(), quiet=True).fit()
+
+
+def test_out_that_is_a_file(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ConfigError, match="out: expected a folder"):
+            fit(build(), out=str(out))
+
+
+class Broken(Items):
+    """Its last item cannot be read until it is mended."""
+
+    broken = True
+
+    def identity(self) -> list:
+        return ["broken" if self.broken else "mended"]
+
+    def __getitem__(self, index: int):
+        if self.broken and index == len(self) - 1:
+            raise OSError("cannot read image 31")
+        return super().__getitem__(index)
+
+
+def test_a_test_split_that_cannot_be_read_costs_no_training(tmp_path) -> None:
+    """The task's file is there all the same, and the next run only tests."""
+    task = {"val": data(16, 2), "test": Broken(lambda x, y: (x, y))}
+    model = build()
+    with pytest.raises(OSError, match="cannot read image 31"):
+        fit(model, out=str(tmp_path), task=task)
+    assert (tmp_path / "t.taps").exists() and not list(tmp_path.glob("*.state"))
+    task["test"].broken = False
+    calls = []
+    task["metrics"] = {"accuracy": lambda o, t: (o.argmax(1) == t).float().mean().item()}
+    fresh = TaskModel(build().unload(), TapsConfig(lam=0.5))
+    fresh.add_task("t", num_classes=4)
+    with pytest.raises(ConfigError, match="metrics"):  # that is another run
+        fit(fresh, out=str(tmp_path), task=task)
+    del task["metrics"]
+    task["augment"] = None
+    result = fit(fresh, out=str(tmp_path), task=task)
+    assert not calls and result.test["accuracy"] > 0.5 and equal(tensors(fresh), tensors(model))
+    again = fit(fresh, out=str(tmp_path), task=task)
+    assert again.test == result.test
+
+
+class Auxiliary(nn.Module):
+    """A head that only training runs, as GoogLeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(x))
+        return self.fc(x) + self.aux(x) if self.training else self.fc(x)
+
+
+def test_what_only_training_runs() -> None:
+    model = TaskModel(Auxiliary(), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=3)
+    x = torch.randn(4, 6)
+    with pytest.raises(BypassedLayerError, match=r"aux, .*\(auxiliary heads\) only training runs them"):
+        model.eval()(x, task="t")
+    model.train()(x, task="t").sum().backward()
+    assert model.eval()(x, task="t").shape == (4, 3)
+
+
+def test_labels_of_a_saved_task(tmp_path) -> None:
+    model = build()
+    with pytest.raises(ConfigError, match="labels: expected 4 names .*, got 2"):
+        model.save_task("t", tmp_path / "t.taps", labels=["x", "y"])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="label"):
+        model.save_task("t", tmp_path / "t.taps", label=["x"] * 4)
+
+
+def test_mistakes_of_the_first_minutes() -> None:
+    model = build()
+    with pytest.raises(ConfigError, match="base: expected the bare model, got a TaskModel"):
+        TaskModel(model)
+    model.eval()
+    with pytest.raises(TypeError, match="input: expected a tensor, got ndarray"):
+        model(data()[0].numpy(), task="t")
+    base = model.unload()
+    with pytest.raises(TapsError, match="was unloaded"):
+        model(data()[0], task="t")
+    assert F.softmax(base(data()[0]), 1).shape[1] == settle(TinyNet()).fc.out_features
