@@ -91,7 +91,7 @@ def test_predict_refusals(call, folder: Path, taps: Path, image: Path, tmp_path:
     refused(call("predict", taps, folder / "c.toml", *config), "c.toml", "image")
     refused(call("predict", image, image, *config), "seven.png")
     refused(call("predict", taps, image, *config, "--top", "0"), "--top", "expected an int >= 1")
-    refused(call("predict", taps, image, *config, "--channels", "3"), "[3, 16, 16]")
+    refused(call("predict", taps, image, *config, "--channels", "3"), "data.channels", "trained with 1, got 3")
 
 
 # ------------------------------------------------------------------------------------- inspect and verify

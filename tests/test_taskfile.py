@@ -78,13 +78,16 @@ BAD = {
     "extra value": (edit(lambda r: r.values.update({"token": torch.zeros(2)})), "'token': the model has no place"),
     "head shape": (edit(lambda r: r.head.update({"weight": torch.zeros(4, 12)})), "'head.weight': expected shape"),
     "head missing": (edit(lambda r: r.head.pop("bias")), "'head.bias': expected"),
-    "head module": (edit(lambda r: r.head_spec.update({"module": "fc9"})), "taps.head: expected the name of a module"),
+    "head module": (
+        edit(lambda r: r.head_spec.update({"module": "fc9"})),
+        "belongs to another base: it replaces the head",
+    ),
     "head kind": (edit(lambda r: r.head_spec.update({"type": "mlp"})), "taps.head: expected a linear or custom head"),
     "method": (edit(lambda r: r.method.update({"method": "tapas"})), "taps.method: method: expected one of"),
     "method key": (edit(lambda r: r.method.update({"lamb": 1})), "taps.method: taps: unknown key 'lamb'"),
     "method value": (edit(lambda r: r.method.update({"lam": -1})), "taps.method: lam: expected a number"),
     "pattern": (edit(lambda r: r.method.update({"target_modules": ["x*"]})), "target_modules: pattern"),
-    "parent": (edit(lambda r: setattr(r, "parent", "sha256:" + "0" * 64)), "trained on parent"),
+    "parent": (edit(lambda r: setattr(r, "parent", "sha256:" + "0" * 64)), "belongs to another base"),
     "shared file": (edit(lambda r: setattr(r, "kind", "shared")), "expected a task file, got a shared file"),
     "flipped bit": (lambda path: flip(path), "digest|sha256"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes"),
@@ -132,7 +135,7 @@ def test_another_base_is_refused_but_another_head_is_not(saved) -> None:
     base = other.unload()
     with torch.no_grad():
         base.bn1.running_var[0] += 1e-3
-    with pytest.raises(TaskFileError, match="trained on parent"):
+    with pytest.raises(TaskFileError, match="belongs to another base"):
         TaskModel(base).load_task(path)
 
 
