@@ -1,6 +1,6 @@
 # Every target works from a fresh clone on a machine with Python 3.10 or newer and a C++ compiler.
 #
-#   make demo          the main job: a real model learns several real tasks (about 4 minutes on 2 cores after installation)
+#   make demo          the main job: a real model learns several real tasks (about 3 minutes on 2 cores after installation)
 #   make test          style, types and tests (fuzz and GPU have targets of their own)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          ruff and mypy

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import convert, groups, merging, modes, taskfile
-from .checks import check_base, disown, own
-from .errors import ConfigError, TapsError, suggestion
-from .methods import FullConfig, MethodConfig
-from .nn.forward import GATED_TYPES
+from . import convert, merging, taskfile
+from .checks import disown
+from .errors import ConfigError, TapsError
+from .methods import FullConfig
 from .nn.frame import in_backward, recomputed_call, running_node
-from .nn.own import NORM_TYPES
-from .nn.route import follow_mode, route, unroute
+from .nn.route import unroute
 from .report import Report, make_report
 from .running import run_base, run_task
-from .scan import head_path, inside, match, scan
-from .task import TaskState, make_head, module_key
+from .scan import head_path
+from .taskset import TaskSet
 
 _ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
 
 
-class TaskModel(nn.Module):
+class TaskModel(TaskSet):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
     The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
@@ -43,159 +40,6 @@ class TaskModel(nn.Module):
     Raises:
         ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`.
     """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        config: MethodConfig | None = None,
-        *,
-        gates: str = "host",
-        head_module: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_base(base)
-        if gates not in ("host", "device"):
-            raise ConfigError(
-                f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
-            )
-        if config is not None and not isinstance(config, MethodConfig):
-            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        self.base = base
-        self.config = config
-        self.gates = gates
-        self._states = nn.ModuleDict()
-        self._names: dict[str, TaskState] = {}
-        self._active: str | None = None
-        self._merged: str | None = None
-        self._head = head_path(base, head_module)
-        self._flags: modes.Flags | None = modes.Flags(base)
-        own(base, self, self._flags)
-        base.requires_grad_(False)
-        routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
-        encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-        fused = {part for encoder in encoders for part in encoder.modules()}
-        for name, module in list(base.named_modules()):
-            if isinstance(module, routed) and not inside(name, self._head):
-                route(module, name, fused=module in fused)
-            elif modes.follows_mode(module):
-                follow_mode(module, name)
-
-    # -- tasks
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, in the order they were added."""
-        return list(self._names)
-
-    @property
-    def active_task(self) -> str | None:
-        """The task that `model(x)` runs, or None for the base."""
-        return self._active
-
-    def state(self, name: str | None) -> TaskState:
-        """The parts of one task. Raises ConfigError for an unknown name."""
-        self._loaded()
-        state = self._names.get(name) if isinstance(name, str) else None
-        if state is None:
-            hint = suggestion(str(name), self._names)
-            raise ConfigError(f"task: expected one of {self.tasks}, got {name!r}{hint}")
-        return state
-
-    def _new_name(self, name: str) -> str:
-        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or len(name) > 255:
-            raise ConfigError(f"name: expected a printable name without '/', got {name!r}")
-        if name in self._names or module_key(name) in self._states:
-            raise ConfigError(f"name: a task called {name!r} exists already")
-        return name
-
-    def _states_for(self, tasks: Iterable[str] | str | None) -> list[TaskState]:
-        if tasks is None:
-            return list(self._names.values())
-        return [self.state(name) for name in ([tasks] if isinstance(tasks, str) else tasks)]
-
-    def _loaded(self) -> None:
-        if self._flags is None:
-            raise TapsError("this TaskModel was unloaded; wrap the base in a new one")
-
-    def _not_merged(self, name: str, action: str) -> None:
-        if self._merged == name:
-            raise TapsError(f"{action}: task {name!r} is merged; call unmerge_task() first")
-
-    @torch.inference_mode(False)
-    def add_task(
-        self,
-        name: str,
-        *,
-        num_classes: int | None = None,
-        head: nn.Module | None = None,
-        head_module: str | None = None,
-        config: MethodConfig | None = None,
-    ) -> None:
-        """Add a task that starts as the base with a new head.
-
-        Args:
-            name: printable, without '/'.
-            num_classes: makes a linear head with that many outputs, drawn from torch's generator.
-            head: a head of your own instead. Without either, the task starts from a copy of the base's head.
-            head_module: the name of the module that the head replaces, where it is not the model's.
-            config: a method for this task only.
-
-        Raises:
-            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
-            UnsupportedModuleError: a layer that cannot be gated, naming it.
-        """
-        self._loaded()
-        name = self._new_name(name)
-        config = config if config is not None else self.config
-        if not isinstance(config, MethodConfig):
-            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else head_path(self.base, head_module)
-        own = make_head(self.base, path, num_classes, head)
-        found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
-        plan = config.plan(found)
-        self._install(name, TaskState(self.base, config, plan, path, own, self.gates))
-
-    def _install(self, name: str, state: TaskState) -> None:
-        for module in state.table:
-            route(self.base.get_submodule(module), module)
-        state.train(self.training)
-        self._states[module_key(name)] = state
-        self._names[name] = state
-
-    def delete_task(self, name: str) -> None:
-        """Forget a task. The active task becomes the base if it was this one."""
-        self.state(name)
-        if self._merged == name:
-            self.unmerge_task()
-        if self._active == name:
-            self._active = None
-        del self._states[module_key(name)], self._names[name]
-
-    def rename_task(self, name: str, new_name: str) -> None:
-        """Rename a task, keeping its place in the order."""
-        self.state(name)
-        self._new_name(new_name)
-        renamed = {new_name if n == name else n: s for n, s in self._names.items()}
-        self._states = nn.ModuleDict({module_key(n): s for n, s in renamed.items()})
-        self._names = renamed
-        self._active = new_name if self._active == name else self._active
-        self._merged = new_name if self._merged == name else self._merged
-
-    def set_task(self, name: str | None) -> None:
-        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
-        if name is not None:
-            self.state(name)
-        self._active = name
-
-    @contextmanager
-    def use_task(self, name: str | None) -> Iterator[TaskModel]:
-        """`with model.use_task("birds"):` sets the task and restores the previous one."""
-        before = self._active
-        self.set_task(name)
-        try:
-            yield self
-        finally:
-            self._active = before if before in self._names else None
 
     # -- forward
 
@@ -264,83 +108,6 @@ class TaskModel(nn.Module):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         super().train(mode)
         return self
-
-    # -- gates
-
-    def refresh_gates(self) -> None:
-        """Read all scores again, for writes that leave no trace (`.data`, graph replay). Checks for NaN."""
-        for state in self._names.values():
-            state.refresh(force=True)
-
-    def set_gates(self, name: str, open: Sequence[str], *, learn: bool = False) -> None:
-        """Fix a task's gates: layers that a glob in `open` matches are open, all others closed.
-
-        Raises:
-            ConfigError: a pattern matches no layer; a layer without a Delta is to be opened; `learn=True`
-                (a score is learned, never set).
-        """
-        if learn:
-            raise ConfigError("learn: expected False; scores are learned, not set")
-        self._not_merged(name, "set_gates")
-        state = self.state(name)
-        layers = dict(state.gated())
-        if isinstance(open, str):
-            raise ConfigError(f"open: expected a list of patterns, got {open!r}")
-        chosen = match(open, list(layers), "open")
-        for layer in chosen:
-            if layers[layer].change is None:
-                raise ConfigError(f"open: {layer} has no Delta under method {state.config.method!r}")
-        for layer, part in layers.items():
-            part.fix(layer in chosen)
-
-    def freeze_gates(self, tasks: Iterable[str] | str | None = None) -> None:
-        """Fix every learned gate in its present state; closed layers then keep no input for backward."""
-        for name, state in self._names.items():
-            if state in self._states_for(tasks):
-                self._not_merged(name, "freeze_gates")
-        for state in self._states_for(tasks):
-            opened = set(state.open_layers())
-            for name, part in state.learned():
-                part.fix(name in opened)
-
-    def sparsity_loss(self, tasks: Iterable[str] | str | None = None, scale: float = 1.0) -> Tensor:
-        """`scale * sum over tasks of lam / L * sum_i w_i |s_i|` (equation 5), a scalar.
-
-        Args:
-            tasks: which tasks; by default the active one.
-            scale: 0 during warm-up.
-        """
-        chosen = tasks if tasks is not None else [] if self._active is None else [self._active]
-        terms = [term for state in self._states_for(chosen) if (term := state.sparsity_loss()) is not None]
-        if not terms:
-            return torch.zeros([], device=next(self.parameters()).device)
-        return scale * torch.stack(terms).sum()
-
-    def drop_closed_gradients(self, tasks: Iterable[str] | str | None = None) -> None:
-        """Set gradients of closed Deltas to None before an optimizer step.
-
-        Needed for gates="device", where backward gives zeros, and after `zero_grad(set_to_none=False)` between the
-        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest.
-        """
-        for state in self._states_for(tasks):
-            state.drop_closed_gradients()
-
-    def parameter_groups(
-        self,
-        tasks: Iterable[str] | str | None = None,
-        *,
-        lr: float,
-        score_lr: float | None = None,
-        weight_decay: float = 0.0,
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups named "delta", "score", "norm", "other" and "head".
-
-        Args:
-            tasks: which tasks; by default all.
-            lr: learning rate. score_lr: that of the scores (default: lr).
-            weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
-        """
-        return groups.parameter_groups(self._states_for(tasks), lr=lr, score_lr=score_lr, weight_decay=weight_decay)
 
     # -- reports and files
 
@@ -467,20 +234,7 @@ class TaskModel(nn.Module):
         self._loaded()
         return {n: t.detach() for n, t in convert.plain_copy(self.base, self.state(name)).state_dict().items()}
 
-    # -- merging and unloading
-
-    def merge_task(self, name: str) -> None:
-        """Install `W + Delta` of the open layers beside the base, so that the task runs at the base's cost."""
-        if self._merged is not None:
-            raise TapsError(f"merge_task: task {self._merged!r} is merged already; call unmerge_task() first")
-        merging.merge(self.state(name), self.base)
-        self._merged = name
-
-    def unmerge_task(self) -> None:
-        """Drop the merged weights; the base was never changed, so this is exact."""
-        if self._merged is not None:
-            merging.unmerge(self.state(self._merged))
-        self._merged = None
+    # -- unloading
 
     def unload(self) -> nn.Module:
         """Give the base back as it was: classes, flags, modes and tensors. All tasks are dropped."""
