@@ -30,7 +30,7 @@ from taps_ext import store
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "resnet": {"epochs": 25, "lr": 0.1, "weight_decay": 5e-4},
-    "densenet": {"epochs": 20, "lr": 0.1, "weight_decay": 5e-4},
+    "densenet": {"epochs": 15, "lr": 0.1, "weight_decay": 5e-4},
     "vit": {"epochs": 30, "lr": 1e-3, "weight_decay": 0.05},
 }
 BATCH = 128
