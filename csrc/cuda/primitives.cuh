@@ -1,0 +1,199 @@
+// The device primitives that the tile kernels are written in, and nothing else: shared memory,
+// barriers, shuffles, cp.async, ldmatrix, mma. Compiled by nvcc they are the PTX instructions; compiled
+// by a host compiler (tests/host) they are the twin of the same names, which runs the kernels' code on
+// the CPU and finds their races. A kernel that includes only this header runs on both.
+//
+// Every primitive that touches shared memory or synchronises takes the caller's line as a default
+// argument, for the twin's findings; on the device it is unused and costs nothing.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(__CUDACC__)
+
+#include "twin.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define TAPS_DEVICE __device__ __forceinline__
+#define TAPS_LINE int = 0
+
+namespace taps::dev {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct alignas(16) Vec16 {
+  uint32_t word[4];
+};
+
+// A pointer into shared memory.
+template <class T>
+using sh = T*;
+
+TAPS_DEVICE unsigned tid() { return threadIdx.x; }
+TAPS_DEVICE unsigned lane() { return threadIdx.x & 31; }
+TAPS_DEVICE unsigned warp() { return threadIdx.x >> 5; }
+TAPS_DEVICE unsigned nthreads() { return blockDim.x; }
+TAPS_DEVICE unsigned bid_x() { return blockIdx.x; }
+TAPS_DEVICE unsigned bid_y() { return blockIdx.y; }
+TAPS_DEVICE unsigned bid_z() { return blockIdx.z; }
+
+// The block's shared memory, 128-byte aligned; the launch gives its size.
+TAPS_DEVICE sh<unsigned char> arena() {
+  extern __shared__ __align__(128) unsigned char taps_shared[];
+  return taps_shared;
+}
+template <class T>
+TAPS_DEVICE sh<T> as(sh<unsigned char> base, unsigned bytes) {
+  return reinterpret_cast<T*>(base + bytes);
+}
+
+// --- numbers: round to nearest even
+
+TAPS_DEVICE float to_f32(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+TAPS_DEVICE float to_f32(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+TAPS_DEVICE float to_f32(float x) { return x; }
+template <class T>
+TAPS_DEVICE T from_f32(float x);
+template <>
+TAPS_DEVICE bf16 from_f32<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+TAPS_DEVICE f16 from_f32<f16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+TAPS_DEVICE float from_f32<float>(float x) {
+  return x;
+}
+TAPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+TAPS_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
+// fp32 rounded to tf32 (10 bits of mantissa, ties away from zero, as cvt.rna does).
+TAPS_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// --- memory
+
+template <class T>
+TAPS_DEVICE T ld(sh<T> p, unsigned i, TAPS_LINE) {
+  return p[i];
+}
+template <class T>
+TAPS_DEVICE void st(sh<T> p, unsigned i, T value, TAPS_LINE) {
+  p[i] = value;
+}
+template <class T>
+TAPS_DEVICE Vec16 ld16(sh<T> p, unsigned i, TAPS_LINE) {
+  return *reinterpret_cast<const Vec16*>(p + i);
+}
+template <class T>
+TAPS_DEVICE void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
+  *reinterpret_cast<Vec16*>(p + i) = value;
+}
+// Global memory, 16-byte aligned.
+TAPS_DEVICE Vec16 gld16(const void* p) { return *static_cast<const Vec16*>(p); }
+TAPS_DEVICE void gst16(void* p, Vec16 value) { *static_cast<Vec16*>(p) = value; }
+
+// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are zero. They
+// land when the thread has waited for their group; other threads see them after a barrier.
+template <class T>
+TAPS_DEVICE void cp_async16(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
+  const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(p + i));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+}
+TAPS_DEVICE void cp_commit(TAPS_LINE) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most N of this thread's groups are in flight.
+template <int N>
+TAPS_DEVICE void cp_wait(TAPS_LINE) {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// --- synchronisation
+
+TAPS_DEVICE void block_sync(TAPS_LINE) { __syncthreads(); }
+TAPS_DEVICE void warp_sync(TAPS_LINE) { __syncwarp(); }
+// Barriers 1 to 15, for `threads` threads (a multiple of 32).
+TAPS_DEVICE void bar_sync(int barrier, int threads, TAPS_LINE) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+TAPS_DEVICE void bar_arrive(int barrier, int threads, TAPS_LINE) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// --- warps: all 32 lanes take part
+
+template <class T>
+TAPS_DEVICE T shfl(T value, int from, TAPS_LINE) {
+  return __shfl_sync(0xffffffffu, value, from);
+}
+template <class T>
+TAPS_DEVICE T shfl_xor(T value, int mask, TAPS_LINE) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class T>
+TAPS_DEVICE T shfl_down(T value, int by, TAPS_LINE) {
+  return __shfl_down_sync(0xffffffffu, value, by);
+}
+TAPS_DEVICE uint32_t ballot(bool value, TAPS_LINE) { return __ballot_sync(0xffffffffu, value); }
+
+// Four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and gets, of
+// each matrix, elements (l / 4, 2 (l % 4)) and the next one; transposed, (2 (l % 4), l / 4) and the one below.
+template <class T>
+TAPS_DEVICE void ldsm_x4(uint32_t (&r)[4], sh<T> p, unsigned i, TAPS_LINE) {
+  const unsigned source = static_cast<unsigned>(__cvta_generic_to_shared(p + i));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(source)
+               : "memory");
+}
+template <class T>
+TAPS_DEVICE void ldsm_x4_t(uint32_t (&r)[4], sh<T> p, unsigned i, TAPS_LINE) {
+  const unsigned source = static_cast<unsigned>(__cvta_generic_to_shared(p + i));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(source)
+               : "memory");
+}
+
+// C += A B with A [16, 16] (rows), B [16, 8] (columns), C [16, 8] in fp32. With g = lane / 4 and t = lane % 4:
+// a0 is (g, 2t) and (g, 2t + 1), a1 eight rows below, a2 eight columns on, a3 both; b0 is (2t, g) and
+// (2t + 1, g), b1 eight rows below; c0, c1 are (g, 2t) and (g, 2t + 1), c2, c3 eight rows below.
+template <class T>
+TAPS_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE);
+template <>
+TAPS_DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+TAPS_DEVICE void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same with tf32 operands and half the depth: A [16, 8], B [8, 8]. a0 is (g, t), a1 eight rows below, a2 four
+// columns on, a3 both; b0 is (t, g), b1 four rows below.
+TAPS_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+               "{%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace taps::dev
+
+#endif
