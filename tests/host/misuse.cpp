@@ -257,6 +257,19 @@ TAPS_CASE(a_wait_for_too_few_groups) {
   return only(found, "pending copy", line);
 }
 
+TAPS_CASE(empty_groups_count) {
+  const auto found = run([] {
+    const auto floats = as<float>(arena(), 0);
+    cp_async16(floats, 4 * tid(), kSource, 16);
+    cp_commit();
+    cp_commit();
+    cp_commit();
+    cp_wait<2>();
+    ld(floats, 4 * tid());
+  });
+  return none(found);
+}
+
 TAPS_CASE(a_barrier_before_the_wait_covers_only_ones_own_copies) {
   int line = 0;
   const auto found = run([&] {

@@ -318,7 +318,6 @@ void copy_wait(unsigned in_flight, Where where) {
     }
     thread.groups.erase(thread.groups.begin());
   }
-  while (!thread.groups.empty() && thread.groups.back().empty()) thread.groups.pop_back();
 }
 
 void barrier(int id, unsigned threads, bool waits, Where where) {
