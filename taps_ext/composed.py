@@ -34,7 +34,8 @@ def reconstruct(
 ) -> Tensor:
     """round(W + g * Delta) in `dtype` (default: the weight's), TAPS equations (2) and (4).
 
-    `score - score.detach()` is zero and has the derivative one: the straight-through gate. With `read=False` the
+    `score - score.detach()` is zero and has the derivative one: the straight-through gate. A closed Delta that holds
+    Inf or NaN does not reach the values (the score's derivative is NaN then, as it should be). With `read=False` the
     values are those of W and the derivatives those of W_t.
     """
     kind = compute_dtype(weight, delta)
@@ -44,5 +45,6 @@ def reconstruct(
         opened = base + (change if read else change - change.detach())
         result = opened if gate or score is None else torch.where(score >= threshold, opened, base)
     if score is not None:
-        result = result + ((score - score.detach()) * change).to(kind)
+        straight = ((score - score.detach()) * change).to(kind)
+        result = result + torch.where(torch.isfinite(change), straight, torch.zeros_like(straight))
     return result.to(weight.dtype if dtype is None else dtype)

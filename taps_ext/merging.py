@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import TapsError
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
+from .nn.gated import refusing
 from .nn.route import unroute
 from .task import TaskState
 
@@ -26,18 +26,12 @@ def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
-def _refuse(gradient: Tensor) -> None:
-    raise TapsError("the task is merged, so its Deltas get no gradient; call unmerge_task() to train it")
-
-
 def merge(state: TaskState, base: nn.Module) -> None:
     """Give every gated layer the weight it multiplies by: merged where open, the base's own where closed."""
     merged = _merged_weights(state, base)
     for layer, part in state.gated():
         weight = base_weight(base.get_submodule(layer))
-        part.merged = merged.get(layer, weight.detach())
-        if layer in merged:
-            part.merged.requires_grad_().register_hook(_refuse)
+        part.merged = refusing(merged[layer]) if layer in merged else weight.detach()
 
 
 def unmerge(state: TaskState) -> None:

@@ -16,6 +16,7 @@ from .checks import disown
 from .errors import ConfigError, TapsError
 from .methods import FullConfig
 from .nn.frame import in_backward, recomputed_call, running_node
+from .nn.mirror import Mirror
 from .nn.route import unroute
 from .report import Report, make_report
 from .running import run_base, run_task
@@ -245,7 +246,7 @@ class TaskModel(TaskSet):
         self._flags.restore(self.base)
         self._flags = None
         disown(self.base)
-        self._states, self._names = nn.ModuleDict(), {}
+        self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()
         self._active = self._merged = None
         return self.base
 

@@ -30,9 +30,12 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
     return output
 
 
+@torch.compiler.disable(recursive=False)
 def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
     """The base as it was before adapting, in evaluation mode."""
-    return _run(model, None, Frame({}, set(), evaluate=True), args, kwargs)
+    if model.training:
+        return model._mirror.of(model.base)(*args, **kwargs)
+    return _run(model, None, Frame({}, set()), args, kwargs)
 
 
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:

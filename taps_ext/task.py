@@ -102,7 +102,8 @@ class TaskState(nn.Module):
         self.rested: dict[str, Stamp] = {}
         self.watched = False
         self.entered: set[str] = set()
-        self.noted: tuple[dict[str, Any], int, int] | None = None
+        self.noted: dict[str, Any] | None = None
+        self.changes: dict[int, tuple[int, int]] = {}  # thread: number of its last change, and of its last forward
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)
             weight = base_weight(host)
@@ -198,13 +199,17 @@ class TaskState(nn.Module):
         Raises:
             GateError: a gate changed between that forward and its recomputation.
         """
-        thread, now = threading.get_ident(), settings(self.table)
-        seen, since, whose = (None, 0, thread) if self.noted is None else self.noted
-        changed = [] if seen is None else [name for name in now if now[name] != seen.get(name)]
-        if node is not None and (changed or (seen is not None and whose == thread and since > node + 1)):
-            raise gate_changed(next(iter(changed), "a layer"))
-        if seen is None or changed:
-            self.noted = now, sequence_number() if seen is not None else 0, thread
+        thread, here, now = threading.get_ident(), sequence_number(), settings(self.table)
+        changed = [] if self.noted is None else [name for name in now if now[name] != self.noted.get(name)]
+        since, last = self.changes.get(thread, (0, -1))
+        if node is not None:
+            others = [number for number, _ in self.changes.values()]
+            began = since if thread in self.changes else max(others, default=0)
+            if changed or began > node + 1:
+                raise gate_changed(next(iter(changed), "a layer"))
+        if changed:  # a forward noted under this number already ran before the change
+            since = here + (last == here)
+        self.noted, self.changes[thread] = now, (since, here)
 
     def open_layers(self) -> list[str]:
         """Names of the layers whose gate is open now (one copy from the device)."""
@@ -240,7 +245,7 @@ class TaskState(nn.Module):
             self.rested[name] = stamp(delta)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rested": {}, "noted": None}  # a copy's version counters start anew
+        return {**self.__dict__, "rested": {}, "noted": None, "changes": {}}  # a copy's version counters start anew
 
     def penalty_weights(self) -> list[float]:
         """w_i of the learned gates: 1, or in proportion to the layer's parameters with mean 1."""

@@ -14,8 +14,9 @@ from .checks import check_base, own
 from .errors import ConfigError, TapsError, suggestion
 from .methods import MethodConfig
 from .nn.forward import GATED_TYPES
+from .nn.mirror import Mirror
 from .nn.own import NORM_TYPES
-from .nn.route import follow_mode, route
+from .nn.route import route
 from .scan import head_path, inside, match, scan
 from .task import TaskState, make_head, module_key
 
@@ -50,6 +51,7 @@ class TaskSet(nn.Module):
         self._merged: str | None = None
         self._head = head_path(base, head_module)
         self._flags: modes.Flags | None = modes.Flags(base)
+        self._mirror = Mirror()
         own(base, self, self._flags)
         base.requires_grad_(False)
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
@@ -58,8 +60,6 @@ class TaskSet(nn.Module):
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
-            elif modes.follows_mode(module):
-                follow_mode(module, name)
 
     # -- tasks
 
@@ -208,10 +208,11 @@ class TaskSet(nn.Module):
 
     def freeze_gates(self, tasks: Iterable[str] | str | None = None) -> None:
         """Fix every learned gate in its present state; closed layers then keep no input for backward."""
+        chosen = self._states_for(tasks)
         for name, state in self._names.items():
-            if state in self._states_for(tasks):
+            if state in chosen:
                 self._not_merged(name, "freeze_gates")
-        for state in self._states_for(tasks):
+        for state in chosen:
             opened = set(state.open_layers())
             for name, part in state.learned():
                 part.fix(name in opened)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import composed, ops
 
 GATED_TYPES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # of the last, the joint input projection
 
@@ -76,7 +76,7 @@ def whole_weight(layer: Any) -> Tensor:
     torch picks the product of some inputs by that flag, and merging must not change a bit.
     """
     whole: Tensor = layer.whole
-    return whole if torch.is_grad_enabled() else whole.detach()
+    return whole if torch.is_grad_enabled() or composed.transformed(whole) else whole.detach()
 
 
 def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None) -> Tensor:

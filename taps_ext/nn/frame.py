@@ -23,14 +23,10 @@ from .gated import GatedLayer
 
 
 class Frame(NamedTuple):
-    """One forward: the parts of the running task by module name, and where entered modules are noted.
-
-    `evaluate`: the bare base, whose modules then say that they are in evaluation mode.
-    """
+    """One forward: the parts of the running task by module name, and where entered modules are noted."""
 
     parts: Mapping[str, nn.Module]
     entered: set[str]
-    evaluate: bool = False
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
@@ -94,15 +90,15 @@ class Call:
         self.settings = settings(frame.parts)
         nodes: list[Any] = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
         with _lock:
-            if nodes:
-                _calls.add(self)
-            elif self.first < self.last:
-                _unseen.setdefault(owner, set()).add(self.thread)
+            _threads.setdefault(owner, set()).add(self.thread)
         for _ in range(_DEPTH):
+            nodes = [node for node in nodes if self.first <= node._sequence_nr() < self.last]
             for node in nodes:
                 node.metadata.setdefault("taps_ext", []).append(self)  # the graph keeps the call, nothing else does
+            with _lock:
+                if nodes:
+                    _calls.add(self)
             nodes = [below for node in nodes for below, _ in node.next_functions if below is not None]
-            nodes = [node for node in nodes if node.name() != "torch::autograd::AccumulateGrad"]
 
     def check_gates(self, names: Iterable[str] | None = None) -> None:
         """Raise GateError if a layer's gate is not the one that the forward ran with."""
@@ -122,8 +118,8 @@ class Call:
 
 
 _calls: weakref.WeakSet[Call] = weakref.WeakSet()
-# Threads with forwards whose outputs show no tensor, by owner.
-_unseen: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+# The threads that have run differentiable forwards, by owner.
+_threads: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -144,15 +140,16 @@ def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None 
     Raises:
         TapsError: it could belong to forwards of several threads.
     """
-    number = running_node()
+    number, here = running_node(), threading.get_ident()
     with _lock:
         found = [call for call in _calls if call.covers(number, module, owner)]
-        unseen = _unseen.get(found[0].owner(), set()) - {found[0].thread} if found else set()  # type: ignore[arg-type]
-    if len(found) > 1 or unseen:
+        threads = set() if not found else _threads.get(found[0].owner(), set())  # type: ignore[arg-type]
+    # Numbers are a thread's own: a call of another thread is the one only if that thread alone has run forwards.
+    if len(found) > 1 or (found and found[0].thread != here and threads != {found[0].thread}):
         raise TapsError(
             "activation checkpointing: forwards of several threads are waiting for their backward, and which of them "
-            "is recomputed is not known; run each backward before the next thread's forward, and let the base return "
-            "its tensors"
+            "is recomputed is not known; run each backward in the thread of its forward, before other threads' "
+            "forwards, and let the base return its tensors"
         )
     return found[0] if found else None
 
@@ -177,14 +174,3 @@ def running(module: nn.Module) -> Frame | None:
             "through TaskModel, which must return tensors that depend on the checkpointed part"
         )
     return None  # a hook, which runs without gradients
-
-
-def evaluates(module: nn.Module) -> bool:
-    """True while the bare base runs, in a forward or recomputed."""
-    frame = _frame.get()
-    if frame is None and in_backward():
-        number = running_node()
-        with _lock:
-            calls = [call for call in _calls if call.covers(number, module, None)]
-        frame = calls[0].frame if len(calls) == 1 else None
-    return frame is not None and frame.evaluate

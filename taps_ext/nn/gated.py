@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import GateError
+from ..errors import GateError, TapsError
 from .forward import base_bias, gated_forward
 
 
@@ -43,6 +43,17 @@ def stamp(tensor: Tensor) -> Stamp:
 def same_stamp(seen: Stamp | None, tensor: Tensor) -> bool:
     """True if `tensor` is the stamped object and has not been written to since."""
     return seen is not None and seen[0]() is tensor and not tensor.is_inference() and seen[1] == tensor._version
+
+
+def _refuse(gradient: Tensor) -> None:
+    raise TapsError("the task is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+
+
+def refusing(weight: Tensor) -> Tensor:
+    """A merged weight that refuses the gradient which its Delta cannot get."""
+    own = weight.detach().requires_grad_()
+    own.register_hook(_refuse)
+    return own
 
 
 class GatedLayer(nn.Module):
@@ -135,12 +146,18 @@ class GatedLayer(nn.Module):
         self._seen = None
         result: GatedLayer = super()._apply(keep_float32(self, fn, ("delta", "score")), recurse)
         if self.merged is not None:
-            self.merged = fn(self.merged)
+            moved = fn(self.merged.detach())
+            self.merged = refusing(moved) if self.merged.requires_grad else moved
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {key: value for key, value in self.__dict__.items() if key != "_taps_cast"}
         return {**kept, "_seen": None}  # a copy's version counters start anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.merged is not None and self.merged.requires_grad:
+            self.merged = refusing(self.merged)  # hooks do not travel
 
     def extra_repr(self) -> str:
         kind = "learned" if self.learn else "fixed"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import composed, ops
 from .forward import base_weight, resting_weight, whole_weight
 
 
@@ -27,6 +27,8 @@ def rests(host: nn.Module, layer: Any) -> bool:
 
     In training a reader may hold the weight until gradients are on; in evaluation fused paths want plain tensors.
     """
+    if composed.transformed(layer.score, layer.delta, layer.whole):
+        return False
     if layer.whole is not None:
         closed = not layer.whole.requires_grad
     else:
@@ -40,7 +42,8 @@ def read_weight(host: nn.Module, layer: Any) -> Tensor:
     if layer.whole is not None:
         return whole_weight(layer)
     weight = base_weight(host)
-    if layer.delta is None or (layer.gate is False and not (_learns(layer) and torch.is_grad_enabled())):
+    learns = (_learns(layer) and torch.is_grad_enabled()) or composed.transformed(layer.score)
+    if layer.delta is None or (layer.gate is False and not learns):
         return weight
     make = ops.unread_weight if layer.gate is False else ops.effective_weight
     return make(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)

@@ -16,29 +16,17 @@ from torch.nn.utils import parametrize
 
 from . import forward as _forward
 from . import reads
-from .frame import Frame, evaluates, running
+from .frame import Frame, running
 from .gated import GatedLayer
 from .own import NORM_TYPES
 
 
-class _Moded(nn.Module):
-    """Any module of the base: its `training` is False while the bare base runs, in whatever thread."""
+class _Routed(nn.Module):
+    """A module whose tensors a task may replace."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
         return _rebuild, (original_class(self), type(self).__bases__[0]), state
-
-    @property
-    def training(self) -> bool:
-        return bool(self.__dict__["training"]) and not evaluates(self)
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
-
-
-class _Routed(_Moded):
-    """A module whose tensors a task may replace."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]
@@ -200,39 +188,26 @@ def _routed_class(cls: Any, router: Any) -> type[nn.Module]:
     return type(cls.__name__, (router, cls), {"__module__": cls.__module__})
 
 
-def _become(module: nn.Module, name: str, router: Any) -> None:
-    kind: Any = type(module)
-    cls = _routed_class(kind, router)
-    module.__dict__["_taps_class"] = kind
-    module.__dict__["_taps_name"] = name
-    module.__class__ = cls
-
-
 def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
     """Make `module` ask the running task for its part called `name`.
 
     `fused`: its weights are read by `nn.TransformerEncoderLayer`, whose fused path takes plain tensors alone.
     """
-    if isinstance(module, _Routed):
-        return
-    if isinstance(module, _Moded):
-        unroute(module)
-    _become(module, name, _router(module))
-    if fused:
-        module.__dict__["_taps_fused"] = True
-    if isinstance(module, _RoutedNorm):
-        module.training = False
-
-
-def follow_mode(module: nn.Module, name: str) -> None:
-    """Make `module` be in evaluation mode while the bare base runs."""
-    if not isinstance(module, _Moded):
-        _become(module, name, _Moded)
+    if not isinstance(module, _Routed):
+        kind: Any = type(module)
+        cls = _routed_class(kind, _router(module))
+        module.__dict__["_taps_class"] = kind
+        module.__dict__["_taps_name"] = name
+        if fused:
+            module.__dict__["_taps_fused"] = True
+        module.__class__ = cls
+        if isinstance(module, _RoutedNorm):
+            module.training = False
 
 
 def is_routed(module: nn.Module) -> bool:
     """True between `route` and `unroute`."""
-    return isinstance(module, _Moded)
+    return isinstance(module, _Routed)
 
 
 def _rebuild(cls: Any, router: Any) -> nn.Module:
@@ -247,8 +222,8 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def unroute(module: nn.Module) -> None:
-    """Undo `route` and `follow_mode`, leaving nothing behind."""
-    if isinstance(module, _Moded):
+    """Undo `route`, leaving nothing behind."""
+    if isinstance(module, _Routed):
         module.__class__ = module.__dict__.pop("_taps_class")
         module.__dict__.pop("_taps_name")
         module.__dict__.pop("_taps_cast", None)
