@@ -106,10 +106,18 @@ def _gate(spec: GateSpec, weight: Tensor, wanted: Tensor, name: str) -> tuple[Ga
     """How one layer holds its weight: closed (the base's bits), a Delta, or a weight of its own."""
     if same_bits(weight, wanted):
         return replace(spec, open=False), None
-    if not bool(torch.isfinite(wanted).all()):
-        raise ConfigError(f"state_dict: {name}: expected finite values, got Inf or NaN")
     delta = exact_delta(weight, wanted)
     return (spec, delta) if delta is not None else (replace(spec, delta=False, weight=True), wanted)
+
+
+def _check_finite(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | None) -> None:
+    """Raise for Inf or NaN that the base does not have in the same place."""
+    for name, tensor in given.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            like = wanted.get(name)
+            if like is None or not same_bits(like, tensor.to(like.device)):
+                full = name if path is None else join(path, name)
+                raise ConfigError(f"state_dict: {full}: expected finite values, got Inf or NaN")
 
 
 def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], path: str | None) -> None:
@@ -144,6 +152,8 @@ def extract(
     given = {n: t for n, t in given.items() if not inside(n.rpartition(".")[0], path)}
     wanted = {n: t for n, t in base.state_dict().items() if not inside(n.rpartition(".")[0], path)}
     _check(wanted, given, what="base")
+    _check_finite(wanted, given, None)
+    _check_finite({}, of_head, path)
     if head is not None and path is None:
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
     own = None if path is None else _head(base, path, of_head, head)

@@ -9,7 +9,6 @@ from . import ops
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.gated import refusing
-from .nn.route import unroute
 from .task import TaskState
 
 
@@ -63,15 +62,6 @@ def _install(target: nn.Module, key: str, value: Tensor) -> None:
         target._parameters[key] = nn.Parameter(own, requires_grad=old.requires_grad)
     else:
         target._buffers[key] = own
-
-
-def like_unloaded(copied: nn.Module, base: nn.Module) -> None:
-    """Make a copy of the routed base what the unloaded base is: plain classes, its modes and flags."""
-    for own, module in zip(copied.modules(), base.modules(), strict=True):
-        unroute(own)
-        own.training = module.training
-    for mine, parameter in zip(copied.parameters(), base.parameters(), strict=True):
-        mine.requires_grad_(parameter.requires_grad)
 
 
 def install(plain: nn.Module, tensors: dict[str, dict[str, Tensor]], path: str | None, head: nn.Module | None) -> None:

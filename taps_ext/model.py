@@ -258,6 +258,8 @@ class TaskModel(TaskSet):
         state = self.state(name)
         tensors = merging.task_tensors(state, self.base)
         plain, head = copy.deepcopy((self.base, state.head))  # while the tasks still are there: not all can be copied
-        merging.like_unloaded(plain, self.unload())
+        assert self._flags is not None
+        self._flags.restore_copy(plain, self.base)
         merging.install(plain, tensors, state.head_path, head)
+        self.unload()
         return plain.train(self.training)

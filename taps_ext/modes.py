@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .nn.route import unroute
+
 
 class Flags:
     """The training mode of a base's modules and `requires_grad` of its parameters, as they are now."""
@@ -12,6 +14,16 @@ class Flags:
         self.root = base.training  # the base itself is not kept alive by its flags
         self.modes = [(module, module.training) for module in base.modules() if module is not base]
         self.gradients = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+
+    def restore_copy(self, copied: nn.Module, base: nn.Module) -> None:
+        """Make a copy of the routed base what the base will be after `unroute` and :meth:`restore`."""
+        modes = {id(module): mode for module, mode in self.modes}
+        flags = {id(parameter): flag for parameter, flag in self.gradients}
+        for own, module in zip(copied.modules(), base.modules(), strict=True):
+            unroute(own)
+            own.training = self.root if module is base else modes[id(module)]
+        for mine, parameter in zip(copied.parameters(), base.parameters(), strict=True):
+            mine.requires_grad_(flags[id(parameter)])
 
     def restore(self, base: nn.Module) -> None:
         base.training = self.root

@@ -55,5 +55,9 @@ def test_predict_makes_images_as_training_did(call, folder: Path, tmp_path: Path
     base += ["--set", "base.args={widths=[8,16],blocks=1,stem_stride=2}"]
     code, out, err = call("predict", file, tmp_path / "grey.png", *base)
     assert (code, err) == (0, "") and ("even" in out or "odd" in out)
+    for other in ("imagenet", "[[0.5],[0.5]]"):
+        refused(
+            call("predict", file, tmp_path / "grey.png", *base, "--set", f"data.normalize={other}"), "data.normalize"
+        )
     wrong = call("predict", file, tmp_path / "grey.png", *base, "--size", 17)
     refused(wrong, f"data.size: {file} was trained with 16, got 17")

@@ -216,6 +216,8 @@ def broken(change):
         ),
         (lambda s: s.update({"conv.weight": s["conv.weight"].half()}), r"conv\.weight: .* got torch.float16"),
         (lambda s: s["conv.weight"].fill_(torch.nan), r"conv\.weight: expected finite values"),
+        (lambda s: s["norm.weight"].fill_(torch.inf), r"norm\.weight: expected finite values"),
+        (lambda s: s["fc.bias"].fill_(torch.nan), r"fc\.bias: expected finite values"),
         (lambda s: s["order.index"].add_(1), r"order\.index: expected the base's values"),
         (lambda s: s.pop("fc.bias"), r"has no 'fc\.bias'"),
         (

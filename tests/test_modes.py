@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import threading
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import TinyNet, images, settle
-from torch import nn
+from torch import Tensor, nn
 
-from taps_ext import ConfigError, FullConfig, TapsConfig, TapsError, TaskModel
+from taps_ext import ConfigError, FullConfig, TapsConfig, TapsError, TaskModel, UnsupportedModuleError
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -135,6 +138,82 @@ def test_the_fused_encoder_path_sees_the_task_or_is_not_taken() -> None:
             part.score.fill_(0.0)
         plain = copy.deepcopy(model).merge_and_unload("t").eval()
         assert torch.equal(model(x, task="t"), plain(x))
+
+
+def helper(module: nn.Module, x: Tensor) -> Tensor:
+    """Reads a flag where no code of the module's class does."""
+    return F.dropout(x, 0.5, module.training)
+
+
+class Hidden(nn.Module):
+    """Modes read by a function outside, by a hook, by a list of modules, by an override on the instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Identity(), nn.Dropout(0.5)
+        self.listed = [self.third]
+        self.fc = nn.Linear(6, 3)
+        self.second.register_forward_hook(lambda module, _, out: helper(module, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = helper(self, self.first(x))
+        return self.fc(self.extra(self.listed[0](self.second(x))))
+
+    def extra(self, x: Tensor) -> Tensor:
+        return x
+
+
+def overridden(self: nn.Module, x: Tensor) -> Tensor:
+    return F.dropout(x, 0.5, self.training)
+
+
+def test_the_bare_base_is_in_evaluation_mode_whoever_asks() -> None:
+    base = Hidden()
+    base.extra = types.MethodType(overridden, base)
+    x = torch.randn(4, 6)
+    want = base.eval()(x)
+    model = TaskModel(base, TapsConfig(lam=1.0)).train()
+    model.add_task("t", num_classes=2)
+    assert torch.equal(model(x, task=None), want) and base.training and base.third.training
+    assert not torch.equal(model(x, task="t"), model(x, task="t"))
+    with torch.no_grad():
+        base.first.weight.mul_(2)  # the mirror holds the base's own tensors
+    base.fc = nn.Linear(6, 5)
+    assert model(x, task=None).shape == (4, 5)
+    assert torch.equal(model(x, task=None), model.eval()(x, task=None))
+
+
+def test_traced_graphs_are_bases_too() -> None:
+    """torch.fx's modules copy themselves in their own way."""
+    base = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3)))
+    model = TaskModel(base, TapsConfig(lam=1.0), head_module="2")
+    model.add_task("t", num_classes=2)
+    x = torch.randn(3, 4)
+    want = model.eval()(x, task="t")
+    assert torch.equal(copy.deepcopy(model)(x, task="t"), want)
+    assert set(model.task_state_dict("t")) == set(base.state_dict())
+    assert torch.equal(model.merge_and_unload("t")(x), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_modules_are_refused() -> None:
+    scripted = torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(UnsupportedModuleError, match="1: expected a module of Python code, got a scripted one"):
+        TaskModel(nn.Sequential(nn.Linear(4, 4), scripted))
+
+
+@pytest.mark.parametrize("how", ["copy", "cast", "pickle"])
+def test_merged_tasks_refuse_gradients_after_a_copy(how: str) -> None:
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0)).eval()
+    model.add_task("t", num_classes=2)
+    model.merge_task("t")
+    if how == "cast":
+        model.double()
+    other = pickle.loads(pickle.dumps(model)) if how == "pickle" else copy.deepcopy(model)
+    for one in (model, other):
+        loss = one(images().to(next(one.parameters()).dtype), task="t").sum()
+        with pytest.raises(TapsError, match="is merged, so its Deltas get no gradient"):
+            loss.backward()
 
 
 @pytest.mark.parametrize(

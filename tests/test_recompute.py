@@ -344,6 +344,72 @@ def test_the_compiled_base_rests_in_training_mode() -> None:
         model(x, task="a")
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_another_threads_forward_is_never_recomputed_in_its_place(waiting: bool) -> None:
+    """A graph whose call is gone, while another thread's call has the same numbers: an error, never a guess."""
+    _, model = plain_and_checkpointed(False)
+    kept: list[Tensor] = []
+    errors: list[Exception] = []
+    held = []
+
+    def first() -> None:  # keeps what a block far below the output made, and nothing else
+        hook = model.base.first.register_forward_hook(lambda _, __, out: kept.append(out))
+        model(images(6), task="a")
+        hook.remove()
+        for thread in others:
+            thread.start()
+            thread.join()
+        try:
+            kept[0].square().sum().backward()
+        except TapsError as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=lambda: held.append(model(images(6), task="b")))] if waiting else []
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1 and ("several threads" if waiting else "is not known") in str(errors[0])
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_changed_gate_is_seen_from_any_thread(other: bool) -> None:
+    """Backward in a thread of its own; and nothing differentiable between the forward and the change."""
+    _, model = plain_and_checkpointed(True)
+    model.base.reentrant = None
+    x = images(6).requires_grad_()
+    out = checkpoint(lambda x: model(x, task="a")["logits"], x, use_reentrant=True)
+    model.set_gates("a", open=["stem"])
+    with torch.no_grad():
+        model(x, task="a")
+    errors: list[BaseException] = []
+
+    def backward() -> None:
+        try:
+            out.backward(torch.ones_like(out))
+        except GateError as error:
+            errors.append(error)
+
+    if other:
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    else:
+        backward()
+    assert len(errors) == 1
+
+
+def test_calls_hang_on_their_own_nodes_alone() -> None:
+    """A graph from before the forward, kept for many steps, keeps no calls."""
+    model = two_tasks(settle(Net()))
+    kept = images(6).requires_grad_() * 2
+    gc.collect()
+    before = len(frame._calls)
+    for _ in range(5):
+        model(kept, task="a")["logits"].sum()
+    gc.collect()
+    assert len(frame._calls) == before
+
+
 def test_without_a_known_forward_it_is_an_error() -> None:
     """The base called by itself has no call to find; nor has an output in which no tensor can be found."""
     _, model = plain_and_checkpointed(False)

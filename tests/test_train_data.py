@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from unittest import mock
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from taps_ext import BypassedLayerError, ConfigError, TapsConfig, TapsError, TaskModel
-from taps_ext.train import Task, TrainConfig, Trainer
+from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 
 
 class Items(Dataset):
@@ -147,6 +149,50 @@ def test_a_test_split_that_cannot_be_read_costs_no_training(tmp_path) -> None:
     assert result.test["accuracy"] > 0.5 and equal(tensors(fresh), tensors(model))
     again = fit(fresh, out=str(tmp_path), task=task)
     assert again.test == result.test
+
+
+def test_results_are_never_of_an_earlier_run(tmp_path) -> None:
+    """Started over and interrupted, the new run goes on and the old result is gone; without a test split, no result."""
+    fit(build(), out=str(tmp_path))
+    steps = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        steps.append(1)
+        if len(steps) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return F.cross_entropy(outputs, targets)
+
+    loss.__module__, loss.__qualname__ = F.cross_entropy.__module__, F.cross_entropy.__qualname__
+    with pytest.raises(TrainingInterrupted):
+        fit(build(seed=5), resume=False, out=str(tmp_path), task={"loss": loss})
+    again, whole = build(seed=5), build(seed=5)
+    fit(again, out=str(tmp_path))
+    fit(whole)
+    assert equal(tensors(again), tensors(whole))
+    assert fit(build(seed=5), out=str(tmp_path), task={"test": None}).test == {}
+
+
+def test_labels_of_other_shapes_are_the_losss_business() -> None:
+    """Dense labels behind a transposed linear head, and uint8 ones: F.cross_entropy takes them."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.body(x))).transpose(1, -1)
+
+    model = TaskModel(Dense(), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=3)
+    x, y = torch.randn(32, 5, 6), torch.randint(3, (32, 5))
+    metrics = {"accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean().item()}
+    task = Task(train=(x, y), val=(x, y), metrics=metrics)
+    assert Trainer(model, {"t": task}, TrainConfig(epochs=1, batch_size=8), quiet=True).fit()["t"].epoch == 0
+    with pytest.raises(ConfigError, match="expected labels from 0 to 2"):
+        Trainer(model, {"t": Task(train=(x, y + 1), metrics=metrics)}, TrainConfig(epochs=1), quiet=True).fit()
+    narrow = data()[0], data()[1].to(torch.uint8)
+    assert fit(build(), epochs=1, task={"train": narrow, "val": narrow, "test": None}).epoch == 0
 
 
 class Auxiliary(nn.Module):

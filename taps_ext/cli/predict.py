@@ -40,6 +40,10 @@ def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
     if stored["height"] != stored["width"]:
         got = [stored["channels"], stored["height"], stored["width"]]
         raise ConfigError(f"tasks.{name}: expected square images to predict on, got {got}")
+    if config.data.get("normalize") is not None:
+        asked = config.normalize
+        if (None if asked is None else [list(part) for part in asked]) != stored["normalize"]:
+            raise ConfigError(f"data.normalize: {header.path} was trained with {stored['normalize']}, got {asked}")
     for key, kept in (("size", "height"), ("channels", "channels")):
         if config.data.get(key) not in (None, stored[kept]):
             asked, trained = config.data[key], stored[kept]

@@ -41,7 +41,11 @@ def base_bias(host: nn.Module) -> Tensor | None:
 
 def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
     """A weight that does not change, in the type it is multiplied in: under autocast it is cast once and kept."""
-    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (weight.requires_grad and torch.is_grad_enabled())
+    ):
         return weight
     dtype = ops.autocast_dtype(input)
     if dtype is None or dtype == weight.dtype or weight.is_inference():

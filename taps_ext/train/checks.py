@@ -33,18 +33,24 @@ def check_sample(data: Any, argument: str) -> None:
         raise ConfigError(f"{argument}: expected a number or tensor as the target of an item, got {target!r}")
 
 
-def check_targets(loss: Any, targets: Tensor, outputs: int | None, argument: str) -> None:
-    """Raise ConfigError unless `F.cross_entropy` takes these targets for `outputs` classes (None: not known)."""
-    if loss is not F.cross_entropy or outputs is None or targets.is_cuda:
+def check_targets(loss: Any, targets: Tensor, classes: int | None, argument: str, outputs: Any = None) -> None:
+    """Raise ConfigError unless `F.cross_entropy` takes these targets.
+
+    Args:
+        classes: outputs of the task's linear head (None: not known).
+        outputs: the model's, where they are known already; only `[B, classes]` says what targets must be like.
+    """
+    if loss is not F.cross_entropy or classes is None or targets.is_cuda:
         return
+    flat = isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] == classes
+    got = f"{targets.dtype} {list(targets.shape)}"
     if targets.is_floating_point():
-        if targets.dim() != 2 or targets.shape[1] != outputs:
-            got = f"{targets.dtype} {list(targets.shape)}"
-            raise ConfigError(f"{argument}: expected int64 labels [B] or probabilities [B, {outputs}], got {got}")
+        if flat and tuple(targets.shape) != tuple(outputs.shape):
+            raise ConfigError(f"{argument}: expected int64 labels [B] or probabilities [B, {classes}], got {got}")
         return
-    if targets.dtype != torch.int64 or targets.dim() != 1:
-        raise ConfigError(f"{argument}: expected int64 labels [B], got {targets.dtype} {list(targets.shape)}")
+    if flat and (targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1):
+        raise ConfigError(f"{argument}: expected int64 labels [B], got {got}")
     kept = targets[targets != _IGNORED]
-    if len(kept) and (int(kept.max()) >= outputs or int(kept.min()) < 0):
-        wrong = int(kept.max()) if int(kept.max()) >= outputs else int(kept.min())
-        raise ConfigError(f"{argument}: expected labels from 0 to {outputs - 1} (the head), got {wrong}")
+    if kept.numel() and (int(kept.max()) >= classes or int(kept.min()) < 0):
+        wrong = int(kept.max()) if int(kept.max()) >= classes else int(kept.min())
+        raise ConfigError(f"{argument}: expected labels from 0 to {classes - 1} (the head), got {wrong}")

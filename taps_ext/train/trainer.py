@@ -176,6 +176,8 @@ class Trainer:
 
     def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop) -> Result:
         config, settings = self.config, self._settings(name, task)
+        if self.out is not None and resume is False:
+            (self.out / f"{_safe(name)}.result.json").unlink(missing_ok=True)  # of a run that this one replaces
         finished = self._finished(name, task, settings) if resume is not False else None
         if finished is not None:
             return finished
@@ -250,11 +252,11 @@ class Trainer:
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
-                    check_targets(task.loss, targets, outputs_of_head, f"task {name!r}")
-                    targets = targets.to(device)
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                         outputs = predictions(self.model(torch.as_tensor(inputs).to(device), task=name))
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
+                    check_targets(task.loss, targets, outputs_of_head, f"task {name!r}", outputs)
+                    targets = targets.to(device)
                     totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
                     for key, metric in task.metrics.items():
                         totals[key] += float(metric(outputs, targets)) * len(targets)
@@ -335,4 +337,7 @@ class Trainer:
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
         result = replace(result, file=str(file))
-        return result if tested == _test_data(name, task) else self._test(result, task, settings)
+        now = _test_data(name, task)
+        if task.test is None:
+            return replace(result, test={})
+        return result if tested == now and now[2] is not None else self._test(result, task, settings)
