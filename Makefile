@@ -5,6 +5,7 @@
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
+#   make twin          device code on the CPU: every shape, type, gate and split, plainly and with sanitizers
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
@@ -59,7 +60,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz bench study study-table architectures gpu
+.PHONY: demo test lint fuzz twin bench study study-table architectures gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -73,6 +74,9 @@ test: lint
 
 fuzz: build
 	TAPS_FUZZ=1 $(PY) -m pytest tests/test_store_fuzz.py tests/test_store_refusals.py tests/test_random_models.py
+
+twin: build
+	TAPS_THOROUGH=1 $(PY) -m pytest tests/test_host_twin.py tests/test_host_planted.py --durations=0
 
 bench: build
 	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json

@@ -56,5 +56,5 @@ def test_host(program: str, twin) -> None:
         [COMPILER, *FLAGS[kind], *map(str, objects), "-o", str(binary)], capture_output=True, text=True, timeout=300
     )
     assert link.returncode == 0, link.stderr[-4000:]
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0 and " 0 failed" in done.stdout, (done.stdout + done.stderr)[-4000:]
