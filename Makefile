@@ -10,7 +10,7 @@
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
-#   make gpu           on a machine with CUDA: build, tests, sanitizer, measurements, one JSON file
+#   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
 #   make abi           one wheel, run under torch 2.11, a CPU-only 2.13 and the newest

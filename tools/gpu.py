@@ -41,8 +41,11 @@ def stages(out: Path) -> list[Stage]:
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+    nvcc = ["nvcc", "-std=c++17", "-arch=sm_90", "-Icsrc", "-o"]
     found = [
         Stage("build", [python, "tools/build_inplace.py", "--cuda", "ON"], 300, device=False),
+        Stage("conformance-build", [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"], 120, device=False),
+        Stage("conformance", [f"{out}/conformance"], 60),
         Stage("tests", [*pytest, "tests/cuda", f"--junitxml={out}/cuda-tests.xml"], 240),
         Stage("planted-bug", [sanitizer, "--error-exitcode", "9", str(out / "planted")], 60),
     ]
