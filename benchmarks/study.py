@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from resnet20 import normalise, pretrained
 from scipy.stats import t as student
+from torch import nn
 
 import taps_ext
-from taps_ext.train import Task, TrainConfig, Trainer
+from taps_ext.report import Report
+from taps_ext.train import Result, Task, TrainConfig, Trainer
 
 LAMBDAS = (0.25, 0.5, 1.0)
 TASKS = ("signs", "omniglot")
@@ -72,22 +74,30 @@ def run(folder: Path, results: Path, tasks: list[str], seeds: list[int], epochs:
                 )
 
 
-def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int) -> dict[str, Any]:
-    """Train one (task, seed, method) and prove that the base's outputs are what they were."""
-    data = load(folder, task)
-    base = pretrained(folder / "resnet20-cifar10.safetensors").to(memory_format=torch.channels_last)
+def train(
+    base: nn.Module, data: dict[str, torch.Tensor], task: str, config: taps_ext.MethodConfig, settings: TrainConfig
+) -> tuple[Result, Report]:
+    """Train one task on a base and prove that the base's outputs are what they were."""
     probe = data["x_test"][:256]
     with torch.no_grad():
         before = base(probe)
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     model = taps_ext.TaskModel(base, config)
     model.add_task(task, num_classes=int(data["y_train"].max()) + 1)
     splits = Task(train=(data["x_train"], data["y_train"]), test=(data["x_test"], data["y_test"]))
-    result = Trainer(model, {task: splits}, TrainConfig(epochs=epochs, seed=seed), quiet=True).fit()[task]
+    result = Trainer(model, {task: splits}, settings, quiet=True).fit()[task]
+    report = model.report(task)
     with torch.no_grad():
         equal = torch.equal(model(probe, task=None), before) and torch.equal(model.unload().eval()(probe), before)
     if not equal:
         raise RuntimeError(f"{task}: the base's outputs changed")
+    return result, report
+
+
+def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int) -> dict[str, Any]:
+    """The record of one (task, seed, method)."""
+    base = pretrained(folder / "resnet20-cifar10.safetensors").to(memory_format=torch.channels_last)
+    result, _ = train(base, load(folder, task), task, config, TrainConfig(epochs=epochs, seed=seed))
     return {
         "task": task,
         "seed": seed,
@@ -101,7 +111,7 @@ def one(folder: Path, task: str, seed: int, name: str, config: Any, epochs: int)
         "last_share": result.history[-1]["share"],
         "epochs": epochs,
         "seconds": round(result.seconds, 1),
-        "base_bit_equal": equal,
+        "base_bit_equal": True,
         "torch": torch.__version__,
     }
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from bases import NAMES, load
-from study import LAMBDAS, TASKS, cut_torn_line, interval, number, read
+from study import LAMBDAS, TASKS, cut_torn_line, interval, number, read, train
 from study import load as load_task
 
 import taps_ext
-from taps_ext.train import Task, TrainConfig, Trainer
+from taps_ext.train import TrainConfig
 
 BASES = ("resnet20", *NAMES)
 SEEDS = (0, 1, 2, 3, 4)
@@ -72,25 +72,12 @@ def wanted(records: list[Record], base: str, task: str) -> list[tuple[int, str]]
 
 
 def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: str, epochs: int) -> Record:
-    """Train one (base, task, seed, method) and prove that the base's outputs are what they were."""
-    splits = load_task(data, task)
+    """The record of one (base, task, seed, method)."""
     base = load(base_name, bases, data).to(memory_format=torch.channels_last)
-    probe = splits["x_test"][:256]
-    with torch.no_grad():
-        before = base(probe)
     config, budget = config_of(method)
-    torch.manual_seed(seed)
-    model = taps_ext.TaskModel(base, config)
-    model.add_task(task, num_classes=int(splits["y_train"].max()) + 1)
-    trained = Task(train=(splits["x_train"], splits["y_train"]), test=(splits["x_test"], splits["y_test"]))
-    settings = TrainConfig(epochs=epochs, seed=seed, budget=budget)
-    result = Trainer(model, {task: trained}, settings, quiet=True).fit()[task]
-    report = model.report(task)
-    opened = {row.layer: row.parameters for row in report.rows if row.open}
-    with torch.no_grad():
-        equal = torch.equal(model(probe, task=None), before) and torch.equal(model.unload().eval()(probe), before)
-    if not equal:
-        raise RuntimeError(f"{base_name} {task}: the base's outputs changed")
+    result, report = train(
+        base, load_task(data, task), task, config, TrainConfig(epochs=epochs, seed=seed, budget=budget)
+    )
     return {
         "base": base_name,
         "task": task,
@@ -99,7 +86,7 @@ def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: s
         "val": result.val["accuracy"],
         "test": result.test["accuracy"],
         "share": result.share,
-        "open": list(opened),
+        "open": [row.layer for row in report.rows if row.open],
         "layers": [row.layer for row in report.rows],
         "epoch": result.epoch,
         "epochs": epochs,

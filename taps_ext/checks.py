@@ -1,18 +1,47 @@
-"""What a base model must be before it is adapted."""
+"""What a base model must be before it is adapted, and what tensors must be to take its place."""
 
 from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import ConfigError, UnsupportedModuleError
 from .modes import Flags
 from .nn.route import is_routed, unroute
+
+
+def check_state(
+    wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, where: str, what: str, may_lack: str = ""
+) -> None:
+    """Raise unless `got` holds exactly the tensors of `wanted` by name, shape and dtype.
+
+    Args:
+        where: what the message begins with. what: whose tensors `wanted` are.
+        may_lack: the end of names that `got` may leave out.
+
+    Raises:
+        ConfigError: the first tensor that is missing, too many, or of another shape or dtype.
+    """
+    missing = [name for name in wanted if name not in got and not (may_lack and name.endswith(may_lack))]
+    extra = [name for name in got if name not in wanted]
+    if missing or extra:
+        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the {what} has not"
+        counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)} tensors"
+        raise ConfigError(f"{where}: {problem} ({counts})")
+    for name, tensor in got.items():
+        like = wanted[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ConfigError(
+                f"{where}: {name}: expected {like.dtype} {list(like.shape)} as in the {what}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+
 
 _owners: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Flags]] = weakref.WeakKeyDictionary()
 

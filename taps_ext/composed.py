@@ -15,6 +15,8 @@ from .reference import compute_dtype
 
 def transformed(*tensors: Tensor | None) -> bool:
     """True inside a transform of torch.func, or where a tensor carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():  # the operators are in the graph as they are
+        return False
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:

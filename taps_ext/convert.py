@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import merging, ops, store
+from . import ops, store
+from .checks import check_state
 from .errors import ConfigError
 from .methods import FullConfig, GateSpec, Plan
 from .nn import TaskTensors
@@ -56,23 +57,6 @@ def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _check(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor], *, what: str) -> None:
-    """Raise unless `got` holds exactly the names of `wanted`, each in its shape and dtype."""
-    missing = [name for name in wanted if name not in got]
-    extra = [name for name in got if name not in wanted]
-    if missing or extra:
-        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the {what} has not"
-        counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)}"
-        raise ConfigError(f"state_dict: {problem} ({counts})")
-    for name, like in wanted.items():
-        tensor = got[name]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-            raise ConfigError(
-                f"state_dict: {name}: expected {like.dtype} {list(like.shape)} as in the {what}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-
-
 def _head(base: nn.Module, path: str, values: dict[str, Tensor], head: nn.Module | None) -> nn.Module:
     """The checkpoint's head: `head`, or the base's own kind of head with the checkpoint's number of outputs."""
     old = base.get_submodule(path)
@@ -93,16 +77,17 @@ def _head(base: nn.Module, path: str, values: dict[str, Tensor], head: nn.Module
         for module in own.modules():
             unroute(module)
         own.requires_grad_(True)
-    _check(
+    check_state(
         {join(path, n): t for n, t in own.state_dict().items()},
         {join(path, n): t for n, t in values.items()},
+        where="state_dict",
         what="head",
     )
     own.load_state_dict(values)
     return own
 
 
-def _gate(spec: GateSpec, weight: Tensor, wanted: Tensor, name: str) -> tuple[GateSpec, Tensor | None]:
+def _gate(spec: GateSpec, weight: Tensor, wanted: Tensor) -> tuple[GateSpec, Tensor | None]:
     """How one layer holds its weight: closed (the base's bits), a Delta, or a weight of its own."""
     if same_bits(weight, wanted):
         return replace(spec, open=False), None
@@ -151,7 +136,7 @@ def extract(
     of_head = {n[len(path) + 1 :]: t for n, t in given.items() if path is not None and n.startswith(path + ".")}
     given = {n: t for n, t in given.items() if not inside(n.rpartition(".")[0], path)}
     wanted = {n: t for n, t in base.state_dict().items() if not inside(n.rpartition(".")[0], path)}
-    _check(wanted, given, what="base")
+    check_state(wanted, given, where="state_dict", what="base")
     _check_finite(wanted, given, None)
     _check_finite({}, of_head, path)
     if head is not None and path is None:
@@ -164,7 +149,7 @@ def extract(
     for layer in list(plan.gates):
         host = base.get_submodule(layer)
         weight, name = base_weight(host).detach(), join(layer, weight_name(host))
-        plan.gates[layer], change = _gate(plan.gates[layer], weight, torch.empty_like(weight).copy_(given[name]), name)
+        plan.gates[layer], change = _gate(plan.gates[layer], weight, torch.empty_like(weight).copy_(given[name]))
         held |= {name, join(layer, bias_name(host))}
         if change is not None:
             changes[layer] = change
@@ -182,12 +167,3 @@ def extract(
                     held.add(join(module, name))
     _check_rest(base, held, given, path)
     return state
-
-
-def plain_copy(base: nn.Module, state: TaskState) -> nn.Module:
-    """A copy of the base with plain classes and the task's tensors and head in place."""
-    plain = copy.deepcopy(base)
-    for module in plain.modules():
-        unroute(module)
-    merging.install(plain, merging.task_tensors(state, base), state.head_path, copy.deepcopy(state.head))
-    return plain

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .modes import Flags
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.gated import refusing
@@ -64,12 +67,16 @@ def _install(target: nn.Module, key: str, value: Tensor) -> None:
         target._buffers[key] = own
 
 
-def install(plain: nn.Module, tensors: dict[str, dict[str, Tensor]], path: str | None, head: nn.Module | None) -> None:
-    """Put a task's tensors and a head of the copy's own into a plain copy of the base."""
-    for module, values in tensors.items():
-        target = plain.get_submodule(module)
+def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
+    """A copy of the routed base as it will be when unloaded, with the task's tensors and head in place."""
+    tensors = task_tensors(state, base)
+    plain, head = copy.deepcopy((base, state.head))
+    flags.restore_copy(plain, base)
+    for name, values in tensors.items():
+        target = plain.get_submodule(name)
         for key, value in values.items():
             if value is not None:
                 _install(target, key, value.detach())
-    if head is not None and path is not None:
-        plain.set_submodule(path, head)
+    if head is not None and state.head_path is not None:
+        plain.set_submodule(state.head_path, head)
+    return plain

@@ -232,8 +232,12 @@ class TaskModel(TaskSet):
 
         For a task made by :meth:`extract_task` these are the checkpoint's tensors, bit for bit.
         """
-        self._loaded()
-        return {n: t.detach() for n, t in convert.plain_copy(self.base, self.state(name)).state_dict().items()}
+        return {n: t.detach() for n, t in self._plain_copy(name).state_dict().items()}
+
+    def _plain_copy(self, name: str) -> nn.Module:
+        state = self.state(name)
+        assert self._flags is not None  # `state` has refused an unloaded model
+        return merging.plain_copy(self.base, state, self._flags)
 
     # -- unloading
 
@@ -255,11 +259,6 @@ class TaskModel(TaskSet):
 
         The copy is in the TaskModel's mode (training or evaluation); the base gets its own modes back.
         """
-        state = self.state(name)
-        tensors = merging.task_tensors(state, self.base)
-        plain, head = copy.deepcopy((self.base, state.head))  # while the tasks still are there: not all can be copied
-        assert self._flags is not None
-        self._flags.restore_copy(plain, self.base)
-        merging.install(plain, tensors, state.head_path, head)
+        plain = self._plain_copy(name)  # while the tasks still are there: not everything can be copied
         self.unload()
         return plain.train(self.training)

@@ -21,9 +21,9 @@ class Flags:
         flags = {id(parameter): flag for parameter, flag in self.gradients}
         for own, module in zip(copied.modules(), base.modules(), strict=True):
             unroute(own)
-            own.training = self.root if module is base else modes[id(module)]
+            own.training = self.root if module is base else modes.get(id(module), module.training)
         for mine, parameter in zip(copied.parameters(), base.parameters(), strict=True):
-            mine.requires_grad_(flags[id(parameter)])
+            mine.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
 
     def restore(self, base: nn.Module) -> None:
         base.training = self.root

@@ -107,7 +107,7 @@ def gated_linear(
     if delta is None:
         return F.linear(input, weight, bias)
     input = _check(input, weight, delta, score, gate)
-    if not torch.compiler.is_compiling() and composed.transformed(input, weight, delta, score, bias):
+    if composed.transformed(input, weight, delta, score, bias):
         made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
         return F.linear(input, made, bias)
     if _stock_serves(input, weight, score, gate):
@@ -184,7 +184,7 @@ def gated_conv2d(
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
     input = _check(input, weight, delta, score, gate)
-    if not torch.compiler.is_compiling() and composed.transformed(input, weight, delta, score, bias):
+    if composed.transformed(input, weight, delta, score, bias):
         made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
         return F.conv2d(input, made, bias, stride, padding, dilation, groups)
     if _stock_serves(input, weight, score, gate):

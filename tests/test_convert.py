@@ -208,7 +208,7 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("norm.running_mean"), r"has no 'norm\.running_mean' \(1 missing, 0 too many of 15\)"),
+        (lambda s: s.pop("norm.running_mean"), r"has no 'norm\.running_mean' \(1 missing, 0 too many of 15 tensors\)"),
         (lambda s: s.update(extra=torch.zeros(1)), "holds 'extra', which the base has not"),
         (
             lambda s: s.update({"conv.weight": torch.zeros(8, 3, 1, 1)}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from test_host_twin import COMPILER, FLAGS, HERE, compile_objects
+from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 
 CSRC = HERE.parents[1] / "csrc"
 TILE = (CSRC / "cuda/tile.cuh").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ PLANTED = {
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory) -> list[Path]:
-    return compile_objects(tmp_path_factory.mktemp("runtime"), "sanitized", ["fiber", "twin"])
+    return compile_objects(tmp_path_factory.mktemp("runtime"), "sanitized", RUNTIME)
 
 
 def run(folder: Path, runtime: list[Path], source: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent / "host"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+RUNTIME = ["fiber", "twin", "primitives"]
 PROGRAMS = ["misuse", "conformance", "linear"]
 FLAGS = {"plain": ["-O2"], "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]}
 
@@ -44,7 +45,7 @@ def compile_objects(folder: Path, kind: str, names: list[str]) -> list[Path]:
 def twin(request, tmp_path_factory) -> tuple[str, Path, list[Path]]:
     """(kind, folder, object files) of the twin's runtime."""
     folder = tmp_path_factory.mktemp(f"twin_{request.param}")
-    return request.param, folder, compile_objects(folder, request.param, ["fiber", "twin"])
+    return request.param, folder, compile_objects(folder, request.param, RUNTIME)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

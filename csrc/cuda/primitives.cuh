@@ -18,20 +18,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/types.h"
+
 #define TAPS_DEVICE __device__ __forceinline__
 #define TAPS_LINE int = 0
 
 namespace taps::dev {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-struct alignas(16) Vec16 {
-  uint32_t word[4];
-};
 
 // A pointer into shared memory.
 template <class T>

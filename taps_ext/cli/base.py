@@ -99,24 +99,12 @@ def load_weights(model: nn.Module, path: str) -> None:
         TaskFileError: the file cannot be read as safetensors.
     """
     from .. import store
+    from ..checks import check_state
 
     try:
         stored, _ = store.read_safetensors(path)
     except store.errors.HeaderError as error:
         raise ConfigError(f"base.weights: {path}: expected a safetensors file: {error.problem}") from None
     wanted = model.state_dict()
-    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
-    missing = [name for name in needed if name not in stored]
-    extra = [name for name in stored if name not in wanted]
-    if missing or extra:
-        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model has not"
-        counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)} tensors"
-        raise ConfigError(f"base.weights: {path} {problem} ({counts})")
-    for name, tensor in stored.items():
-        like = wanted[name]
-        if (like.shape, like.dtype) != (tensor.shape, tensor.dtype):
-            raise ConfigError(
-                f"base.weights: {path}: {name}: expected {like.dtype} {list(like.shape)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
+    check_state(wanted, stored, where=f"base.weights: {path}", what="model", may_lack="num_batches_tracked")
     model.load_state_dict({**wanted, **stored})

@@ -35,10 +35,11 @@ leave = _frame.reset
 
 sequence_number = torch.autograd._get_sequence_nr  # the number that this thread's next autograd node will get
 
-_DEPTH = 3  # an output that is a view and then written to loses its own node, but not those below
+_NESTING = 3  # how deep tensors are looked for in outputs
+_ANCHORS = 3  # levels of nodes that hold a call: an output that is a view and written to loses its own node
 
 
-def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def _tensors(value: Any, depth: int = _NESTING) -> Iterator[Tensor]:
     """Tensors in containers that torch.utils._pytree knows, in dataclasses and in plain objects."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
@@ -91,13 +92,12 @@ class Call:
         nodes: list[Any] = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
         with _lock:
             _threads.setdefault(owner, set()).add(self.thread)
-        for _ in range(_DEPTH):
+            if nodes:
+                _calls.add(self)
+        for _ in range(_ANCHORS):
             nodes = [node for node in nodes if self.first <= node._sequence_nr() < self.last]
             for node in nodes:
                 node.metadata.setdefault("taps_ext", []).append(self)  # the graph keeps the call, nothing else does
-            with _lock:
-                if nodes:
-                    _calls.add(self)
             nodes = [below for node in nodes for below, _ in node.next_functions if below is not None]
 
     def check_gates(self, names: Iterable[str] | None = None) -> None:

@@ -176,8 +176,6 @@ class Trainer:
 
     def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop) -> Result:
         config, settings = self.config, self._settings(name, task)
-        if self.out is not None and resume is False:
-            (self.out / f"{_safe(name)}.result.json").unlink(missing_ok=True)  # of a run that this one replaces
         finished = self._finished(name, task, settings) if resume is not False else None
         if finished is not None:
             return finished
@@ -196,6 +194,8 @@ class Trainer:
         parent = self.model.fingerprint(run.state.head_path)
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
+        if self.out is not None and resume is False:
+            (self.out / f"{_safe(name)}.result.json").unlink(missing_ok=True)  # of a run that this one replaces
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs

@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/types.h"
+
 #define TAPS_DEVICE inline
 #define TAPS_LINE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -44,6 +46,7 @@ std::vector<Finding> launch(Dim grid, unsigned threads, std::size_t shared_bytes
 
 // --- what the primitives below are made of; valid inside a launch
 
+void report(const char* kind, const std::string& text, Where where);
 unsigned thread();
 unsigned threads();
 Dim block();
@@ -67,16 +70,6 @@ T one_of(const unsigned char* all, unsigned lane) {
 }  // namespace twin
 
 namespace taps::dev {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-struct alignas(16) Vec16 {
-  uint32_t word[4];
-};
 
 template <class T>
 struct sh {
