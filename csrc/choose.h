@@ -7,25 +7,42 @@
 
 namespace taps {
 
-enum class Path { kStock, kRebuild };
+enum class Path { kStock, kRebuild, kFused };
 
-inline const char* name_of(Path path) { return path == Path::kStock ? "stock" : "rebuild"; }
+inline const char* name_of(Path path) {
+  return path == Path::kStock ? "stock" : path == Path::kFused ? "fused" : "rebuild";
+}
 
 // What the choice may depend on.
 struct Problem {
   bool cuda = false;
   bool open = false;       // as far as the host knows; an unknown gate counts as open
   bool same_dtype = true;  // the weight already has the compute type
+  bool fusable = false;    // the fused kernels know its types and layout
   long long rows = 0;      // M: rows of the product
   long long outputs = 0;   // N
   long long inputs = 0;    // K
 };
 
+// Up to this many rows W_t is built on its way to the tensor cores. Predicted, not yet measured: at N = K = 4096 with W
+// in bf16 and Delta in fp32, 100 MB are read once (23 us at 4.3 TB/s); a rebuild moves 134 MB (31 us) and its product
+// reads W_t again (8 us) and starts another kernel. Tiles of 64 rows read W and Delta from L2 once each: at 5.5 TB/s four
+// of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37 us.
+constexpr long long kMostFusedRows = 128;
+
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kRebuild: W_t (or the cast weight) into the workspace, then torch's op. No threshold yet: on the
-// CPU a rebuild costs 1-10 % over the merged op, and nothing else has been measured faster so far.
+// kFused: W_t in registers alone (csrc/cuda/linear.cuh).
+// kRebuild: W_t (or the cast weight) into the workspace, then torch's op. On the CPU that costs 1-10 % over the merged
+// op, and nothing else has been measured faster so far.
 constexpr Path choose(const Problem& problem) {
-  return !problem.open && problem.same_dtype ? Path::kStock : Path::kRebuild;
+  if (!problem.open && problem.same_dtype) return Path::kStock;
+  return problem.fusable && problem.rows <= kMostFusedRows ? Path::kFused : Path::kRebuild;
+}
+
+// The weight gradient: kFused keeps G in registers, kRebuild has torch write it. Up to the same number of rows, for the
+// same reason: with Delta in fp32 the fused kernel moves 8 bytes a weight, torch's product and what follows 12.
+constexpr Path choose_gradient(const Problem& problem) {
+  return problem.fusable && problem.rows <= kMostFusedRows ? Path::kFused : Path::kRebuild;
 }
 
 // --- for tests -----------------------------------------------------------------------------------
@@ -42,8 +59,10 @@ inline void force_path(const std::string& name) {
     forced_path() = static_cast<int>(Path::kStock);
   } else if (name == "rebuild") {
     forced_path() = static_cast<int>(Path::kRebuild);
+  } else if (name == "fused") {
+    forced_path() = static_cast<int>(Path::kFused);
   } else {
-    throw std::runtime_error("path: expected stock, rebuild or None, got " + name);
+    throw std::runtime_error("path: expected stock, rebuild, fused or None, got " + name);
   }
 }
 
@@ -54,7 +73,20 @@ inline Path chosen_path(const Problem& problem) {
   if (forced == static_cast<int>(Path::kStock) && choose(problem) != Path::kStock) {
     throw std::runtime_error("path: stock is forced, but the gate is open or the weight needs a cast");
   }
+  if (forced == static_cast<int>(Path::kFused) && !problem.fusable) {
+    throw std::runtime_error("path: fused is forced, but the kernels do not know this layer's types or layout");
+  }
   return static_cast<Path>(forced);
+}
+
+inline Path chosen_gradient_path(const Problem& problem) {
+  const int forced = forced_path().load(std::memory_order_relaxed);
+  if (forced < 0) return choose_gradient(problem);
+  if (forced != static_cast<int>(Path::kFused)) return Path::kRebuild;
+  if (!problem.fusable) {
+    throw std::runtime_error("path: fused is forced, but the kernels do not know this gradient's types or layout");
+  }
+  return Path::kFused;
 }
 
 }  // namespace taps

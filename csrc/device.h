@@ -26,6 +26,8 @@ inline void* current_stream(int) { absent(); }
 inline bool is_capturing(void*) { absent(); }
 inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
+inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
+inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
 
 #endif
 

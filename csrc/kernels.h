@@ -99,6 +99,40 @@ inline int64_t dot_chunks(const Walk<2>& walk) {
   return (rows + per_chunk - 1) / per_chunk;
 }
 
+// A matrix whose rows are `ld` elements apart; the elements of a row are next to each other.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t ld = 0;
+};
+
+// One of the three products of a gated linear layer, M = rows, N = outputs, K = inputs, fused with W_t:
+//
+//     forward           y [M, N] = x W_t^T + bias           reads x, weight, delta, bias; writes result
+//     input gradient    dx [M, K] = dy W_t                  reads dy, weight, delta; writes result
+//     weight gradient   G [N, K] = dy^T x                   reads dy, x, delta; writes g * scale * G to result (in
+//                                                           Delta's type) and scale * <G, Delta> to score_gradient
+//
+// Either output of the weight gradient may be null. `memory` is scratch of `linear_bytes`.
+struct LinearProduct {
+  int64_t rows = 0, outputs = 0, inputs = 0;
+  Matrix x, dy, weight, delta;
+  const void* bias = nullptr;
+  void* result = nullptr;
+  int64_t ld_result = 0;
+  Dtype compute = Dtype::kBFloat16;  // of x, dy, bias, y, dx
+  Dtype weight_dtype = Dtype::kBFloat16;
+  Dtype delta_dtype = Dtype::kFloat32;
+  Gate gate;
+  double scale = 1.0;
+  void* score_gradient = nullptr;
+  Dtype score_dtype = Dtype::kFloat32;
+  void* memory = nullptr;
+  int splits = 1;             // of the depth; the launch sets these two
+  int64_t depth_of_split = 0;
+};
+
+enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
+
 namespace cpu {
 void reconstruct(const Reconstruct& args);
 void dot(const Dot& args);
@@ -109,6 +143,9 @@ bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
+// 16-bit compute types, with W and Delta in that type or in fp32.
+int64_t linear_bytes(Product product, const LinearProduct& args, int device);
+void linear(Product product, LinearProduct args, int device, void* stream);
 }  // namespace cuda
 #endif
 

@@ -1,16 +1,11 @@
-// y = x W_t^T + b and its backward, the same on every device: W_t comes from rebuild.h, the
-// products from torch (cuBLAS, oneDNN, MKL) through its dispatcher.
+// y = x W_t^T + b and its backward, the same on every device: W_t comes from rebuild.h and the
+// products from torch (cuBLAS, oneDNN, MKL) through its dispatcher, or both at once from fused.h.
+#include "fused.h"
 #include "ops.h"
 #include "panels.h"
 
 namespace taps {
 namespace {
-
-struct LinearSizes {
-  int64_t rows = 1;     // M: product of the leading dimensions
-  int64_t inputs = 0;   // K
-  int64_t outputs = 0;  // N
-};
 
 // x [..., K] with W [N, K]; `name` is the activation that is checked, `width` its last size.
 LinearSizes check_linear(const Described& activation, const char* name, const Described& weight,
@@ -53,6 +48,30 @@ Tensor transposed(const Tensor& matrix) {
   return reshaped(matrix, Span(sizes, 2), Span(strides, 2));
 }
 
+// A matrix as the activation that it came from, with `columns` last.
+Tensor as_activation(const Tensor& matrix, const Described& like, int64_t columns) {
+  if (like.ndim() == 2) return matrix;
+  Ints shape(like.sizes.begin(), like.sizes.end());
+  shape.back() = columns;
+  const Span sizes(shape.data(), shape.size());
+  return reshaped(matrix, sizes, contiguous_strides(sizes));
+}
+
+// The input of the forward, or the samples of it that `rows` picked, as a matrix [rows, K].
+Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight, const OptionalTensor& rows) {
+  if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
+  const Described x = check_activation(*input, "input", weight);
+  const LinearSizes sizes = check_linear(x, "input", weight, weight.sizes[1]);
+  Ints expected(dy.sizes.begin(), dy.sizes.end());
+  expected.back() = sizes.inputs;
+  if (rows) expected.front() = rows->numel();
+  expect_shape(x, "input", expected);
+  if (x.dtype != dy.dtype) {
+    fail("input: expected dtype ", to_string(dy.dtype), " like grad_output, got ", to_string(x.dtype));
+  }
+  return as_matrix(x, sizes.rows, sizes.inputs);
+}
+
 }  // namespace
 
 Tensor cast_to(const Described& from, Dtype dtype) {
@@ -78,7 +97,12 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const Described x = check_activation(input, "input", w.weight);
   const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, sizes.rows);
+  OptionalTensor x2;
+  if (fusable(w, x.dtype)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
+  if (path == Path::kFused) {
+    return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
+  }
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
@@ -108,13 +132,24 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   check_rows(rows, dy);
   if (rows && dy.ndim() < 2) fail("rows: expected a batched grad_output [B, ..., N]");
   const Dtype compute = dy.dtype;
-  const Path path = path_for(w, compute, sizes.rows);
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
-  const bool rebuilds = wanted.input && path != Path::kStock && !w.known_closed();
+  OptionalTensor x2;
+  if (wanted.weight_side()) x2 = input_matrix(input, dy, w.weight, rows);
+  const int64_t taken = x2 ? x2->size(0) : 0;  // rows that the weight side is estimated from
+
+  const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
+  const Described dy_matrix = describe(dy2, "grad_output");
+  const Path path = wanted.input ? path_for(w, compute, sizes.rows, fusable(w, compute) && fusable_activation(dy_matrix))
+                                 : Path::kStock;
+  const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.
   const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());
+  const bool fits = form_gradient && !wanted.weight && fusable_gradient(w, compute) &&
+                    fusable_activation(describe(*x2, "input")) &&
+                    (rows ? sizes.outputs * size_of(compute) % 4 == 0 : fusable_activation(dy_matrix));
+  const bool fused = form_gradient && gradient_path_for(w, taken, fits) == Path::kFused;
   const Holder holder = holder_for(side);
-  const bool takes_scratch = rebuilds || (form_gradient && holder == Holder::kScratch);
+  const bool takes_scratch = rebuilds || (form_gradient && !fused && holder == Holder::kScratch);
   if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {
     std::vector<bool> mask = output_mask;
     if (!rebuilds) mask[0] = false;  // W serves, whole
@@ -133,19 +168,13 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
     }
     return whole;
   }
-  const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
   Scratch scratch;
 
   OptionalTensor dinput;
   if (wanted.input) {
-    const Tensor matrix = layer_weight(w, compute, path, scratch);
-    dinput = call("aten::mm", "", dy2, matrix);
-    if (dy.ndim() != 2) {
-      Ints shape(dy.sizes.begin(), dy.sizes.end());
-      shape.back() = sizes.inputs;
-      dinput = reshaped(*dinput, Span(shape.data(), shape.size()),
-                        contiguous_strides(Span(shape.data(), shape.size())));
-    }
+    const Tensor dx = path == Path::kFused ? fused_input_gradient(w, dy_matrix, sizes)
+                                           : call("aten::mm", "", dy2, layer_weight(w, compute, path, scratch));
+    dinput = as_activation(dx, dy, sizes.inputs);
   }
 
   OptionalTensor dbias;
@@ -154,36 +183,23 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   }
 
   WeightGrads grads;
-  if (wanted.weight_side()) {
-    if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
-    const Described x = check_activation(*input, "input", w.weight);
-    const LinearSizes taken = check_linear(x, "input", w.weight, sizes.inputs);
-    Ints expected(dy.sizes.begin(), dy.sizes.end());
-    expected.back() = sizes.inputs;
-    if (rows) expected.front() = rows->numel();
-    expect_shape(x, "input", expected);
-    if (x.dtype != compute) {
-      fail("input: expected dtype ", to_string(compute), " like grad_output, got ",
-           to_string(x.dtype));
-    }
-    const Tensor x2 = as_matrix(x, taken.rows, sizes.inputs);
+  if (form_gradient) {
     OptionalTensor picked;
     if (rows) picked = call("aten::index_select", "", grad_output, int64_t{0}, *rows);
-    const Tensor dy_taken =
-        picked ? as_matrix(describe(*picked, "grad_output"), taken.rows, sizes.outputs) : dy2;
-
-    if (form_gradient) {
-      if (holder == Holder::kScratch && !scratch.tensor) {
-        scratch = scratch_like(w.weight, compute);
-      }
+    const Tensor dy_taken = picked ? as_matrix(describe(*picked, "grad_output"), taken, sizes.outputs) : dy2;
+    if (fused) {
+      const LinearSizes of_taken{taken, sizes.inputs, sizes.outputs};
+      grads = fused_weight_gradient(side, describe(dy_taken, "grad_output"), describe(*x2, "input"), of_taken);
+    } else {
+      if (holder == Holder::kScratch && !scratch.tensor) scratch = scratch_like(w.weight, compute);
       const Tensor g = holder == Holder::kDelta    ? empty_like(*w.delta)
                        : holder == Holder::kWeight ? empty_like(w.weight)
                                                    : *scratch.tensor;
-      call("aten::mm", "out", transposed(dy_taken), x2, g);
+      call("aten::mm", "out", transposed(dy_taken), *x2, g);
       grads = settle(side, g, holder);
-    } else {
-      grads.delta = zeros_like(*w.delta);
     }
+  } else if (wanted.delta) {
+    grads.delta = zeros_like(*w.delta);
   }
 
   return pack_grads(w, compute, dinput, grads, dbias);

@@ -58,11 +58,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "choose",
       [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs,
-         bool cuda) {
+         bool cuda, bool fusable) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
         problem.same_dtype = same_dtype;
+        problem.fusable = fusable;
         problem.rows = rows;
         problem.outputs = outputs;
         problem.inputs = inputs;
@@ -70,7 +71,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0,
       py::arg("outputs") = 0, py::arg("inputs") = 0, py::arg("cuda") = false,
-      "The path that a layer with these facts takes: 'stock' or 'rebuild'.");
+      py::arg("fusable") = false,
+      "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
   m.def(
       "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); },
       py::arg("path"), "Make every layer take this path; None lets choose() decide. For tests.");

@@ -26,15 +26,29 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   return scratch;
 }
 
-Path path_for(const GatedWeight& w, Dtype compute, int64_t rows) {
+namespace {
+
+Problem problem_of(const GatedWeight& w, int64_t rows, bool fusable) {
   Problem problem;
   problem.cuda = w.weight.place.cuda;
   problem.open = !w.known_closed();
-  problem.same_dtype = w.weight.dtype == compute;
+  problem.fusable = fusable;
   problem.rows = rows;
   problem.outputs = w.weight.sizes[0];
   problem.inputs = problem.outputs ? w.weight.numel() / problem.outputs : 0;
+  return problem;
+}
+
+}  // namespace
+
+Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
+  Problem problem = problem_of(w, rows, fusable);
+  problem.same_dtype = w.weight.dtype == compute;
   return chosen_path(problem);
+}
+
+Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable) {
+  return chosen_gradient_path(problem_of(w, rows, fusable));
 }
 
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch) {

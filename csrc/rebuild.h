@@ -20,7 +20,8 @@ Scratch scratch_like(const Described& weight, Dtype dtype);
 // round(W + g * Delta) in the workspace. `scratch` keeps the workspace leased.
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch);
 
-Path path_for(const GatedWeight& w, Dtype compute, int64_t rows);
+Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable = false);
+Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable);
 
 // out = scale * (weight + (gate ? delta : 0)); a missing operand counts as 0.
 void reconstruct_into(const Described& out, const Described* weight, const Described* delta,

@@ -55,14 +55,24 @@ def test_choice_of_path():
     assert _C.choose(open=False) == "stock"
     assert _C.choose(open=True) == "rebuild"
     assert _C.choose(open=False, same_dtype=False) == "rebuild"
+    assert _C.choose(open=True, fusable=True, rows=1) == _C.choose(open=True, fusable=True, rows=128) == "fused"
+    assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "fused"  # the cast, in registers
+    assert _C.choose(open=True, fusable=True, rows=129) == "rebuild"
+    assert _C.choose(open=False, fusable=True, rows=1) == "stock"
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     _C.force_path("rebuild")
     same(OPS.gated_linear(x, weight, weight, None, None, False, TAU), F.linear(x, weight))
     _C.force_path("stock")
     with pytest.raises(RuntimeError, match="stock is forced, but the gate is open"):
         OPS.gated_linear(x, weight, weight, None, None, True, TAU)
-    with pytest.raises(RuntimeError, match="expected stock, rebuild or None, got turbo"):
+    with pytest.raises(RuntimeError, match="expected stock, rebuild, fused or None, got turbo"):
         _C.force_path("turbo")
+    _C.force_path("fused")  # the kernels are CUDA's
+    with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this layer"):
+        OPS.gated_linear(x, weight, weight, None, None, True, TAU)
+    mask = [False, True, False, False, False]
+    with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this gradient"):
+        OPS.gated_linear_backward(torch.ones(2, 4), x, weight, weight, None, True, TAU, mask, None, 1.0)
     with pytest.raises(RuntimeError, match=r"expected one of .*baseline, got mmx"):
         _C.force_isa("mmx")
 

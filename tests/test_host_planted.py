@@ -1,6 +1,6 @@
-"""Mistakes planted in the tile loop, one at a time: each is found on the CPU, most with the line that shows it.
+"""Mistakes planted in the tile kernels, one at a time: each is found on the CPU, most with the line that shows it.
 
-The loop's source is changed as text, and a small program is compiled against it with AddressSanitizer.
+Their source is changed as text, and a small program is compiled against it with AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -14,42 +14,88 @@ import pytest
 from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 
 CSRC = HERE.parents[1] / "csrc"
-TILE = (CSRC / "cuda/tile.cuh").read_text(encoding="utf-8")
-WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  //", "load(step + kStages - 1);\n"
+TILE, LINEAR = "cuda/tile.cuh", "cuda/linear.cuh"
+SOURCES = {name: (CSRC / name).read_text(encoding="utf-8") for name in (TILE, LINEAR)}
+QUICK = ["-O0", *(flag for flag in FLAGS["sanitized"] if flag.startswith("-f"))]  # compiling takes longer than running
+WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1);\n"
+WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
 
 
 class Plant(NamedTuple):
-    """`old` becomes `new`; the program then says `said`, and where it names a line, that line holds one of `shows`."""
+    """In `file`, `old` becomes `new`; the program then says `said`, and a line it names holds one of `shows`."""
 
     old: str
     new: str
     said: str
     shows: tuple[str, ...] = ()
+    file: str = TILE
 
 
-READS = ("ldsm_x4", "ld(weight", "ld(delta")
+READS = ("ldsm_x4", "ld(w", "ld(d", "ld2(w", "ld2(d")
 PLANTED = {
-    "no barrier": Plant(SYNC, "//", r"race at line (\d+)", READS),
+    "no barrier": Plant(SYNC, "// what", r"race at line (\d+)", READS),
     "wait for too few": Plant("cp_wait<kStages - 2>()", "cp_wait<kStages - 1>()", r"pending copy at line (\d+)", READS),
     "barrier before the wait": Plant(WAIT, "block_sync();\n", r"(?:pending copy|race) at line (\d+)", READS),
-    "fetched before the barrier": Plant(WAIT, WAIT + LOAD, r"race at line (\d+)", ("cp_async16", "st(tile", *READS)),
+    "fetched before the barrier": Plant(WAIT, WAIT + LOAD, r"race at line (\d+)", ("cp_async<", "st(tile", *READS)),
     "stage used too early": Plant(LOAD, "load(step + kStages);\n", r"(?:race|pending copy) at line (\d+)", READS),
-    "rows of x, one too many": Plant("args.ldx, row, args.m,", "args.ldx, row, args.m + 1,", "heap-buffer-overflow"),
+    "rows, one too many": Plant("r < row_end ?", "r < row_end + 1 ?", BEYOND),
+    "columns, one too many": Plant("? column_end - c", "? column_end + 1 - c", f"{BEYOND}|{WRONG}"),
+    "rows of x, one too many": Plant("A(p.x, place.row, p.rows)", "A(p.x, place.row, p.rows + 1)", BEYOND, file=LINEAR),
     "rows of the weight, one too many": Plant(
-        "args.ldw, column, args.n,", "args.ldw, column, args.n + 1,", "heap-buffer-overflow"
+        "place.column, p.outputs)", "place.column, p.outputs + 1)", BEYOND, file=LINEAR
     ),
-    "rows of Delta, one too many": Plant(
-        "args.ldd, column, args.n,", "args.ldd, column, args.n + 1,", "heap-buffer-overflow"
+    "depth of the input gradient, one too many": Plant(
+        "? begin + p.depth_of_split : p.outputs", "? begin + p.depth_of_split : p.outputs + 1", BEYOND, file=LINEAR
     ),
-    "depth, one too many": Plant("? column_end - c", "? column_end + 1 - c", "heap-buffer-overflow|expected"),
-    "rows of y, one too many": Plant("r >= args.m", "r > args.m", "heap-buffer-overflow"),
-    "columns of y, one too many": Plant("c >= args.n", "c > args.n", "heap-buffer-overflow|expected"),
-    "half a fragment beside": Plant("pair(w, d, at + 8, open)", "pair(w, d, at + 4, open)", "expected .*, got"),
-    "wrong rows for ldmatrix": Plant("lane() % 16) * kStride", "lane() % 8) * kStride", "expected .*, got"),
-    "rows off 16 bytes": Plant("kDepth + 8;", "kDepth + 4;", r"misaligned at line (\d+)", ("cp_async16", "ldsm_x4")),
-    "closed, but Delta is read": Plant("if (open) fetch<D", "if (true) fetch<D", "SEGV|null pointer"),
-    "gate forgotten": Plant("if (!open) return", "if (open) return", "expected .*, got|uninitialised"),
-    "splits begin at zero": Plant("bid_z() * args.k_per_split;", "0 * args.k_per_split;", "expected .*, got"),
+    "rows of the weight gradient's depth, one too many": Plant("0, p.rows)", "0, p.rows + 1)", BEYOND, file=LINEAR),
+    "rows of the result, one too many": Plant("if (r >= rows)", "if (r > rows)", BEYOND, file=LINEAR),
+    "columns of the result, one too many": Plant(
+        "if (c + e >= columns)", "if (c + e > columns)", f"{BEYOND}|{WRONG}", file=LINEAR
+    ),
+    "rows of Delta's gradient, one too many": Plant("if (r >= p.outputs)", "if (r > p.outputs)", BEYOND, file=LINEAR),
+    "columns of Delta's gradient, one too many": Plant(
+        "if (c + e >= p.inputs)", "if (c + e > p.inputs)", f"{BEYOND}|{WRONG}", file=LINEAR
+    ),
+    "half a fragment beside": Plant("inner + kHalf", "inner + kHalf / 2", WRONG),
+    "wrong rows for ldmatrix": Plant("first + lane() % 16) * kStride", "first + lane() % 8) * kStride", WRONG),
+    "turned halves exchanged": Plant(
+        "lane() / 16 * 8 + lane() % 8) * kStride + first + lane() / 8 % 2 * 8",
+        "lane() / 8 % 2 * 8 + lane() % 8) * kStride + first + lane() / 16 * 8",
+        WRONG,
+    ),
+    "columns exchanged": Plant(
+        "b[j][1] = both[1], b[j + 1][0] = both[2]", "b[j][1] = both[2], b[j + 1][0] = both[1]", WRONG
+    ),
+    "neighbours along the wrong side": Plant("ld(d, at_d + kStrideD)", "ld(d, at_d + 1)", WRONG),
+    "rows off 16 bytes": Plant(
+        "(sizeof(T) == 2 ? 8 : 4))", "(sizeof(T) == 2 ? 4 : 4))", r"misaligned at line (\d+)", ("cp_async<", "ldsm_x4")
+    ),
+    "closed, but Delta is read": Plant("if (open) Fetch<S, D", "if (true) Fetch<S, D", "SEGV|null pointer"),
+    "gate forgotten": Plant("if (!open) {", "if (open) {", f"{WRONG}|uninitialised"),
+    "splits begin at zero": Plant(
+        "begin = bid_y() * p.depth_of_split;\n    float sum[S::kM][S::kN][4] = {};\n    Loop::multiply(sum, A(p.x",
+        "begin = 0 * p.depth_of_split;\n    float sum[S::kM][S::kN][4] = {};\n    Loop::multiply(sum, A(p.x",
+        WRONG,
+        file=LINEAR,
+    ),
+    "bias added by every split": Plant("if (p.splits > 1) {", "if (p.splits > 2) {", WRONG, file=LINEAR),
+    "sums written over a stage": Plant(
+        "    block_sync();  // the stages have been read\n",
+        "",
+        r"race at line (\d+)",
+        ("st(sums", "ldsm_x4"),
+        file=LINEAR,
+    ),
+    "sums read too early": Plant(
+        "st(sums, warp(), dot);\n    block_sync();",
+        "st(sums, warp(), dot);",
+        r"(?:race|uninitialised) at line (\d+)",
+        ("ld(sums", "st(sums"),
+        file=LINEAR,
+    ),
+    "a lane short": Plant("mask = 16;", "mask = 8;", WRONG, file=LINEAR),
+    "closed, but its gradient leaves": Plant("open ? scale * value", "true ? scale * value", WRONG, file=LINEAR),
+    "scale forgotten": Plant("open ? scale * value", "open ? value", WRONG, file=LINEAR),
 }
 
 
@@ -58,11 +104,12 @@ def runtime(tmp_path_factory) -> list[Path]:
     return compile_objects(tmp_path_factory.mktemp("runtime"), "sanitized", RUNTIME)
 
 
-def run(folder: Path, runtime: list[Path], source: str) -> subprocess.CompletedProcess[str]:
-    """Compile and run the small program against a changed tile.cuh."""
+def run(folder: Path, runtime: list[Path], changed: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Compile and run the small program against the sources, some of them changed."""
     (folder / "cuda").mkdir()
-    (folder / "cuda/tile.cuh").write_text(source, encoding="utf-8")
-    command = [COMPILER, "-std=c++17", f"-I{folder}", f"-I{HERE}", f"-I{CSRC}", *FLAGS["sanitized"]]
+    for name, source in {**SOURCES, **changed}.items():
+        (folder / name).write_text(source, encoding="utf-8")
+    command = [COMPILER, "-std=c++17", f"-I{folder}", f"-I{HERE}", f"-I{CSRC}", *QUICK]
     objects = [*map(str, runtime), str(HERE / "planted.cpp"), "-o", str(folder / "planted")]
     done = subprocess.run([*map(str, command), *objects], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -70,21 +117,22 @@ def run(folder: Path, runtime: list[Path], source: str) -> subprocess.CompletedP
 
 
 def test_nothing_planted(tmp_path, runtime) -> None:
-    done = run(tmp_path, runtime, TILE)
+    done = run(tmp_path, runtime, {})
     assert done.returncode == 0 and " 0 failed" in done.stdout, (done.stdout + done.stderr)[-3000:]
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted(name: str, tmp_path, runtime) -> None:
     plant = PLANTED[name]
-    assert TILE.count(plant.old) == 1, f"{plant.old!r} is in tile.cuh {TILE.count(plant.old)} times"
-    source = TILE.replace(plant.old, plant.new)
+    before = SOURCES[plant.file]
+    assert before.count(plant.old) == 1, f"{plant.old!r} is in {plant.file} {before.count(plant.old)} times"
+    source = before.replace(plant.old, plant.new)
     if name == "barrier before the wait":  # the two change places
-        source = source.replace(SYNC, WAIT + "//")
+        source = source.replace(SYNC, WAIT + "// what")
     if name == "fetched before the barrier":
         first = source.index(LOAD)
         source = source[: first + len(LOAD)] + source[first + len(LOAD) :].replace(LOAD, "", 1)
-    done = run(tmp_path, runtime, source)
+    done = run(tmp_path, runtime, {plant.file: source})
     text = done.stdout + done.stderr
     found = re.search(plant.said, text)
     assert done.returncode != 0 and found, text[-3000:]

@@ -24,7 +24,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-SUBSET = "test_empty or (test_linear and 7-33-17 and float32) or (test_reconstruct and 1- and float32-torch.float32)"
+SUBSET = (
+    "test_empty or (test_linear and 7-33-17 and None and float32) or (test_linear and 7-34-18 and fused and bfloat16) "
+    "or (test_reconstruct and 1- and float32-torch.float32)"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def stages(out: Path) -> list[Stage]:
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
-    nvcc = ["nvcc", "-std=c++17", "-arch=sm_90", "-Icsrc", "-o"]
+    nvcc = ["nvcc", "-std=c++17", "-O2", "-arch=sm_90", "-Icsrc", "-o"]
     found = [
         Stage("build", [python, "tools/build_inplace.py", "--cuda", "ON"], 300, device=False),
         Stage("conformance-build", [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"], 120, device=False),
@@ -62,7 +65,10 @@ def stages(out: Path) -> list[Stage]:
             SUBSET,
         ]
         found.append(Stage(tool, command, 120))
-    found.append(Stage("benchmark", [python, "benchmarks/gpu_reconstruct.py", "--json", f"{out}/benchmark.json"], 120))
+    for name, limit in (("reconstruct", 60), ("linear", 240)):
+        found.append(
+            Stage(f"bench-{name}", [python, f"benchmarks/gpu_{name}.py", "--json", f"{out}/{name}.json"], limit)
+        )
     return found
 
 
@@ -164,7 +170,7 @@ def main() -> int:
     if unknown:
         parser.error(f"--stage: expected some of {names}, got {unknown[0]!r}")
     if args.list:
-        print("\n".join(f"{stage.name:12} {stage.limit:4} s" for stage in every))
+        print("\n".join(f"{stage.name:18} {stage.limit:4} s" for stage in every))
         return 0
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"facts": facts(), "stages": []}
@@ -182,7 +188,7 @@ def main() -> int:
         report["stages"].append(result)
         (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(
-            f"{stage.name:12} {result['status']:9} {result.get('seconds', 0):6.1f} s of {stage.limit}",
+            f"{stage.name:18} {result['status']:9} {result.get('seconds', 0):6.1f} s of {stage.limit}",
             flush=True,
         )
         if result["status"] in ("failed", "timed out"):

@@ -18,6 +18,8 @@ enum Conformance : unsigned {
   kMmaTf32,
   kCopies,
   kCopiesShort,
+  kCopiesOfWords,
+  kPairs,
   kNamedBarrier,
   kRounding,
   kConformanceChecks
@@ -95,7 +97,7 @@ TAPS_DEVICE bool check_mma_tf32() {
   float c[4] = {1.0f, 2.0f, 3.0f, 4.0f};
   for (unsigned i = 0; i < 4; ++i) a[i] = to_tf32(sample(g + 8 * (i % 2), t + 4 * (i / 2)));
   for (unsigned i = 0; i < 2; ++i) b[i] = to_tf32(sample(t + 4 * i + 40, g));
-  mma_tf32(c, a, b);
+  mma<float>(c, a, b);
   bool good = true;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = g + 8 * (i / 2), column = 2 * t + i % 2;
@@ -109,7 +111,7 @@ TAPS_DEVICE bool check_mma_tf32() {
 // `source` holds at least 4 * 64 floats, 16-byte aligned: 0, 1, 2, ...
 TAPS_DEVICE bool check_copies(const float* source, unsigned bytes) {
   const sh<float> floats = as<float>(arena(), 0);
-  cp_async16(floats, 4 * tid(), source + 4 * tid(), bytes);
+  cp_async<16>(floats, 4 * tid(), source + 4 * tid(), bytes);
   cp_commit();
   cp_wait<0>();
   block_sync();
@@ -118,6 +120,31 @@ TAPS_DEVICE bool check_copies(const float* source, unsigned bytes) {
   for (unsigned i = 0; i < 4; ++i) {
     good = good && ld(floats, 4 * other + i) == (4 * i < bytes ? static_cast<float>(4 * other + i) : 0.0f);
   }
+  block_sync();
+  return all_lanes(good);
+}
+
+TAPS_DEVICE bool check_copies_of_words(const float* source) {
+  const sh<float> floats = as<float>(arena(), 0);
+  cp_async<4>(floats, tid(), source + tid() + 1, tid() % 2 == 0 ? 4 : 0);
+  cp_commit();
+  cp_wait<0>();
+  block_sync();
+  const unsigned other = (tid() + 33) % nthreads();
+  const bool good = ld(floats, other) == (other % 2 == 0 ? static_cast<float>(other + 1) : 0.0f);
+  block_sync();
+  return all_lanes(good);
+}
+
+// Neighbours read together, and packed into a word.
+TAPS_DEVICE bool check_pairs() {
+  const sh<bf16> tile = as<bf16>(arena(), 0);
+  const float low = sample(tid(), 1) + 0.001f, high = sample(tid(), 2) - 0.001f;
+  st(tile, 2 * tid(), from_f32<bf16>(low));
+  st(tile, 2 * tid() + 1, from_f32<bf16>(high));
+  const Two<bf16> both = ld2(tile, 2 * tid());
+  bool good = (both.x.bits | static_cast<uint32_t>(both.y.bits) << 16) == pack<bf16>(low, high);
+  good = good && pack<f16>(low, high) == two<f16>(low, high);
   block_sync();
   return all_lanes(good);
 }
@@ -153,8 +180,9 @@ TAPS_DEVICE void conformance(const float* source, unsigned* good) {
       check_shuffles(),      ballot(lane() % 3 == 0) == 0x49249249u,
       check_ldmatrix(false), check_ldmatrix(true),
       check_mma<bf16>(),     check_mma<f16>(),
-      check_mma_tf32(),      (block_sync(), check_copies(source, 16)),
-      check_copies(source, 8), check_named_barrier(),
+      check_mma_tf32(),    (block_sync(), check_copies(source, 16)),
+      check_copies(source, 8), check_copies_of_words(source),
+      check_pairs(),         check_named_barrier(),
       check_rounding()};
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
     if (tid() == 0) good[i] = results[i] ? 1 : 0;

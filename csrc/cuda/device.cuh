@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "cuda/gate.cuh"
 
 namespace taps::cuda {
+
+using dev::is_open;
 
 void check(cudaError_t error, const char* what);  // raises with CUDA's own message
 
@@ -27,6 +29,9 @@ class DeviceGuard {
 };
 
 int multiprocessors(int device);
+
+// result = scale * the sum of `count` values, in a fixed order.
+void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype, cudaStream_t stream);
 
 // Kernels ask for room for four such blocks: left alone, ptxas aims for more and spills.
 constexpr int kThreads = 256;
@@ -119,14 +124,6 @@ __device__ void store_vector(void* data, Dtype dtype, int64_t at, const T (&from
     }
     *reinterpret_cast<uint4*>(bytes) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-}
-
-// Compared in the score's own precision, as `score >= threshold` is in torch. NaN is closed.
-__device__ inline bool is_open(const Gate& gate) {
-  if (!gate.score) return gate.open;
-  return gate.score_dtype == Dtype::kFloat64
-             ? *static_cast<const double*>(gate.score) >= gate.threshold
-             : *static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold);
 }
 
 // Where each operand's element `index` lies, counted in a walk's own order.

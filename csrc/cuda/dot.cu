@@ -68,6 +68,11 @@ __global__ void __launch_bounds__(kThreads, 4) dot_finish(const double* partials
 
 }  // namespace
 
+void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype, cudaStream_t stream) {
+  dot_finish<<<1, kThreads, 0, stream>>>(values, count, scale, result, dtype);
+  check(cudaGetLastError(), "sum");
+}
+
 void dot(const Dot& args, int device, void* stream) {
   const DeviceGuard guard(device);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
@@ -84,9 +89,7 @@ void dot(const Dot& args, int device, void* stream) {
     }
     check(cudaGetLastError(), "dot");
   }
-  dot_finish<<<1, kThreads, 0, queue>>>(args.partials, chunks, args.scale, args.result,
-                                       args.result_dtype);
-  check(cudaGetLastError(), "dot");
+  add_up(args.partials, chunks, args.scale, args.result, args.result_dtype, queue);
 }
 
 }  // namespace taps::cuda

@@ -66,6 +66,19 @@ template <>
 TAPS_DEVICE float from_f32<float>(float x) {
   return x;
 }
+// Two numbers in a word, the first in its lower half.
+template <class T>
+TAPS_DEVICE uint32_t pack(float low, float high);
+template <>
+TAPS_DEVICE uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return __bfloat16_as_ushort(both.x) | static_cast<uint32_t>(__bfloat16_as_ushort(both.y)) << 16;
+}
+template <>
+TAPS_DEVICE uint32_t pack<f16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return __half_as_ushort(__low2half(both)) | static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
+}
 TAPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 TAPS_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
 // fp32 rounded to tf32 (10 bits of mantissa, ties away from zero, as cvt.rna does).
@@ -80,6 +93,11 @@ TAPS_DEVICE uint32_t to_tf32(float x) {
 template <class T>
 TAPS_DEVICE T ld(sh<T> p, unsigned i, TAPS_LINE) {
   return p[i];
+}
+// Elements i and i + 1, for an even i.
+template <class T>
+TAPS_DEVICE Two<T> ld2(sh<T> p, unsigned i, TAPS_LINE) {
+  return *reinterpret_cast<const Two<T>*>(p + i);
 }
 template <class T>
 TAPS_DEVICE void st(sh<T> p, unsigned i, T value, TAPS_LINE) {
@@ -97,12 +115,17 @@ TAPS_DEVICE void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
 TAPS_DEVICE Vec16 gld16(const void* p) { return *static_cast<const Vec16*>(p); }
 TAPS_DEVICE void gst16(void* p, Vec16 value) { *static_cast<Vec16*>(p) = value; }
 
-// 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are zero. They
-// land when the thread has waited for their group; other threads see them after a barrier.
-template <class T>
-TAPS_DEVICE void cp_async16(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
+// 16 or 4 bytes (both sides aligned to that) from global to shared memory, of which the first `bytes` are read and
+// the rest are zero. They land when the thread has waited for their group; others see them after a barrier.
+template <int kBytes, class T>
+TAPS_DEVICE void cp_async(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
+  static_assert(kBytes == 16 || kBytes == 4, "cp.async: the sizes in use");
   const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(p + i));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
+  }
 }
 TAPS_DEVICE void cp_commit(TAPS_LINE) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most N of this thread's groups are in flight.
@@ -161,30 +184,21 @@ TAPS_DEVICE void ldsm_x4_t(uint32_t (&r)[4], sh<T> p, unsigned i, TAPS_LINE) {
 // C += A B with A [16, 16] (rows), B [16, 8] (columns), C [16, 8] in fp32. With g = lane / 4 and t = lane % 4:
 // a0 is (g, 2t) and (g, 2t + 1), a1 eight rows below, a2 eight columns on, a3 both; b0 is (2t, g) and
 // (2t + 1, g), b1 eight rows below; c0, c1 are (g, 2t) and (g, 2t + 1), c2, c3 eight rows below.
+// With floats (tf32 operands, to_tf32) half the depth: A [16, 8], B [8, 8]. a0 is (g, t), a1 eight rows below, a2
+// four columns on, a3 both; b0 is (t, g), b1 four rows below.
+#define TAPS_MMA(type, instruction)                                                                          \
+  template <>                                                                                                \
+  TAPS_DEVICE void mma<type>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {           \
+    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                        \
+  }
 template <class T>
 TAPS_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE);
-template <>
-TAPS_DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-TAPS_DEVICE void mma<f16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// The same with tf32 operands and half the depth: A [16, 8], B [8, 8]. a0 is (g, t), a1 eight rows below, a2 four
-// columns on, a3 both; b0 is (t, g), b1 four rows below.
-TAPS_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+TAPS_MMA(bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+TAPS_MMA(f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+TAPS_MMA(float, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef TAPS_MMA
 
 }  // namespace taps::dev
 

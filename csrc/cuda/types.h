@@ -14,5 +14,10 @@ struct f16 {
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+// Two neighbours, read together.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T x, y;
+};
 
 }  // namespace taps::dev

@@ -1,23 +1,29 @@
-// The first program to run on a GPU: the conformance checks that the twin passes on the CPU, then the tile loop on
-// shapes off its grid, against float64. Prints what failed; the exit code is the number of failures.
+// The first program to run on a GPU: the conformance checks that the twin passes on the CPU, then the three products of
+// the tile loop on shapes off its grid, in numbers whose sums are exact. Prints what failed; the exit code is the
+// number of failures.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
+#include <cstring>
+#include <type_traits>
 
 #include "cuda/conformance.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/linear.cuh"
 
 using namespace taps::dev;  // NOLINT
+using namespace taps;       // NOLINT
 
 namespace {
 
-using Tile = LinearTile<bf16, float, 64, 64, 2, 2, 3>;
-using Args = LinearArgs<bf16, float>;
-
 __global__ void conform(const float* source, unsigned* good) { conformance(source, good); }
-__global__ void __launch_bounds__(Tile::kThreads) linear(Args args) { Tile::run(args); }
-__global__ void reduce(Args args) { Tile::reduce(args); }
+template <class Body>
+__global__ void __launch_bounds__(Body::Tile::kThreads) product(LinearProduct args) {
+  Body::run(args);
+}
+template <class T>
+__global__ void sum_of_splits(LinearProduct args, int64_t rows, int64_t columns) {
+  add_splits<T>(args, rows, columns);
+}
 
 void must(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -32,54 +38,130 @@ E* shared_memory(size_t count) {
   return p;
 }
 
-bf16 rounded(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+template <class T>
+constexpr Dtype dtype_of() {
+  return sizeof(T) == 4 ? Dtype::kFloat32 : std::is_same_v<T, bf16> ? Dtype::kBFloat16 : Dtype::kFloat16;
 }
-float widened(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-float next() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
 
-bool linear_agrees(int64_t m, int64_t n, int64_t k, Gate gate, float score, int splits) {
-  bf16 *x = shared_memory<bf16>(m * k), *w = shared_memory<bf16>(n * k), *y = shared_memory<bf16>(m * n);
-  float *d = shared_memory<float>(n * k), *s = shared_memory<float>(1), *partial = shared_memory<float>(splits * m * n);
-  for (int64_t i = 0; i < m * k; ++i) x[i] = rounded(next());
-  for (int64_t i = 0; i < n * k; ++i) w[i] = rounded(next()), d[i] = next();
-  *s = score;
-  Args args{};
-  args.x = x, args.weight = w, args.delta = d, args.y = y, args.partial = partial, args.score = s;
-  args.threshold = 0.1f, args.gate = gate, args.m = m, args.n = n, args.k = k;
-  args.ldx = args.ldw = args.ldd = k, args.ldy = n, args.splits = splits;
-  args.k_per_split = (k + splits * Tile::kDepth - 1) / (splits * Tile::kDepth) * Tile::kDepth;
-  const dim3 grid(static_cast<unsigned>((n + 63) / 64), static_cast<unsigned>((m + 63) / 64), static_cast<unsigned>(splits));
-  must(cudaFuncSetAttribute(linear, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kShared), "shared memory");
-  linear<<<grid, Tile::kThreads, Tile::kShared>>>(args);
-  must(cudaGetLastError(), "launch");
-  if (splits > 1) reduce<<<static_cast<unsigned>((m * n + 255) / 256), 256>>>(args);
-  must(cudaDeviceSynchronize(), "linear");
-  const bool open = gate == Gate::kOpen || (gate == Gate::kRead && score >= 0.1f);
-  bool good = true;
-  for (int64_t r = 0; r < m && good; ++r) {
-    for (int64_t c = 0; c < n && good; ++c) {
-      double want = 0.0, size = 0.0;
-      for (int64_t i = 0; i < k; ++i) {
-        const float used = open ? widened(rounded(widened(w[c * k + i]) + d[c * k + i])) : widened(w[c * k + i]);
-        want += static_cast<double>(widened(x[r * k + i])) * used;
-        size += std::fabs(static_cast<double>(widened(x[r * k + i])) * used);
-      }
-      // k + splits additions in fp32, which tensor cores may truncate (2^-23 each), then one rounding to bf16.
-      const double bound = static_cast<double>(k + splits) * 0x1p-23 * size + 0x1p-8 * std::fabs(want) + 1e-7;
-      good = std::fabs(widened(y[r * n + c]) - want) <= bound;
-      if (!good) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, widened(y[r * n + c]));
+// Whole numbers from -8 to 8: every product and sum below is exact in fp32, so the device must agree to the last bit
+// before the one rounding to T.
+template <class T>
+void fill(T* data, int64_t count, unsigned salt) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = static_cast<float>((i * 2654435761u + salt) / 7 % 17) - 8.0f;
+    if constexpr (sizeof(T) == 4) {
+      data[i] = value;
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      data[i].bits = static_cast<uint16_t>(bits >> 16);
+    } else {
+      data[i].bits = __half_as_ushort(__float2half_rn(value));
     }
   }
-  for (void* p : {(void*)x, (void*)w, (void*)y, (void*)d, (void*)s, (void*)partial}) must(cudaFree(p), "free");
+}
+template <class T>
+double number(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+  } else {
+    return __half2float(__ushort_as_half(x.bits));
+  }
+}
+
+template <class Body>
+void launch(const LinearProduct& args, int64_t rows, int64_t columns) {
+  using S = typename Body::Tile;
+  constexpr int kShared = static_cast<int>(Body::Loop::kShared);
+  must(cudaFuncSetAttribute(product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "shared memory");
+  const auto tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
+  product<Body><<<dim3(tiles, static_cast<unsigned>(args.splits)), S::kThreads, kShared>>>(args);
+  must(cudaGetLastError(), "launch");
+}
+
+// One product with W of T and Delta of D against whole numbers; T is float for tf32.
+template <class T, class D>
+bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits) {
+  T *x = shared_memory<T>(m * k), *dy = shared_memory<T>(m * n), *w = shared_memory<T>(n * k);
+  D *d = shared_memory<D>(n * k), *ddelta = shared_memory<D>(n * k);
+  T *out = shared_memory<T>(m * (n > k ? n : k));
+  float* score = shared_memory<float>(1);
+  const int64_t bytes = 4 * splits * m * (n > k ? n : k) + 8 * ((n + 63) / 64) * ((k + 63) / 64);
+  double* memory = shared_memory<double>(bytes / 8 + 1);
+  fill(x, m * k, 1), fill(dy, m * n, 2), fill(w, n * k, 3), fill(d, n * k, 4);
+  *score = open ? 0.2f : 0.05f;
+  LinearProduct args;
+  args.rows = m, args.outputs = n, args.inputs = k;
+  args.x = {x, k}, args.dy = {dy, n}, args.weight = {w, k}, args.delta = {d, k};
+  args.gate.open = open, args.gate.threshold = 0.1, args.gate.score = read ? score : nullptr;
+  args.memory = memory, args.splits = splits, args.score_gradient = memory;
+  const bool forward = kind == Product::kForward, weight = kind == Product::kWeightGradient;
+  const int64_t depth = forward ? k : weight ? m : n, rows = weight ? n : m, columns = forward ? n : k;
+  args.depth_of_split = (depth + 64 * splits - 1) / (64 * splits) * 64;
+  args.result = weight ? static_cast<void*>(ddelta) : out, args.ld_result = columns;
+  if (weight) {
+    launch<WeightGradient<WeightTile, T, D>>(args, rows, columns);
+  } else {
+    if (!forward) {
+      launch<InputGradient<MoreRows, T, T, D>>(args, rows, columns);
+    } else if (m <= kFewRows) {
+      launch<Forward<FewRows, T, T, D>>(args, rows, columns);
+    } else {
+      launch<Forward<MoreRows, T, T, D>>(args, rows, columns);
+    }
+    if (splits > 1) sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
+  }
+  must(cudaDeviceSynchronize(), "product");
+  bool good = true;
+  double dot = 0.0, got_dot = 0.0;
+  for (int64_t r = 0; r < rows && good; ++r) {
+    for (int64_t c = 0; c < columns && good; ++c) {
+      double want = 0.0;
+      for (int64_t i = 0; i < depth; ++i) {
+        const int64_t at = forward ? c * k + i : i * k + c;
+        const double used = weight ? number(x[i * k + c]) : number(w[at]) + (open ? number(d[at]) : 0.0);
+        want += number(forward ? x[r * k + i] : weight ? dy[i * n + r] : dy[r * n + i]) * used;
+      }
+      if (weight) dot += want * number(d[r * k + c]);
+      if (weight && !open) want = 0.0;
+      const double got = weight ? number(ddelta[r * k + c]) : number(out[r * columns + c]);
+      const double ulp = weight ? (sizeof(D) == 4 ? 0.0 : 0x1p-8) : (sizeof(T) == 4 ? 0.0 : 0x1p-8);
+      good = std::fabs(got - want) <= ulp * std::fabs(want);
+      if (!good) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, got);
+    }
+  }
+  for (int64_t i = 0; weight && i < (n + 63) / 64 * ((k + 63) / 64); ++i) got_dot += memory[i];
+  good = good && got_dot == dot;  // whole numbers below 2^53
+  for (void* p : {(void*)x, (void*)dy, (void*)w, (void*)d, (void*)ddelta, (void*)out, (void*)score, (void*)memory}) {
+    must(cudaFree(p), "free");
+  }
   return good;
+}
+
+template <class T, class D>
+int failures_of(const char* name) {
+  int failures = 0;
+  for (const int64_t m : {1, 17, 130}) {
+    for (const int64_t n : {1, 65, 257}) {
+      for (const int64_t k : {1, 72, 257}) {
+        for (const Product kind : {Product::kForward, Product::kInputGradient, Product::kWeightGradient}) {
+          for (int variant = 0; variant < 6; ++variant) {
+            const int splits = kind == Product::kWeightGradient || variant < 3 ? 1 : 3;
+            if (agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits)) continue;
+            std::printf("%s: product %d of %lld x %lld x %lld, variant %d failed\n", name, static_cast<int>(kind), (long long)m,
+                        (long long)n, (long long)k, variant);
+            ++failures;
+          }
+        }
+      }
+    }
+  }
+  return failures;
 }
 
 }  // namespace
@@ -95,21 +177,9 @@ int main() {
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
     if (!good[i]) std::printf("conformance check %u failed\n", i), ++failures;
   }
-  const int64_t sizes[] = {1, 17, 65, 257};
-  for (const int64_t m : sizes) {
-    for (const int64_t n : sizes) {
-      for (const int64_t k : sizes) {
-        for (const int splits : {1, 3}) {
-          for (const Gate gate : {Gate::kClosed, Gate::kOpen, Gate::kRead}) {
-            if (linear_agrees(m, n, k, gate, m % 2 ? 0.2f : 0.05f, splits)) continue;
-            std::printf("linear %lld x %lld x %lld gate %d splits %d failed\n", (long long)m, (long long)n, (long long)k,
-                        static_cast<int>(gate), splits);
-            ++failures;
-          }
-        }
-      }
-    }
-  }
+  failures += failures_of<bf16, float>("bf16, Delta fp32");
+  failures += failures_of<f16, f16>("f16");
+  failures += failures_of<float, float>("tf32");
   std::printf("%d failures\n", failures);
   return failures > 90 ? 90 : failures;
 }

@@ -1,91 +1,119 @@
-// The tile loop on the twin: shapes off every grid, both 16-bit types, Delta in fp32 and in 16 bits, gates known and
+// The gated linear layer's forward and input gradient on the twin: shapes off every grid, all types, gates known and
 // read, split sums, odd leading dimensions and offsets, against float64.
-#include <cstdlib>
-
 #include "linear_case.h"
 
-using namespace taps::dev;  // NOLINT
-using host::check;
-using host::Shape;
-using host::Tested;
+using namespace host;  // NOLINT
 
 namespace {
 
-template <class T, class D>
-using Square = Tested<T, D, 64, 64, 2, 2, 3>;
-template <class T, class D>
-using Flat = Tested<T, D, 16, 64, 1, 4, 4>;  // few rows
-
 constexpr int64_t kSizes[] = {1, 3, 17, 33, 65, 257};
+constexpr std::pair<Known, double> kGates[] = {
+    {Known::kClosed, 0.0}, {Known::kOpen, 0.0}, {Known::kRead, 0.15}, {Known::kRead, 0.05}, {Known::kReadDouble, 0.1}};
 
-template <class T, class D>
-std::string one(int64_t m, int64_t n, int64_t k, Gate gate, float score, int splits, bool bias, uint64_t seed) {
-  const Shape shape{m, n, k, 0, 0, splits};
-  return m <= 17 ? check<Flat<T, D>, T, D>(shape, gate, score, bias, seed)
-                 : check<Square<T, D>, T, D>(shape, gate, score, bias, seed);
+template <class T, class W, class D>
+std::string one(Product kind, const Problem& problem) {
+  if (kind == Product::kInputGradient) return check<InputGradient<MoreRows, T, W, D>, T, W, D>(kind, problem);
+  return problem.m <= kFewRows ? check<Forward<FewRows, T, W, D>, T, W, D>(kind, problem)
+                               : check<Forward<MoreRows, T, W, D>, T, W, D>(kind, problem);
 }
 
-// All shapes with all gates and splits, or a third of the small ones with one of each.
-template <class T, class D>
-std::string shapes(bool thorough) {
+// All shapes with all gates and splits, or a quarter of the small ones with one of each.
+template <class T, class W, class D>
+std::string shapes(Product kind) {
+  const bool thorough = std::getenv("TAPS_THOROUGH") != nullptr;
   int i = 0;
   for (const int64_t m : kSizes) {
     for (const int64_t n : kSizes) {
       for (const int64_t k : kSizes) {
         ++i;
-        const auto seed = static_cast<uint64_t>(i % 7);
-        std::string problem;
-        if (!thorough) {
-          if (m * n * k > 300000 || i % 3 != 0) continue;
-          const Gate gate = i % 4 == 0 ? Gate::kClosed : (i % 4 == 1 ? Gate::kOpen : Gate::kRead);
-          problem = one<T, D>(m, n, k, gate, i % 4 == 2 ? 0.1f : 0.05f, i % 5 == 0 ? 3 : 1, i % 2 == 0, seed);
-        } else {
-          for (const int splits : {1, 3}) {
-            for (const auto& [gate, score] : {std::pair(Gate::kClosed, 0.0f), std::pair(Gate::kOpen, 0.0f),
-                                              std::pair(Gate::kRead, 0.1f), std::pair(Gate::kRead, 0.05f)}) {
-              if (problem.empty()) problem = one<T, D>(m, n, k, gate, score, splits, i % 2 == 0, seed);
-            }
+        if (!thorough && (m * n * k > 100000 || i % 4 != 3)) continue;
+        Problem problem{m, n, k};
+        problem.bias = i / 4 % 2 == 0;
+        problem.seed = static_cast<uint64_t>(i % 7);
+        for (const int splits : {1, 3}) {
+          for (const auto& [gate, score] : kGates) {
+            if (!thorough && (kGates[i / 4 % 5] != std::pair(gate, score) || splits != (i % 5 == 0 ? 3 : 1))) continue;
+            problem.gate = gate, problem.score = score, problem.splits = splits;
+            if (std::string wrong = one<T, W, D>(kind, problem); !wrong.empty()) return wrong;
           }
         }
-        if (!problem.empty()) return problem;
       }
     }
   }
   return "";
 }
-
-bool thorough() { return std::getenv("TAPS_THOROUGH") != nullptr; }
 
 }  // namespace
 
-TAPS_CASE(shapes_bf16_delta_fp32) { return shapes<bf16, float>(thorough()); }
-TAPS_CASE(shapes_f16_delta_fp32) { return shapes<f16, float>(thorough()); }
-TAPS_CASE(shapes_bf16_delta_bf16) { return shapes<bf16, bf16>(thorough()); }
+TAPS_CASE(forward_bf16_delta_fp32) { return shapes<bf16, bf16, float>(Product::kForward); }
+TAPS_CASE(forward_f16_delta_f16) { return shapes<f16, f16, f16>(Product::kForward); }
+TAPS_CASE(forward_bf16_autocast) { return shapes<bf16, float, float>(Product::kForward); }
+TAPS_CASE(forward_tf32) { return shapes<float, float, float>(Product::kForward); }
+TAPS_CASE(input_gradient_bf16_delta_fp32) { return shapes<bf16, bf16, float>(Product::kInputGradient); }
+TAPS_CASE(input_gradient_f16_delta_f16) { return shapes<f16, f16, f16>(Product::kInputGradient); }
+TAPS_CASE(input_gradient_f16_autocast) { return shapes<f16, float, float>(Product::kInputGradient); }
+TAPS_CASE(input_gradient_tf32) { return shapes<float, float, float>(Product::kInputGradient); }
 
 TAPS_CASE(every_gate_and_split_of_one_shape) {
-  for (const Gate gate : {Gate::kClosed, Gate::kOpen, Gate::kRead}) {
-    for (const float score : {0.05f, 0.1f, 0.15f}) {
+  for (const Product kind : {Product::kForward, Product::kInputGradient}) {
+    for (const auto& [gate, score] : kGates) {
       for (const int splits : {1, 2, 5}) {
-        const Shape shape{33, 65, 257, 0, 0, splits};
-        const std::string problem = check<Square<bf16, float>, bf16, float>(shape, gate, score, true, 3);
-        if (!problem.empty()) return problem;
+        Problem problem{33, 65, 257, gate, score, splits, true};
+        if (std::string wrong = one<bf16, bf16, float>(kind, problem); !wrong.empty()) return wrong;
       }
     }
   }
   return "";
 }
 
-// Whole pieces of 16 bytes, rows that start off them, and pointers that do.
+// Rows that begin on 16 bytes, on 4, on odd elements, and pointers that do.
 TAPS_CASE(leading_dimensions_and_offsets) {
-  for (const int64_t padding : {0, 1, 7, 8}) {
-    for (const int64_t offset : {0, 1, 8}) {
-      const Shape shape{20, 40, 96, padding, offset, 1};
-      std::string problem = check<Square<f16, float>, f16, float>(shape, Gate::kOpen, 0, true, 1);
-      if (problem.empty()) problem = check<Flat<bf16, bf16>, bf16, bf16>({5, 40, 96, padding, offset, 2}, Gate::kOpen, 0, false, 2);
-      if (!problem.empty()) return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + problem;
+  for (const Product kind : {Product::kForward, Product::kInputGradient}) {
+    for (const int64_t padding : {0, 1, 2, 7, 8}) {
+      for (const int64_t offset : {0, 1, 2, 8}) {
+        Problem problem{20, 40, 96};
+        problem.padding = padding, problem.offset = offset, problem.bias = true;
+        std::string wrong = one<f16, f16, float>(kind, problem);
+        problem.m = 5, problem.splits = 2;
+        if (wrong.empty()) wrong = one<bf16, bf16, bf16>(kind, problem);
+        if (wrong.empty()) wrong = one<float, float, float>(kind, problem);
+        if (!wrong.empty()) return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
+      }
     }
   }
   return "";
 }
 
-int main() { return host::run_all(); }
+// Grids as they are planned for devices of one and of many multiprocessors.
+TAPS_CASE(planned_splits) {
+  bool split = false;
+  for (const int multiprocessors : {1, 8, 132}) {
+    for (const int64_t depth : {40, 700, 2100}) {
+      for (const Product kind : {Product::kForward, Product::kInputGradient}) {
+        Problem problem{3, 40, depth};
+        if (kind == Product::kInputGradient) std::swap(problem.n, problem.k);
+        problem.splits = 0, problem.multiprocessors = multiprocessors;
+        if (std::string wrong = one<bf16, bf16, float>(kind, problem); !wrong.empty()) return wrong;
+      }
+    }
+    // The plan itself: every depth exactly once, and no split without a depth.
+    for (const int64_t columns : {64, 1024, 4096, 5000}) {
+      for (const int64_t depth : {0, 1, 255, 4096, 4097}) {
+        const Grid grid = plan(16, columns, depth, 16, 32, 64, columns * depth * 6, multiprocessors);
+        split = split || grid.splits > 1;
+        const int64_t covered = grid.splits * grid.depth_of_split, without_last = covered - grid.depth_of_split;
+        if (covered < depth || (grid.splits > 1 && without_last >= depth)) return "plan of " + std::to_string(depth);
+        if (grid.bytes != (grid.splits > 1 ? 4 * 16 * columns * static_cast<int64_t>(grid.splits) : 0)) return "bytes";
+      }
+    }
+  }
+  return split ? "" : "expected a plan that splits";
+}
+
+TAPS_CASE(nothing_to_add) {
+  Problem problem{3, 5, 0};
+  problem.bias = true;
+  return one<bf16, bf16, float>(Product::kForward, problem);
+}
+
+int main() { return run_all(); }

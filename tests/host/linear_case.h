@@ -1,5 +1,5 @@
-// One case of the tile loop on the twin, against float64: matrices in allocations of their exact size, padding and
-// surroundings NaN, so that a tail that reads too far shows.
+// One product of a gated linear layer on the twin, against float64: matrices in allocations of their exact size, with
+// NaN in the padding and around, so that a tail that reads or writes too far shows.
 #pragma once
 
 #include <cmath>
@@ -9,98 +9,213 @@
 #include <random>
 
 #include "check.h"
-#include "cuda/tile.cuh"
+#include "cuda/linear.cuh"
 
 namespace host {
 
 using namespace taps::dev;  // NOLINT
+using taps::Dtype;
+using taps::LinearProduct;
+using taps::Product;
 
 template <class E>
-E number(float value) {
-  return from_f32<E>(value);
+constexpr Dtype dtype_of() {
+  return std::is_same_v<E, bf16> ? Dtype::kBFloat16 : std::is_same_v<E, f16> ? Dtype::kFloat16 : Dtype::kFloat32;
 }
 
 // A matrix whose padding and surroundings are NaN, in an allocation of exactly its size.
 template <class E>
-struct Matrix {
+struct Filled {
   std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
   int64_t ld;
   E* data;
-  Matrix(int64_t rows, int64_t columns, int64_t padding, int64_t offset, std::mt19937& random, float scale)
+  Filled(int64_t rows, int64_t columns, int64_t padding, int64_t offset, std::mt19937& random, float scale)
       : ld(columns + padding) {
-    const std::size_t bytes = static_cast<std::size_t>(offset + rows * ld - padding) * sizeof(E);
+    const auto bytes = static_cast<std::size_t>(rows > 0 ? offset + rows * ld - padding : offset) * sizeof(E);
     void* place = nullptr;
-    if (posix_memalign(&place, 16, bytes) != 0) std::abort();
+    if (posix_memalign(&place, 16, bytes + (bytes == 0)) != 0) std::abort();
     memory.reset(place);
     std::memset(place, 0xff, bytes);
     data = static_cast<E*>(place) + offset;
     std::normal_distribution<float> normal(0.0f, scale);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; ++c) data[r * ld + c] = number<E>(normal(random));
+      for (int64_t c = 0; c < columns; ++c) data[r * ld + c] = from_f32<E>(normal(random));
     }
   }
+  double operator()(int64_t r, int64_t c) const { return to_f32(data[r * ld + c]); }
+  taps::Matrix matrix() const { return {data, ld}; }
 };
 
-struct Shape {
+enum class Known { kClosed, kOpen, kRead, kReadDouble };  // how the gate is known
+
+struct Problem {
   int64_t m, n, k;
+  Known gate = Known::kOpen;
+  double score = 0.2;  // where the device reads it; the threshold is 0.1
+  int splits = 1;      // 0: as planned for `multiprocessors`
+  bool bias = false;
   int64_t padding = 0, offset = 0;
-  int splits = 1;
+  uint64_t seed = 0;
+  int multiprocessors = 8;
+  double scale = 1.0;
+  bool result = true, dot = true;  // of the weight gradient
+
+  bool open() const { return gate == Known::kOpen || ((gate == Known::kRead || gate == Known::kReadDouble) && score >= 0.1); }
+  std::string name() const {
+    return std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k) + " gate " +
+           std::to_string(static_cast<int>(gate)) + " splits " + std::to_string(splits);
+  }
 };
 
-template <class Tile, class T, class D>
-std::string check(const Shape& s, Gate gate, float score, bool with_bias, uint64_t seed) {
-  std::mt19937 random(static_cast<unsigned>(s.m * 131071 + s.n * 8191 + s.k));
-  const Matrix<T> x(s.m, s.k, s.padding, s.offset, random, 1.0f), w(s.n, s.k, s.padding, s.offset, random, 0.2f);
-  const Matrix<D> d(s.n, s.k, s.padding, s.offset, random, 0.2f);
-  const Matrix<T> bias(1, s.n, 0, 0, random, 1.0f);
-  Matrix<T> y(s.m, s.n, s.padding, s.offset, random, 0.0f);
-  std::vector<float> partial(s.splits > 1 ? s.splits * s.m * s.n : 0, std::numeric_limits<float>::quiet_NaN());
-  const bool open = gate == Gate::kOpen || (gate == Gate::kRead && score >= 0.1f);
-  LinearArgs<T, D> args{};
-  args.x = x.data, args.weight = w.data, args.y = y.data, args.bias = with_bias ? bias.data : nullptr;
-  args.delta = gate == Gate::kClosed ? nullptr : d.data;  // a closed gate may not look at it
-  args.partial = partial.data(), args.score = &score, args.threshold = 0.1f, args.gate = gate;
-  args.m = s.m, args.n = s.n, args.k = s.k;
-  args.ldx = x.ld, args.ldw = w.ld, args.ldd = d.ld, args.ldy = y.ld;
-  args.splits = s.splits;
-  args.k_per_split = (s.k + s.splits * Tile::kDepth - 1) / (s.splits * Tile::kDepth) * Tile::kDepth;
-  const auto across = static_cast<unsigned>((s.n + Tile::kTileColumns - 1) / Tile::kTileColumns);
-  const auto down = static_cast<unsigned>((s.m + Tile::kTileRows - 1) / Tile::kTileRows);
-  auto found = twin::launch({across, down, static_cast<unsigned>(s.splits)}, Tile::kThreads, Tile::kShared,
-                            [&] { Tile::run(args); }, seed);
-  if (s.splits > 1 && found.empty()) {
-    const auto blocks = static_cast<unsigned>((s.m * s.n + 63) / 64);
-    found = twin::launch({blocks, 1, 1}, 64, 0, [&] { Tile::reduce(args); }, seed);
+// A number as the tensor core takes it.
+template <class T>
+double operand(double x) {
+  if constexpr (sizeof(T) == 4) return float_of(to_tf32(static_cast<float>(x)));
+  return to_f32(from_f32<T>(static_cast<float>(x)));
+}
+
+// Half the spacing of T's numbers at 1.
+template <class T>
+constexpr double unit() {
+  return std::is_same_v<T, bf16> ? 0x1p-8 : std::is_same_v<T, f16> ? 0x1p-11 : 0x1p-24;
+}
+
+// `count` fp32 additions are each off by at most 2^-24 of a sum of at most `size`; then one rounding to T, whose
+// least subnormal is at most 2^-24.
+template <class T>
+double bound(int64_t count, double size, double want) {
+  return static_cast<double>(count + 1) * 0x1p-24 * size + unit<T>() * std::fabs(want) + 0x1p-24;
+}
+
+template <class T, class W, class D>
+struct Tensors {
+  std::mt19937 random;
+  Filled<T> x, dy, bias;
+  Filled<W> weight;
+  Filled<D> delta;
+  float score;
+  double wide_score;
+  LinearProduct args;
+
+  explicit Tensors(const Problem& s)
+      : random(static_cast<unsigned>(s.m * 131071 + s.n * 8191 + s.k)),
+        x(s.m, s.k, s.padding, s.offset, random, 1.0f),
+        dy(s.m, s.n, s.padding, s.offset, random, 1.0f),
+        bias(1, s.n, 0, 0, random, 1.0f),
+        weight(s.n, s.k, s.padding, s.offset, random, 0.2f),
+        delta(s.n, s.k, s.padding, s.offset, random, 0.2f),
+        score(static_cast<float>(s.score)),
+        wide_score(s.score) {
+    args.rows = s.m, args.outputs = s.n, args.inputs = s.k;
+    args.weight = weight.matrix();
+    args.compute = dtype_of<T>(), args.weight_dtype = dtype_of<W>(), args.delta_dtype = dtype_of<D>();
+    args.gate.open = s.gate == Known::kOpen;
+    args.gate.threshold = 0.1;
+    if (s.gate == Known::kRead) args.gate.score = &score;
+    if (s.gate == Known::kReadDouble) args.gate.score = &wide_score, args.gate.score_dtype = Dtype::kFloat64;
+    args.scale = s.scale;
   }
-  const std::string name = std::to_string(s.m) + " x " + std::to_string(s.n) + " x " + std::to_string(s.k) +
-                           " gate " + std::to_string(static_cast<int>(gate)) + " splits " + std::to_string(s.splits);
-  if (!found.empty()) return name + none(found);
-  const float unit = sizeof(T) == 2 && std::is_same_v<T, bf16> ? 0x1p-8f : 0x1p-11f;  // half the spacing at 1
+
+  // W_t as the tensor core takes it.
+  double weight_t(const Problem& s, int64_t n, int64_t k) const {
+    const auto own = static_cast<float>(weight(n, k));
+    return operand<T>(s.open() ? own + static_cast<float>(delta(n, k)) : own);
+  }
+};
+
+// Runs a product as linear.cu launches it.
+template <class Body, class T>
+std::vector<twin::Finding> launch(Product kind, const Problem& s, LinearProduct& args, std::vector<float>& memory) {
+  using S = typename Body::Tile;
+  Grid grid = plan(kind, args, s.multiprocessors);
+  const bool weight_gradient = kind == Product::kWeightGradient;
+  const int64_t rows = weight_gradient ? s.n : s.m, columns = kind == Product::kForward ? s.n : s.k;
+  const int64_t depth = kind == Product::kForward ? s.k : kind == Product::kInputGradient ? s.n : s.m;
+  grid.tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
+  if (s.splits > 0) {
+    grid.splits = static_cast<unsigned>(s.splits);
+    grid.depth_of_split = (depth + s.splits * S::kDepth - 1) / (s.splits * S::kDepth) * S::kDepth;
+    grid.bytes = std::max<int64_t>(4 * s.splits * rows * columns, 8 * grid.tiles);
+  }
+  memory.assign(static_cast<std::size_t>(grid.bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
+  args.memory = memory.data();
+  args.splits = static_cast<int>(grid.splits), args.depth_of_split = grid.depth_of_split;
+  auto found = twin::launch({grid.tiles, grid.splits, 1}, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
+  if (!weight_gradient && args.splits > 1 && found.empty()) {
+    const auto blocks = static_cast<unsigned>((rows * columns + 63) / 64);
+    found = twin::launch({blocks, 1, 1}, 64, 0, [&] { add_splits<T>(args, rows, columns); }, s.seed);
+  }
+  return found;
+}
+
+inline std::string differs(const Problem& s, int64_t r, int64_t c, double want, double got) {
+  return s.name() + " at (" + std::to_string(r) + ", " + std::to_string(c) + "): expected " + std::to_string(want) +
+         ", got " + std::to_string(got);
+}
+
+// y = x W_t^T + bias, or dx = dy W_t.
+template <class Body, class T, class W, class D>
+std::string check(Product kind, const Problem& s) {
+  const bool forward = kind == Product::kForward;
+  Tensors<T, W, D> t(s);
+  const int64_t columns = forward ? s.n : s.k, depth = forward ? s.k : s.n;
+  Filled<T> out(s.m, columns, s.padding, s.offset, t.random, 0.0f);
+  if (s.gate != Known::kClosed) t.args.delta = t.delta.matrix();  // a closed gate may not look at it
+  if (forward && s.bias) t.args.bias = t.bias.data;
+  (forward ? t.args.x : t.args.dy) = forward ? t.x.matrix() : t.dy.matrix();
+  t.args.result = out.data, t.args.ld_result = out.ld;
+  std::vector<float> memory;
+  const auto found = launch<Body, T>(kind, s, t.args, memory);
+  if (!found.empty()) return s.name() + none(found);
   for (int64_t r = 0; r < s.m; ++r) {
-    for (int64_t c = 0; c < s.n; ++c) {
-      double want = with_bias ? to_f32(bias.data[c]) : 0.0, size = std::fabs(want);
-      for (int64_t k = 0; k < s.k; ++k) {
-        const float weight = to_f32(w.data[c * w.ld + k]);
-        const float used = open ? to_f32(from_f32<T>(weight + to_f32(d.data[c * d.ld + k]))) : weight;
-        const double product = static_cast<double>(to_f32(x.data[r * x.ld + k])) * used;
+    for (int64_t c = 0; c < columns; ++c) {
+      double want = forward && s.bias ? t.bias(0, c) : 0.0, size = std::fabs(want);
+      for (int64_t i = 0; i < depth; ++i) {
+        const double product = forward ? operand<T>(t.x(r, i)) * t.weight_t(s, c, i) : operand<T>(t.dy(r, i)) * t.weight_t(s, i, c);
         want += product;
         size += std::fabs(product);
       }
-      // k + splits fp32 additions, each off by 2^-24 of a partial sum of at most `size`, then one rounding to T.
-      const double bound = static_cast<double>(s.k + s.splits + 1) * 0x1p-24 * size + unit * std::fabs(want) + 1e-7;
-      const double got = to_f32(y.data[r * y.ld + c]);
-      if (!(std::fabs(got - want) <= bound)) {
-        return name + " at (" + std::to_string(r) + ", " + std::to_string(c) + "): expected " + std::to_string(want) +
-               ", got " + std::to_string(got);
-      }
+      if (!(std::fabs(out(r, c) - want) <= bound<T>(depth + t.args.splits, size, want))) return differs(s, r, c, want, out(r, c));
     }
   }
   return "";
 }
 
-template <class T, class D, int kRows, int kColumns, int kWarpsM, int kWarpsN, int kStages>
-struct Tested : LinearTile<T, D, kRows, kColumns, kWarpsM, kWarpsN, kStages> {
-  static constexpr int kTileRows = kRows, kTileColumns = kColumns;
-};
+// g * scale * G and <G, Delta> of G = dy^T x.
+template <class Body, class T, class D>
+std::string check_weight(const Problem& s) {
+  Tensors<T, T, D> t(s);
+  Filled<D> out(s.n, s.k, s.padding, s.offset, t.random, 0.0f);
+  double dot = 0.0;
+  t.args.x = t.x.matrix(), t.args.dy = t.dy.matrix();
+  if (s.dot) t.args.delta = t.delta.matrix(), t.args.score_gradient = &dot;
+  if (s.result) t.args.result = out.data, t.args.ld_result = out.ld;
+  std::vector<float> memory;
+  const auto found = launch<Body, T>(Product::kWeightGradient, s, t.args, memory);
+  if (!found.empty()) return s.name() + none(found);
+  double want_dot = 0.0, bound_dot = 0.0;
+  for (int64_t r = 0; r < s.n; ++r) {
+    for (int64_t c = 0; c < s.k; ++c) {
+      double g = 0.0, size = 0.0;
+      for (int64_t i = 0; i < s.m; ++i) {
+        const double product = operand<T>(t.dy(i, r)) * operand<T>(t.x(i, c));
+        g += product;
+        size += std::fabs(product);
+      }
+      want_dot += g * t.delta(r, c);
+      bound_dot += bound<float>(s.m, size, g) * std::fabs(t.delta(r, c));
+      if (!s.result) continue;
+      const double want = s.open() ? s.scale * g : 0.0;
+      const double allowed = s.scale * bound<D>(s.m + 1, size, g);  // and one product with the scale
+      if (!(std::fabs(out(r, c) - want) <= allowed)) return differs(s, r, c, want, out(r, c));
+    }
+  }
+  if (!s.dot) return "";
+  const double* const sums = reinterpret_cast<const double*>(memory.data());
+  const auto tiles = (s.n + Body::Tile::kRows - 1) / Body::Tile::kRows * ((s.k + Body::Tile::kColumns - 1) / Body::Tile::kColumns);
+  double got = 0.0;
+  for (int64_t i = 0; i < tiles; ++i) got += sums[i];
+  return std::fabs(got - want_dot) <= bound_dot ? "" : differs(s, -1, -1, want_dot, got);
+}
 
 }  // namespace host

@@ -216,7 +216,7 @@ TAPS_CASE(a_copy_is_there_after_wait_and_barrier) {
   std::string problem;
   const auto found = run([&] {
     const auto floats = as<float>(arena(), 0);
-    cp_async16(floats, 4 * tid(), kSource + 4 * (tid() % 2), tid() == 1 ? 8 : 16);
+    cp_async<16>(floats, 4 * tid(), kSource + 4 * (tid() % 2), tid() == 1 ? 8 : 16);
     cp_commit();
     cp_wait<0>();
     block_sync();
@@ -229,7 +229,7 @@ TAPS_CASE(a_copy_that_was_not_waited_for) {
   int line = 0;
   const auto found = run([&] {
     const auto floats = as<float>(arena(), 0);
-    cp_async16(floats, 4 * tid(), kSource, 16);
+    cp_async<16>(floats, 4 * tid(), kSource, 16);
     cp_commit();
     block_sync();
     ld(floats, 4 * tid());
@@ -244,7 +244,7 @@ TAPS_CASE(a_wait_for_too_few_groups) {
   const auto found = run([&] {
     const auto floats = as<float>(arena(), 0);
     for (unsigned stage = 0; stage < 3; ++stage) {
-      cp_async16(floats, 256 * stage + 4 * tid(), kSource, 16);
+      cp_async<16>(floats, 256 * stage + 4 * tid(), kSource, 16);
       cp_commit();
     }
     cp_wait<2>();  // the first group alone has landed
@@ -260,7 +260,7 @@ TAPS_CASE(a_wait_for_too_few_groups) {
 TAPS_CASE(empty_groups_count) {
   const auto found = run([] {
     const auto floats = as<float>(arena(), 0);
-    cp_async16(floats, 4 * tid(), kSource, 16);
+    cp_async<16>(floats, 4 * tid(), kSource, 16);
     cp_commit();
     cp_commit();
     cp_commit();
@@ -274,7 +274,7 @@ TAPS_CASE(a_barrier_before_the_wait_covers_only_ones_own_copies) {
   int line = 0;
   const auto found = run([&] {
     const auto floats = as<float>(arena(), 0);
-    cp_async16(floats, 4 * tid(), kSource, 16);
+    cp_async<16>(floats, 4 * tid(), kSource, 16);
     cp_commit();
     block_sync();
     cp_wait<0>();
@@ -292,7 +292,7 @@ TAPS_CASE(a_buffer_that_is_reused_too_early) {
     st(floats, tid(), 1.0f);
     block_sync();
     ld(floats, (tid() + 8) % 64);
-    if (tid() < 16) cp_async16(floats, 4 * tid(), kSource, 16);
+    if (tid() < 16) cp_async<16>(floats, 4 * tid(), kSource, 16);
     line = __LINE__ - 1;
     cp_commit();
     cp_wait<0>();
@@ -303,7 +303,7 @@ TAPS_CASE(a_buffer_that_is_reused_too_early) {
 TAPS_CASE(exit_with_a_copy_in_flight) {
   int line = 0;
   const auto found = run([&] {
-    cp_async16(as<float>(arena(), 0), 4 * tid(), kSource, 16);
+    cp_async<16>(as<float>(arena(), 0), 4 * tid(), kSource, 16);
     line = __LINE__ - 1;
     cp_commit();
   });
@@ -313,7 +313,7 @@ TAPS_CASE(exit_with_a_copy_in_flight) {
 TAPS_CASE(a_misaligned_source) {
   int line = 0;
   const auto found = run([&] {
-    cp_async16(as<float>(arena(), 0), 4 * tid(), kSource + 1, 16);
+    cp_async<16>(as<float>(arena(), 0), 4 * tid(), kSource + 1, 16);
     line = __LINE__ - 1;
     cp_commit();
     cp_wait<0>();

@@ -1,29 +1,57 @@
-// A few cases of a small tile, to be compiled against csrc/cuda/tile.cuh with a mistake planted in it: the test
-// that does so expects a finding or a wrong result, and this program to pass without one.
+// A few cases of small tiles, to be compiled against csrc/cuda with a mistake planted in it: the test that does so
+// expects a finding or a wrong result, and this program to pass without one.
 #include "linear_case.h"
 
-using namespace taps::dev;  // NOLINT
-using host::check;
-using host::Tested;
+using namespace host;  // NOLINT
 
 namespace {
 
-using Small = Tested<bf16, float, 32, 32, 1, 2, 3>;
-using Narrow = Tested<bf16, bf16, 16, 32, 1, 2, 4>;
+using Small = Shape<32, 32, 32, 1, 2, 3>;
+using Narrow = Shape<16, 32, 32, 1, 2, 4>;
 
 }  // namespace
 
-TAPS_CASE(small_tiles) {
-  const host::Shape shapes[] = {{33, 31, 130}, {32, 64, 96}, {5, 33, 65, 3, 0, 2}, {17, 40, 160, 8, 0, 1}};
-  for (const host::Shape& shape : shapes) {
+TAPS_CASE(forward) {
+  const Problem problems[] = {{33, 31, 130}, {32, 64, 96}, {5, 33, 65}, {17, 40, 160}};
+  for (Problem problem : problems) {
     for (uint64_t seed = 0; seed < 3; ++seed) {
-      std::string problem = check<Small, bf16, float>(shape, Gate::kOpen, 0.0f, true, seed);
-      if (problem.empty()) problem = check<Small, bf16, float>(shape, Gate::kClosed, 0.0f, false, seed);
-      if (problem.empty()) problem = check<Narrow, bf16, bf16>(shape, Gate::kRead, 0.2f, false, seed);
-      if (!problem.empty()) return problem;
+      problem.seed = seed;
+      problem.gate = Known::kOpen, problem.bias = true;
+      problem.padding = problem.m == 5 ? 3 : problem.m == 17 ? 8 : 0;
+      problem.splits = problem.m == 5 ? 2 : 1;
+      std::string wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
+      problem.gate = Known::kClosed, problem.bias = false;
+      if (wrong.empty()) wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
+      problem.gate = Known::kRead;
+      if (wrong.empty()) wrong = check<Forward<Narrow, bf16, bf16, bf16>, bf16, bf16, bf16>(Product::kForward, problem);
+      if (!wrong.empty()) return wrong;
     }
   }
   return "";
 }
 
-int main() { return host::run_all(); }
+TAPS_CASE(input_gradient) {
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    Problem problem{33, 130, 31};
+    problem.seed = seed;
+    std::string wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, problem);
+    problem.splits = 2;
+    if (wrong.empty()) wrong = check<InputGradient<Small, f16, f16, f16>, f16, f16, f16>(Product::kInputGradient, problem);
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+TAPS_CASE(weight_gradient) {
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    Problem problem{100, 33, 31};  // the last stage is the first in memory
+    problem.seed = seed, problem.scale = 2.0;
+    std::string wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
+    problem.gate = Known::kClosed;
+    if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+int main() { return run_all(); }

@@ -30,7 +30,8 @@ struct Cell {
 
 struct Copy {
   uint32_t at;
-  uint32_t bytes;
+  uint32_t size;   // in shared memory
+  uint32_t bytes;  // of it that are read
   const void* source;
   Where where;
 };
@@ -286,16 +287,16 @@ void write(uint32_t at, const void* in, uint32_t bytes, Where where) {
   std::memcpy(block_->memory.data() + at, in, bytes);
 }
 
-void copy_async(uint32_t at, const void* source, uint32_t bytes, Where where) {
-  if (bytes > 16) found("misuse", "cp.async of " + std::to_string(bytes) + " bytes", where);
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(source) % 16 != 0) found("misaligned", "cp.async's source", where);
-  if (!inside(at, 16, where)) return;
-  cells_of(at, 16, [&](Cell& cell) {
+void copy_async(uint32_t at, const void* source, uint32_t size, uint32_t bytes, Where where) {
+  if (bytes > size) found("misuse", "cp.async of " + std::to_string(bytes) + " bytes", where);
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(source) % size != 0) found("misaligned", "cp.async's source", where);
+  if (!inside(at, size, where)) return;
+  cells_of(at, size, [&](Cell& cell) {
     note_write(cell, where);
     cell.pending = true;
   });
-  std::memset(block_->memory.data() + at, 0xff, 16);
-  self().issued.push_back({at, std::min(bytes, 16u), source, where});
+  std::memset(block_->memory.data() + at, 0xff, size);
+  self().issued.push_back({at, size, std::min(bytes, size), source, where});
 }
 
 void copy_commit(Where) {
@@ -309,9 +310,9 @@ void copy_wait(unsigned in_flight, Where where) {
   while (thread.groups.size() > in_flight) {
     for (const Copy& copy : thread.groups.front()) {
       unsigned char* const target = block_->memory.data() + copy.at;
-      std::memset(target, 0, 16);
+      std::memset(target, 0, copy.size);
       std::memcpy(target, copy.source, copy.bytes);
-      cells_of(copy.at, 16, [&](Cell& cell) {
+      cells_of(copy.at, copy.size, [&](Cell& cell) {
         cell.pending = false;
         note_write(cell, where);
       });

@@ -52,7 +52,7 @@ unsigned threads();
 Dim block();
 void read(uint32_t at, void* out, uint32_t bytes, Where where);
 void write(uint32_t at, const void* in, uint32_t bytes, Where where);
-void copy_async(uint32_t at, const void* source, uint32_t bytes, Where where);
+void copy_async(uint32_t at, const void* source, uint32_t size, uint32_t bytes, Where where);
 void copy_commit(Where where);
 void copy_wait(unsigned in_flight, Where where);
 void barrier(int id, unsigned threads, bool waits, Where where);
@@ -124,6 +124,10 @@ template <>
 inline float from_f32<float>(float x) {
   return x;
 }
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_f32<T>(low).bits | static_cast<uint32_t>(from_f32<T>(high).bits) << 16;
+}
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = bits_of(x);
   if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
@@ -136,6 +140,12 @@ template <class T>
 T ld(sh<T> p, unsigned i, TAPS_LINE) {
   T value;
   twin::read((p + i).at, &value, sizeof(T), {file, line});
+  return value;
+}
+template <class T>
+Two<T> ld2(sh<T> p, unsigned i, TAPS_LINE) {
+  Two<T> value;
+  twin::read((p + i).at, &value, sizeof(value), {file, line});
   return value;
 }
 template <class T>
@@ -154,9 +164,9 @@ void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
 }
 Vec16 gld16(const void* p, TAPS_LINE);
 void gst16(void* p, Vec16 value, TAPS_LINE);
-template <class T>
-void cp_async16(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
-  twin::copy_async((p + i).at, source, bytes, {file, line});
+template <int kBytes, class T>
+void cp_async(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
+  twin::copy_async((p + i).at, source, kBytes, bytes, {file, line});
 }
 inline void cp_commit(TAPS_LINE) { twin::copy_commit({file, line}); }
 template <int N>
@@ -210,11 +220,8 @@ enum class Operand { kBFloat16, kFloat16, kTf32 };
 void multiply(Operand kind, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], twin::Where where);
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE) {
-  static_assert(sizeof(T) == 2, "mma takes bf16 or f16; mma_tf32 takes floats");
-  multiply(std::is_same_v<T, bf16> ? Operand::kBFloat16 : Operand::kFloat16, c, a, b, {file, line});
-}
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE) {
-  multiply(Operand::kTf32, c, a, b, {file, line});
+  const Operand sixteen = std::is_same_v<T, bf16> ? Operand::kBFloat16 : Operand::kFloat16;
+  multiply(sizeof(T) == 4 ? Operand::kTf32 : sixteen, c, a, b, {file, line});
 }
 
 }  // namespace taps::dev

@@ -1,0 +1,56 @@
+"""Timing on a GPU: calls over rotating operands, so that nothing is in L2, replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+COLD_BYTES = 3 * 2**26  # operands of all calls together: three times the L2 of an H200
+
+
+def median_us(call: Callable[[int], Any], calls: int, repeat: int = 15) -> float:
+    """Median microseconds of `call(i)`, i = 0, 1, ..., calls - 1, in a graph that holds them all.
+
+    Python and launches are outside: what is left is what the device does. Each replay is timed by events.
+    """
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for i in range(min(calls, 3)):
+            call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def sets_for(nbytes: int) -> int:
+    """How many sets of operands of `nbytes` each keep the cache cold."""
+    return max(2, -(-COLD_BYTES // max(nbytes, 1)))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of a 2 GiB copy."""
+    a = torch.randn(2**29, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / (median_us(lambda i: b.copy_(a), 1) / 1e6)
+
+
+def matmul_rate() -> float:
+    """Operations a second of a bf16 product of 8192 x 8192 matrices."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * 8192**3 / (median_us(lambda i: torch.mm(a, b, out=out), 2) / 1e6)

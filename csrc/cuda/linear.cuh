@@ -1,0 +1,194 @@
+// The three products of a gated linear layer as tile kernels, and how each is laid out over a grid. One definition for
+// nvcc and for the twin; the launches are in linear.cu.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/gate.cuh"
+#include "cuda/tile.cuh"
+
+namespace taps::dev {
+
+// Which part of the result a block computes. Tiles of rows go fastest, so that blocks that run together share W.
+template <class S>
+struct Place {
+  int64_t row, column;
+  TAPS_DEVICE explicit Place(int64_t rows) {
+    const unsigned down = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows);
+    row = static_cast<int64_t>(bid_x() % down) * S::kRows;
+    column = static_cast<int64_t>(bid_x() / down) * S::kColumns;
+  }
+};
+
+// Sums of a split of the depth go to `memory` as [splits, rows, columns] in fp32; a second kernel adds them.
+template <class S, class T>
+TAPS_DEVICE void write(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place, int64_t rows,
+                       int64_t columns) {
+  T* const result = static_cast<T*>(p.result);
+  const T* const bias = static_cast<const T*>(p.bias);
+  float* const partial = static_cast<float*>(p.memory) + bid_y() * rows * columns;
+  for_pairs<S>(sum, [&](unsigned i, unsigned j, float first, float second) {
+    const int64_t r = place.row + i, c = place.column + j;
+    if (r >= rows) return;
+    for (int e = 0; e < 2; ++e) {
+      if (c + e >= columns) return;
+      const float value = e == 0 ? first : second;
+      if (p.splits > 1) {
+        partial[r * columns + c + e] = value;
+      } else {
+        result[r * p.ld_result + c + e] = from_f32<T>(bias ? value + to_f32(bias[c + e]) : value);
+      }
+    }
+  });
+}
+
+// The sum over the splits, first to last, and the bias: one thread for each element of the result.
+template <class T>
+TAPS_DEVICE void add_splits(const LinearProduct& p, int64_t rows, int64_t columns) {
+  const int64_t at = static_cast<int64_t>(bid_x()) * nthreads() + tid();
+  if (at >= rows * columns) return;
+  const float* const partial = static_cast<const float*>(p.memory);
+  float sum = 0.0f;
+  for (int split = 0; split < p.splits; ++split) sum += partial[split * rows * columns + at];
+  const int64_t c = at % columns;
+  if (p.bias) sum += to_f32(static_cast<const T*>(p.bias)[c]);
+  static_cast<T*>(p.result)[at / columns * p.ld_result + c] = from_f32<T>(sum);
+}
+
+// y = x W_t^T + bias
+template <class S, class T, class W, class D>
+struct Forward {
+  using Tile = S;
+  using A = Straight<S, T>;
+  using B = Gated<S, T, W, D, false>;
+  using Loop = Ring<S, T, A, B>;
+  static TAPS_DEVICE void run(const LinearProduct& p) {
+    const Place<S> place(p.rows);
+    const int64_t begin = bid_y() * p.depth_of_split;
+    float sum[S::kM][S::kN][4] = {};
+    Loop::multiply(sum, A(p.x, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.outputs), begin,
+                   begin + p.depth_of_split < p.inputs ? begin + p.depth_of_split : p.inputs);
+    write<S, T>(sum, p, place, p.rows, p.outputs);
+  }
+};
+
+// dx = dy W_t
+template <class S, class T, class W, class D>
+struct InputGradient {
+  using Tile = S;
+  using A = Straight<S, T>;
+  using B = Gated<S, T, W, D, true>;
+  using Loop = Ring<S, T, A, B>;
+  static TAPS_DEVICE void run(const LinearProduct& p) {
+    const Place<S> place(p.rows);
+    const int64_t begin = bid_y() * p.depth_of_split;
+    float sum[S::kM][S::kN][4] = {};
+    Loop::multiply(sum, A(p.dy, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.inputs), begin,
+                   begin + p.depth_of_split < p.outputs ? begin + p.depth_of_split : p.outputs);
+    write<S, T>(sum, p, place, p.rows, p.inputs);
+  }
+};
+
+// G = dy^T x, which stays in registers: g * scale * G and <G, Delta> leave. The product with Delta is summed in fp64: a
+// thread's elements in turn, then its warp's threads pairwise, then the warps in turn; one sum a block, to `memory`.
+template <class S, class T, class D>
+struct WeightGradient {
+  using Tile = S;
+  using A = Turned<S, T>;
+  using B = Plain<S, T>;
+  using Loop = Ring<S, T, A, B>;
+  static_assert(Loop::kShared >= 8 * S::kThreads / 32, "room for a sum of each warp");
+
+  static TAPS_DEVICE void run(const LinearProduct& p) {
+    const Place<S> place(p.outputs);
+    const bool open = is_open(p.gate);
+    float sum[S::kM][S::kN][4] = {};
+    Loop::multiply(sum, A(p.dy, place.row, p.outputs), B(p.x, place.column, p.inputs), 0, p.rows);
+
+    const View<D> delta(p.delta);
+    D* const result = static_cast<D*>(p.result);
+    const float scale = static_cast<float>(p.scale);
+    double dot = 0.0;
+    for_pairs<S>(sum, [&](unsigned i, unsigned j, float first, float second) {
+      const int64_t r = place.row + i, c = place.column + j;
+      if (r >= p.outputs) return;
+      for (int e = 0; e < 2; ++e) {
+        if (c + e >= p.inputs) return;
+        const float value = e == 0 ? first : second;
+        if (p.score_gradient) dot += static_cast<double>(value) * to_f32(delta.data[r * delta.ld + c + e]);
+        if (result) result[r * p.ld_result + c + e] = from_f32<D>(open ? scale * value : 0.0f);
+      }
+    });
+    if (!p.score_gradient) return;
+    for (int mask = 16; mask > 0; mask /= 2) dot += shfl_xor(dot, mask);
+    const sh<double> sums = as<double>(arena(), 0);
+    block_sync();  // the stages have been read
+    if (lane() == 0) st(sums, warp(), dot);
+    block_sync();
+    if (tid() != 0) return;
+    double total = 0.0;
+    for (unsigned i = 0; i < S::kThreads / 32; ++i) total += ld(sums, i);
+    static_cast<double*>(p.memory)[bid_x()] = total;
+  }
+};
+
+// --- grids, on the host --------------------------------------------------------------------------------------------
+
+// Few rows: all of them in one tile, W and Delta streamed past; 32 columns, because 4096 of them then make 128 blocks.
+using FewRows = Shape<16, 32, 64, 1, 4, 6>;
+using MoreRows = Shape<64, 64, 32, 2, 2, 4>;
+using WeightTile = Shape<64, 64, 32, 2, 2, 4>;
+constexpr int64_t kFewRows = 16;
+
+struct Grid {
+  unsigned tiles = 0, splits = 1;  // blocks in x and y
+  int64_t depth_of_split = 0;
+  int64_t bytes = 0;  // of scratch memory
+};
+
+// How often to split the depth. A split costs its share of the partial sums, written and read once (mostly in L2), and
+// the second kernel a launch; it pays where the tiles alone leave multiprocessors without work. Time is counted in bytes
+// of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s.
+inline Grid plan(int64_t rows, int64_t columns, int64_t depth, int64_t tile_rows, int64_t tile_columns, int64_t tile_depth,
+                 int64_t bytes_of_weight, int multiprocessors) {
+  Grid grid;
+  const int64_t tiles = (rows + tile_rows - 1) / tile_rows * ((columns + tile_columns - 1) / tile_columns);
+  const int64_t steps = std::max<int64_t>((depth + tile_depth - 1) / tile_depth, 1);
+  grid.tiles = static_cast<unsigned>(tiles);
+  constexpr double kLaunch = 1e7;
+  double best = 0.0;
+  for (int64_t splits = 1; splits <= 16 && steps >= 4 * splits; ++splits) {
+    const int64_t waves = (tiles * splits + multiprocessors - 1) / multiprocessors;
+    const double busy = static_cast<double>(tiles * splits) / static_cast<double>(waves * multiprocessors);
+    const double partial = splits > 1 ? kLaunch + 8.0 * static_cast<double>(splits * rows * columns) : 0.0;
+    const double cost = static_cast<double>(bytes_of_weight) / busy + partial;
+    if (splits > 1 && cost >= best) continue;
+    best = cost;
+    grid.splits = static_cast<unsigned>(splits);
+  }
+  grid.depth_of_split = (steps + grid.splits - 1) / grid.splits * tile_depth;
+  grid.splits = static_cast<unsigned>((steps * tile_depth + grid.depth_of_split - 1) / grid.depth_of_split);
+  if (grid.splits > 1) grid.bytes = 4 * static_cast<int64_t>(grid.splits) * rows * columns;
+  return grid;
+}
+
+// The grid of a product.
+inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
+  if (product == Product::kWeightGradient) {  // the depth is the rows, of which there are few: never split
+    using S = WeightTile;
+    Grid grid;
+    grid.tiles = static_cast<unsigned>((p.outputs + S::kRows - 1) / S::kRows * ((p.inputs + S::kColumns - 1) / S::kColumns));
+    grid.depth_of_split = p.rows;
+    grid.bytes = p.score_gradient ? 8 * static_cast<int64_t>(grid.tiles) : 0;
+    return grid;
+  }
+  const int64_t bytes = p.outputs * p.inputs * (size_of(p.weight_dtype) + (p.delta.data ? size_of(p.delta_dtype) : 0));
+  const bool forward = product == Product::kForward;
+  const int64_t columns = forward ? p.outputs : p.inputs, depth = forward ? p.inputs : p.outputs;
+  if (forward && p.rows <= kFewRows) {
+    return plan(p.rows, columns, depth, FewRows::kRows, FewRows::kColumns, FewRows::kDepth, bytes, multiprocessors);
+  }
+  return plan(p.rows, columns, depth, MoreRows::kRows, MoreRows::kColumns, MoreRows::kDepth, bytes, multiprocessors);
+}
+
+}  // namespace taps::dev
