@@ -79,6 +79,16 @@ PLANTED = {
         file=LINEAR,
     ),
     "bias added by every split": Plant("if (p.splits > 1) {", "if (p.splits > 2) {", WRONG, file=LINEAR),
+    "slices written over a stage": Plant(
+        "block_sync();  // the stages, or", "// the stages, or", r"race at line (\d+)", ("st(sums", *READS)
+    ),
+    "slices read too early": Plant(
+        "        });\n      }\n      block_sync();\n      if (S::slice() == 0)",
+        "        });\n      }\n      if (S::slice() == 0)",
+        r"(?:race|uninitialised) at line (\d+)",
+        ("ld(sums", "st(sums"),
+    ),
+    "both slices take the same depth": Plant("S::slice() * kPart + within", "0 * kPart + within", WRONG),
     "sums written over a stage": Plant(
         "    block_sync();  // the stages have been read\n",
         "",

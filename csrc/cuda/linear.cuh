@@ -24,6 +24,7 @@ struct Place {
 template <class S, class T>
 TAPS_DEVICE void write(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place, int64_t rows,
                        int64_t columns) {
+  if (S::slice() != 0) return;
   T* const result = static_cast<T*>(p.result);
   const T* const bias = static_cast<const T*>(p.bias);
   float* const partial = static_cast<float*>(p.memory) + bid_y() * rows * columns;
@@ -97,7 +98,7 @@ struct WeightGradient {
   using A = Turned<S, T>;
   using B = Plain<S, T>;
   using Loop = Ring<S, T, A, B>;
-  static_assert(Loop::kShared >= 8 * S::kThreads / 32, "room for a sum of each warp");
+  static_assert(S::kSlices == 1 && Loop::kShared >= 8 * S::kThreads / 32, "room for a sum of each warp");
 
   static TAPS_DEVICE void run(const LinearProduct& p) {
     const Place<S> place(p.outputs);
@@ -135,8 +136,8 @@ struct WeightGradient {
 // --- grids, on the host --------------------------------------------------------------------------------------------
 
 // Few rows: all of them in one tile, W and Delta streamed past; 32 columns, because 4096 of them then make 128 blocks.
-using FewRows = Shape<16, 32, 64, 1, 4, 6>;
-using MoreRows = Shape<64, 64, 32, 2, 2, 4>;
+using FewRows = Shape<16, 32, 64, 1, 4, 6, 2>;
+using MoreRows = Shape<64, 64, 32, 2, 2, 4, 2>;
 using WeightTile = Shape<64, 64, 32, 2, 2, 4>;
 constexpr int64_t kFewRows = 16;
 

@@ -11,15 +11,20 @@
 
 namespace taps::dev {
 
-// What a block computes, how its warps share it, how deep a stage is, and how many stages it would like.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpsM_, int kWarpsN_, int kMostStages_>
+// What a block computes, how its warps share it, how deep a stage is, and how many stages it would like. With slices,
+// groups of warps take turns along the depth of every stage, and their sums are added in the end: more warps to hide the
+// latency of few rows behind, without another pass over memory.
+template <int kRows_, int kColumns_, int kDepth_, int kWarpsM_, int kWarpsN_, int kMostStages_, int kSlices_ = 1>
 struct Shape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_, kMostStages = kMostStages_;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kSlices = kSlices_;
+  static constexpr int kThreadsOfSlice = 32 * kWarpsM * kWarpsN, kThreads = kThreadsOfSlice * kSlices;
   static constexpr int kM = kRows / kWarpsM / 16, kN = kColumns / kWarpsN / 8;  // tiles of 16 x 8 to a warp
-  static_assert(kM * 16 * kWarpsM == kRows && kN * 8 * kWarpsN == kColumns && kDepth % 16 == 0, "tile shape");
+  static_assert(kM * 16 * kWarpsM == kRows && kN * 8 * kWarpsN == kColumns, "warps that share the tile evenly");
+  static_assert(kDepth % (16 * kSlices) == 0, "slices of whole mma steps");
 
-  static TAPS_DEVICE unsigned row() { return warp() / kWarpsN * kM * 16; }  // where the warp's part begins
+  static TAPS_DEVICE unsigned slice() { return warp() / (kWarpsM * kWarpsN); }
+  static TAPS_DEVICE unsigned row() { return warp() / kWarpsN % kWarpsM * kM * 16; }  // where the warp's part begins
   static TAPS_DEVICE unsigned column() { return warp() % kWarpsN * kN * 8; }
 };
 
@@ -273,7 +278,7 @@ struct Ring {
   static constexpr unsigned kShared = kStages * kBytesStage;
   static_assert(kStages >= 2, "a tile whose stages do not fit");
 
-  // sum = A B over the depths [begin, end).
+  // sum = A B over the depths [begin, end); with slices, in the threads of the first.
   static TAPS_DEVICE void multiply(float (&sum)[S::kM][S::kN][4], const A& a, const B& b, int64_t begin, int64_t end) {
     const int64_t steps = end > begin ? (end - begin + S::kDepth - 1) / S::kDepth : 0;
     const auto stage_of = [](int64_t step) { return as<unsigned char>(arena(), static_cast<unsigned>(step % kStages) * kBytesStage); };
@@ -292,7 +297,8 @@ struct Ring {
       load(step + kStages - 1);
       const sh<unsigned char> stage = stage_of(step);
 #pragma unroll
-      for (unsigned k = 0; k < S::kDepth; k += kMmaDepth<T>) {
+      for (unsigned within = 0; within < kPart; within += kMmaDepth<T>) {
+        const unsigned k = S::slice() * kPart + within;
         uint32_t left[S::kM][4], right[S::kN][2];
         a.fragments(left, stage, k);
         b.fragments(right, as<unsigned char>(stage, kBytesA), k);
@@ -304,6 +310,43 @@ struct Ring {
       }
     }
     cp_wait<0>();
+    add_slices(sum);
+  }
+
+ private:
+  static constexpr unsigned kPart = S::kDepth / S::kSlices;
+  static_assert(S::kSlices == 1 || 16u * S::kM * S::kN * S::kThreadsOfSlice <= kShared, "room for a slice's sums");
+
+  // The first slice's sums plus the second's, the third's, ...
+  static TAPS_DEVICE void add_slices(float (&sum)[S::kM][S::kN][4]) {
+    const sh<float> sums = as<float>(arena(), 0);
+    const unsigned thread = tid() % S::kThreadsOfSlice;
+    for (unsigned slice = 1; slice < S::kSlices; ++slice) {
+      block_sync();  // the stages, or the sums of the slice before, have been read
+      if (S::slice() == slice) {
+        for_registers([&](unsigned i, unsigned j, unsigned e, unsigned at) {
+          st(sums, at * S::kThreadsOfSlice + thread, sum[i][j][e]);
+        });
+      }
+      block_sync();
+      if (S::slice() == 0) {
+        for_registers([&](unsigned i, unsigned j, unsigned e, unsigned at) {
+          sum[i][j][e] += ld(sums, at * S::kThreadsOfSlice + thread);
+        });
+      }
+    }
+  }
+
+  template <class Each>
+  static TAPS_DEVICE void for_registers(const Each& each) {
+#pragma unroll
+    for (unsigned i = 0; i < S::kM; ++i) {
+#pragma unroll
+      for (unsigned j = 0; j < S::kN; ++j) {
+#pragma unroll
+        for (unsigned e = 0; e < 4; ++e) each(i, j, e, (i * S::kN + j) * 4 + e);
+      }
+    }
   }
 };
 
