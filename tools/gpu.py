@@ -10,11 +10,13 @@ sanitizer and the measurements are noted as skipped, which proves the stages, th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -121,15 +123,21 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
             build_planted_bug(out)
         with log.open("w", encoding="utf-8") as file:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TAPS_REQUIRE_CUDA": "1" if have_device else "0"}
-            done = subprocess.run(
+            # A group of its own, so that what the command has started ends with it.
+            process = subprocess.Popen(
                 stage.command,
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                timeout=stage.limit,
                 env=environment,
+                start_new_session=True,
             )
-        code: int | None = done.returncode
+            try:
+                code: int | None = process.wait(stage.limit)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     except subprocess.TimeoutExpired:
         code = None
     except (OSError, subprocess.SubprocessError) as error:

@@ -1,0 +1,114 @@
+"""The GPU job's own machinery, with a device and stages that are made up: limits, results, and the file it leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def job(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_job", ROOT / "tools/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_job", module)
+    spec.loader.exec_module(module)
+    facts = {"commit": "c0ffee", "gpu": "NVIDIA H200", "driver": "1.2", "torch": "2.11.0", "device": True}
+    monkeypatch.setattr(module, "facts", lambda: dict(facts))
+    return module
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def run(job, monkeypatch, tmp_path, stages, *options: str) -> tuple[int, dict]:
+    monkeypatch.setattr(job, "stages", lambda out: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *options])
+    code = job.main()
+    return code, json.loads((tmp_path / "gpu.json").read_text())
+
+
+def test_a_late_failure_loses_nothing(job, monkeypatch, tmp_path, capsys) -> None:
+    junit = '<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>'
+    write = f"open(r'{tmp_path / 'cuda-tests.xml'}', 'w').write('''{junit}'''); raise SystemExit(1)"
+    seen = f"import json; print(len(json.load(open(r'{tmp_path / 'gpu.json'}'))['stages']))"
+    # What a stage has started must end with it: a grandchild that would hold the device.
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    stages = [
+        ("build", python("print('built')"), 60),
+        ("tests", python(write), 60),
+        ("sleeps", python(child), 2),
+        ("absent", ["/no/such/program"], 60),
+        ("last", python(seen), 60),
+    ]
+    code, report = run(job, monkeypatch, tmp_path, stages)
+    assert code == 1 and report["facts"]["gpu"] == "NVIDIA H200"
+    found = {r["stage"]: r for r in report["stages"]}
+    assert [r["status"] for r in report["stages"]] == ["passed", "failed", "timed out", "failed", "passed"]
+    assert found["tests"]["counts"] == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
+    assert found["sleeps"]["seconds"] < 30 and found["sleeps"]["limit"] == 2
+    state = Path(f"/proc/{found['sleeps']['tail'][0]}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert "/no/such/program" in found["absent"]["tail"][0]
+    assert found["last"]["tail"] == ["4"]  # the file was there, with all stages before it
+    assert "2 stages fine, 3 not: tests, sleeps, absent" in capsys.readouterr().out
+
+
+def test_nothing_runs_after_a_failed_build(job, monkeypatch, tmp_path) -> None:
+    code, report = run(
+        job, monkeypatch, tmp_path, [("build", python("raise SystemExit(3)"), 60), ("next", python(""), 60)]
+    )
+    assert code == 1 and [r["stage"] for r in report["stages"]] == ["build"] and report["stages"][0]["code"] == 3
+
+
+def test_tests_that_all_skip_have_not_passed(job, monkeypatch, tmp_path) -> None:
+    junit = '<testsuites><testsuite tests="2" failures="0" errors="0" skipped="2"/></testsuites>'
+    write = f"open(r'{tmp_path / 'cuda-tests.xml'}', 'w').write('''{junit}''')"
+    _, report = run(job, monkeypatch, tmp_path, [("tests", python(write), 60)])
+    assert report["stages"][0]["status"] == "skipped"
+
+
+def test_the_sanitizer_must_find_the_planted_bug(job, monkeypatch, tmp_path) -> None:
+    """Only its error code is a pass: a sanitizer that did not run, or found nothing, is a failure."""
+    monkeypatch.setattr(job, "build_planted_bug", lambda out: None)
+    for code, status in ((9, "passed"), (0, "failed"), (1, "failed")):
+        _, report = run(job, monkeypatch, tmp_path, [("planted-bug", python(f"raise SystemExit({code})"), 60)])
+        assert report["stages"][0]["status"] == status
+
+
+def test_some_stages_alone(job, monkeypatch, tmp_path, capsys) -> None:
+    stages = [(name, python(f"print('{name}')"), 60) for name in ("build", "one", "two")]
+    _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "two")
+    assert [r["stage"] for r in report["stages"]] == ["two"]
+    with pytest.raises(SystemExit):
+        run(job, monkeypatch, tmp_path, stages, "--stage", "three")
+    assert "expected some of ['build', 'one', 'two'], got 'three'" in capsys.readouterr().err
+
+
+def test_without_a_device(job, monkeypatch, tmp_path, capsys) -> None:
+    """Refused; rehearsed, what needs one is skipped and says why."""
+    monkeypatch.setattr(job, "facts", lambda: {"device": False})
+    stages = [("build", python(""), 60, False), ("conformance", python("raise SystemExit(1)"), 60)]
+    monkeypatch.setattr(job, "stages", lambda out: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    assert job.main() == 2 and "no CUDA device here" in capsys.readouterr().err
+    code, report = run(job, monkeypatch, tmp_path, stages, "--rehearse")
+    assert code == 0 and [r["status"] for r in report["stages"]] == ["passed", "skipped"]
+    assert report["stages"][1]["why"] == "no CUDA device"
+
+
+def test_the_real_stages(job, tmp_path) -> None:
+    """Names are unique, every file they run is there, and all of them fit into the time that the job may take."""
+    stages = job.stages(tmp_path)
+    names = [stage.name for stage in stages]
+    assert len(set(names)) == len(names) and names[0] == "build" and names.index("conformance") < names.index("tests")
+    for stage in stages:
+        for word in stage.command:
+            if word.endswith((".py", ".cu")):
+                assert (ROOT / word).exists(), word
