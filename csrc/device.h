@@ -26,9 +26,17 @@ inline void* current_stream(int) { absent(); }
 inline bool is_capturing(void*) { absent(); }
 inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
+#ifndef TAPS_WITH_TWIN
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
+#endif
 
+#endif
+
+#ifdef TAPS_WITH_TWIN
+constexpr bool kTilesOnCpu = true;
+#else
+constexpr bool kTilesOnCpu = false;
 #endif
 
 }  // namespace taps::cuda

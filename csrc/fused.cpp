@@ -13,6 +13,8 @@ bool readable(const Described& matrix) {
          address % 4 == 0 && step % 4 == 0;
 }
 
+bool served(const GatedWeight& w) { return (w.weight.place.cuda || cuda::kTilesOnCpu) && w.weight.numel() > 0; }
+
 bool sixteen_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
 
 Matrix matrix_of(const Described& matrix) {
@@ -41,7 +43,7 @@ LinearProduct product_of(const GatedWeight& w, Dtype compute, const LinearSizes&
 }
 
 void run(Product product, LinearProduct& args, Place place) {
-  void* const stream = cuda::current_stream(place.index);
+  void* const stream = stream_of(place);
   const auto bytes = static_cast<size_t>(cuda::linear_bytes(product, args, place.index));
   const Lease memory(place.cuda, place.index, stream, bytes);
   args.memory = memory.data();
@@ -58,7 +60,7 @@ Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
 bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && readable(matrix); }
 
 bool fusable(const GatedWeight& w, Dtype compute) {
-  if (!w.weight.place.cuda || !sixteen_bit(compute) || w.weight.numel() == 0 || !readable(w.weight)) return false;
+  if (!served(w) || !sixteen_bit(compute) || !readable(w.weight)) return false;
   const Dtype weight = w.weight.dtype;
   if (weight != compute && weight != Dtype::kFloat32) return false;
   if (w.known_closed()) return true;
@@ -67,7 +69,7 @@ bool fusable(const GatedWeight& w, Dtype compute) {
 }
 
 bool fusable_gradient(const GatedWeight& w, Dtype compute) {
-  if (!w.delta || !w.weight.place.cuda || !sixteen_bit(compute) || w.weight.numel() == 0) return false;
+  if (!w.delta || !served(w) || !sixteen_bit(compute)) return false;
   return readable(*w.delta) && (w.delta->dtype == Dtype::kFloat32 || w.delta->dtype == compute);
 }
 

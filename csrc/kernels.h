@@ -143,6 +143,12 @@ bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
+}  // namespace cuda
+#endif
+
+// The tile kernels: on CUDA, or in a build for tests on the CPU, by the host twin (tests/host).
+#if defined(TAPS_WITH_CUDA) || defined(TAPS_WITH_TWIN)
+namespace cuda {
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);
 void linear(Product product, LinearProduct args, int device, void* stream);

@@ -3,11 +3,8 @@
 #include "device.h"
 
 namespace taps {
-namespace {
 
 void* stream_of(Place place) { return place.cuda ? cuda::current_stream(place.index) : nullptr; }
-
-}  // namespace
 
 Scratch scratch_like(const Described& weight, Dtype dtype) {
   Scratch scratch;

@@ -14,6 +14,8 @@ struct Scratch {
   std::optional<Tensor> tensor;
 };
 
+void* stream_of(Place place);  // torch's current one; null on the CPU
+
 Scratch scratch_like(const Described& weight, Dtype dtype);
 
 // The weight that the layer multiplies with, in the compute type: W itself on the stock path, else

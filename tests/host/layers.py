@@ -1,0 +1,117 @@
+"""The operators on tile kernels that the twin runs: every gate, type and layout against float64.
+
+    python tests/host/layers.py PATH_OF_C
+
+Run by test_host_layers.py with a build of its own (TAPS_TWIN); prints the number of cases.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+spec = importlib.util.spec_from_file_location("taps_ext._C", sys.argv[1])
+assert spec is not None and spec.loader is not None
+_C = sys.modules["taps_ext._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tolerance import assert_close  # noqa: E402
+
+from taps_ext import gated_linear, ops, reference  # noqa: E402
+
+OPS = torch.ops.taps_ext
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def layer(shape: tuple[int, ...], k: int, n: int, dtype: torch.dtype, delta: torch.dtype, gate: bool | None) -> None:
+    """Forward and backward through autograd; a gate read from the score is read on the host here."""
+    rows = math.prod(shape)
+    for value in (0.05, 0.15):
+        host = [draw(*shape, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, k, dtype=delta), torch.tensor(value)]
+        host.append(draw(n, dtype=dtype))
+        got = [t.clone().requires_grad_(i != 1) for i, t in enumerate(host)]
+        want = [t.double().requires_grad_(i != 1) for i, t in enumerate(host)]
+        is_open = value >= 0.1 if gate is None else gate
+        output = gated_linear(*got, gate=gate)
+        expected = reference.gated_linear(*want, gate=is_open)
+        wt = host[1].double() + (host[2].double() if is_open else 0)
+        assert_close(output, expected, dtype, k + 1, host[0], wt)
+        grad = draw(*shape, n, dtype=dtype)
+        output.backward(grad)
+        expected.backward(grad.double())
+        bounds = {0: (n, (grad, wt), 1), 2: (rows, (grad, host[0]), 1), 4: (rows, (grad,), 1)}
+        bounds[3] = rows, (grad, host[0], host[2]), n * k
+        for i, (terms, factors, outer) in bounds.items():
+            if want[i].grad is None:
+                assert got[i].grad is None or not got[i].grad.any()
+            else:
+                assert got[i].grad.dtype == got[i].dtype
+                assert_close(got[i].grad, want[i].grad, dtype, terms, *factors, outer=outer)
+
+
+def layouts(offset: int, padding: int, kind: torch.dtype) -> None:
+    """The raw operators: rows at 4 and at 16 bytes, a strided bias, leading dimensions, samples picked and scaled."""
+    x = draw(6, 5, 96 + padding, dtype=BF16)[..., :96]
+    w = draw(40, 96 + offset + padding, dtype=kind)[:, offset : offset + 96]
+    d = draw(40, 96 + offset + padding, dtype=F32)[:, offset : offset + 96]
+    bias, score = draw(80, dtype=BF16)[::2], torch.tensor(0.2)
+    y = OPS.gated_linear(x, w, d, score, bias, None, 0.1)
+    wt = w.double() + d.double()
+    assert_close(y, x.double() @ wt.t() + bias.double(), BF16, 97, x, wt)
+    grad, picked = draw(6, 5, 40, dtype=BF16), torch.tensor([4, 1, 2])
+    mask = [True, True, True, True, False]
+    found = OPS.gated_linear_backward(grad, x[picked], w, d, score, None, 0.1, mask, picked, 2.0)
+    g = grad[picked].double().flatten(0, 1).t() @ x[picked].double().flatten(0, 1)
+    assert_close(found[0], grad.double() @ wt, BF16, 40, grad, wt)
+    assert_close(found[1], 2 * g, F32, 15, 2 * grad, x)
+    assert_close(found[2], 2 * (g * d.double()).sum(), F32, 15, 2 * grad, x, d, outer=40 * 96)
+    assert_close(found[3], grad.double().sum((0, 1)), BF16, 30, grad)
+
+
+def refused(x: torch.Tensor, w: torch.Tensor, d: torch.Tensor) -> None:
+    try:
+        OPS.gated_linear(x, w, d, None, None, True, 0.1)
+    except RuntimeError as error:
+        assert "fused is forced, but the kernels do not know this layer" in str(error)
+    else:
+        raise AssertionError("expected a refusal")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    assert ops._C is _C
+    cases = 0
+    _C.force_path("fused")
+    shapes = [((1,), 64, 64), ((7,), 34, 18), ((3, 40), 130, 66), ((2, 3, 5), 16, 8), ((3,), 2100, 12)]
+    types = [(BF16, BF16), (BF16, F32), (F16, F32), (F16, F16)]
+    for (shape, k, n), (dtype, delta), gate in itertools.product(shapes, types, (True, False, None)):
+        layer(shape, k, n, dtype, delta, gate)
+        cases += 1
+    for (offset, padding), kind in itertools.product([(0, 0), (2, 2), (8, 8), (2, 8)], [BF16, F32]):
+        layouts(offset, padding, kind)
+        cases += 1
+    half = draw(4, 8, dtype=BF16)
+    refused(half, draw(6, 8, dtype=F32), draw(6, 8, dtype=BF16))  # W wider than Delta
+    refused(draw(4, 7, dtype=BF16), draw(6, 7, dtype=BF16), draw(6, 7, dtype=BF16))  # rows at odd elements
+    refused(half, draw(8, 6, dtype=BF16).t(), draw(6, 8, dtype=BF16))  # columns of W far apart
+    refused(draw(4, 8, dtype=F32), draw(6, 8, dtype=F32), draw(6, 8, dtype=F32))
+    # Left to itself: few rows are fused, many are not, and neither are layers that do not fit.
+    _C.force_path(None)
+    for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
+        layer((rows,), k, 8, BF16, F32, True)
+        cases += 1
+    print(f"{cases} cases")
+
+
+if __name__ == "__main__":
+    main()
