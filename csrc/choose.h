@@ -26,7 +26,7 @@ struct Problem {
 
 // Up to this many rows W_t is built on its way to the tensor cores. Predicted, not yet measured: at N = K = 4096 with W
 // in bf16 and Delta in fp32, 100 MB are read once (23 us at 4.3 TB/s); a rebuild moves 134 MB (31 us) and its product
-// reads W_t again (8 us) and starts another kernel. Tiles of 64 rows read W and Delta from L2 once each: at 5.5 TB/s four
+// reads W_t again (8 us) and starts another kernel. Tiles of 64 rows read W and Delta from L2 once each: at an assumed 5.5 TB/s four
 // of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37 us.
 constexpr long long kMostFusedRows = 128;
 

@@ -46,6 +46,12 @@ struct Filled {
   taps::Matrix matrix() const { return {data, ld}; }
 };
 
+// How many have been checked so far.
+inline int& problems() {
+  static int count = 0;
+  return count;
+}
+
 enum class Known { kClosed, kOpen, kRead, kReadDouble };  // how the gate is known
 
 struct Problem {

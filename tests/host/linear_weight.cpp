@@ -25,6 +25,7 @@ std::string shapes() {
           problem.dot = i / 4 % 4 != 1;
           problem.result = i / 4 % 4 != 2;
           if (std::string wrong = check_weight<WeightGradient<WeightTile, T, D>, T, D>(problem); !wrong.empty()) return wrong;
+          ++host::problems();
         }
       }
     }
@@ -54,4 +55,8 @@ TAPS_CASE(leading_dimensions_and_offsets) {
 // No rows at all: zeros, and a product of zero.
 TAPS_CASE(no_rows) { return check_weight<WeightGradient<WeightTile, bf16, float>, bf16, float>({0, 5, 7}); }
 
-int main() { return run_all(); }
+int main() {
+  const int failed = run_all();
+  std::printf("%d problems\n", problems());
+  return failed;
+}
