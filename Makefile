@@ -9,6 +9,8 @@
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
+#   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
+#                      make transfer-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
@@ -60,7 +62,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz twin bench study study-table architectures gpu
+.PHONY: demo test lint fuzz twin bench study study-table transfer transfer-table architectures gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -87,6 +89,15 @@ study: build
 
 study-table: build
 	$(PY) benchmarks/study.py table $(STUDY)
+
+TRANSFER := --results benchmarks/results/transfer.jsonl
+transfer: build
+	for base in resnet densenet vit; do $(PY) benchmarks/pretrain.py $$base --data ../shared/data --out runs/bases; done
+	$(PY) benchmarks/transfer.py run --data ../shared/data --bases runs/bases $(TRANSFER)
+	$(PY) benchmarks/transfer.py plot $(TRANSFER)
+
+transfer-table: build
+	$(PY) benchmarks/transfer.py table $(TRANSFER)
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json

@@ -4,7 +4,8 @@
 
 Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the ViT; cosine with a short
 warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
-`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on.
+`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished
+base is left as it is.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / f"{args.name}.safetensors").exists():
+        print(f"{args.name}: already there")
+        return
     settings = {**SETTINGS[args.name], **({} if args.epochs is None else {"epochs": args.epochs})}
     x, y = images(args.data)
     x = normalise(x)

@@ -126,6 +126,20 @@ def test_budget_is_met(budget) -> None:
     assert result.test["accuracy"] > 0.5
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gates_rest_once_the_budget_is_met(optimizer, tmp_path) -> None:
+    """From half of the epochs on, the first epoch within the budget is the last that moves a score."""
+    model = build(TapsConfig(lam=0.5))
+    result = fit(model, budget=0.5, epochs=24, lr=0.03, warmup_epochs=1, optimizer=optimizer, out=tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [tuple(event["scores"].values()) for event in events if event["event"] == "epoch"]
+    first = next(i for i, entry in enumerate(result.history) if i >= 11 and entry["share"] <= 0.5)
+    assert first < 22 and len(set(scores[first:])) == 1
+    assert len(set(scores[: first + 1])) > first // 2  # and until then they do move
+    losses = [entry["loss"] for entry in result.history[first:]]
+    assert len(set(losses)) == len(losses)  # the rest goes on
+
+
 def test_an_unreachable_budget_is_said() -> None:
     model = build(TapsConfig(lam=1e-6))
     with pytest.warns(UserWarning, match="no epoch met the budget"):

@@ -23,7 +23,8 @@ class TrainConfig:
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
         weight_decay: on open Deltas and heads only.
         warmup_epochs: whole epochs without the sparsity penalty.
-        budget: steer the penalty so that at most this share of the gated weights stays open, or None.
+        budget: steer the penalty so that at most this share of the gated weights stays open, or None. From half of
+            the epochs on, the first one that ends within the budget is the last one that moves the gates.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.

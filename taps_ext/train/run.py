@@ -35,6 +35,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     pressure: float = 1.0
+    held: bool = False  # gates rest: the budget is met
     loss: float = 0.0
     seen: int = 0
     seconds: float = 0.0
@@ -127,6 +128,9 @@ class Run:
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
             if self.model.gates == "device":
                 self.model.drop_closed_gradients(self.name)
+            if progress.held:
+                for _, part in self.state.learned():
+                    part.score.grad = None
             optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -154,7 +158,7 @@ class Run:
             loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
             (loss * (len(targets) / samples)).backward()
             total += loss.detach().double() * len(targets)
-        penalty = 0.0 if progress.epoch < config.warmup_epochs else progress.pressure
+        penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
         if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
             sparsity.backward()
         progress.seen += samples
@@ -197,6 +201,8 @@ class Run:
                 self.best = snapshot(state)
         if config.budget is not None and progress.epoch >= config.warmup_epochs:
             progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
+            # A layer that closes late takes accuracy with it; what stays open gets the rest of the run to make up.
+            progress.held |= within and 2 * (progress.epoch + 1) >= config.epochs
         progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
 
     def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
