@@ -267,6 +267,48 @@ def test_fused_takes_no_weight_sized_memory(path) -> None:
     assert torch.cuda.max_memory_allocated() - before < w.nbytes / 8
 
 
+@pytest.mark.parametrize("forced", ["fused", "rebuild"])
+def test_more_than_two_to_the_31_elements(forced, path) -> None:
+    """Offsets into W, Delta and its gradient beyond 32 bits: the last rows are right."""
+    outputs, inputs, rows = 2**25 + 40, 64, 8
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    path(forced)
+    w = torch.zeros(outputs, inputs, device="cuda", dtype=torch.bfloat16)
+    d = torch.zeros_like(w)
+    last = slice(outputs - 70, None)
+    w[last], d[last] = torch.randn(2, 70, inputs, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+    grad = torch.zeros(rows, outputs, device="cuda", dtype=torch.bfloat16)
+    grad[:, last] = torch.randn(rows, 70, device="cuda", dtype=torch.bfloat16)
+    host = [t.double().cpu() for t in (x, w[last], d[last], grad[:, last])]
+    wt = host[1] + host[2]
+    y = gated_linear(x, w, d, gate=True)
+    assert not y[:, : outputs - 70].any()
+    assert_close(y[:, last].cpu(), host[0] @ wt.t(), torch.bfloat16, inputs, host[0], wt)
+    del y
+    score = torch.tensor(0.2, device="cuda")
+    mask = [True, True, True, False, False]
+    dx, dd, ds, _, _ = torch.ops.taps_ext.gated_linear_backward(grad, x, w, d, score, True, 0.1, mask, None, 1.0)
+    g = host[3].t() @ host[0]
+    assert_close(dx.cpu(), host[3] @ wt, torch.bfloat16, 70, host[3], wt)
+    assert not dd[: outputs - 70].any()
+    assert_close(dd[last].cpu(), g, torch.bfloat16, rows, host[3], host[0])
+    assert_close(ds.cpu(), (g * host[2]).sum(), torch.bfloat16, rows, host[3], host[0], host[2], outer=70 * inputs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    x, w, d = (draw(*s, dtype=torch.bfloat16).to("cuda:1") for s in ((8, 64), (64, 64), (64, 64)))
+    score = torch.tensor(0.2, device="cuda:1", requires_grad=True)
+    delta = d.requires_grad_()
+    y = gated_linear(x, w, delta, score)
+    y.sum().backward()
+    assert y.device == delta.grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    wt = (w.double() + delta.double()).detach().cpu()
+    assert_close(y.cpu(), x.double().cpu() @ wt.t(), torch.bfloat16, 64, x.cpu(), wt)
+
+
 def test_gradcheck() -> None:
     x, w, d = (draw(*s).cuda().requires_grad_() for s in ((3, 5), (4, 5), (4, 5)))
     assert torch.autograd.gradcheck(lambda x, w, d: gated_linear(x, w, d, gate=True), (x, w, d))
