@@ -17,7 +17,7 @@ CSRC = HERE.parents[1] / "csrc"
 TILE, LINEAR = "cuda/tile.cuh", "cuda/linear.cuh"
 SOURCES = {name: (CSRC / name).read_text(encoding="utf-8") for name in (TILE, LINEAR)}
 QUICK = ["-O0", *(flag for flag in FLAGS["sanitized"] if flag.startswith("-f"))]  # compiling takes longer than running
-WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1);\n"
+WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1, next);\n"
 WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
 
 
@@ -37,9 +37,25 @@ PLANTED = {
     "wait for too few": Plant("cp_wait<kStages - 2>()", "cp_wait<kStages - 1>()", r"pending copy at line (\d+)", READS),
     "barrier before the wait": Plant(WAIT, "block_sync();\n", r"(?:pending copy|race) at line (\d+)", READS),
     "fetched before the barrier": Plant(WAIT, WAIT + LOAD, r"race at line (\d+)", ("cp_async<", "st(tile", *READS)),
-    "stage used too early": Plant(LOAD, "load(step + kStages);\n", r"(?:race|pending copy) at line (\d+)", READS),
-    "rows, one too many": Plant("r < row_end ?", "r < row_end + 1 ?", BEYOND),
-    "columns, one too many": Plant("? column_end - c", "? column_end + 1 - c", f"{BEYOND}|{WRONG}"),
+    "stage used too early": Plant(
+        "int now = 0, next = kStages - 1;", "int now = 0, next = 0;", r"(?:race|pending copy) at line (\d+)", READS
+    ),
+    "rows, one too many": Plant("r < rows && count", "r <= rows && count", BEYOND),
+    "columns, one too many": Plant(
+        "(kTurned ? left_ : depth) - column", "(kTurned ? left_ : depth) + 1 - column", f"{BEYOND}|{WRONG}"
+    ),
+    "rows of whole stages, one too many": Plant("kTurned || r < left_", "kTurned || r <= left_", BEYOND),
+    "columns of whole stages, one too many": Plant(
+        "Mine::count(left_ - column)", "Mine::count(left_ + 1 - column)", f"{BEYOND}|{WRONG}"
+    ),
+    "a short stage taken for a whole one": Plant(
+        "piece_ == 16 && depth == kDepth", "piece_ == 16", f"{BEYOND}|{WRONG}"
+    ),
+    "a stage skipped": Plant(
+        "next_ += kTurned ? kDepth * ld_ : kDepth;",
+        "next_ += kTurned ? kDepth * ld_ : kDepth + 8;",
+        f"{BEYOND}|{WRONG}",
+    ),
     "rows of x, one too many": Plant("A(p.x, place.row, p.rows)", "A(p.x, place.row, p.rows + 1)", BEYOND, file=LINEAR),
     "rows of the weight, one too many": Plant(
         "place.column, p.outputs)", "place.column, p.outputs + 1)", BEYOND, file=LINEAR
@@ -52,9 +68,23 @@ PLANTED = {
     "columns of the result, one too many": Plant(
         "if (c + e >= columns)", "if (c + e > columns)", f"{BEYOND}|{WRONG}", file=LINEAR
     ),
-    "rows of Delta's gradient, one too many": Plant("if (r >= p.outputs)", "if (r > p.outputs)", BEYOND, file=LINEAR),
+    "rows of Delta's gradient, one too many": Plant(
+        "if (r < p.outputs && c < p.inputs) to[0]", "if (r <= p.outputs && c < p.inputs) to[0]", BEYOND, file=LINEAR
+    ),
     "columns of Delta's gradient, one too many": Plant(
-        "if (c + e >= p.inputs)", "if (c + e > p.inputs)", f"{BEYOND}|{WRONG}", file=LINEAR
+        "if (r < p.outputs && c + 1 < p.inputs) to[1]",
+        "if (r < p.outputs && c < p.inputs) to[1]",
+        f"{BEYOND}|{WRONG}",
+        file=LINEAR,
+    ),
+    "columns of Delta, one too many": Plant(
+        "if (r < p.outputs && c + 1 < p.inputs) change",
+        "if (r < p.outputs && c < p.inputs) change",
+        f"{BEYOND}|{WRONG}",
+        file=LINEAR,
+    ),
+    "a tile at the edge taken for a whole one": Plant(
+        "place.row + S::kRows <= p.outputs", "place.row < p.outputs", BEYOND, file=LINEAR
     ),
     "half a fragment beside": Plant("inner + kHalf", "inner + kHalf / 2", WRONG),
     "wrong rows for ldmatrix": Plant("first + lane() % 16) * kStride", "first + lane() % 8) * kStride", WRONG),
@@ -70,7 +100,7 @@ PLANTED = {
     "rows off 16 bytes": Plant(
         "(sizeof(T) == 2 ? 8 : 4))", "(sizeof(T) == 2 ? 4 : 4))", r"misaligned at line (\d+)", ("cp_async<", "ldsm_x4")
     ),
-    "closed, but Delta is read": Plant("if (open) Fetch<S, D", "if (true) Fetch<S, D", "SEGV|null pointer"),
+    "closed, but Delta is read": Plant("if (open) delta.fetch", "if (true) delta.fetch", "SEGV|null pointer"),
     "gate forgotten": Plant("if (!open) {", "if (open) {", f"{WRONG}|uninitialised"),
     "splits begin at zero": Plant(
         "begin = bid_y() * p.depth_of_split;\n    float sum[S::kM][S::kN][4] = {};\n    Loop::multiply(sum, A(p.x",
@@ -104,8 +134,8 @@ PLANTED = {
         file=LINEAR,
     ),
     "a lane short": Plant("mask = 16;", "mask = 8;", WRONG, file=LINEAR),
-    "closed, but its gradient leaves": Plant("open ? scale * value", "true ? scale * value", WRONG, file=LINEAR),
-    "scale forgotten": Plant("open ? scale * value", "open ? value", WRONG, file=LINEAR),
+    "closed, but its gradient leaves": Plant("open ? scale * first", "true ? scale * first", WRONG, file=LINEAR),
+    "scale forgotten": Plant("open ? scale * second", "open ? second", WRONG, file=LINEAR),
 }
 
 

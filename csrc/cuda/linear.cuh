@@ -28,7 +28,7 @@ TAPS_DEVICE void write(const float (&sum)[S::kM][S::kN][4], const LinearProduct&
   T* const result = static_cast<T*>(p.result);
   const T* const bias = static_cast<const T*>(p.bias);
   float* const partial = static_cast<float*>(p.memory) + bid_y() * rows * columns;
-  for_pairs<S>(sum, [&](unsigned i, unsigned j, float first, float second) {
+  for_pairs<S>(sum, [&](unsigned i, unsigned j, unsigned, float first, float second) {
     const int64_t r = place.row + i, c = place.column + j;
     if (r >= rows) return;
     for (int e = 0; e < 2; ++e) {
@@ -106,20 +106,9 @@ struct WeightGradient {
     float sum[S::kM][S::kN][4] = {};
     Loop::multiply(sum, A(p.dy, place.row, p.outputs), B(p.x, place.column, p.inputs), 0, p.rows);
 
-    const View<D> delta(p.delta);
-    D* const result = static_cast<D*>(p.result);
-    const float scale = static_cast<float>(p.scale);
-    double dot = 0.0;
-    for_pairs<S>(sum, [&](unsigned i, unsigned j, float first, float second) {
-      const int64_t r = place.row + i, c = place.column + j;
-      if (r >= p.outputs) return;
-      for (int e = 0; e < 2; ++e) {
-        if (c + e >= p.inputs) return;
-        const float value = e == 0 ? first : second;
-        if (p.score_gradient) dot += static_cast<double>(value) * to_f32(delta.data[r * delta.ld + c + e]);
-        if (result) result[r * p.ld_result + c + e] = from_f32<D>(open ? scale * value : 0.0f);
-      }
-    });
+    const bool even = View<D>(p.delta).even() && View<D>({p.result, p.ld_result}).even();
+    const bool whole = even && place.row + S::kRows <= p.outputs && place.column + S::kColumns <= p.inputs;
+    double dot = whole ? leave<true>(sum, p, place, open) : leave<false>(sum, p, place, open);
     if (!p.score_gradient) return;
     for (int mask = 16; mask > 0; mask /= 2) dot += shfl_xor(dot, mask);
     const sh<double> sums = as<double>(arena(), 0);
@@ -130,6 +119,47 @@ struct WeightGradient {
     double total = 0.0;
     for (unsigned i = 0; i < S::kThreads / 32; ++i) total += ld(sums, i);
     static_cast<double*>(p.memory)[bid_x()] = total;
+  }
+
+ private:
+  // Writes g * scale * G and returns this thread's part of <G, Delta>. All of Delta is read before any of it is needed,
+  // so that the loads wait for memory together; tiles inside the matrix read and write pairs.
+  template <bool kWhole>
+  static TAPS_DEVICE double leave(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place,
+                                  bool open) {
+    const View<D> delta(p.delta);
+    Two<D> change[S::kM * S::kN * 2] = {};
+    if (p.score_gradient) {
+      for_pairs<S>(sum, [&](unsigned i, unsigned j, unsigned at, float, float) {
+        const int64_t r = place.row + i, c = place.column + j;
+        const D* const from = delta.data + r * delta.ld + c;
+        if constexpr (kWhole) {
+          change[at] = *reinterpret_cast<const Two<D>*>(from);
+        } else {
+          if (r < p.outputs && c < p.inputs) change[at].x = from[0];
+          if (r < p.outputs && c + 1 < p.inputs) change[at].y = from[1];
+        }
+      });
+    }
+    double dot = 0.0;
+    for_pairs<S>(sum, [&](unsigned, unsigned, unsigned at, float first, float second) {
+      dot += static_cast<double>(first) * to_f32(change[at].x);
+      dot += static_cast<double>(second) * to_f32(change[at].y);
+    });
+    if (!p.result) return dot;
+    const float scale = static_cast<float>(p.scale);
+    for_pairs<S>(sum, [&](unsigned i, unsigned j, unsigned, float first, float second) {
+      const int64_t r = place.row + i, c = place.column + j;
+      D* const to = static_cast<D*>(p.result) + r * p.ld_result + c;
+      const Two<D> value{from_f32<D>(open ? scale * first : 0.0f), from_f32<D>(open ? scale * second : 0.0f)};
+      if constexpr (kWhole) {
+        *reinterpret_cast<Two<D>*>(to) = value;
+      } else {
+        if (r < p.outputs && c < p.inputs) to[0] = value.x;
+        if (r < p.outputs && c + 1 < p.inputs) to[1] = value.y;
+      }
+    });
+    return dot;
   }
 };
 

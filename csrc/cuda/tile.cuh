@@ -1,7 +1,7 @@
 // The main loop of every tile kernel: C [rows, columns] += A [rows, depth] B [depth, columns] on the tensor cores, from
 // a ring of shared stages that cp.async fills. Where A and B come from are its operands: matrices as they lie in memory
 // or turned, and weights W_t = round(W + g * Delta) that exist in registers alone. Any size, leading dimension and
-// alignment; sums in fp32, in an order that the shape alone decides.
+// alignment; sums in fp32, in an order that the grid alone decides.
 //
 // T is the type of the product's operands: bf16, f16, or float (rounded to tf32).
 #pragma once
@@ -52,40 +52,101 @@ struct View {
     const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(ld) * sizeof(E);
     return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : static_cast<int>(sizeof(E));
   }
+  // Whether elements at even columns can be read and written together with the next.
+  TAPS_DEVICE bool even() const {
+    return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(ld) * sizeof(E)) % (2 * sizeof(E)) == 0;
+  }
 };
 
-// kAlong x kAcross elements of a matrix from (row, column) into a stage, zero outside [row_end, column_end): pieces of
-// 16 or 4 bytes go by cp.async, single elements (rows that begin at odd 16-bit elements) through registers.
-template <class S, class E, int kAlong, int kAcross, int kStride>
-struct Fetch {
+// What a thread fetches of an operand, stage after stage: kAlong rows of kAcross elements, zero outside the matrix. The
+// depth runs across the rows, or with kTurned down them. Pieces of 16 or 4 bytes go by cp.async, single elements (rows
+// that begin at odd 16-bit elements) through registers. Whole stages of pieces of 16 bytes, which is nearly all of them,
+// take a way of a few instructions: few rows leave no more time than that.
+template <class S, class E, int kAlong, int kAcross, int kStride, bool kTurned>
+class Stream {
+ public:
+  // The other side of the operand, its rows or columns, begins at `first` and ends at `end`.
+  TAPS_DEVICE Stream(const View<E>& from, int64_t first, int64_t end) : data_(from.data), ld_(from.ld) {
+    const int64_t left = end - first;
+    left_ = left < (kTurned ? kAcross : kAlong) ? static_cast<int>(left) : (kTurned ? kAcross : kAlong);
+    piece_ = from.piece();
+    const unsigned pieces = kAcross * sizeof(E) / static_cast<unsigned>(piece_);
+    const int64_t row = tid() / pieces, column = tid() % pieces * (piece_ / static_cast<int>(sizeof(E)));
+    next_ = data_;
+    if (data_) next_ += kTurned ? row * ld_ + first + column : (first + row) * ld_ + column;  // a closed Delta has none
+  }
+
+  TAPS_DEVICE void seek(int64_t depth) {
+    if (data_) next_ += kTurned ? depth * ld_ : depth;
+  }
+
+  // The next stage, of which `depth` is left.
+  TAPS_DEVICE void fetch(sh<E> tile, int depth) {
+    if (piece_ == 16 && depth == kDepth) {
+      whole(tile);
+    } else if (piece_ == 16) {
+      pieces<16>(tile, depth);
+    } else if (piece_ == 4) {
+      pieces<4>(tile, depth);
+    } else {
+      pieces<sizeof(E)>(tile, depth);
+    }
+    next_ += kTurned ? kDepth * ld_ : kDepth;
+  }
+
+ private:
+  static constexpr int kDepth = kTurned ? kAlong : kAcross;
+
+  // How `kBytes` pieces are shared: pass after pass, in which all threads fetch kPass rows.
   template <int kBytes>
-  static TAPS_DEVICE void pieces(sh<E> tile, View<E> from, int64_t row, int64_t row_end, int64_t column, int64_t column_end) {
-    constexpr int kPiece = kBytes / static_cast<int>(sizeof(E));
-    constexpr unsigned kPieces = kAcross / kPiece;
-    for (unsigned i = tid(); i < kAlong * kPieces; i += S::kThreads) {
-      const int64_t r = row + i / kPieces, c = column + i % kPieces * kPiece;
-      const unsigned to = i / kPieces * kStride + i % kPieces * kPiece;
-      const int64_t left = r < row_end ? column_end - c : 0;
-      const int count = left >= kPiece ? kPiece : (left > 0 ? static_cast<int>(left) : 0);
-      const E* const source = count > 0 ? from.data + r * from.ld + c : from.data;
+  struct Share {
+    static constexpr int kPiece = kBytes / static_cast<int>(sizeof(E)), kPieces = kAcross / kPiece;
+    static constexpr int kPass = S::kThreads / kPieces, kPasses = (kAlong + kPass - 1) / kPass;
+    static_assert(kPass * kPieces == S::kThreads, "rows shared evenly by the threads");
+    static TAPS_DEVICE int row() { return static_cast<int>(tid()) / kPieces; }
+    static TAPS_DEVICE int column() { return static_cast<int>(tid()) % kPieces * kPiece; }
+    // Whether there are more threads than pieces, and this one has none.
+    static TAPS_DEVICE bool idle(int row) { return kAlong % kPass != 0 && row >= kAlong; }
+    static TAPS_DEVICE int count(int left) { return left >= kPiece ? kPiece : (left > 0 ? left : 0); }
+  };
+
+  TAPS_DEVICE void whole(sh<E> tile) const {
+    using Mine = Share<16>;
+    const int row = Mine::row(), column = Mine::column();
+    const int count = kTurned ? Mine::count(left_ - column) : Mine::kPiece;
+#pragma unroll
+    for (int pass = 0; pass < Mine::kPasses; ++pass) {
+      const int r = row + pass * Mine::kPass;
+      if (Mine::idle(r)) break;
+      const unsigned bytes = kTurned || r < left_ ? static_cast<unsigned>(count * sizeof(E)) : 0u;
+      cp_async<16>(tile, static_cast<unsigned>(r * kStride + column), next_ + pass * Mine::kPass * ld_, bytes);
+    }
+  }
+
+  template <int kBytes>
+  TAPS_DEVICE void pieces(sh<E> tile, int depth) const {
+    using Mine = Share<kBytes>;
+    const int row = Mine::row(), column = Mine::column();
+    const int rows = kTurned ? depth : left_, count = Mine::count((kTurned ? left_ : depth) - column);
+#pragma unroll
+    for (int pass = 0; pass < Mine::kPasses; ++pass) {
+      const int r = row + pass * Mine::kPass;
+      if (Mine::idle(r)) break;
+      const bool there = r < rows && count > 0;
+      const E* const from = there ? next_ + pass * Mine::kPass * ld_ : data_;
+      const unsigned to = static_cast<unsigned>(r * kStride + column);
       if constexpr (kBytes >= 4) {
-        cp_async<kBytes>(tile, to, source, static_cast<unsigned>(count * sizeof(E)));
+        cp_async<kBytes>(tile, to, from, there ? static_cast<unsigned>(count * sizeof(E)) : 0u);
       } else {
-        st(tile, to, count > 0 ? *source : E{});
+        st(tile, to, there ? *from : E{});
       }
     }
   }
 
-  static TAPS_DEVICE void run(sh<E> tile, View<E> from, int piece, int64_t row, int64_t row_end, int64_t column,
-                              int64_t column_end) {
-    if (piece == 16) {
-      pieces<16>(tile, from, row, row_end, column, column_end);
-    } else if (piece == 4) {
-      pieces<4>(tile, from, row, row_end, column, column_end);
-    } else {
-      pieces<sizeof(E)>(tile, from, row, row_end, column, column_end);
-    }
-  }
+  const E* data_;
+  const E* next_;  // this thread's first piece of the next stage
+  int64_t ld_;
+  int piece_, left_;
 };
 
 // --- left operands -----------------------------------------------------------------------------------------------
@@ -95,16 +156,12 @@ template <class S, class T>
 struct Straight {
   static constexpr int kStride = stride_of<T, T>(S::kDepth, false);
   static constexpr unsigned kBytes = S::kRows * kStride * sizeof(T);
-  View<T> from;
-  int64_t row, row_end;
-  int piece;
+  Stream<S, T, S::kRows, S::kDepth, kStride, false> stream;
 
-  TAPS_DEVICE Straight(const Matrix& matrix, int64_t row, int64_t row_end)
-      : from(matrix), row(row), row_end(row_end), piece(from.piece()) {}
+  TAPS_DEVICE Straight(const Matrix& matrix, int64_t row, int64_t row_end) : stream(matrix, row, row_end) {}
 
-  TAPS_DEVICE void fetch(sh<unsigned char> stage, int64_t k, int64_t k_end) const {
-    Fetch<S, T, S::kRows, S::kDepth, kStride>::run(as<T>(stage, 0), from, piece, row, row_end, k, k_end);
-  }
+  TAPS_DEVICE void seek(int64_t depth) { stream.seek(depth); }
+  TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) { stream.fetch(as<T>(stage, 0), depth); }
 
   TAPS_DEVICE void fragments(uint32_t (&a)[S::kM][4], sh<unsigned char> stage, unsigned k) const {
     const sh<T> tile = as<T>(stage, 0);
@@ -128,16 +185,12 @@ template <class S, class T>
 struct Turned {
   static constexpr int kStride = stride_of<T, T>(S::kRows, true);
   static constexpr unsigned kBytes = S::kDepth * kStride * sizeof(T);
-  View<T> from;
-  int64_t row, row_end;
-  int piece;
+  Stream<S, T, S::kDepth, S::kRows, kStride, true> stream;
 
-  TAPS_DEVICE Turned(const Matrix& matrix, int64_t row, int64_t row_end)
-      : from(matrix), row(row), row_end(row_end), piece(from.piece()) {}
+  TAPS_DEVICE Turned(const Matrix& matrix, int64_t row, int64_t row_end) : stream(matrix, row, row_end) {}
 
-  TAPS_DEVICE void fetch(sh<unsigned char> stage, int64_t k, int64_t k_end) const {
-    Fetch<S, T, S::kDepth, S::kRows, kStride>::run(as<T>(stage, 0), from, piece, k, k_end, row, row_end);
-  }
+  TAPS_DEVICE void seek(int64_t depth) { stream.seek(depth); }
+  TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) { stream.fetch(as<T>(stage, 0), depth); }
 
   TAPS_DEVICE void fragments(uint32_t (&a)[S::kM][4], sh<unsigned char> stage, unsigned k) const {
     const sh<T> tile = as<T>(stage, 0);
@@ -164,16 +217,12 @@ struct Plain {
   static constexpr int kStride = stride_of<T, T>(S::kColumns, true);
   static constexpr unsigned kBytes = S::kDepth * kStride * sizeof(T);
   static_assert(S::kN % 2 == 0, "two tiles of columns to one ldmatrix");
-  View<T> from;
-  int64_t column, column_end;
-  int piece;
+  Stream<S, T, S::kDepth, S::kColumns, kStride, true> stream;
 
-  TAPS_DEVICE Plain(const Matrix& matrix, int64_t column, int64_t column_end)
-      : from(matrix), column(column), column_end(column_end), piece(from.piece()) {}
+  TAPS_DEVICE Plain(const Matrix& matrix, int64_t column, int64_t column_end) : stream(matrix, column, column_end) {}
 
-  TAPS_DEVICE void fetch(sh<unsigned char> stage, int64_t k, int64_t k_end) const {
-    Fetch<S, T, S::kDepth, S::kColumns, kStride>::run(as<T>(stage, 0), from, piece, k, k_end, column, column_end);
-  }
+  TAPS_DEVICE void seek(int64_t depth) { stream.seek(depth); }
+  TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) { stream.fetch(as<T>(stage, 0), depth); }
 
   TAPS_DEVICE void fragments(uint32_t (&b)[S::kN][2], sh<unsigned char> stage, unsigned k) const {
     const sh<T> tile = as<T>(stage, 0);
@@ -203,21 +252,20 @@ struct Gated {
   static constexpr int kStrideW = stride_of<T, W>(kAcross, kTurned), kStrideD = stride_of<T, D>(kAcross, kTurned);
   static constexpr unsigned kBytesW = kAlong * kStrideW * sizeof(W);
   static constexpr unsigned kBytes = kBytesW + kAlong * kStrideD * sizeof(D);
-  View<W> weight;
-  View<D> delta;
-  int64_t column, column_end;
-  int piece_w, piece_d;
+  Stream<S, W, kAlong, kAcross, kStrideW, kTurned> weight;
+  Stream<S, D, kAlong, kAcross, kStrideD, kTurned> delta;
   bool open;
 
   TAPS_DEVICE Gated(const Matrix& w, const Matrix& d, bool open, int64_t column, int64_t column_end)
-      : weight(w), delta(d), column(column), column_end(column_end), piece_w(weight.piece()),
-        piece_d(delta.piece()), open(open) {}
+      : weight(w, column, column_end), delta(d, column, column_end), open(open) {}
 
-  TAPS_DEVICE void fetch(sh<unsigned char> stage, int64_t k, int64_t k_end) const {
-    const int64_t row = kTurned ? k : column, row_end = kTurned ? k_end : column_end;
-    const int64_t from = kTurned ? column : k, to = kTurned ? column_end : k_end;
-    Fetch<S, W, kAlong, kAcross, kStrideW>::run(as<W>(stage, 0), weight, piece_w, row, row_end, from, to);
-    if (open) Fetch<S, D, kAlong, kAcross, kStrideD>::run(as<D>(stage, kBytesW), delta, piece_d, row, row_end, from, to);
+  TAPS_DEVICE void seek(int64_t depth) {
+    weight.seek(depth);
+    delta.seek(depth);
+  }
+  TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) {
+    weight.fetch(as<W>(stage, 0), depth);
+    if (open) delta.fetch(as<D>(stage, kBytesW), depth);
   }
 
   // A register of B: element (k, column) of the stage, and for 16-bit types the next one along the depth.
@@ -279,35 +327,40 @@ struct Ring {
   static_assert(kStages >= 2, "a tile whose stages do not fit");
 
   // sum = A B over the depths [begin, end); with slices, in the threads of the first.
-  static TAPS_DEVICE void multiply(float (&sum)[S::kM][S::kN][4], const A& a, const B& b, int64_t begin, int64_t end) {
-    const int64_t steps = end > begin ? (end - begin + S::kDepth - 1) / S::kDepth : 0;
-    const auto stage_of = [](int64_t step) { return as<unsigned char>(arena(), static_cast<unsigned>(step % kStages) * kBytesStage); };
-    const auto load = [&](int64_t step) {
+  static TAPS_DEVICE void multiply(float (&sum)[S::kM][S::kN][4], A a, B b, int64_t begin, int64_t end) {
+    const int steps = end > begin ? static_cast<int>((end - begin + S::kDepth - 1) / S::kDepth) : 0;
+    const int last = static_cast<int>(end - begin - static_cast<int64_t>(steps - 1) * S::kDepth);  // depth of the last
+    const auto stage = [](int index) { return as<unsigned char>(arena(), static_cast<unsigned>(index) * kBytesStage); };
+    const auto load = [&](int step, int into) {
       if (step < steps) {
-        const int64_t k = begin + step * S::kDepth;
-        a.fetch(stage_of(step), k, end);
-        b.fetch(as<unsigned char>(stage_of(step), kBytesA), k, end);
+        const int depth = step + 1 == steps ? last : S::kDepth;
+        a.fetch(stage(into), depth);
+        b.fetch(as<unsigned char>(stage(into), kBytesA), depth);
       }
       cp_commit();  // empty groups too: the waits below count them
     };
-    for (int64_t step = 0; step < kStages - 1; ++step) load(step);
-    for (int64_t step = 0; step < steps; ++step) {
+    a.seek(begin);
+    b.seek(begin);
+    for (int step = 0; step < kStages - 1; ++step) load(step, step);
+    int now = 0, next = kStages - 1;  // the stages that are used and filled, in a ring
+    for (int step = 0; step < steps; ++step) {
       cp_wait<kStages - 2>();
       block_sync();  // what everyone fetched for this step is there, and the stage of the last step is free
-      load(step + kStages - 1);
-      const sh<unsigned char> stage = stage_of(step);
+      load(step + kStages - 1, next);
 #pragma unroll
       for (unsigned within = 0; within < kPart; within += kMmaDepth<T>) {
         const unsigned k = S::slice() * kPart + within;
         uint32_t left[S::kM][4], right[S::kN][2];
-        a.fragments(left, stage, k);
-        b.fragments(right, as<unsigned char>(stage, kBytesA), k);
+        a.fragments(left, stage(now), k);
+        b.fragments(right, as<unsigned char>(stage(now), kBytesA), k);
 #pragma unroll
         for (int i = 0; i < S::kM; ++i) {
 #pragma unroll
           for (int j = 0; j < S::kN; ++j) mma<T>(sum[i][j], left[i], right[j]);
         }
       }
+      now = now + 1 == kStages ? 0 : now + 1;
+      next = next + 1 == kStages ? 0 : next + 1;
     }
     cp_wait<0>();
     add_slices(sum);
@@ -350,7 +403,7 @@ struct Ring {
   }
 };
 
-// Every pair of neighbours (row, column), (row, column + 1) of a warp's sums, with the two values.
+// Every pair of neighbours (row, column), (row, column + 1) of a warp's sums: its place, its number, the two values.
 template <class S, class Each>
 TAPS_DEVICE void for_pairs(const float (&sum)[S::kM][S::kN][4], const Each& each) {
 #pragma unroll
@@ -359,8 +412,8 @@ TAPS_DEVICE void for_pairs(const float (&sum)[S::kM][S::kN][4], const Each& each
     for (int j = 0; j < S::kN; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        each(S::row() + 16 * i + 8 * half + lane() / 4, S::column() + 8 * j + 2 * (lane() % 4), sum[i][j][2 * half],
-             sum[i][j][2 * half + 1]);
+        each(S::row() + 16 * i + 8 * half + lane() / 4, S::column() + 8 * j + 2 * (lane() % 4),
+             static_cast<unsigned>((i * S::kN + j) * 2 + half), sum[i][j][2 * half], sum[i][j][2 * half + 1]);
       }
     }
   }

@@ -35,6 +35,9 @@ TAPS_CASE(input_gradient) {
     Problem problem{33, 130, 31};
     problem.seed = seed;
     std::string wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, problem);
+    Problem padded{33, 130, 35};  // rows on 16 bytes that end off them
+    padded.padding = 5;
+    if (wrong.empty()) wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, padded);
     problem.splits = 2;
     if (wrong.empty()) wrong = check<InputGradient<Narrow, f16, f16, f16>, f16, f16, f16>(Product::kInputGradient, problem);
     if (!wrong.empty()) return wrong;
@@ -47,6 +50,7 @@ TAPS_CASE(weight_gradient) {
     Problem problem{100, 33, 31};  // the last stage is the first in memory
     problem.seed = seed, problem.scale = 2.0;
     std::string wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
+    if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>({40, 33, 32});
     problem.gate = Known::kClosed;
     if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
     if (!wrong.empty()) return wrong;
