@@ -30,8 +30,8 @@ class Layer:
     """Operands of one layer [N, K], as many sets as keep the cache cold."""
 
     def __init__(self, rows: int, outputs: int, inputs: int, delta: torch.dtype) -> None:
-        size = outputs * inputs * (2 + delta.itemsize)
-        self.rows, self.outputs, self.inputs, self.sets = rows, outputs, inputs, min(sets_for(size), 64)
+        self.rows, self.outputs, self.inputs = rows, outputs, inputs
+        self.sets = sets_for(outputs * inputs * 2)  # W alone, as a closed layer reads it
 
         def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
             return torch.randn(shape, device="cuda", dtype=dtype)
@@ -39,7 +39,7 @@ class Layer:
         self.x, self.grad = draw(rows, inputs), draw(rows, outputs)
         self.weights = [draw(outputs, inputs) for _ in range(self.sets)]
         self.deltas = [draw(outputs, inputs, dtype=delta) for _ in range(self.sets)]
-        self.buffer = torch.empty_like(self.weights[0])
+        self.buffers = [torch.empty_like(w) for w in self.weights]  # as cold as the rest
         self.open, self.closed = torch.tensor(0.2, device="cuda"), torch.tensor(0.05, device="cuda")
         self.weight_bytes, self.delta_bytes = self.weights[0].nbytes, self.deltas[0].nbytes
 
@@ -64,7 +64,7 @@ def forward(layer: Layer, limits: dict[str, float], compiled: bool) -> Row:
     x, w, d = layer.x, layer.weights, layer.deltas
 
     def add_then(i: int) -> Tensor:
-        return F.linear(x, torch.add(w[i], d[i], out=layer.buffer))
+        return F.linear(x, torch.add(w[i], d[i], out=layer.buffers[i]))
 
     def two_products(i: int) -> Tensor:
         return torch.addmm(F.linear(x, w[i]), x, d[i].to(BF16).t())
@@ -77,9 +77,8 @@ def forward(layer: Layer, limits: dict[str, float], compiled: bool) -> Row:
         "add, then linear": add_then,
         "two products": two_products,
     }
-    if d[0].dtype != BF16:  # torch.add writes bf16 only where both are
-        others.pop("add, then linear")
     if compiled:
+        torch._dynamo.reset()  # else the rows become a symbol
         best = torch.compile(naive, mode="max-autotune-no-cudagraphs")
         others["compiled naive"] = lambda i: best(w[i], d[i])
     alternatives = {name: layer.time(call) for name, call in others.items()}
@@ -112,11 +111,11 @@ def backward(layer: Layer, limits: dict[str, float]) -> Row:
         score = layer.open if gate else layer.closed
         return lambda i: op(grad, x, w[i], d[i], score, gate, 0.1, mask, None, 1.0)
 
-    out = torch.empty_like(layer.buffer)
-    plain = layer.time(lambda i: torch.mm(grad.t(), x, out=out))
+    out = layer.buffers
+    plain = layer.time(lambda i: torch.mm(grad.t(), x, out=out[i]))
 
     def separately(i: int) -> tuple[Tensor, Tensor]:
-        gradient = torch.mm(grad.t(), x, out=out)
+        gradient = torch.mm(grad.t(), x, out=out[i])
         return gradient.to(d[i].dtype), (gradient * d[i]).sum()
 
     operations = 2.0 * layer.rows * layer.outputs * layer.inputs

@@ -21,13 +21,13 @@ from taps_ext import ops
 
 def rebuild(n: int, dtype: torch.dtype, ceiling: float) -> dict[str, Any]:
     """W + Delta of an n x n weight: predicted from its bytes, and measured."""
-    sets = sets_for(n * n * (dtype.itemsize + 4))
+    sets = sets_for(n * n * dtype.itemsize)
     weights = [torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(sets)]
     deltas = [torch.randn(n, n, device="cuda") for _ in range(sets)]
-    out = torch.empty(n, n, device="cuda", dtype=dtype)
-    moved = weights[0].nbytes + deltas[0].nbytes + out.nbytes
-    ours = median_us(lambda i: ops.reconstruct_(out, weights[i], deltas[i], gate=True), sets)
-    stock = median_us(lambda i: out.copy_(weights[i] + deltas[i]), sets)
+    out = [torch.empty(n, n, device="cuda", dtype=dtype) for _ in range(sets)]
+    moved = weights[0].nbytes + deltas[0].nbytes + out[0].nbytes
+    ours = median_us(lambda i: ops.reconstruct_(out[i], weights[i], deltas[i], gate=True), sets)
+    stock = median_us(lambda i: torch.add(weights[i], deltas[i], out=out[i]), sets)
     return {
         "case": f"rebuild {n}x{n} {dtype}".replace("torch.", ""),
         "predicted_us": moved / ceiling * 1e6,

@@ -26,16 +26,17 @@ struct Problem {
 
 // Up to this many rows W_t is built on its way to the tensor cores. Predicted, not yet measured: at N = K = 4096 with W
 // in bf16 and Delta in fp32, 100 MB are read once (23 us at 4.3 TB/s); a rebuild moves 134 MB (31 us) and its product
-// reads W_t again (8 us) and starts another kernel. Tiles of 64 rows read W and Delta from L2 once each: at an assumed 5.5 TB/s four
-// of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37 us.
+// reads W_t again (8 us) and starts another kernel. Tiles of 64 rows read W and Delta from L2 once each: at an
+// assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
 // kFused: W_t in registers alone (csrc/cuda/linear.cuh).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op. On the CPU that costs 1-10 % over the merged
-// op, and nothing else has been measured faster so far.
+// op, and nothing else has been measured faster so far. A gate that the host knows to be closed never takes the fused
+// kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
-  if (!problem.open && problem.same_dtype) return Path::kStock;
+  if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
   return problem.fusable && problem.rows <= kMostFusedRows ? Path::kFused : Path::kRebuild;
 }
 

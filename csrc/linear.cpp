@@ -58,7 +58,8 @@ Tensor as_activation(const Tensor& matrix, const Described& like, int64_t column
 }
 
 // The input of the forward, or the samples of it that `rows` picked, as a matrix [rows, K].
-Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight, const OptionalTensor& rows) {
+Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight,
+                    const OptionalTensor& rows) {
   if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
   const Described x = check_activation(*input, "input", weight);
   const LinearSizes sizes = check_linear(x, "input", weight, weight.sizes[1]);
@@ -98,7 +99,9 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
-  if (fusable(w, x.dtype)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  // Many rows are not fused; asking for them as a matrix might copy them.
+  const bool few = sizes.rows <= kMostFusedRows || forced_path() == static_cast<int>(Path::kFused);
+  if (few && fusable(w, x.dtype)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
@@ -139,8 +142,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
   const Described dy_matrix = describe(dy2, "grad_output");
-  const Path path = wanted.input ? path_for(w, compute, sizes.rows, fusable(w, compute) && fusable_activation(dy_matrix))
-                                 : Path::kStock;
+  const bool dy_fits = fusable(w, compute) && fusable_activation(dy_matrix);
+  const Path path = wanted.input ? path_for(w, compute, sizes.rows, dy_fits) : Path::kStock;
   const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.
   const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty([0])
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty([0], dtype=dtype)
 
 
 def _fake_linear(
@@ -24,10 +24,10 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     return (
         _empty(grad) if dinput is None else dinput,
-        torch.empty_like(delta) if mask[1] else _empty(grad),
-        torch.empty_like(score) if mask[2] else _empty(grad),
+        torch.empty_like(delta) if mask[1] else _empty(grad, (weight if delta is None else delta).dtype),
+        torch.empty_like(score) if mask[2] else _empty(grad, torch.float32 if score is None else score.dtype),
         grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
-        torch.empty_like(weight) if mask[4] else _empty(grad),
+        torch.empty_like(weight) if mask[4] else _empty(grad, weight.dtype),
     )
 
 

@@ -86,6 +86,17 @@ def test_some_stages_alone(job, monkeypatch, tmp_path, capsys) -> None:
     stages = [(name, python(f"print('{name}')"), 60) for name in ("build", "one", "two")]
     _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "two")
     assert [r["stage"] for r in report["stages"]] == ["two"]
+    stages[2] = ("two", python("print('again')"), 60)
+    run(job, monkeypatch, tmp_path, stages, "--stage", "one")
+    _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "two")  # takes the place of its earlier result
+    assert {r["stage"]: r["tail"] for r in report["stages"]} == {"one": ["one"], "two": ["again"]}
+    assert (
+        "==== two\ntwo" in (tmp_path / "log.txt").read_text()
+        and "==== two\nagain" in (tmp_path / "log.txt").read_text()
+    )
+    monkeypatch.setattr(job, "facts", lambda: {"commit": "another", "device": True})
+    _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "one")
+    assert [r["stage"] for r in report["stages"]] == ["one"]
     with pytest.raises(SystemExit):
         run(job, monkeypatch, tmp_path, stages, "--stage", "three")
     assert "expected some of ['build', 'one', 'two'], got 'three'" in capsys.readouterr().err
@@ -101,6 +112,15 @@ def test_without_a_device(job, monkeypatch, tmp_path, capsys) -> None:
     code, report = run(job, monkeypatch, tmp_path, stages, "--rehearse")
     assert code == 0 and [r["status"] for r in report["stages"]] == ["passed", "skipped"]
     assert report["stages"][1]["why"] == "no CUDA device"
+
+
+def test_the_package_is_found(job, monkeypatch, tmp_path) -> None:
+    """Also by a script in another folder: nothing is installed where the job runs."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text("import importlib.util as u; print(u.find_spec('taps_ext').origin)")
+    _, report = run(job, monkeypatch, tmp_path, [("bench", [sys.executable, str(script)], 60)])
+    assert report["stages"][0]["tail"] == [str(ROOT / "taps_ext/__init__.py")]
 
 
 def test_the_real_stages(job, tmp_path) -> None:

@@ -3,7 +3,8 @@
     python tools/gpu.py --out results [--stage NAME ...] [--list] [--rehearse]
 
 Every stage runs in a process of its own under its own time limit, and the JSON is rewritten after each, so that a
-late failure loses nothing. `--rehearse` runs the whole job without a device: the tests skip by name and the
+late failure loses nothing; stages that are run alone take the place of their earlier results of the same commit. The
+output of all of them is in `log.txt`. `--rehearse` runs the whole job without a device: the tests skip by name and the
 sanitizer and the measurements are noted as skipped, which proves the stages, the limits and the file.
 """
 
@@ -40,6 +41,7 @@ class Stage:
     command: list[str]
     limit: int
     device: bool = True
+    sanitized: bool = False
 
 
 def stages(out: Path) -> list[Stage]:
@@ -66,7 +68,10 @@ def stages(out: Path) -> list[Stage]:
             "-k",
             SUBSET,
         ]
-        found.append(Stage(tool, command, 120))
+        found.append(Stage(tool, command, 120, sanitized=True))
+    for tool in ("memcheck", "racecheck"):  # allocations of exact sizes, nothing of torch's around them
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", f"{out}/conformance"]
+        found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True))
     for name, limit in (("reconstruct", 60), ("linear", 240)):
         found.append(
             Stage(f"bench-{name}", [python, f"benchmarks/gpu_{name}.py", "--json", f"{out}/{name}.json"], limit)
@@ -113,16 +118,22 @@ def facts() -> dict[str, Any]:
 
 
 def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
-    """Run one stage; the log goes to `<out>/<stage>.log`, its end into the result."""
+    """Run one stage; what it prints goes to `<out>/log.txt`, the end of it into the result."""
     if stage.device and not have_device and stage.name != "tests":
         return {"stage": stage.name, "status": "skipped", "why": "no CUDA device", "limit": stage.limit}
-    log = out / f"{stage.name}.log"
+    log = out / "stage.log"
+    log.unlink(missing_ok=True)
     start = time.monotonic()
     try:
         if stage.name == "planted-bug":
             build_planted_bug(out)
+        if stage.name == "conformance-build":
+            (out / "conformance").unlink(missing_ok=True)  # a failed build must not leave the last one's
         with log.open("w", encoding="utf-8") as file:
             environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TAPS_REQUIRE_CUDA": "1" if have_device else "0"}
+            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            if stage.sanitized:  # one allocation for each tensor: a step beyond one is a step into nothing
+                environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
             # A group of its own, so that what the command has started ends with it.
             process = subprocess.Popen(
                 stage.command,
@@ -143,7 +154,11 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError) as error:
         log.write_text(str(error), encoding="utf-8")
         code = -1
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:] if log.exists() else []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    with (out / "log.txt").open("a", encoding="utf-8") as every:
+        every.write(f"==== {stage.name}\n{text}\n")
+    log.unlink(missing_ok=True)
+    tail = text.splitlines()[-15:]
     wanted = 9 if stage.name == "planted-bug" else 0
     status = "timed out" if code is None else "passed" if code == wanted else "failed"
     seconds = round(time.monotonic() - start, 1)
@@ -182,6 +197,11 @@ def main() -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"facts": facts(), "stages": []}
+    earlier = json.loads((out / "gpu.json").read_text(encoding="utf-8")) if (out / "gpu.json").exists() else None
+    if args.stage and earlier is not None and earlier["facts"] == report["facts"]:
+        report = earlier
+    else:
+        (out / "log.txt").unlink(missing_ok=True)
     have_device = bool(report["facts"]["device"])
     if not have_device and not args.rehearse:
         print(
@@ -193,7 +213,7 @@ def main() -> int:
         if args.stage and stage.name not in args.stage:
             continue
         result = run(stage, out, have_device)
-        report["stages"].append(result)
+        report["stages"] = [r for r in report["stages"] if r["stage"] != stage.name] + [result]
         (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(
             f"{stage.name:18} {result['status']:9} {result.get('seconds', 0):6.1f} s of {stage.limit}",

@@ -9,7 +9,7 @@ namespace {
 using dev::bf16;
 using dev::f16;
 
-// Two blocks are what shared memory leaves room for; without saying so, ptxas aims for more and spills.
+// Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills.
 template <class Body>
 __global__ void __launch_bounds__(Body::Tile::kThreads, 2) product(LinearProduct args) {
   Body::run(args);

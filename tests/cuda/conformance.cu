@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/conformance.cuh"
 #include "cuda/linear.cuh"
@@ -31,33 +31,33 @@ void must(cudaError_t error, const char* what) {
   std::exit(99);
 }
 
+// A vector with a copy of exactly its size on the device, so that memcheck sees every step beyond it.
 template <class E>
-E* shared_memory(size_t count) {
-  E* p = nullptr;
-  must(cudaMallocManaged(&p, (count + 1) * sizeof(E)), "allocation");
-  return p;
-}
+struct Both {
+  std::vector<E> host;
+  E* device = nullptr;
+  explicit Both(int64_t count) : host(static_cast<size_t>(count)) { must(cudaMalloc(&device, bytes()), "allocation"); }
+  ~Both() { cudaFree(device); }
+  Both(const Both&) = delete;
+  size_t bytes() const { return host.size() * sizeof(E); }
+  void up() { must(cudaMemcpy(device, host.data(), bytes(), cudaMemcpyHostToDevice), "copy"); }
+  void down() { must(cudaMemcpy(host.data(), device, bytes(), cudaMemcpyDeviceToHost), "copy"); }
+};
 
 template <class T>
 constexpr Dtype dtype_of() {
   return sizeof(T) == 4 ? Dtype::kFloat32 : std::is_same_v<T, bf16> ? Dtype::kBFloat16 : Dtype::kFloat16;
 }
 
-// Whole numbers from -8 to 8: every product and sum below is exact in fp32, so the device must agree to the last bit
-// before the one rounding to T.
+// As the device rounds, on the host: to nearest, ties to even.
 template <class T>
-void fill(T* data, int64_t count, unsigned salt) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float value = static_cast<float>((i * 2654435761u + salt) / 7 % 17) - 8.0f;
-    if constexpr (sizeof(T) == 4) {
-      data[i] = value;
-    } else if constexpr (std::is_same_v<T, bf16>) {
-      uint32_t bits;
-      memcpy(&bits, &value, 4);
-      data[i].bits = static_cast<uint16_t>(bits >> 16);
-    } else {
-      data[i].bits = __half_as_ushort(__float2half_rn(value));
-    }
+T rounded(double x) {
+  if constexpr (sizeof(T) == 4) {
+    return static_cast<float>(x);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(x)))};
+  } else {
+    return {__half_as_ushort(__float2half_rn(static_cast<float>(x)))};
   }
 }
 template <class T>
@@ -65,13 +65,19 @@ double number(T x) {
   if constexpr (sizeof(T) == 4) {
     return x;
   } else if constexpr (std::is_same_v<T, bf16>) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
+    return __bfloat162float(__ushort_as_bfloat16(x.bits));
   } else {
     return __half2float(__ushort_as_half(x.bits));
   }
+}
+
+// Whole numbers from -8 to 8: every product and sum below is exact in fp32, so that the device must agree to the bit.
+template <class T>
+void fill(Both<T>& both, unsigned salt) {
+  for (size_t i = 0; i < both.host.size(); ++i) {
+    both.host[i] = rounded<T>(static_cast<double>((i * 2654435761u + salt) / 7 % 17) - 8.0);
+  }
+  both.up();
 }
 
 template <class Body>
@@ -87,23 +93,23 @@ void launch(const LinearProduct& args, int64_t rows, int64_t columns) {
 // One product with W of T and Delta of D against whole numbers; T is float for tf32.
 template <class T, class D>
 bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits) {
-  T *x = shared_memory<T>(m * k), *dy = shared_memory<T>(m * n), *w = shared_memory<T>(n * k);
-  D *d = shared_memory<D>(n * k), *ddelta = shared_memory<D>(n * k);
-  T *out = shared_memory<T>(m * (n > k ? n : k));
-  float* score = shared_memory<float>(1);
-  const int64_t bytes = 4 * splits * m * (n > k ? n : k) + 8 * ((n + 63) / 64) * ((k + 63) / 64);
-  double* memory = shared_memory<double>(bytes / 8 + 1);
-  fill(x, m * k, 1), fill(dy, m * n, 2), fill(w, n * k, 3), fill(d, n * k, 4);
-  *score = open ? 0.2f : 0.05f;
-  LinearProduct args;
-  args.rows = m, args.outputs = n, args.inputs = k;
-  args.x = {x, k}, args.dy = {dy, n}, args.weight = {w, k}, args.delta = {d, k};
-  args.gate.open = open, args.gate.threshold = 0.1, args.gate.score = read ? score : nullptr;
-  args.memory = memory, args.splits = splits, args.score_gradient = memory;
   const bool forward = kind == Product::kForward, weight = kind == Product::kWeightGradient;
   const int64_t depth = forward ? k : weight ? m : n, rows = weight ? n : m, columns = forward ? n : k;
+  const int64_t tiles = (n + 63) / 64 * ((k + 63) / 64);
+  Both<T> x(m * k), dy(m * n), w(n * k), out(weight ? 1 : rows * columns);
+  Both<D> d(n * k), ddelta(n * k);
+  Both<float> score(1);
+  Both<double> memory(weight ? tiles : (splits * rows * columns + 1) / 2);
+  fill(x, 1), fill(dy, 2), fill(w, 3), fill(d, 4);
+  score.host[0] = open ? 0.2f : 0.05f;
+  score.up();
+  LinearProduct args;
+  args.rows = m, args.outputs = n, args.inputs = k;
+  args.x = {x.device, k}, args.dy = {dy.device, n}, args.weight = {w.device, k}, args.delta = {d.device, k};
+  args.gate.open = open, args.gate.threshold = 0.1, args.gate.score = read ? score.device : nullptr;
+  args.memory = memory.device, args.splits = splits, args.score_gradient = memory.device;
   args.depth_of_split = (depth + 64 * splits - 1) / (64 * splits) * 64;
-  args.result = weight ? static_cast<void*>(ddelta) : out, args.ld_result = columns;
+  args.result = weight ? static_cast<void*>(ddelta.device) : out.device, args.ld_result = columns;
   if (weight) {
     launch<WeightGradient<WeightTile, T, D>>(args, rows, columns);
   } else {
@@ -117,6 +123,7 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
     if (splits > 1) sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
   }
   must(cudaDeviceSynchronize(), "product");
+  out.down(), ddelta.down(), memory.down();
   bool good = true;
   double dot = 0.0, got_dot = 0.0;
   for (int64_t r = 0; r < rows && good; ++r) {
@@ -124,23 +131,19 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
       double want = 0.0;
       for (int64_t i = 0; i < depth; ++i) {
         const int64_t at = forward ? c * k + i : i * k + c;
-        const double used = weight ? number(x[i * k + c]) : number(w[at]) + (open ? number(d[at]) : 0.0);
-        want += number(forward ? x[r * k + i] : weight ? dy[i * n + r] : dy[r * n + i]) * used;
+        const double used = weight ? number(x.host[i * k + c]) : number(w.host[at]) + (open ? number(d.host[at]) : 0.0);
+        want += number(forward ? x.host[r * k + i] : weight ? dy.host[i * n + r] : dy.host[r * n + i]) * used;
       }
-      if (weight) dot += want * number(d[r * k + c]);
+      if (weight) dot += want * number(d.host[r * k + c]);
       if (weight && !open) want = 0.0;
-      const double got = weight ? number(ddelta[r * k + c]) : number(out[r * columns + c]);
-      const double ulp = weight ? (sizeof(D) == 4 ? 0.0 : 0x1p-8) : (sizeof(T) == 4 ? 0.0 : 0x1p-8);
-      good = std::fabs(got - want) <= ulp * std::fabs(want);
+      const double got = weight ? number(ddelta.host[r * k + c]) : number(out.host[r * columns + c]);
+      want = weight ? number(rounded<D>(want)) : number(rounded<T>(want));
+      good = got == want;
       if (!good) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, got);
     }
   }
-  for (int64_t i = 0; weight && i < (n + 63) / 64 * ((k + 63) / 64); ++i) got_dot += memory[i];
-  good = good && got_dot == dot;  // whole numbers below 2^53
-  for (void* p : {(void*)x, (void*)dy, (void*)w, (void*)d, (void*)ddelta, (void*)out, (void*)score, (void*)memory}) {
-    must(cudaFree(p), "free");
-  }
-  return good;
+  for (int64_t i = 0; weight && i < tiles; ++i) got_dot += memory.host[i];
+  return good && got_dot == dot;  // whole numbers below 2^53
 }
 
 template <class T, class D>
@@ -168,14 +171,17 @@ int failures_of(const char* name) {
 
 int main() {
   int failures = 0;
-  float* source = shared_memory<float>(256);
-  unsigned* good = shared_memory<unsigned>(kConformanceChecks);
-  for (int i = 0; i < 256; ++i) source[i] = static_cast<float>(i);
-  conform<<<1, 64, kConformanceShared>>>(source, good);
+  Both<float> source(256);
+  Both<unsigned> good(kConformanceChecks);
+  for (int i = 0; i < 256; ++i) source.host[i] = static_cast<float>(i);
+  for (unsigned& one : good.host) one = 1;
+  source.up(), good.up();
+  conform<<<1, 64, kConformanceShared>>>(source.device, good.device);
   must(cudaGetLastError(), "launch");
   must(cudaDeviceSynchronize(), "conformance");
+  good.down();
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
-    if (!good[i]) std::printf("conformance check %u failed\n", i), ++failures;
+    if (!good.host[i]) std::printf("conformance check %u failed\n", i), ++failures;
   }
   failures += failures_of<bf16, float>("bf16, Delta fp32");
   failures += failures_of<f16, f16>("f16");

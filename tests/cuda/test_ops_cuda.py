@@ -26,12 +26,12 @@ def draw(*shape: int, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def on_device(tensors):
-    return [t.detach().cuda().requires_grad_() for t in tensors]
+def on_device(tensors, frozen=()):
+    return [t.detach().cuda().requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
 
 
-def exact(tensors):
-    return [t.detach().cpu().double().requires_grad_() for t in tensors]
+def exact(tensors, frozen=()):
+    return [t.detach().cpu().double().requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
 
 
 def compare_gradients(got, want, dtype, gate, bounds) -> None:
@@ -64,7 +64,8 @@ def test_linear(dtype, gate, forced, rows, k, n, path) -> None:
     score = 0.05 if gate is None else 0.15
     host = [draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, k, dtype=wide)]
     host += [torch.tensor(score, dtype=wide), draw(n, dtype=dtype)]
-    got, want = on_device(host), exact(host)
+    frozen = (1,) if forced == "fused" else ()  # the fused kernels give no gradient of W itself
+    got, want = on_device(host, frozen), exact(host, frozen)
     is_open = bool(gate)
     output = gated_linear(*got, gate=gate)
     expected = reference.gated_linear(*want, gate=is_open)
@@ -156,7 +157,7 @@ def test_twice_the_same_bits(gate, forced, dtype, k, path) -> None:
     for _ in range(2):
         torch.manual_seed(3)
         case = [draw(130, k, dtype=dtype), draw(130, k, dtype=dtype), draw(130, k, dtype=torch.float32)]
-        case = on_device([*case, torch.tensor(0.15), draw(130, dtype=dtype)])
+        case = on_device([*case, torch.tensor(0.15), draw(130, dtype=dtype)], frozen=(1,))
         gated_linear(*case, gate=gate).square().sum().backward()
         runs.append([t.grad for t in case if t.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -165,14 +166,15 @@ def test_twice_the_same_bits(gate, forced, dtype, k, path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_synchronisation(dtype) -> None:
     """Neither gate mode waits for the device, forward or backward."""
-    case = on_device([draw(8, 64, dtype=dtype), draw(64, 64, dtype=dtype), draw(64, 64, dtype=torch.float32)])
+    case = [draw(8, 4096, dtype=dtype), draw(64, 4096, dtype=dtype), draw(64, 4096, dtype=torch.float32)]
+    case = on_device(case, frozen=(1,))
     score = torch.tensor(0.15, device="cuda", requires_grad=True)
-    gated_linear(*case, score).sum().backward()
+    gated_linear(*case, score).square().sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for gate in (None, True, False):
-            gated_linear(*case, score, gate=gate).sum().backward()
+            gated_linear(*case, score, gate=gate).square().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -198,7 +200,7 @@ def test_streams_have_workspaces_of_their_own(rows, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_captured_graph_follows_the_score(dtype) -> None:
     """A replayed graph reads the score where it lives: opening and closing need no new capture."""
-    x, w, d = (draw(*s, dtype=dtype).cuda() for s in ((16, 64), (32, 64), (32, 64)))
+    x, w, d = (draw(*s, dtype=dtype).cuda() for s in ((16, 4096), (32, 4096), (32, 4096)))
     score = torch.tensor(0.15, device="cuda")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -212,45 +214,84 @@ def test_captured_graph_follows_the_score(dtype) -> None:
         out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert_close(out.cpu(), x.double().cpu() @ wt.double().cpu().t(), dtype, 64, x.cpu(), wt.cpu())
+        assert_close(out.cpu(), x.double().cpu() @ wt.double().cpu().t(), dtype, 4096, x.cpu(), wt.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", [True, False, None])
 def test_opcheck(gate, dtype) -> None:
-    tensors = [draw(*s, dtype=dtype).cuda() for s in ((3, 6), (4, 6), (4, 6))]
+    tensors = [draw(*s, dtype=dtype).cuda() for s in ((3, 6), (4, 6))]
+    tensors.append(draw(4, 6, dtype=torch.float32).cuda())
     score, bias = torch.tensor(0.15, device="cuda"), draw(4, dtype=dtype).cuda()
     torch.library.opcheck(torch.ops.taps_ext.gated_linear.default, (*tensors, score, bias, gate, 0.1))
-    mask = [True, gate is not False, True, True, True]
     grad = draw(3, 4, dtype=dtype).cuda()
-    torch.library.opcheck(
-        torch.ops.taps_ext.gated_linear_backward.default, (grad, *tensors, score, gate, 0.1, mask, None, 1.0)
-    )
+    for weight in (True, False):  # with and without the one gradient that the fused kernels do not give
+        mask = [True, gate is not False, True, True, weight]
+        arguments = (grad, *tensors, score, gate, 0.1, mask, None, 1.0)
+        torch.library.opcheck(torch.ops.taps_ext.gated_linear_backward.default, arguments)
 
 
-@pytest.mark.parametrize("offset,padding", [(0, 0), (2, 2), (8, 8), (2, 8)])
+@pytest.mark.parametrize("inputs", [96, 95, 89])
+@pytest.mark.parametrize("offset,padding", [(0, 8), (2, 2), (8, 8), (2, 8)])
 @pytest.mark.parametrize("wide_weight", [False, True])
-def test_fused_layouts(offset, padding, wide_weight, path) -> None:
-    """Rows at 4 and at 16 bytes, a strided bias, leading dimensions, samples picked; W in fp32 as in autocast."""
+def test_fused_layouts(offset, padding, wide_weight, inputs, path) -> None:
+    """Rows at 4 and at 16 bytes that end off them, a strided bias, samples picked; W in fp32 as in autocast."""
     path("fused")
     kind = torch.float32 if wide_weight else torch.bfloat16
-    x = draw(6, 5, 96 + padding, dtype=torch.bfloat16)[..., :96]
-    w = draw(40, 96 + offset + padding, dtype=kind)[:, offset : offset + 96]
-    d = draw(40, 96 + offset + padding, dtype=torch.float32)[:, offset : offset + 96]
-    bias, score = draw(80, dtype=torch.bfloat16)[::2], torch.tensor(0.2)
-    on = [t.cuda() for t in (x, w, d, score, bias)]
+    part = slice(offset, offset + inputs)
+    wide = [draw(6, 5, 96 + padding, dtype=torch.bfloat16)]
+    wide += [draw(40, 96 + offset + padding, dtype=dtype) for dtype in (kind, torch.float32)]
+    wide += [torch.tensor(0.2), draw(80, dtype=torch.bfloat16)]
+
+    def narrow(tensors):
+        x, w, d, score, bias = tensors
+        return x[..., :inputs], w[:, part], d[:, part], score, bias[::2]
+
+    x, w, d, _, bias = narrow(wide)
+    on = narrow([t.cuda() for t in wide])  # cut on the device: a copy would be dense
+    assert on[1].stride() == w.stride() and on[4].stride() == (2,)
     y = torch.ops.taps_ext.gated_linear(*on, None, 0.1)
     wt = w.double() + d.double()
-    assert_close(y.cpu(), x.double() @ wt.t() + bias.double(), torch.bfloat16, 97, x, wt)
+    assert_close(y.cpu(), x.double() @ wt.t() + bias.double(), torch.bfloat16, inputs + 1, x, wt)
     grad, picked = draw(6, 5, 40, dtype=torch.bfloat16), torch.tensor([4, 1, 2])
     mask = [True, True, True, True, False]
-    arguments = (grad.cuda(), x[picked].cuda(), *on[1:4], None, 0.1, mask, picked.cuda(), 2.0)
+    taken = torch.empty_strided((3, 5, inputs), (5 * (96 + padding), 96 + padding, 1), dtype=x.dtype, device="cuda")
+    taken.copy_(x[picked])
+    arguments = (grad.cuda(), taken, *on[1:4], None, 0.1, mask, picked.cuda(), 2.0)
     dx, dd, ds, db, _ = (t.cpu() for t in torch.ops.taps_ext.gated_linear_backward(*arguments))
     g = grad[picked].double().flatten(0, 1).t() @ x[picked].double().flatten(0, 1)
     assert_close(dx, grad.double() @ wt, torch.bfloat16, 40, grad, wt)
     assert_close(dd, 2 * g, torch.float32, 15, 2 * grad, x)
-    assert_close(ds, 2 * (g * d.double()).sum(), torch.float32, 15, 2 * grad, x, d, outer=40 * 96)
+    assert_close(ds, 2 * (g * d.double()).sum(), torch.float32, 15, 2 * grad, x, d, outer=40 * inputs)
     assert_close(db, grad.double().sum((0, 1)), torch.bfloat16, 30, grad)
+
+
+def test_a_captured_backward_follows_the_score(path) -> None:
+    """The fused backward in a graph, with scratch memory for split sums and for <G, Delta>."""
+    path("fused")
+    x, w, d, grad = (draw(*s, dtype=torch.bfloat16).cuda() for s in ((16, 64), (4096, 64), (4096, 64), (16, 4096)))
+    score = torch.tensor(0.15, device="cuda")
+    mask = [True, True, True, False, False]
+
+    def run():
+        return torch.ops.taps_ext.gated_linear_backward(grad, x, w, d, score, None, 0.1, mask, None, 1.0)[:3]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    for value in (0.15, 0.05, 0.2):
+        score.fill_(value)
+        want = run()
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
+        assert bool(results[1].any()) == (value >= 0.1)
 
 
 def test_fused_takes_no_weight_sized_memory(path) -> None:
