@@ -23,8 +23,9 @@ class TrainConfig:
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
         weight_decay: on open Deltas and heads only.
         warmup_epochs: whole epochs without the sparsity penalty.
-        budget: steer the penalty so that at most this share of the gated weights stays open, or None. From half of
-            the epochs on, the first one that ends within the budget is the last one that moves the gates.
+        budget: steer the penalty so that at most this share of the gated weights stays open, or None. Gates rest
+            after the first epoch of the second half that ends between 0.6 of the budget and all of it, or of the
+            last quarter that ends within it.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.

@@ -130,7 +130,8 @@ class Run:
                 self.model.drop_closed_gradients(self.name)
             if progress.held:
                 for _, part in self.state.learned():
-                    part.score.grad = None
+                    if part.score is not None:
+                        part.score.grad = None
             optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -201,9 +202,16 @@ class Run:
                 self.best = snapshot(state)
         if config.budget is not None and progress.epoch >= config.warmup_epochs:
             progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
-            # A layer that closes late takes accuracy with it; what stays open gets the rest of the run to make up.
-            progress.held |= within and 2 * (progress.epoch + 1) >= config.epochs
+            progress.held |= within and self._may_hold(report.share, config.budget)
         progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
+
+    def _may_hold(self, share: float, budget: float) -> bool:
+        """Whether the gates may rest from here on: what stays open gets the rest of the run to make up for what closed.
+
+        In the second half of the epochs where the budget is used well, in the last quarter wherever it is met.
+        """
+        done = (self.progress.epoch + 1) / self.config.epochs
+        return done >= 0.75 or (done >= 0.5 and share >= 0.6 * budget)
 
     def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
         """The best epoch has the largest: within the budget, then by the first metric (or the share), then sparser."""
