@@ -5,8 +5,11 @@ Their source is changed as text, and a small program is compiled against it with
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,13 +159,8 @@ def run(folder: Path, runtime: list[Path], changed: dict[str, str]) -> subproces
     return subprocess.run([str(folder / "planted")], capture_output=True, text=True, timeout=300)
 
 
-def test_nothing_planted(tmp_path, runtime) -> None:
-    done = run(tmp_path, runtime, {})
-    assert done.returncode == 0 and " 0 failed" in done.stdout, (done.stdout + done.stderr)[-3000:]
-
-
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted(name: str, tmp_path, runtime) -> None:
+def planted(name: str) -> dict[str, str]:
+    """The source with the mistake in it."""
     plant = PLANTED[name]
     before = SOURCES[plant.file]
     assert before.count(plant.old) == 1, f"{plant.old!r} is in {plant.file} {before.count(plant.old)} times"
@@ -172,11 +170,30 @@ def test_planted(name: str, tmp_path, runtime) -> None:
     if name == "fetched before the barrier":
         first = source.index(LOAD)
         source = source[: first + len(LOAD)] + source[first + len(LOAD) :].replace(LOAD, "", 1)
-    done = run(tmp_path, runtime, {plant.file: source})
+    return {plant.file: source}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, runtime, tmp_path_factory) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The chosen mistakes, compiled and run on all cores."""
+    chosen = [item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = {name: tmp_path_factory.mktemp("planted") for name in chosen}
+        yield {name: pool.submit(lambda n=name: run(folders[n], runtime, planted(n))) for name in chosen}
+
+
+def test_nothing_planted(tmp_path, runtime) -> None:
+    done = run(tmp_path, runtime, {})
+    assert done.returncode == 0 and " 0 failed" in done.stdout, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted(name: str, outcomes) -> None:
+    plant, done = PLANTED[name], outcomes[name].result()
     text = done.stdout + done.stderr
     found = re.search(plant.said, text)
     assert done.returncode != 0 and found, text[-3000:]
     if plant.shows:
-        lines = source.splitlines()
+        lines = planted(name)[plant.file].splitlines()
         named = [lines[int(number) - 1] for number in re.findall(plant.said, text)]
         assert any(piece in line for line in named for piece in plant.shows), (named, text[-2000:])
