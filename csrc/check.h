@@ -8,8 +8,7 @@
 
 namespace taps {
 
-inline void expect_place(const Described& got, const char* name, const Described& like,
-                         const char* like_name) {
+inline void expect_place(const Described& got, const char* name, const Described& like, const char* like_name) {
   if (!(got.place == like.place)) {
     fail(name, ": expected a tensor on ", to_string(like.place), " like ", like_name, ", got one on ",
          to_string(got.place));
@@ -34,8 +33,7 @@ struct GatedWeight {
   bool known_closed() const { return !delta || (!gate.on_device() && !gate.open); }
 };
 
-inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& score,
-                         double threshold) {
+inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& score, double threshold) {
   Gate resolved;
   resolved.threshold = threshold;
   if (gate) {
@@ -61,9 +59,8 @@ inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described
   return resolved;
 }
 
-inline GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta,
-                                const OptionalTensor& score, std::optional<bool> gate,
-                                double threshold, int64_t ndim) {
+inline GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                                std::optional<bool> gate, double threshold, int64_t ndim) {
   GatedWeight checked;
   checked.weight = describe(weight, "weight");
   if (ndim > 0 && checked.weight.ndim() != ndim) {

@@ -11,12 +11,11 @@ struct Geometry {
   int64_t groups;
 };
 
-Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dilation,
-                        int64_t groups, const Described& weight) {
+Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                        const Described& weight) {
   const auto check_pair = [](const Ints& pair, const char* name, int64_t least) {
     if (pair.size() != 2 || pair[0] < least || pair[1] < least) {
-      fail(name, ": expected two integers of at least ", least, ", got ",
-           shape_string(Span(pair.data(), pair.size())));
+      fail(name, ": expected two integers of at least ", least, ", got ", shape_string(Span(pair.data(), pair.size())));
     }
   };
   check_pair(stride, "stride", 1);
@@ -32,8 +31,7 @@ Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dil
 void check_image(const Described& image, const char* name, int64_t channels) {
   const int64_t ndim = image.ndim();
   if ((ndim != 4 && ndim != 3) || image.sizes[ndim - 3] != channels) {
-    fail(name, ": expected shape [B, ", channels, ", H, W] or [", channels, ", H, W], got ",
-         shape_string(image.sizes));
+    fail(name, ": expected shape [B, ", channels, ", H, W] or [", channels, ", H, W], got ", shape_string(image.sizes));
   }
 }
 
@@ -46,38 +44,35 @@ Tensor batched(const Tensor& image, bool single) {
   return single ? call("aten::unsqueeze", "", image, int64_t{0}) : image;
 }
 
-Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                const Geometry& g) {
+Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g) {
   return call("aten::conv2d", "", input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
 }
 
 // dL/dx without x: the transposed convolution, its output padded to the size that x had.
-Tensor data_gradient(const Tensor& dy, const Tensor& weight, const Ints& input_size,
-                     const Described& w, const Described& dy_facts, const Geometry& g) {
+Tensor data_gradient(const Tensor& dy, const Tensor& weight, const Ints& input_size, const Described& w,
+                     const Described& dy_facts, const Geometry& g) {
   Ints output_padding(2);
   const int64_t ndim = dy_facts.ndim();
   for (size_t axis = 0; axis < 2; ++axis) {
-    const int64_t least = (dy_facts.sizes[ndim - 2 + axis] - 1) * g.stride[axis] -
-                          2 * g.padding[axis] + g.dilation[axis] * (w.sizes[2 + axis] - 1) + 1;
+    const int64_t least = (dy_facts.sizes[ndim - 2 + axis] - 1) * g.stride[axis] - 2 * g.padding[axis] +
+                          g.dilation[axis] * (w.sizes[2 + axis] - 1) + 1;
     output_padding[axis] = input_size[axis] - least;
   }
-  return call("aten::convolution", "", dy, weight, std::nullopt, g.stride, g.padding, g.dilation,
-              true, output_padding, g.groups);
+  return call("aten::convolution", "", dy, weight, std::nullopt, g.stride, g.padding, g.dilation, true, output_padding,
+              g.groups);
 }
 
 struct DataAndWeight {
   OptionalTensor input, weight;
 };
 
-DataAndWeight convolution_backward(const Tensor& dy, const Tensor& input, const Tensor& weight,
-                                   const Geometry& g, bool want_input, bool want_weight) {
+DataAndWeight convolution_backward(const Tensor& dy, const Tensor& input, const Tensor& weight, const Geometry& g,
+                                   bool want_input, bool want_weight) {
   const std::array<bool, 3> mask{want_input, want_weight, false};
-  const auto stack = call_many<3>(
-      "aten::convolution_backward", "", dy, input, weight, std::nullopt, g.stride, g.padding,
-      g.dilation, false, Ints{0, 0}, g.groups,
-      torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
-  const Tensor results[3] = {torch::stable::detail::to<Tensor>(stack[0]),
-                             torch::stable::detail::to<Tensor>(stack[1]),
+  const auto stack =
+      call_many<3>("aten::convolution_backward", "", dy, input, weight, std::nullopt, g.stride, g.padding, g.dilation,
+                   false, Ints{0, 0}, g.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(mask.data(), mask.size()));
+  const Tensor results[3] = {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
                              torch::stable::detail::to<Tensor>(stack[2])};
   DataAndWeight grads;
   if (want_input) grads.input = results[0];
@@ -87,8 +82,8 @@ DataAndWeight convolution_backward(const Tensor& dy, const Tensor& input, const 
 
 // <G, Delta> = <conv(x, Delta), dL/dy>: an activation-sized temporary instead of a weight-sized
 // one. Delta in another type is cast through the workspace, which dL/dx no longer needs by now.
-Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, const Geometry& g,
-                      double scale, Dtype compute, Scratch& scratch) {
+Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, const Geometry& g, double scale,
+                      Dtype compute, Scratch& scratch) {
   if (w.known_closed()) expect_finite_delta(w);
   Tensor delta = *w.delta->tensor;
   if (w.delta->dtype != compute) {
@@ -98,16 +93,14 @@ Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, c
     delta = *scratch.tensor;
   }
   const Tensor moved = convolve(x, delta, std::nullopt, g);
-  return dot_like(*w.score, describe(moved, "conv2d(input, delta)"), describe(dy, "grad_output"),
-                  scale);
+  return dot_like(*w.score, describe(moved, "conv2d(input, delta)"), describe(dy, "grad_output"), scale);
 }
 
 }  // namespace
 
-Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
-                    const OptionalTensor& score, const OptionalTensor& bias, const Ints& stride,
-                    const Ints& padding, const Ints& dilation, int64_t groups,
-                    std::optional<bool> gate, double threshold) {
+Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                    const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    int64_t groups, std::optional<bool> gate, double threshold) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
   const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
@@ -116,13 +109,12 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t size = x.sizes[x.ndim() - 2 + axis];
     if (output_size(size, w.weight.sizes[2 + axis], g, axis) < 1) {
-      fail("input: expected a padded image no smaller than the kernel, got shape ",
-           shape_string(x.sizes), " for a weight of shape ", shape_string(w.weight.sizes));
+      fail("input: expected a padded image no smaller than the kernel, got shape ", shape_string(x.sizes),
+           " for a weight of shape ", shape_string(w.weight.sizes));
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] *
-                       (x.ndim() == 4 ? x.sizes[0] : 1);
+  const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] * (x.ndim() == 4 ? x.sizes[0] : 1);
   const Path path = path_for(w, x.dtype, rows);
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
@@ -132,10 +124,10 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
-      output.put(gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score,
-                              narrow(b, 0, panel), stride, padding, dilation,
-                              groups == 1 ? 1 : read.length / w.weight.sizes[1], gate, threshold),
-                 panel);
+      output.put(
+          gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel), stride,
+                       padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], gate, threshold),
+          panel);
     });
     return *output.whole();
   }
@@ -144,13 +136,11 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   return convolve(input, kernel, b, g);
 }
 
-Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input,
-                            const Ints& input_size, const Tensor& weight,
-                            const OptionalTensor& delta, const OptionalTensor& score,
-                            std::optional<bool> gate, double threshold, const Ints& stride,
-                            const Ints& padding, const Ints& dilation, int64_t groups,
-                            const std::vector<bool>& output_mask, const OptionalTensor& rows,
-                            double row_scale) {
+Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
+                            const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                            std::optional<bool> gate, double threshold, const Ints& stride, const Ints& padding,
+                            const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
+                            const OptionalTensor& rows, double row_scale) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
   const Wanted wanted = check_mask(output_mask, w);
@@ -165,8 +155,8 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     const int64_t got = dy.sizes[dy.ndim() - 2 + axis];
     const int64_t expected = output_size(input_size[axis], w.weight.sizes[2 + axis], g, axis);
     if (got != expected) {
-      fail("grad_output: expected size ", expected, " on axis ", dy.ndim() - 2 + axis,
-           " for an input of ", input_size[axis], ", got ", got);
+      fail("grad_output: expected size ", expected, " on axis ", dy.ndim() - 2 + axis, " for an input of ",
+           input_size[axis], ", got ", got);
     }
   }
   const Dtype compute = dy.dtype;
@@ -180,8 +170,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     expected[expected.size() - 1] = input_size[1];
     expect_shape(x, "input", expected);
     if (x.dtype != compute) {
-      fail("input: expected dtype ", to_string(compute), " like grad_output, got ",
-           to_string(x.dtype));
+      fail("input: expected dtype ", to_string(compute), " like grad_output, got ", to_string(x.dtype));
     }
   } else if (wanted.weight_side()) {
     fail("input: expected a tensor, weight gradients are asked for; got None");
@@ -191,30 +180,27 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   const bool rebuilds = wanted.input && path != Path::kStock && !w.known_closed();
   // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
   const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
-  const bool casts = form_gradient ? w.weight.dtype != compute
-                                   : wanted.score && w.delta->dtype != compute;
+  const bool casts = form_gradient ? w.weight.dtype != compute : wanted.score && w.delta->dtype != compute;
   if (const int64_t step = rebuilds || casts ? panel_step(w.weight, compute, groups) : 0) {
     const int64_t channel_dim = dy.ndim() - 3;
     std::vector<bool> mask = output_mask;
     if (!rebuilds) mask[0] = false;  // W serves, whole
-    const bool last = channels_last(dy) || channels_last(w.weight) ||
-                      (input && channels_last(describe(*input, "input")));
+    const bool last =
+        channels_last(dy) || channels_last(w.weight) || (input && channels_last(describe(*input, "input")));
     PanelGrads grads(w, check_mask(mask, w), groups, channel_dim, last);
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       grads.put(gated_conv2d_backward(
-                    narrow(grad_output, channel_dim, panel),
-                    groups == 1 ? input : narrow(input, channel_dim, read), input_size,
-                    narrow(weight, 0, panel), narrow(delta, 0, panel), score, gate, threshold,
-                    stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1],
-                    mask, rows, row_scale),
+                    narrow(grad_output, channel_dim, panel), groups == 1 ? input : narrow(input, channel_dim, read),
+                    input_size, narrow(weight, 0, panel), narrow(delta, 0, panel), score, gate, threshold, stride,
+                    padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], mask, rows, row_scale),
                 panel);
     });
     Grads whole = grads.whole(compute);
     if (wanted.input && !rebuilds) {
-      std::get<0>(whole) = std::get<0>(gated_conv2d_backward(
-          grad_output, input, input_size, weight, delta, score, gate, threshold, stride, padding,
-          dilation, groups, {true, false, false, false, false}, std::nullopt, 1.0));
+      std::get<0>(whole) = std::get<0>(gated_conv2d_backward(grad_output, input, input_size, weight, delta, score, gate,
+                                                             threshold, stride, padding, dilation, groups,
+                                                             {true, false, false, false, false}, std::nullopt, 1.0));
     }
     return whole;
   }
@@ -238,14 +224,12 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     if (single) dinput = call("aten::squeeze", "dim", *dinput, int64_t{0});
   }
   if (wanted.bias) {
-    dbias = call("aten::sum", "dim_IntList", dy4, std::optional<Ints>(Ints{0, 2, 3}), false,
-                 std::nullopt);
+    dbias = call("aten::sum", "dim_IntList", dy4, std::optional<Ints>(Ints{0, 2, 3}), false, std::nullopt);
   }
 
   WeightGrads grads;
   if (wanted.weight_side()) {
-    const Tensor dy_taken =
-        rows ? call("aten::index_select", "", grad_output, int64_t{0}, *rows) : dy4;
+    const Tensor dy_taken = rows ? call("aten::index_select", "", grad_output, int64_t{0}, *rows) : dy4;
     if (form_gradient && !gradient) {
       // Only the shape and the layout of the weight matter here.
       Tensor like = weight;

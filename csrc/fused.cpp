@@ -9,8 +9,8 @@ namespace {
 bool readable(const Described& matrix) {
   const auto address = reinterpret_cast<uintptr_t>(matrix.data());
   const int64_t step = matrix.sizes[0] > 1 ? matrix.strides[0] * size_of(matrix.dtype) : 0;
-  return matrix.ndim() == 2 && (matrix.strides[1] == 1 || matrix.sizes[1] == 1) && step >= 0 &&
-         address % 4 == 0 && step % 4 == 0;
+  return matrix.ndim() == 2 && (matrix.strides[1] == 1 || matrix.sizes[1] == 1) && step >= 0 && address % 4 == 0 &&
+         step % 4 == 0;
 }
 
 bool served(const GatedWeight& w) { return (w.weight.place.cuda || cuda::kTilesOnCpu) && w.weight.numel() > 0; }

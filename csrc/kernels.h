@@ -127,7 +127,7 @@ struct LinearProduct {
   void* score_gradient = nullptr;
   Dtype score_dtype = Dtype::kFloat32;
   void* memory = nullptr;
-  int splits = 1;             // of the depth; the launch sets these two
+  int splits = 1;  // of the depth; the launch sets these two
   int64_t depth_of_split = 0;
 };
 

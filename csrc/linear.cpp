@@ -8,12 +8,11 @@ namespace taps {
 namespace {
 
 // x [..., K] with W [N, K]; `name` is the activation that is checked, `width` its last size.
-LinearSizes check_linear(const Described& activation, const char* name, const Described& weight,
-                         int64_t width) {
+LinearSizes check_linear(const Described& activation, const char* name, const Described& weight, int64_t width) {
   const int64_t ndim = activation.ndim();
   if (ndim < 1 || activation.sizes[ndim - 1] != width) {
-    fail(name, ": expected shape [..., ", width, "] for a weight of shape ",
-         shape_string(weight.sizes), ", got ", shape_string(activation.sizes));
+    fail(name, ": expected shape [..., ", width, "] for a weight of shape ", shape_string(weight.sizes), ", got ",
+         shape_string(activation.sizes));
   }
   LinearSizes sizes;
   for (int64_t dim = 0; dim + 1 < ndim; ++dim) sizes.rows *= activation.sizes[dim];
@@ -90,9 +89,8 @@ OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight,
   return cast_to(described, compute);
 }
 
-Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
-                    const OptionalTensor& score, const OptionalTensor& bias,
-                    std::optional<bool> gate, double threshold) {
+Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                    const OptionalTensor& bias, std::optional<bool> gate, double threshold) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
   const Described x = check_activation(input, "input", w.weight);
@@ -111,8 +109,8 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
     Slices output(x.ndim() - 1, sizes.outputs);
     for_panels(sizes.outputs, step, [&](Range panel) {
-      output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score,
-                              narrow(b, 0, panel), gate, threshold),
+      output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
+                              gate, threshold),
                  panel);
     });
     return *output.whole();
@@ -122,11 +120,10 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   return call("aten::linear", "", input, matrix, b);
 }
 
-Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input,
-                            const Tensor& weight, const OptionalTensor& delta,
-                            const OptionalTensor& score, std::optional<bool> gate,
-                            double threshold, const std::vector<bool>& output_mask,
-                            const OptionalTensor& rows, double row_scale) {
+Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
+                            const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,
+                            double threshold, const std::vector<bool>& output_mask, const OptionalTensor& rows,
+                            double row_scale) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
   const Wanted wanted = check_mask(output_mask, w);
@@ -158,16 +155,14 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
     if (!rebuilds) mask[0] = false;  // W serves, whole
     PanelGrads grads(w, check_mask(mask, w));
     for_panels(sizes.outputs, step, [&](Range panel) {
-      grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input,
-                                      narrow(weight, 0, panel), narrow(delta, 0, panel), score,
-                                      gate, threshold, mask, rows, row_scale),
+      grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input, narrow(weight, 0, panel),
+                                      narrow(delta, 0, panel), score, gate, threshold, mask, rows, row_scale),
                 panel);
     });
     Grads whole = grads.whole(compute);
     if (wanted.input && !rebuilds) {
-      std::get<0>(whole) = std::get<0>(gated_linear_backward(
-          grad_output, input, weight, delta, score, gate, threshold,
-          {true, false, false, false, false}, std::nullopt, 1.0));
+      std::get<0>(whole) = std::get<0>(gated_linear_backward(grad_output, input, weight, delta, score, gate, threshold,
+                                                             {true, false, false, false, false}, std::nullopt, 1.0));
     }
     return whole;
   }
@@ -208,16 +203,15 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   return pack_grads(w, compute, dinput, grads, dbias);
 }
 
-Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput,
-                 const WeightGrads& grads, const OptionalTensor& dbias) {
+Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput, const WeightGrads& grads,
+                 const OptionalTensor& dbias) {
   const Place place = w.weight.place;
   const auto or_nothing = [&](const OptionalTensor& tensor, Dtype dtype) {
     return tensor ? *tensor : no_tensor(dtype, place);
   };
-  return {or_nothing(dinput, compute),
-          or_nothing(grads.delta, w.delta ? w.delta->dtype : w.weight.dtype),
-          or_nothing(grads.score, w.score ? w.score->dtype : Dtype::kFloat32),
-          or_nothing(dbias, compute), or_nothing(grads.weight, w.weight.dtype)};
+  return {or_nothing(dinput, compute), or_nothing(grads.delta, w.delta ? w.delta->dtype : w.weight.dtype),
+          or_nothing(grads.score, w.score ? w.score->dtype : Dtype::kFloat32), or_nothing(dbias, compute),
+          or_nothing(grads.weight, w.weight.dtype)};
 }
 
 }  // namespace taps

@@ -14,8 +14,8 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["torch_built_against"] = TAPS_BUILD_TORCH;
-  info["torch_target"] = std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." +
-                         std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+  info["torch_target"] =
+      std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -52,13 +52,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
   m.def(
-      "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); },
-      py::arg("name"), "Use this instruction set; None returns to the best one. For tests.");
+      "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); }, py::arg("name"),
+      "Use this instruction set; None returns to the best one. For tests.");
 
   m.def(
       "choose",
-      [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs,
-         bool cuda, bool fusable) {
+      [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
@@ -69,11 +68,10 @@ PYBIND11_MODULE(_C, m) {
         problem.inputs = inputs;
         return std::string(taps::name_of(taps::chosen_path(problem)));
       },
-      py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0,
-      py::arg("outputs") = 0, py::arg("inputs") = 0, py::arg("cuda") = false,
-      py::arg("fusable") = false,
+      py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
+      py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false,
       "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
   m.def(
-      "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); },
-      py::arg("path"), "Make every layer take this path; None lets choose() decide. For tests.");
+      "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); }, py::arg("path"),
+      "Make every layer take this path; None lets choose() decide. For tests.");
 }

@@ -16,8 +16,8 @@
 
 namespace taps {
 
-void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta,
-                 const OptionalTensor& score, std::optional<bool> gate, double threshold) {
+void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                 std::optional<bool> gate, double threshold) {
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 0);
   if (!delta && !gate && !score) {
     fail("gate: expected a bool, or a score to read it from, got None for both");
@@ -54,24 +54,29 @@ std::vector<int64_t> probe_packed(const std::vector<Tensor>& parts, const std::s
 
 STABLE_TORCH_LIBRARY(taps_ext, m) {
   // out <- round(W + g * Delta), in out's dtype; a closed gate selects W and never multiplies.
-  m.def("reconstruct(Tensor(a!) out, Tensor weight, Tensor? delta, Tensor? score, bool? gate, "
-        "float threshold) -> ()");
+  m.def(
+      "reconstruct(Tensor(a!) out, Tensor weight, Tensor? delta, Tensor? score, bool? gate, "
+      "float threshold) -> ()");
   // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself.
-  m.def("gated_linear(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
-        "bool? gate, float threshold) -> Tensor");
+  m.def(
+      "gated_linear(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
+      "bool? gate, float threshold) -> Tensor");
   // Gradients of gated_linear; input may be None where no weight-side gradient is asked for.
-  m.def("gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "
-        "Tensor? score, bool? gate, float threshold, bool[5] output_mask, Tensor? rows, "
-        "float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "
+      "Tensor? score, bool? gate, float threshold, bool[5] output_mask, Tensor? rows, "
+      "float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // y = conv2d(x, W_t) + b for x [B, C, H, W] or [C, H, W].
-  m.def("gated_conv2d(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
-        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool? gate, "
-        "float threshold) -> Tensor");
+  m.def(
+      "gated_conv2d(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, bool? gate, "
+      "float threshold) -> Tensor");
   // Gradients of gated_conv2d; input_size is (H, W) of the input, which may itself be None.
-  m.def("gated_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, "
-        "Tensor weight, Tensor? delta, Tensor? score, bool? gate, float threshold, "
-        "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[5] output_mask, "
-        "Tensor? rows, float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gated_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, "
+      "Tensor weight, Tensor? delta, Tensor? score, bool? gate, float threshold, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[5] output_mask, "
+      "Tensor? rows, float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // For the tests of the ABI alone.
   m.def("_probe_optional_list(Tensor?[] deltas) -> int[]");
   m.def("_probe_packed(Tensor[] parts, str codec) -> int[]");
@@ -79,13 +84,13 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
 
 // The same functions serve both devices; the kernels below them differ. Without CUDA kernels the
 // CUDA registrations stay, so that the error says how to get them.
-#define TAPS_REGISTER(device)                                                     \
-  STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                                \
-    m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                         \
-    m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                       \
-    m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward));     \
-    m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                       \
-    m.impl("gated_conv2d_backward", TORCH_BOX(&taps::gated_conv2d_backward));     \
+#define TAPS_REGISTER(device)                                                 \
+  STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                            \
+    m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                     \
+    m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                   \
+    m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward)); \
+    m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                   \
+    m.impl("gated_conv2d_backward", TORCH_BOX(&taps::gated_conv2d_backward)); \
   }
 TAPS_REGISTER(CPU)
 TAPS_REGISTER(CUDA)

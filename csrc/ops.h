@@ -7,31 +7,26 @@ namespace taps {
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // input, delta, score, bias, weight
 
-void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta,
-                 const OptionalTensor& score, std::optional<bool> gate, double threshold);
+void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                 std::optional<bool> gate, double threshold);
 
-Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
-                    const OptionalTensor& score, const OptionalTensor& bias,
-                    std::optional<bool> gate, double threshold);
+Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                    const OptionalTensor& bias, std::optional<bool> gate, double threshold);
 
-Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input,
-                            const Tensor& weight, const OptionalTensor& delta,
-                            const OptionalTensor& score, std::optional<bool> gate,
-                            double threshold, const std::vector<bool>& output_mask,
-                            const OptionalTensor& rows, double row_scale);
-
-Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta,
-                    const OptionalTensor& score, const OptionalTensor& bias, const Ints& stride,
-                    const Ints& padding, const Ints& dilation, int64_t groups,
-                    std::optional<bool> gate, double threshold);
-
-Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input,
-                            const Ints& input_size, const Tensor& weight,
-                            const OptionalTensor& delta, const OptionalTensor& score,
-                            std::optional<bool> gate, double threshold, const Ints& stride,
-                            const Ints& padding, const Ints& dilation, int64_t groups,
-                            const std::vector<bool>& output_mask, const OptionalTensor& rows,
+Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
+                            const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,
+                            double threshold, const std::vector<bool>& output_mask, const OptionalTensor& rows,
                             double row_scale);
+
+Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                    const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    int64_t groups, std::optional<bool> gate, double threshold);
+
+Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
+                            const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                            std::optional<bool> gate, double threshold, const Ints& stride, const Ints& padding,
+                            const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
+                            const OptionalTensor& rows, double row_scale);
 
 // --- shared by linear.cpp and conv2d.cpp ---------------------------------------------------------
 
@@ -39,8 +34,8 @@ Tensor cast_to(const Described& from, Dtype dtype);  // small tensors: a bias
 OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight, Dtype compute);
 
 // The five results; one that was not asked for is an empty tensor of shape [0].
-Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput,
-                 const WeightGrads& grads, const OptionalTensor& dbias);
+Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput, const WeightGrads& grads,
+                 const OptionalTensor& dbias);
 
 // The results of a backward op that was run panel by panel.
 class PanelGrads {

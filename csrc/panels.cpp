@@ -7,8 +7,8 @@
 namespace taps {
 namespace {
 
-constexpr int64_t kLeast = 2;   // channels: with one, a slice would not tell its memory format
-constexpr int64_t kEven = 16;   // channels that torch's kernels like to work on together
+constexpr int64_t kLeast = 2;  // channels: with one, a slice would not tell its memory format
+constexpr int64_t kEven = 16;  // channels that torch's kernels like to work on together
 
 Gate open_gate() {
   Gate gate;
@@ -24,8 +24,7 @@ Tensor empty_whole(const Described& part, int64_t dim, int64_t size, bool may_be
   if (may_be_channels_last && channels_last(part)) {
     strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
   }
-  return empty_strided(Span(sizes.data(), sizes.size()), Span(strides.data(), strides.size()),
-                       part.dtype, part.place);
+  return empty_strided(Span(sizes.data(), sizes.size()), Span(strides.data(), strides.size()), part.dtype, part.place);
 }
 
 // A copy in another type with the same layout.
@@ -108,8 +107,8 @@ OptionalTensor Sum::whole() const {
   return sum.dtype == dtype_ ? *sum_ : copy_as(sum, dtype_);
 }
 
-PanelGrads::PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups,
-                       int64_t input_dim, bool may_be_channels_last)
+PanelGrads::PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups, int64_t input_dim,
+                       bool may_be_channels_last)
     : w_(w),
       wanted_(wanted),
       groups_(groups),
@@ -134,10 +133,10 @@ void PanelGrads::put(const Grads& part, Range panel) {
 Grads PanelGrads::whole(Dtype compute) const {
   const OptionalTensor nothing;
   const OptionalTensor input = groups_ == 1 ? input_sum_.whole() : input_.whole();
-  return pack_grads(w_, compute, input,
-                    {wanted_.delta ? delta_.whole() : nothing, score_.whole(),
-                     wanted_.weight ? weight_.whole() : nothing},
-                    bias_.whole());
+  return pack_grads(
+      w_, compute, input,
+      {wanted_.delta ? delta_.whole() : nothing, score_.whole(), wanted_.weight ? weight_.whole() : nothing},
+      bias_.whole());
 }
 
 }  // namespace taps

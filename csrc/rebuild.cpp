@@ -14,10 +14,8 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   const Ints strides = dense_strides(weight);
   AtenTensorHandle handle = nullptr;
   check_torch(aoti_torch_create_tensor_from_blob(
-                  scratch.lease.data(), weight.ndim(), weight.sizes.data(), strides.data(), 0,
-                  torch_dtype(dtype),
-                  place.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
-                  place.index, &handle),
+                  scratch.lease.data(), weight.ndim(), weight.sizes.data(), strides.data(), 0, torch_dtype(dtype),
+                  place.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), place.index, &handle),
               "workspace view");
   scratch.tensor.emplace(handle);
   return scratch;
@@ -51,16 +49,15 @@ Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable) {
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch) {
   if (path == Path::kStock) return *w.weight.tensor;
   if (!scratch.tensor) scratch = scratch_like(w.weight, compute);
-  reconstruct_into(describe(*scratch.tensor, "workspace"), &w.weight,
-                   w.delta ? &*w.delta : nullptr, w.gate);
+  reconstruct_into(describe(*scratch.tensor, "workspace"), &w.weight, w.delta ? &*w.delta : nullptr, w.gate);
   return *scratch.tensor;
 }
 
-void reconstruct_into(const Described& out, const Described* weight, const Described* delta,
-                      const Gate& gate, double scale) {
+void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
+                      double scale) {
   Reconstruct args;
-  args.walk = make_walk<3>(out.sizes, {out.strides, weight ? weight->strides : out.strides,
-                                       delta ? delta->strides : out.strides});
+  args.walk = make_walk<3>(out.sizes,
+                           {out.strides, weight ? weight->strides : out.strides, delta ? delta->strides : out.strides});
   if (args.walk.numel == 0) return;
   args.out = out.data();
   args.out_dtype = out.dtype;
@@ -81,8 +78,7 @@ void reconstruct_into(const Described& out, const Described* weight, const Descr
   }
 }
 
-Tensor selected_like(const Described& like, const Described& from, const Gate& gate,
-                     double scale) {
+Tensor selected_like(const Described& like, const Described& from, const Gate& gate, double scale) {
   Tensor result = empty_like(like);
   reconstruct_into(describe(result, "result"), nullptr, &from, gate, scale);
   return result;
@@ -102,8 +98,7 @@ Tensor dot_like(const Described& score, const Described& a, const Described& b, 
   const int64_t chunks = dot_chunks(args.walk);
   if (a.place.cuda) {
     const int64_t size = chunks, stride = 1;
-    const Tensor partials =
-        empty_strided(Span(&size, 1), Span(&stride, 1), Dtype::kFloat64, a.place);
+    const Tensor partials = empty_strided(Span(&size, 1), Span(&stride, 1), Dtype::kFloat64, a.place);
     args.partials = static_cast<double*>(partials.data_ptr());
     cuda::dot(args, a.place.index, stream_of(a.place));
   } else {
@@ -118,8 +113,9 @@ void expect_finite_delta(const GatedWeight& w) {
   if (w.delta->place.cuda) return;
   const Walk<1> walk = make_walk<1>(w.delta->sizes, {w.delta->strides});
   if (walk.numel && !cpu::all_finite(walk, w.delta->data(), w.delta->dtype)) {
-    fail("delta: expected finite values in a closed layer during training, because its score's "
-         "gradient is <G, delta>; got Inf or NaN");
+    fail(
+        "delta: expected finite values in a closed layer during training, because its score's "
+        "gradient is <G, delta>; got Inf or NaN");
   }
 }
 

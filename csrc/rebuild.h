@@ -26,8 +26,8 @@ Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable = 
 Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable);
 
 // out = scale * (weight + (gate ? delta : 0)); a missing operand counts as 0.
-void reconstruct_into(const Described& out, const Described* weight, const Described* delta,
-                      const Gate& gate, double scale = 1.0);
+void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
+                      double scale = 1.0);
 
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.

@@ -8,22 +8,24 @@ namespace taps {
 
 std::string last_torch_error() {
   using Getter = const char* (*)();
-  static const Getter getter = reinterpret_cast<Getter>(
-      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  static const Getter getter =
+      reinterpret_cast<Getter>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   const char* message = getter ? getter() : nullptr;
   return message ? std::string(": ") + message : std::string(" (torch's message is on stderr)");
 }
 
-std::string to_string(Place place) {
-  return place.cuda ? "cuda:" + std::to_string(place.index) : "cpu";
-}
+std::string to_string(Place place) { return place.cuda ? "cuda:" + std::to_string(place.index) : "cpu"; }
 
 std::string to_string(Dtype dtype) {
   switch (dtype) {
-    case Dtype::kFloat32: return "float32";
-    case Dtype::kFloat64: return "float64";
-    case Dtype::kBFloat16: return "bfloat16";
-    case Dtype::kFloat16: return "float16";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
   }
   return "?";
 }
@@ -38,10 +40,14 @@ std::string shape_string(Span sizes) {
 
 int32_t torch_dtype(Dtype dtype) {
   switch (dtype) {
-    case Dtype::kFloat32: return aoti_torch_dtype_float32();
-    case Dtype::kFloat64: return aoti_torch_dtype_float64();
-    case Dtype::kBFloat16: return aoti_torch_dtype_bfloat16();
-    case Dtype::kFloat16: return aoti_torch_dtype_float16();
+    case Dtype::kFloat32:
+      return aoti_torch_dtype_float32();
+    case Dtype::kFloat64:
+      return aoti_torch_dtype_float64();
+    case Dtype::kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case Dtype::kFloat16:
+      return aoti_torch_dtype_float16();
   }
   return -1;
 }
@@ -62,8 +68,7 @@ Described describe(const Tensor& tensor, const char* name) {
   check_torch(aoti_torch_get_device_index(handle, &described.place.index), name);
   described.sizes = Span(sizes, static_cast<size_t>(ndim));
   described.strides = Span(strides, static_cast<size_t>(ndim));
-  for (const Dtype known :
-       {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
+  for (const Dtype known : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
     if (dtype == torch_dtype(known)) {
       described.dtype = known;
       described.place.cuda = device_type == aoti_torch_device_type_cuda();
@@ -78,19 +83,17 @@ Described describe(const Tensor& tensor, const char* name) {
 
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place) {
   AtenTensorHandle handle = nullptr;
-  check_torch(
-      aoti_torch_empty_strided(
-          static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), torch_dtype(dtype),
-          place.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), place.index,
-          &handle),
-      "allocation");
+  check_torch(aoti_torch_empty_strided(
+                  static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), torch_dtype(dtype),
+                  place.cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), place.index, &handle),
+              "allocation");
   return Tensor(handle);
 }
 
 Tensor reshaped(const Tensor& tensor, Span sizes, Span strides) {
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()),
-                                             sizes.data(), strides.data(), 0, &handle),
+  check_torch(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                             strides.data(), 0, &handle),
               "view");
   return Tensor(handle);
 }
@@ -131,8 +134,7 @@ bool every_stride(Span sizes, Span strides, const F& holds) {
     if (sizes[dim] == 0) return true;
     if (sizes[dim] > 1) order[n++] = dim;
   }
-  std::sort(order.begin(), order.begin() + n,
-            [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  std::sort(order.begin(), order.begin() + n, [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   int64_t expected = 1;
   for (size_t i = 0; i < n; ++i) {
     if (!holds(expected, strides[order[i]])) return false;
@@ -148,8 +150,7 @@ bool is_dense(Span sizes, Span strides) {
 }
 
 bool overlaps(Span sizes, Span strides) {
-  return !every_stride(sizes, strides,
-                       [](int64_t expected, int64_t got) { return got >= expected; });
+  return !every_stride(sizes, strides, [](int64_t expected, int64_t got) { return got >= expected; });
 }
 
 Ints dense_strides(const Described& like) {

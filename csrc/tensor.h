@@ -73,9 +73,7 @@ class NoGrad {
 struct Place {
   bool cuda = false;
   int32_t index = 0;
-  bool operator==(const Place& other) const {
-    return cuda == other.cuda && (!cuda || index == other.index);
-  }
+  bool operator==(const Place& other) const { return cuda == other.cuda && (!cuda || index == other.index); }
 };
 
 std::string to_string(Place place);
@@ -113,13 +111,13 @@ Described describe(const Tensor& tensor, const char* name);
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place);
 // The same memory under other sizes and strides, without a trip through the dispatcher.
 Tensor reshaped(const Tensor& tensor, Span sizes, Span strides);
-Tensor zeros_like(const Described& like);  // keeps dense strides
-Tensor empty_like(const Described& like);  // keeps dense strides
+Tensor zeros_like(const Described& like);    // keeps dense strides
+Tensor empty_like(const Described& like);    // keeps dense strides
 Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for
 
 Ints contiguous_strides(Span sizes);
-bool is_dense(Span sizes, Span strides);  // every element once, no gaps
-bool overlaps(Span sizes, Span strides);  // expanded: some elements share memory
+bool is_dense(Span sizes, Span strides);    // every element once, no gaps
+bool overlaps(Span sizes, Span strides);    // expanded: some elements share memory
 Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones
 
 // --- walks --------------------------------------------------------------------------------------

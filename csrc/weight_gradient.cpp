@@ -13,9 +13,7 @@ bool delta_holds(const WeightSide& side) {
   return side.want_delta && !side.w.known_closed() && side.w.delta->dtype == side.compute;
 }
 
-bool weight_holds(const WeightSide& side) {
-  return side.want_weight && side.w.weight.dtype == side.compute;
-}
+bool weight_holds(const WeightSide& side) { return side.want_weight && side.w.weight.dtype == side.compute; }
 
 bool same_layout(const Described& a, const Described& b) {
   return make_walk<2>(a.sizes, {a.strides, b.strides}).flat();
@@ -29,9 +27,7 @@ bool finite(const Described& scalar) {
 }  // namespace
 
 Holder holder_for(const WeightSide& side) {
-  return delta_holds(side) ? Holder::kDelta
-         : weight_holds(side) ? Holder::kWeight
-                              : Holder::kScratch;
+  return delta_holds(side) ? Holder::kDelta : weight_holds(side) ? Holder::kWeight : Holder::kScratch;
 }
 
 WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder) {
@@ -42,8 +38,7 @@ WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder) {
     const auto fits = [&](const Described& like) {
       return is_dense(like.sizes, like.strides) && same_layout(gradient, like);
     };
-    if ((holder == Holder::kDelta && !fits(*w.delta)) ||
-        (holder == Holder::kWeight && !fits(w.weight))) {
+    if ((holder == Holder::kDelta && !fits(*w.delta)) || (holder == Holder::kWeight && !fits(w.weight))) {
       holder = Holder::kScratch;
     }
   }
@@ -59,8 +54,7 @@ WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder) {
   Gate all;
   all.open = true;
   if (side.want_delta && holder != Holder::kDelta) {
-    grads.delta = w.known_closed() ? zeros_like(*w.delta)
-                                   : selected_like(*w.delta, gradient, w.gate, side.scale);
+    grads.delta = w.known_closed() ? zeros_like(*w.delta) : selected_like(*w.delta, gradient, w.gate, side.scale);
   }
   if (side.want_weight && holder != Holder::kWeight) {
     grads.weight = selected_like(w.weight, gradient, all, side.scale);

@@ -26,8 +26,7 @@ struct Buffer {
       const int64_t count = static_cast<int64_t>(size), stride = 1;
       // fp64 elements, because the allocation helper speaks the kernels' types.
       const int64_t doubles = (count + 7) / 8;
-      tensor = empty_strided(Span(&doubles, 1), Span(&stride, 1), Dtype::kFloat64,
-                             Place{true, std::get<1>(key)});
+      tensor = empty_strided(Span(&doubles, 1), Span(&stride, 1), Dtype::kFloat64, Place{true, std::get<1>(key)});
       check_torch(aoti_torch_get_data_ptr(tensor->get(), &data), "workspace");
       return;
     }

@@ -36,8 +36,7 @@ void dot(const Dot& args) {
       const int64_t from = chunk * per_chunk;
       const int64_t to = from + per_chunk < rows ? from + per_chunk : rows;
       if (flat) {
-        set.dot(at(args.a, args.a_dtype, from, 1), at(args.b, args.b_dtype, from, 1), to - from,
-                sums);
+        set.dot(at(args.a, args.a_dtype, from, 1), at(args.b, args.b_dtype, from, 1), to - from, sums);
       } else {
         for_rows<Walk<2>, 2>(walk, from, to, [&](int64_t, const int64_t* offset) {
           set.dot(at(args.a, args.a_dtype, offset[0], walk.strides[0][last]),

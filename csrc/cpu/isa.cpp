@@ -27,9 +27,8 @@ const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #ifdef TAPS_HAVE_AVX512
       {"avx512", &lanes_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
 #endif
 #ifdef TAPS_HAVE_AVX2
       {"avx2", &lanes_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},

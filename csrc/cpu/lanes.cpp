@@ -3,9 +3,9 @@
 //
 // 16-bit operands pass through a block in L1 cache, fp32 and fp64 ones are used in place: one short
 // loop per conversion instead of one kernel per combination of types.
-#include "cpu/isa.h"
-
 #include <cstring>
+
+#include "cpu/isa.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -42,9 +42,7 @@ inline float from_float16(uint16_t bits) {
   const uint32_t normal = shifted + (112u << 23);
   // Subnormals: let one subtraction renormalise them.
   const uint32_t subnormal = bits_of(float_of(shifted + (113u << 23)) - float_of(113u << 23));
-  const uint32_t magnitude = exponent == 0x0f800000u ? shifted + (224u << 23)
-                             : exponent == 0         ? subnormal
-                                                     : normal;
+  const uint32_t magnitude = exponent == 0x0f800000u ? shifted + (224u << 23) : exponent == 0 ? subnormal : normal;
   return float_of(magnitude | static_cast<uint32_t>(bits & 0x8000u) << 16);
 }
 
@@ -67,8 +65,7 @@ inline uint16_t to_float16(float value) {
 void float16_to_floats(const uint16_t* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(to + i,
-                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
   for (; i < n; ++i) to[i] = from_float16(from[i]);
 }
@@ -164,13 +161,11 @@ void store(const double* from, void* out, Dtype dtype, int64_t offset, int64_t n
 }
 
 // Strided operands are gathered into (scattered from) a contiguous block of their own type.
-void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t size,
-                  int64_t n) {
+void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t size, int64_t n) {
   char* to_bytes = static_cast<char*>(to);
   const char* from_bytes = static_cast<const char*>(from);
   for (int64_t i = 0; i < n; ++i) {
-    std::memcpy(to_bytes + i * to_stride * size, from_bytes + i * from_stride * size,
-                static_cast<size_t>(size));
+    std::memcpy(to_bytes + i * to_stride * size, from_bytes + i * from_stride * size, static_cast<size_t>(size));
   }
 }
 
@@ -178,8 +173,7 @@ template <class T>
 const T* load(Run run, int64_t offset, int64_t n, T* buffer, double* gathered) {
   if (run.stride == 1) return load<T>(run.data, run.dtype, offset, n, buffer);
   const int64_t size = size_of(run.dtype);
-  copy_strided(gathered, 1, static_cast<const char*>(run.data) + offset * run.stride * size,
-               run.stride, size, n);
+  copy_strided(gathered, 1, static_cast<const char*>(run.data) + offset * run.stride * size, run.stride, size, n);
   return load<T>(gathered, run.dtype, 0, n, buffer);
 }
 
@@ -200,8 +194,8 @@ void combine(const T* weight, const T* delta, T scale, T* out, int64_t n) {
 }
 
 template <class T>
-void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride, Run weight,
-                    Run delta, double scale, int64_t n) {
+void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride, Run weight, Run delta, double scale,
+                    int64_t n) {
   T weight_block[kBlock], delta_block[kBlock], out_block[kBlock];
   double gathered_weight[kBlock], gathered_delta[kBlock], scattered[kBlock];
   const bool direct = out_dtype == native && out_stride == 1;
@@ -218,15 +212,14 @@ void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride
       } else {
         const int64_t size = size_of(out_dtype);
         store(out_block, scattered, out_dtype, 0, m);
-        copy_strided(static_cast<char*>(out) + i * out_stride * size, out_stride, scattered, 1,
-                     size, m);
+        copy_strided(static_cast<char*>(out) + i * out_stride * size, out_stride, scattered, 1, size, m);
       }
     }
   }
 }
 
-void reconstruct(void* out, Dtype out_dtype, int64_t out_stride, Run weight, Run delta,
-                 double scale, bool in_double, int64_t n) {
+void reconstruct(void* out, Dtype out_dtype, int64_t out_stride, Run weight, Run delta, double scale, bool in_double,
+                 int64_t n) {
   if (in_double) {
     reconstruct_as<double>(Dtype::kFloat64, out, out_dtype, out_stride, weight, delta, scale, n);
   } else {
@@ -257,12 +250,10 @@ void dot(Run a, Run b, int64_t n, double* sums) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     if (in_double) {
       double a_block[kBlock], b_block[kBlock];
-      dot_block(load<double>(a, i, m, a_block, gathered_a),
-                load<double>(b, i, m, b_block, gathered_b), m, sums);
+      dot_block(load<double>(a, i, m, a_block, gathered_a), load<double>(b, i, m, b_block, gathered_b), m, sums);
     } else {
       float a_block[kBlock], b_block[kBlock];
-      dot_block(load<float>(a, i, m, a_block, gathered_a),
-                load<float>(b, i, m, b_block, gathered_b), m, sums);
+      dot_block(load<float>(a, i, m, a_block, gathered_a), load<float>(b, i, m, b_block, gathered_b), m, sums);
     }
   }
 }

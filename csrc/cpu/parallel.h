@@ -18,10 +18,7 @@ void parallel_for(int64_t n, int64_t grain, const F& body) {
     return;
   }
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(
-      0, n, grain,
-      [](int64_t begin, int64_t end, void* context) {
-        (*static_cast<const F*>(context))(begin, end);
-      },
+      0, n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body))));
 }
 

@@ -1,6 +1,7 @@
 // One reading of the PTX manual, for both compilers: what the primitives must do, lane by lane, against plain loops
 // that know nothing of fragments. The twin runs it on the CPU; on a GPU it runs first, before any kernel is trusted.
-// `good` holds ones; whichever thread finds a check failed writes 0. One block of 64 threads, `kConformanceShared` bytes.
+// `good` holds ones; whichever thread finds a check failed writes 0. One block of 64 threads, `kConformanceShared`
+// bytes.
 #pragma once
 
 #include "cuda/primitives.cuh"
@@ -184,9 +185,12 @@ TAPS_DEVICE bool check_named_barrier() {
 
 TAPS_DEVICE bool check_rounding() {
   // Ties to even, both ways, overflow, the least subnormal half, and tf32's ties away from zero.
-  bool good = from_f32<bf16>(float_of(0x3f808000u)).bits == 0x3f80 && from_f32<bf16>(float_of(0x3f818000u)).bits == 0x3f82;
-  good = good && from_f32<bf16>(float_of(0x3f808001u)).bits == 0x3f81 && from_f32<bf16>(float_of(0x7f7fffffu)).bits == 0x7f80;
-  good = good && from_f32<f16>(float_of(0x3f801000u)).bits == 0x3c00 && from_f32<f16>(float_of(0x3f803000u)).bits == 0x3c02;
+  bool good =
+      from_f32<bf16>(float_of(0x3f808000u)).bits == 0x3f80 && from_f32<bf16>(float_of(0x3f818000u)).bits == 0x3f82;
+  good = good && from_f32<bf16>(float_of(0x3f808001u)).bits == 0x3f81 &&
+         from_f32<bf16>(float_of(0x7f7fffffu)).bits == 0x7f80;
+  good = good && from_f32<f16>(float_of(0x3f801000u)).bits == 0x3c00 &&
+         from_f32<f16>(float_of(0x3f803000u)).bits == 0x3c02;
   good = good && from_f32<f16>(65519.0f).bits == 0x7bff && from_f32<f16>(65520.0f).bits == 0x7c00;
   good = good && from_f32<f16>(float_of(0x33000001u)).bits == 1 && from_f32<f16>(float_of(0x33000000u)).bits == 0;
   good = good && to_f32(f16{0x0001}) == float_of(0x33800000u) && to_f32(f16{0xfbff}) == -65504.0f;
@@ -195,14 +199,19 @@ TAPS_DEVICE bool check_rounding() {
 }
 
 TAPS_DEVICE void conformance(const float* source, unsigned* good) {
-  const bool results[kConformanceChecks] = {
-      check_shuffles(),      ballot(lane() % 3 == 0) == 0x49249249u,
-      check_ldmatrix(false), check_ldmatrix(true),
-      check_mma<bf16>(),     check_mma<f16>(),
-      check_mma_tf32(),    (block_sync(), check_copies(source, 16)),
-      (check_copies(source, 8) & check_parts(source)) != 0, check_copies_of_words(source),
-      check_pairs(),         check_named_barrier(),
-      check_rounding()};
+  const bool results[kConformanceChecks] = {check_shuffles(),
+                                            ballot(lane() % 3 == 0) == 0x49249249u,
+                                            check_ldmatrix(false),
+                                            check_ldmatrix(true),
+                                            check_mma<bf16>(),
+                                            check_mma<f16>(),
+                                            check_mma_tf32(),
+                                            (block_sync(), check_copies(source, 16)),
+                                            (check_copies(source, 8) & check_parts(source)) != 0,
+                                            check_copies_of_words(source),
+                                            check_pairs(),
+                                            check_named_barrier(),
+                                            check_rounding()};
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
     if (!results[i]) good[i] = 0;
   }

@@ -42,11 +42,14 @@ constexpr int kVector = 8;  // elements per thread and step: one 16-byte access 
 template <class T>
 __device__ T load_one(const void* data, Dtype dtype, int64_t at) {
   switch (dtype) {
-    case Dtype::kFloat32: return static_cast<T>(static_cast<const float*>(data)[at]);
-    case Dtype::kFloat64: return static_cast<T>(static_cast<const double*>(data)[at]);
+    case Dtype::kFloat32:
+      return static_cast<T>(static_cast<const float*>(data)[at]);
+    case Dtype::kFloat64:
+      return static_cast<T>(static_cast<const double*>(data)[at]);
     case Dtype::kBFloat16:
       return static_cast<T>(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]));
-    default: return static_cast<T>(__half2float(static_cast<const __half*>(data)[at]));
+    default:
+      return static_cast<T>(__half2float(static_cast<const __half*>(data)[at]));
   }
 }
 
@@ -54,12 +57,18 @@ __device__ T load_one(const void* data, Dtype dtype, int64_t at) {
 template <class T>
 __device__ void store_one(void* data, Dtype dtype, int64_t at, T value) {
   switch (dtype) {
-    case Dtype::kFloat32: static_cast<float*>(data)[at] = static_cast<float>(value); return;
-    case Dtype::kFloat64: static_cast<double*>(data)[at] = static_cast<double>(value); return;
+    case Dtype::kFloat32:
+      static_cast<float*>(data)[at] = static_cast<float>(value);
+      return;
+    case Dtype::kFloat64:
+      static_cast<double*>(data)[at] = static_cast<double>(value);
+      return;
     case Dtype::kBFloat16:
       static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(static_cast<float>(value));
       return;
-    default: static_cast<__half*>(data)[at] = __float2half_rn(static_cast<float>(value)); return;
+    default:
+      static_cast<__half*>(data)[at] = __float2half_rn(static_cast<float>(value));
+      return;
   }
 }
 
@@ -89,9 +98,8 @@ __device__ void load_vector(const void* data, Dtype dtype, int64_t at, T (&to)[k
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const uint16_t half = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
-      to[i] = static_cast<T>(dtype == Dtype::kBFloat16
-                                 ? __uint_as_float(static_cast<uint32_t>(half) << 16)
-                                 : __half2float(__ushort_as_half(half)));
+      to[i] = static_cast<T>(dtype == Dtype::kBFloat16 ? __uint_as_float(static_cast<uint32_t>(half) << 16)
+                                                       : __half2float(__ushort_as_half(half)));
     }
   }
 }
@@ -102,24 +110,23 @@ __device__ void store_vector(void* data, Dtype dtype, int64_t at, const T (&from
   if (dtype == Dtype::kFloat32) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      reinterpret_cast<float4*>(bytes)[part] = make_float4(
-          static_cast<float>(from[4 * part]), static_cast<float>(from[4 * part + 1]),
-          static_cast<float>(from[4 * part + 2]), static_cast<float>(from[4 * part + 3]));
+      reinterpret_cast<float4*>(bytes)[part] =
+          make_float4(static_cast<float>(from[4 * part]), static_cast<float>(from[4 * part + 1]),
+                      static_cast<float>(from[4 * part + 2]), static_cast<float>(from[4 * part + 3]));
     }
   } else if (dtype == Dtype::kFloat64) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      reinterpret_cast<double2*>(bytes)[part] = make_double2(
-          static_cast<double>(from[2 * part]), static_cast<double>(from[2 * part + 1]));
+      reinterpret_cast<double2*>(bytes)[part] =
+          make_double2(static_cast<double>(from[2 * part]), static_cast<double>(from[2 * part + 1]));
     }
   } else {
     uint32_t words[4] = {};
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const float value = static_cast<float>(from[i]);
-      const uint32_t half = dtype == Dtype::kBFloat16
-                                ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
-                                : __half_as_ushort(__float2half_rn(value));
+      const uint32_t half = dtype == Dtype::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                                      : __half_as_ushort(__float2half_rn(value));
       words[i / 2] |= half << (i % 2 * 16);
     }
     *reinterpret_cast<uint4*>(bytes) = make_uint4(words[0], words[1], words[2], words[3]);

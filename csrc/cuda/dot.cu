@@ -51,15 +51,14 @@ __global__ void __launch_bounds__(kThreads, 4) dot_strided(Dot args, int64_t per
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     int64_t at[2];
     offsets_of(args.walk, i, at);
-    sum += load_one<double>(args.a, args.a_dtype, at[0]) *
-           load_one<double>(args.b, args.b_dtype, at[1]);
+    sum += load_one<double>(args.a, args.a_dtype, at[0]) * load_one<double>(args.b, args.b_dtype, at[1]);
   }
   const double total = block_sum(sum);
   if (threadIdx.x == 0) args.partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads, 4) dot_finish(const double* partials, int64_t chunks, double scale,
-                                                       void* result, Dtype dtype) {
+__global__ void __launch_bounds__(kThreads, 4)
+    dot_finish(const double* partials, int64_t chunks, double scale, void* result, Dtype dtype) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) sum += partials[i];
   const double total = block_sum(sum);

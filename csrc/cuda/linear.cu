@@ -1,7 +1,6 @@
 // Launches of the gated linear layer's three products (linear.cuh): the type instances, shared memory, grids.
-#include "cuda/linear.cuh"
-
 #include "cuda/device.cuh"
+#include "cuda/linear.cuh"
 
 namespace taps::cuda {
 namespace {
@@ -93,7 +92,8 @@ void linear(Product kind, LinearProduct args, int device, void* stream) {
     }
   }
   if (kind == Product::kWeightGradient && args.score_gradient) {
-    add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype, queue);
+    add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype,
+           queue);
   }
 }
 

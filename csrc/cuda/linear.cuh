@@ -67,8 +67,8 @@ struct Forward {
     const Place<S> place(p.rows);
     const int64_t begin = bid_y() * p.depth_of_split;
     float sum[S::kM][S::kN][4] = {};
-    Loop::multiply(sum, A(p.x, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.outputs), begin,
-                   begin + p.depth_of_split < p.inputs ? begin + p.depth_of_split : p.inputs);
+    Loop::multiply(sum, A(p.x, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.outputs),
+                   begin, begin + p.depth_of_split < p.inputs ? begin + p.depth_of_split : p.inputs);
     write<S, T>(sum, p, place, p.rows, p.outputs);
   }
 };
@@ -84,8 +84,8 @@ struct InputGradient {
     const Place<S> place(p.rows);
     const int64_t begin = bid_y() * p.depth_of_split;
     float sum[S::kM][S::kN][4] = {};
-    Loop::multiply(sum, A(p.dy, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.inputs), begin,
-                   begin + p.depth_of_split < p.outputs ? begin + p.depth_of_split : p.outputs);
+    Loop::multiply(sum, A(p.dy, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.inputs),
+                   begin, begin + p.depth_of_split < p.outputs ? begin + p.depth_of_split : p.outputs);
     write<S, T>(sum, p, place, p.rows, p.inputs);
   }
 };
@@ -178,10 +178,10 @@ struct Grid {
 };
 
 // How often to split the depth. A split costs its share of the partial sums, written and read once (mostly in L2), and
-// the second kernel a launch; it pays where the tiles alone leave multiprocessors without work. Time is counted in bytes
-// of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s.
-inline Grid plan(int64_t rows, int64_t columns, int64_t depth, int64_t tile_rows, int64_t tile_columns, int64_t tile_depth,
-                 int64_t bytes_of_weight, int multiprocessors) {
+// the second kernel a launch; it pays where the tiles alone leave multiprocessors without work. Time is counted in
+// bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s.
+inline Grid plan(int64_t rows, int64_t columns, int64_t depth, int64_t tile_rows, int64_t tile_columns,
+                 int64_t tile_depth, int64_t bytes_of_weight, int multiprocessors) {
   Grid grid;
   const int64_t tiles = (rows + tile_rows - 1) / tile_rows * ((columns + tile_columns - 1) / tile_columns);
   const int64_t steps = std::max<int64_t>((depth + tile_depth - 1) / tile_depth, 1);
@@ -208,7 +208,8 @@ inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
   if (product == Product::kWeightGradient) {  // the depth is the rows, of which there are few: never split
     using S = WeightTile;
     Grid grid;
-    grid.tiles = static_cast<unsigned>((p.outputs + S::kRows - 1) / S::kRows * ((p.inputs + S::kColumns - 1) / S::kColumns));
+    grid.tiles =
+        static_cast<unsigned>((p.outputs + S::kRows - 1) / S::kRows * ((p.inputs + S::kColumns - 1) / S::kColumns));
     grid.depth_of_split = p.rows;
     grid.bytes = p.score_gradient ? 8 * static_cast<int64_t>(grid.tiles) : 0;
     return grid;

@@ -186,12 +186,12 @@ TAPS_DEVICE void ldsm_x4_t(uint32_t (&r)[4], sh<T> p, unsigned i, TAPS_LINE) {
 // (2t + 1, g), b1 eight rows below; c0, c1 are (g, 2t) and (g, 2t + 1), c2, c3 eight rows below.
 // With floats (tf32 operands, to_tf32) half the depth: A [16, 8], B [8, 8]. a0 is (g, t), a1 eight rows below, a2
 // four columns on, a3 both; b0 is (t, g), b1 four rows below.
-#define TAPS_MMA(type, instruction)                                                                          \
-  template <>                                                                                                \
-  TAPS_DEVICE void mma<type>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) {           \
-    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                        \
+#define TAPS_MMA(type, instruction)                                                                \
+  template <>                                                                                      \
+  TAPS_DEVICE void mma<type>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int) { \
+    asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
   }
 template <class T>
 TAPS_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], TAPS_LINE);

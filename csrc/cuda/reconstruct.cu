@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kThreads, 4) reconstruct_strided(Reconstruct a
   const bool open = args.delta && is_open(args.gate);
   const T scale = static_cast<T>(args.scale);
   const int64_t step = gridDim.x * static_cast<int64_t>(kThreads);
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.walk.numel;
-       i += step) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < args.walk.numel; i += step) {
     int64_t at[3];
     offsets_of(args.walk, i, at);
     const T weight = args.weight ? load_one<T>(args.weight, args.weight_dtype, at[1]) : T(0);

@@ -12,8 +12,8 @@
 namespace taps::dev {
 
 // What a block computes, how its warps share it, how deep a stage is, and how many stages it would like. With slices,
-// groups of warps take turns along the depth of every stage, and their sums are added in the end: more warps to hide the
-// latency of few rows behind, without another pass over memory.
+// groups of warps take turns along the depth of every stage, and their sums are added in the end: more warps to hide
+// the latency of few rows behind, without another pass over memory.
 template <int kRows_, int kColumns_, int kDepth_, int kWarpsM_, int kWarpsN_, int kMostStages_, int kSlices_ = 1>
 struct Shape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_, kMostStages = kMostStages_;
@@ -60,8 +60,8 @@ struct View {
 
 // What a thread fetches of an operand, stage after stage: kAlong rows of kAcross elements, zero outside the matrix. The
 // depth runs across the rows, or with kTurned down them. Pieces of 16 or 4 bytes go by cp.async, single elements (rows
-// that begin at odd 16-bit elements) through registers. Whole stages of pieces of 16 bytes, which is nearly all of them,
-// take a way of a few instructions: few rows leave no more time than that.
+// that begin at odd 16-bit elements) through registers. Whole stages of pieces of 16 bytes, which is nearly all of
+// them, take a way of a few instructions: few rows leave no more time than that.
 template <class S, class E, int kAlong, int kAcross, int kStride, bool kTurned>
 class Stream {
  public:

@@ -85,7 +85,8 @@ void launch(const LinearProduct& args, int64_t rows, int64_t columns) {
   using S = typename Body::Tile;
   constexpr int kShared = static_cast<int>(Body::Loop::kShared);
   must(cudaFuncSetAttribute(product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "shared memory");
-  const auto tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
+  const auto tiles =
+      static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
   product<Body><<<dim3(tiles, static_cast<unsigned>(args.splits)), S::kThreads, kShared>>>(args);
   must(cudaGetLastError(), "launch");
 }
@@ -156,8 +157,8 @@ int failures_of(const char* name) {
           for (int variant = 0; variant < 6; ++variant) {
             const int splits = kind == Product::kWeightGradient || variant < 3 ? 1 : 3;
             if (agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits)) continue;
-            std::printf("%s: product %d of %lld x %lld x %lld, variant %d failed\n", name, static_cast<int>(kind), (long long)m,
-                        (long long)n, (long long)k, variant);
+            std::printf("%s: product %d of %lld x %lld x %lld, variant %d failed\n", name, static_cast<int>(kind),
+                        (long long)m, (long long)n, (long long)k, variant);
             ++failures;
           }
         }

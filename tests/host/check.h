@@ -64,4 +64,7 @@ inline int run_all() {
 
 }  // namespace host
 
-#define TAPS_CASE(name) static std::string name(); static const host::Add add_##name(#name, name); static std::string name()
+#define TAPS_CASE(name)                           \
+  static std::string name();                      \
+  static const host::Add add_##name(#name, name); \
+  static std::string name()

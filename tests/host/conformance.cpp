@@ -11,8 +11,7 @@ TAPS_CASE(primitives_do_what_the_manual_says) {
   for (uint64_t seed = 0; seed < 6; ++seed) {
     unsigned good[kConformanceChecks];
     for (unsigned& one : good) one = 1;
-    const auto found =
-        twin::launch({1, 1, 1}, 64, kConformanceShared, [&] { conformance(source, good); }, seed);
+    const auto found = twin::launch({1, 1, 1}, 64, kConformanceShared, [&] { conformance(source, good); }, seed);
     if (!found.empty()) return host::none(found);
     for (unsigned i = 0; i < kConformanceChecks; ++i) {
       if (!good[i]) return "seed " + std::to_string(seed) + ": check " + std::to_string(i) + " failed";

@@ -146,8 +146,8 @@ void Fiber::start(const std::function<void()>& body) {
   stack_->mine.uc_link = nullptr;
   const auto self = reinterpret_cast<uintptr_t>(this);
   makecontext(&stack_->mine, reinterpret_cast<void (*)()>(+[](unsigned low, unsigned high) {
-                entry(reinterpret_cast<Fiber*>((static_cast<uintptr_t>(high) << 32) | low));
-              }),
+    entry(reinterpret_cast<Fiber*>((static_cast<uintptr_t>(high) << 32) | low));
+  }),
               2, static_cast<unsigned>(self), static_cast<unsigned>(self >> 32));
 #endif
 }

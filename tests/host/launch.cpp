@@ -15,7 +15,8 @@ constexpr int kMultiprocessors = 8;
 void run(const dev::Grid& grid, unsigned threads, unsigned shared, const std::function<void()>& body) {
   const auto found = twin::launch({grid.tiles, grid.splits, 1}, threads, shared, body);
   if (found.empty()) return;
-  throw std::runtime_error(found[0].kind + " at " + found[0].file + ":" + std::to_string(found[0].line) + ": " + found[0].text);
+  throw std::runtime_error(found[0].kind + " at " + found[0].file + ":" + std::to_string(found[0].line) + ": " +
+                           found[0].text);
 }
 
 template <class Body>
@@ -57,7 +58,9 @@ void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& gr
 
 }  // namespace
 
-int64_t linear_bytes(Product kind, const LinearProduct& args, int) { return dev::plan(kind, args, kMultiprocessors).bytes; }
+int64_t linear_bytes(Product kind, const LinearProduct& args, int) {
+  return dev::plan(kind, args, kMultiprocessors).bytes;
+}
 
 void linear(Product kind, LinearProduct args, int, void*) {
   const dev::Grid grid = dev::plan(kind, args, kMultiprocessors);

@@ -17,8 +17,8 @@ std::string one(Product kind, const Problem& problem) {
                                : check<Forward<MoreRows, T, W, D>, T, W, D>(kind, problem);
 }
 
-// A quarter of the small shapes, each with a gate and a split; or, where TAPS_THOROUGH is set, all of them, for one type
-// of each product with every gate and split.
+// A quarter of the small shapes, each with a gate and a split; or, where TAPS_THOROUGH is set, all of them, for one
+// type of each product with every gate and split.
 template <class T, class W, class D>
 std::string shapes(Product kind) {
   const bool thorough = std::getenv("TAPS_THOROUGH") != nullptr;
@@ -80,7 +80,8 @@ TAPS_CASE(leading_dimensions_and_offsets) {
         problem.m = 5, problem.splits = 2;
         if (wrong.empty()) wrong = one<bf16, bf16, bf16>(kind, problem);
         if (wrong.empty()) wrong = one<float, float, float>(kind, problem);
-        if (!wrong.empty()) return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
+        if (!wrong.empty())
+          return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
       }
     }
   }

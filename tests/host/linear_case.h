@@ -66,7 +66,9 @@ struct Problem {
   double scale = 1.0;
   bool result = true, dot = true;  // of the weight gradient
 
-  bool open() const { return gate == Known::kOpen || ((gate == Known::kRead || gate == Known::kReadDouble) && score >= 0.1); }
+  bool open() const {
+    return gate == Known::kOpen || ((gate == Known::kRead || gate == Known::kReadDouble) && score >= 0.1);
+  }
   std::string name() const {
     return std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k) + " gate " +
            std::to_string(static_cast<int>(gate)) + " splits " + std::to_string(splits);
@@ -146,7 +148,8 @@ std::vector<twin::Finding> launch(Product kind, const Problem& s, LinearProduct&
   memory.assign(static_cast<std::size_t>(grid.bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
   args.memory = memory.data();
   args.splits = static_cast<int>(grid.splits), args.depth_of_split = grid.depth_of_split;
-  auto found = twin::launch({grid.tiles, grid.splits, 1}, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
+  auto found =
+      twin::launch({grid.tiles, grid.splits, 1}, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
   if (!weight_gradient && args.splits > 1 && found.empty()) {
     const auto blocks = static_cast<unsigned>((rows * columns + 63) / 64);
     found = twin::launch({blocks, 1, 1}, 64, 0, [&] { add_splits<T>(args, rows, columns); }, s.seed);
@@ -177,11 +180,13 @@ std::string check(Product kind, const Problem& s) {
     for (int64_t c = 0; c < columns; ++c) {
       double want = forward && s.bias ? t.bias(0, c) : 0.0, size = std::fabs(want);
       for (int64_t i = 0; i < depth; ++i) {
-        const double product = forward ? operand<T>(t.x(r, i)) * t.weight_t(s, c, i) : operand<T>(t.dy(r, i)) * t.weight_t(s, i, c);
+        const double product =
+            forward ? operand<T>(t.x(r, i)) * t.weight_t(s, c, i) : operand<T>(t.dy(r, i)) * t.weight_t(s, i, c);
         want += product;
         size += std::fabs(product);
       }
-      if (!(std::fabs(out(r, c) - want) <= bound<T>(depth + t.args.splits, size, want))) return differs(s, r, c, want, out(r, c));
+      if (!(std::fabs(out(r, c) - want) <= bound<T>(depth + t.args.splits, size, want)))
+        return differs(s, r, c, want, out(r, c));
     }
   }
   return "";
@@ -218,7 +223,8 @@ std::string check_weight(const Problem& s) {
   }
   if (!s.dot) return "";
   const double* const sums = reinterpret_cast<const double*>(memory.data());
-  const auto tiles = (s.n + Body::Tile::kRows - 1) / Body::Tile::kRows * ((s.k + Body::Tile::kColumns - 1) / Body::Tile::kColumns);
+  const auto tiles =
+      (s.n + Body::Tile::kRows - 1) / Body::Tile::kRows * ((s.k + Body::Tile::kColumns - 1) / Body::Tile::kColumns);
   double got = 0.0;
   for (int64_t i = 0; i < tiles; ++i) got += sums[i];
   return std::fabs(got - want_dot) <= bound_dot ? "" : differs(s, -1, -1, want_dot, got);

@@ -24,7 +24,8 @@ std::string shapes() {
           problem.score = i / 4 % 2 == 0 ? 0.05 : 0.1;
           problem.dot = i / 4 % 4 != 1;
           problem.result = i / 4 % 4 != 2;
-          if (std::string wrong = check_weight<WeightGradient<WeightTile, T, D>, T, D>(problem); !wrong.empty()) return wrong;
+          if (std::string wrong = check_weight<WeightGradient<WeightTile, T, D>, T, D>(problem); !wrong.empty())
+            return wrong;
           ++host::problems();
         }
       }
@@ -46,7 +47,8 @@ TAPS_CASE(leading_dimensions_and_offsets) {
       problem.padding = padding, problem.offset = offset;
       std::string wrong = check_weight<WeightGradient<WeightTile, f16, float>, f16, float>(problem);
       if (wrong.empty()) wrong = check_weight<WeightGradient<WeightTile, bf16, bf16>, bf16, bf16>(problem);
-      if (!wrong.empty()) return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
+      if (!wrong.empty())
+        return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
     }
   }
   return "";

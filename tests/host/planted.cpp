@@ -21,7 +21,8 @@ TAPS_CASE(forward) {
       problem.splits = problem.m == 5 ? 2 : 1;
       std::string wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
       problem.gate = Known::kClosed, problem.bias = false;
-      if (wrong.empty()) wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
+      if (wrong.empty())
+        wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
       problem.gate = Known::kRead;
       if (wrong.empty()) wrong = check<Forward<Narrow, bf16, bf16, bf16>, bf16, bf16, bf16>(Product::kForward, problem);
       if (!wrong.empty()) return wrong;
@@ -34,12 +35,15 @@ TAPS_CASE(input_gradient) {
   for (uint64_t seed = 0; seed < 3; ++seed) {
     Problem problem{33, 130, 31};
     problem.seed = seed;
-    std::string wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, problem);
+    std::string wrong =
+        check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, problem);
     Problem padded{33, 128, 35};  // rows on 16 bytes that end off them
     padded.padding = 5;
-    if (wrong.empty()) wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, padded);
+    if (wrong.empty())
+      wrong = check<InputGradient<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kInputGradient, padded);
     problem.splits = 2;
-    if (wrong.empty()) wrong = check<InputGradient<Narrow, f16, f16, f16>, f16, f16, f16>(Product::kInputGradient, problem);
+    if (wrong.empty())
+      wrong = check<InputGradient<Narrow, f16, f16, f16>, f16, f16, f16>(Product::kInputGradient, problem);
     if (!wrong.empty()) return wrong;
   }
   return "";

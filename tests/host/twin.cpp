@@ -24,7 +24,7 @@ struct Cell {
   uint16_t writer = 0;
   uint16_t reader = 0;
   bool written = false;
-  bool pending = false;      // an asynchronous copy is on its way
+  bool pending = false;            // an asynchronous copy is on its way
   std::unique_ptr<Clock> readers;  // several reads that no order joins
 };
 
@@ -39,9 +39,9 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   Clock clock;
-  std::vector<Copy> issued;              // since the last commit
+  std::vector<Copy> issued;               // since the last commit
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
-  const char* waits_for = nullptr;       // while blocked
+  const char* waits_for = nullptr;        // while blocked
   Where waits_at{nullptr, 0};
 };
 
@@ -171,8 +171,10 @@ void meet(Barrier& barrier, unsigned expected, bool waits, const char* what, Whe
     barrier.expected = expected;
     barrier.joined.assign(block_->size, 0);
   } else if (barrier.expected != expected) {
-    found("barrier", std::string(what) + " for " + std::to_string(expected) + " threads, others wait for " +
-                         std::to_string(barrier.expected), where);
+    found("barrier",
+          std::string(what) + " for " + std::to_string(expected) + " threads, others wait for " +
+              std::to_string(barrier.expected),
+          where);
   }
   join(barrier.joined, thread.clock);
   ++thread.clock[me];

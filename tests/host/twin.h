@@ -178,7 +178,9 @@ void cp_wait(TAPS_LINE) {
 
 inline void block_sync(TAPS_LINE) { twin::barrier(0, twin::threads(), true, {file, line}); }
 inline void warp_sync(TAPS_LINE) { twin::warp_barrier({file, line}); }
-inline void bar_sync(int id, int threads, TAPS_LINE) { twin::barrier(id, static_cast<unsigned>(threads), true, {file, line}); }
+inline void bar_sync(int id, int threads, TAPS_LINE) {
+  twin::barrier(id, static_cast<unsigned>(threads), true, {file, line});
+}
 inline void bar_arrive(int id, int threads, TAPS_LINE) {
   twin::barrier(id, static_cast<unsigned>(threads), false, {file, line});
 }
