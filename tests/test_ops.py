@@ -434,3 +434,13 @@ def test_warnings_are_not_raised_by_normal_use() -> None:
         warnings.simplefilter("error")
         case = linear_case(torch.float32)
         gated_linear(*case, gate=None).sum().backward()
+
+
+@pytest.mark.parametrize("asked", range(5))
+def test_what_was_not_asked_for_has_its_own_type(asked: int) -> None:
+    """Empty results too are traced as they are: each in the type that its gradient would have."""
+    x, grad = torch.randn(3, 6, dtype=torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
+    w, d = torch.randn(4, 6, dtype=torch.bfloat16), torch.randn(4, 6)
+    mask = [i == asked for i in range(5)]
+    arguments = (grad, x, w, d, torch.tensor(0.2, dtype=torch.float64), True, 0.1, mask, None, 1.0)
+    torch.library.opcheck(torch.ops.taps_ext.gated_linear_backward.default, arguments)
