@@ -17,31 +17,34 @@ import pytest
 from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 
 CSRC = HERE.parents[1] / "csrc"
-TILE, LINEAR = "cuda/tile.cuh", "cuda/linear.cuh"
-SOURCES = {name: (CSRC / name).read_text(encoding="utf-8") for name in (TILE, LINEAR)}
+SOURCES = {
+    name: (CSRC / "cuda" / name).read_text(encoding="utf-8")
+    for name in ("stream.cuh", "operands.cuh", "tile.cuh", "linear.cuh")
+}
 QUICK = ["-O0", *(flag for flag in FLAGS["sanitized"] if flag.startswith("-f"))]  # compiling takes longer than running
 WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1, next);\n"
 WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
 
 
 class Plant(NamedTuple):
-    """In `file`, `old` becomes `new`; the program then says `said`, and a line it names holds one of `shows`."""
+    """`old` becomes `new`; the program then says `said`, and a line it names holds one of `shows`."""
 
     old: str
     new: str
     said: str
     shows: tuple[str, ...] = ()
-    file: str = TILE
 
 
 READS = ("ldsm_x4", "ld(w", "ld(d", "ld2(w", "ld2(d")
 PLANTED = {
-    "no barrier": Plant(SYNC, "// what", r"race at line (\d+)", READS),
-    "wait for too few": Plant("cp_wait<kStages - 2>()", "cp_wait<kStages - 1>()", r"pending copy at line (\d+)", READS),
-    "barrier before the wait": Plant(WAIT, "block_sync();\n", r"(?:pending copy|race) at line (\d+)", READS),
-    "fetched before the barrier": Plant(WAIT, WAIT + LOAD, r"race at line (\d+)", ("cp_async<", "st(tile", *READS)),
+    "no barrier": Plant(SYNC, "// what", r"race at ([\w.]+):(\d+)", READS),
+    "wait for too few": Plant(
+        "cp_wait<kStages - 2>()", "cp_wait<kStages - 1>()", r"pending copy at ([\w.]+):(\d+)", READS
+    ),
+    "barrier before the wait": Plant(WAIT, "block_sync();\n", r"(?:pending copy|race) at ([\w.]+):(\d+)", READS),
+    "fetched before the barrier": Plant(WAIT, WAIT + LOAD, r"race at ([\w.]+):(\d+)", ("cp_async<", "st(tile", *READS)),
     "stage used too early": Plant(
-        "int now = 0, next = kStages - 1;", "int now = 0, next = 0;", r"(?:race|pending copy) at line (\d+)", READS
+        "int now = 0, next = kStages - 1;", "int now = 0, next = 0;", r"(?:race|pending copy) at ([\w.]+):(\d+)", READS
     ),
     "rows, one too many": Plant("r < rows && count", "r <= rows && count", BEYOND),
     "columns, one too many": Plant(
@@ -59,35 +62,27 @@ PLANTED = {
         "next_ += kTurned ? kDepth * ld_ : kDepth + 8;",
         f"{BEYOND}|{WRONG}",
     ),
-    "rows of x, one too many": Plant("A(p.x, place.row, p.rows)", "A(p.x, place.row, p.rows + 1)", BEYOND, file=LINEAR),
-    "rows of the weight, one too many": Plant(
-        "place.column, p.outputs)", "place.column, p.outputs + 1)", BEYOND, file=LINEAR
-    ),
+    "rows of x, one too many": Plant("p.x, place.row, p.rows)", "p.x, place.row, p.rows + 1)", BEYOND),
+    "rows of the weight, one too many": Plant("place.column, columns)", "place.column, columns + 1)", BEYOND),
     "depth of the input gradient, one too many": Plant(
-        "? begin + p.depth_of_split : p.outputs", "? begin + p.depth_of_split : p.outputs + 1", BEYOND, file=LINEAR
+        "kBackward ? p.outputs : p.inputs;", "kBackward ? p.outputs + 1 : p.inputs;", BEYOND
     ),
-    "rows of the weight gradient's depth, one too many": Plant("0, p.rows)", "0, p.rows + 1)", BEYOND, file=LINEAR),
-    "rows of the result, one too many": Plant("if (r >= rows)", "if (r > rows)", BEYOND, file=LINEAR),
-    "columns of the result, one too many": Plant(
-        "if (c + e >= columns)", "if (c + e > columns)", f"{BEYOND}|{WRONG}", file=LINEAR
-    ),
+    "rows of the weight gradient's depth, one too many": Plant("0, p.rows)", "0, p.rows + 1)", BEYOND),
+    "rows of the result, one too many": Plant("if (r >= rows)", "if (r > rows)", BEYOND),
+    "columns of the result, one too many": Plant("if (c + e >= columns)", "if (c + e > columns)", f"{BEYOND}|{WRONG}"),
     "rows of Delta's gradient, one too many": Plant(
-        "if (r < p.outputs && c < p.inputs) to[0]", "if (r <= p.outputs && c < p.inputs) to[0]", BEYOND, file=LINEAR
+        "if (r < p.outputs && c < p.inputs) to[0]", "if (r <= p.outputs && c < p.inputs) to[0]", BEYOND
     ),
     "columns of Delta's gradient, one too many": Plant(
-        "if (r < p.outputs && c + 1 < p.inputs) to[1]",
-        "if (r < p.outputs && c < p.inputs) to[1]",
-        f"{BEYOND}|{WRONG}",
-        file=LINEAR,
+        "if (r < p.outputs && c + 1 < p.inputs) to[1]", "if (r < p.outputs && c < p.inputs) to[1]", f"{BEYOND}|{WRONG}"
     ),
     "columns of Delta, one too many": Plant(
         "if (r < p.outputs && c + 1 < p.inputs) change",
         "if (r < p.outputs && c < p.inputs) change",
         f"{BEYOND}|{WRONG}",
-        file=LINEAR,
     ),
     "a tile at the edge taken for a whole one": Plant(
-        "place.row + S::kRows <= p.outputs", "place.row < p.outputs", BEYOND, file=LINEAR
+        "place.row + S::kRows <= p.outputs", "place.row < p.outputs", BEYOND
     ),
     "half a fragment beside": Plant("inner + kHalf", "inner + kHalf / 2", WRONG),
     "wrong rows for ldmatrix": Plant("first + lane() % 16) * kStride", "first + lane() % 8) * kStride", WRONG),
@@ -101,44 +96,37 @@ PLANTED = {
     ),
     "neighbours along the wrong side": Plant("ld(d, at_d + kStrideD)", "ld(d, at_d + 1)", WRONG),
     "rows off 16 bytes": Plant(
-        "(sizeof(T) == 2 ? 8 : 4))", "(sizeof(T) == 2 ? 4 : 4))", r"misaligned at line (\d+)", ("cp_async<", "ldsm_x4")
+        "(sizeof(T) == 2 ? 8 : 4))",
+        "(sizeof(T) == 2 ? 4 : 4))",
+        r"misaligned at ([\w.]+):(\d+)",
+        ("cp_async<", "ldsm_x4"),
     ),
     "closed, but Delta is read": Plant("if (open) delta.fetch", "if (true) delta.fetch", "SEGV|null pointer"),
     "gate forgotten": Plant("if (!open) {", "if (open) {", f"{WRONG}|uninitialised"),
-    "splits begin at zero": Plant(
-        "begin = bid_y() * p.depth_of_split;\n    float sum[S::kM][S::kN][4] = {};\n    Loop::multiply(sum, A(p.x",
-        "begin = 0 * p.depth_of_split;\n    float sum[S::kM][S::kN][4] = {};\n    Loop::multiply(sum, A(p.x",
-        WRONG,
-        file=LINEAR,
-    ),
-    "bias added by every split": Plant("if (p.splits > 1) {", "if (p.splits > 2) {", WRONG, file=LINEAR),
+    "splits begin at zero": Plant("begin = bid_y() * p.depth_of_split", "begin = 0 * p.depth_of_split", WRONG),
+    "bias added by every split": Plant("if (p.splits > 1) {", "if (p.splits > 2) {", WRONG),
     "slices written over a stage": Plant(
-        "block_sync();  // the stages, or", "// the stages, or", r"race at line (\d+)", ("st(sums", *READS)
+        "block_sync();  // the stages, or", "// the stages, or", r"race at ([\w.]+):(\d+)", ("st(sums", *READS)
     ),
     "slices read too early": Plant(
         "        });\n      }\n      block_sync();\n      if (S::slice() == 0)",
         "        });\n      }\n      if (S::slice() == 0)",
-        r"(?:race|uninitialised) at line (\d+)",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
         ("ld(sums", "st(sums"),
     ),
     "both slices take the same depth": Plant("S::slice() * kPart + within", "0 * kPart + within", WRONG),
     "sums written over a stage": Plant(
-        "    block_sync();  // the stages have been read\n",
-        "",
-        r"race at line (\d+)",
-        ("st(sums", "ldsm_x4"),
-        file=LINEAR,
+        "    block_sync();  // the stages have been read\n", "", r"race at ([\w.]+):(\d+)", ("st(sums", "ldsm_x4")
     ),
     "sums read too early": Plant(
         "st(sums, warp(), dot);\n    block_sync();",
         "st(sums, warp(), dot);",
-        r"(?:race|uninitialised) at line (\d+)",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
         ("ld(sums", "st(sums"),
-        file=LINEAR,
     ),
-    "a lane short": Plant("mask = 16;", "mask = 8;", WRONG, file=LINEAR),
-    "closed, but its gradient leaves": Plant("open ? scale * first", "true ? scale * first", WRONG, file=LINEAR),
-    "scale forgotten": Plant("open ? scale * second", "open ? second", WRONG, file=LINEAR),
+    "a lane short": Plant("mask = 16;", "mask = 8;", WRONG),
+    "closed, but its gradient leaves": Plant("open ? scale * first", "true ? scale * first", WRONG),
+    "scale forgotten": Plant("open ? scale * second", "open ? second", WRONG),
 }
 
 
@@ -151,7 +139,7 @@ def run(folder: Path, runtime: list[Path], changed: dict[str, str]) -> subproces
     """Compile and run the small program against the sources, some of them changed."""
     (folder / "cuda").mkdir()
     for name, source in {**SOURCES, **changed}.items():
-        (folder / name).write_text(source, encoding="utf-8")
+        (folder / "cuda" / name).write_text(source, encoding="utf-8")
     command = [COMPILER, "-std=c++17", f"-I{folder}", f"-I{HERE}", f"-I{CSRC}", *QUICK]
     objects = [*map(str, runtime), str(HERE / "planted.cpp"), "-o", str(folder / "planted")]
     done = subprocess.run([*map(str, command), *objects], capture_output=True, text=True, timeout=300)
@@ -162,15 +150,15 @@ def run(folder: Path, runtime: list[Path], changed: dict[str, str]) -> subproces
 def planted(name: str) -> dict[str, str]:
     """The source with the mistake in it."""
     plant = PLANTED[name]
-    before = SOURCES[plant.file]
-    assert before.count(plant.old) == 1, f"{plant.old!r} is in {plant.file} {before.count(plant.old)} times"
-    source = before.replace(plant.old, plant.new)
+    found = [file for file, text in SOURCES.items() for _ in range(text.count(plant.old))]
+    assert len(found) == 1, f"expected {plant.old!r} once, found it in {found}"
+    source = SOURCES[found[0]].replace(plant.old, plant.new)
     if name == "barrier before the wait":  # the two change places
         source = source.replace(SYNC, WAIT + "// what")
     if name == "fetched before the barrier":
         first = source.index(LOAD)
         source = source[: first + len(LOAD)] + source[first + len(LOAD) :].replace(LOAD, "", 1)
-    return {plant.file: source}
+    return {found[0]: source}
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +182,6 @@ def test_planted(name: str, outcomes) -> None:
     found = re.search(plant.said, text)
     assert done.returncode != 0 and found, text[-3000:]
     if plant.shows:
-        lines = planted(name)[plant.file].splitlines()
-        named = [lines[int(number) - 1] for number in re.findall(plant.said, text)]
+        sources = {**SOURCES, **planted(name)}
+        named = [sources[file].splitlines()[int(number) - 1] for file, number in re.findall(plant.said, text)]
         assert any(piece in line for line in named for piece in plant.shows), (named, text[-2000:])

@@ -35,36 +35,10 @@ void launch(const LinearProduct& args, const dev::Grid& grid, cudaStream_t strea
   check(cudaGetLastError(), "gated product");
 }
 
-// The types of W and Delta: both T; Delta in fp32; both in fp32 (autocast).
-template <class T, class W, class D>
-void launch_as(Product kind, const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
-  if (kind == Product::kInputGradient) {
-    launch<dev::InputGradient<dev::MoreRows, T, W, D>>(args, grid, stream);
-  } else if (args.rows <= dev::kFewRows) {
-    launch<dev::Forward<dev::FewRows, T, W, D>>(args, grid, stream);
-  } else {
-    launch<dev::Forward<dev::MoreRows, T, W, D>>(args, grid, stream);
-  }
-}
-
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
-  const bool wide_delta = args.delta_dtype == Dtype::kFloat32, wide_weight = args.weight_dtype == Dtype::kFloat32;
-  if (kind == Product::kWeightGradient) {
-    if (wide_delta) {
-      launch<dev::WeightGradient<dev::WeightTile, T, float>>(args, grid, stream);
-    } else {
-      launch<dev::WeightGradient<dev::WeightTile, T, T>>(args, grid, stream);
-    }
-    return;
-  }
-  if (wide_weight) {
-    launch_as<T, float, float>(kind, args, grid, stream);
-  } else if (wide_delta) {
-    launch_as<T, T, float>(kind, args, grid, stream);
-  } else {
-    launch_as<T, T, T>(kind, args, grid, stream);
-  }
+  dev::with_instance<T>(kind, args,
+                        [&](auto instance) { launch<typename decltype(instance)::type>(args, grid, stream); });
   if (grid.splits == 1) return;
   const int64_t columns = kind == Product::kForward ? args.outputs : args.inputs;
   const int64_t blocks = (args.rows * columns + kThreads - 1) / kThreads;

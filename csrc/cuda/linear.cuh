@@ -56,39 +56,27 @@ TAPS_DEVICE void add_splits(const LinearProduct& p, int64_t rows, int64_t column
   static_cast<T*>(p.result)[at / columns * p.ld_result + c] = from_f32<T>(sum);
 }
 
-// y = x W_t^T + bias
-template <class S, class T, class W, class D>
-struct Forward {
+// y = x W_t^T + bias, or with kBackward dx = dy W_t.
+template <class S, class T, class W, class D, bool kBackward>
+struct Activation {
   using Tile = S;
   using A = Straight<S, T>;
-  using B = Gated<S, T, W, D, false>;
+  using B = Gated<S, T, W, D, kBackward>;
   using Loop = Ring<S, T, A, B>;
   static TAPS_DEVICE void run(const LinearProduct& p) {
+    const int64_t columns = kBackward ? p.inputs : p.outputs, depth = kBackward ? p.outputs : p.inputs;
     const Place<S> place(p.rows);
-    const int64_t begin = bid_y() * p.depth_of_split;
+    const int64_t begin = bid_y() * p.depth_of_split, end = begin + p.depth_of_split;
     float sum[S::kM][S::kN][4] = {};
-    Loop::multiply(sum, A(p.x, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.outputs),
-                   begin, begin + p.depth_of_split < p.inputs ? begin + p.depth_of_split : p.inputs);
-    write<S, T>(sum, p, place, p.rows, p.outputs);
+    Loop::multiply(sum, A(kBackward ? p.dy : p.x, place.row, p.rows),
+                   B(p.weight, p.delta, is_open(p.gate), place.column, columns), begin, end < depth ? end : depth);
+    write<S, T>(sum, p, place, p.rows, columns);
   }
 };
-
-// dx = dy W_t
 template <class S, class T, class W, class D>
-struct InputGradient {
-  using Tile = S;
-  using A = Straight<S, T>;
-  using B = Gated<S, T, W, D, true>;
-  using Loop = Ring<S, T, A, B>;
-  static TAPS_DEVICE void run(const LinearProduct& p) {
-    const Place<S> place(p.rows);
-    const int64_t begin = bid_y() * p.depth_of_split;
-    float sum[S::kM][S::kN][4] = {};
-    Loop::multiply(sum, A(p.dy, place.row, p.rows), B(p.weight, p.delta, is_open(p.gate), place.column, p.inputs),
-                   begin, begin + p.depth_of_split < p.outputs ? begin + p.depth_of_split : p.outputs);
-    write<S, T>(sum, p, place, p.rows, p.inputs);
-  }
-};
+using Forward = Activation<S, T, W, D, false>;
+template <class S, class T, class W, class D>
+using InputGradient = Activation<S, T, W, D, true>;
 
 // G = dy^T x, which stays in registers: g * scale * G and <G, Delta> leave. The product with Delta is summed in fp64: a
 // thread's elements in turn, then its warp's threads pairwise, then the warps in turn; one sum a block, to `memory`.
@@ -170,6 +158,41 @@ using FewRows = Shape<16, 32, 64, 1, 4, 6, 2>;
 using MoreRows = Shape<64, 64, 32, 2, 2, 4, 2>;
 using WeightTile = Shape<64, 64, 32, 2, 2, 4>;
 constexpr int64_t kFewRows = 16;
+
+template <class Body>
+struct Instance {
+  using type = Body;
+};
+
+// Calls `launch(Instance<Body>())` with the kernel that serves a product: by its types (W and Delta both T; Delta in
+// fp32; both in fp32, as under autocast) and its rows.
+template <class T, class W, class D, class Launch>
+void with_activation(Product product, const LinearProduct& p, const Launch& launch) {
+  if (product == Product::kInputGradient) {
+    launch(Instance<InputGradient<MoreRows, T, W, D>>());
+  } else if (p.rows <= kFewRows) {
+    launch(Instance<Forward<FewRows, T, W, D>>());
+  } else {
+    launch(Instance<Forward<MoreRows, T, W, D>>());
+  }
+}
+template <class T, class Launch>
+void with_instance(Product product, const LinearProduct& p, const Launch& launch) {
+  const bool wide_delta = p.delta_dtype == Dtype::kFloat32, wide_weight = p.weight_dtype == Dtype::kFloat32;
+  if (product == Product::kWeightGradient) {
+    if (wide_delta) {
+      launch(Instance<WeightGradient<WeightTile, T, float>>());
+    } else {
+      launch(Instance<WeightGradient<WeightTile, T, T>>());
+    }
+  } else if (wide_weight) {
+    with_activation<T, float, float>(product, p, launch);
+  } else if (wide_delta) {
+    with_activation<T, T, float>(product, p, launch);
+  } else {
+    with_activation<T, T, T>(product, p, launch);
+  }
+}
 
 struct Grid {
   unsigned tiles = 0, splits = 1;  // blocks in x and y

@@ -25,7 +25,9 @@ struct Add {
 inline std::string shown(const std::vector<twin::Finding>& findings) {
   std::string text;
   for (const twin::Finding& finding : findings) {
-    text += "\n    " + finding.kind + " at line " + std::to_string(finding.line) + ": " + finding.text;
+    const std::string file = finding.file;
+    text += "\n    " + finding.kind + " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(finding.line) +
+            ": " + finding.text;
   }
   return text.empty() ? " nothing" : text;
 }

@@ -19,36 +19,12 @@ void run(const dev::Grid& grid, unsigned threads, unsigned shared, const std::fu
                            found[0].text);
 }
 
-template <class Body>
-void launch(const LinearProduct& args, const dev::Grid& grid) {
-  run(grid, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
-}
-
-template <class T, class W, class D>
-void launch_as(Product kind, const LinearProduct& args, const dev::Grid& grid) {
-  if (kind == Product::kInputGradient) {
-    launch<dev::InputGradient<dev::MoreRows, T, W, D>>(args, grid);
-  } else if (args.rows <= dev::kFewRows) {
-    launch<dev::Forward<dev::FewRows, T, W, D>>(args, grid);
-  } else {
-    launch<dev::Forward<dev::MoreRows, T, W, D>>(args, grid);
-  }
-}
-
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
-  const bool wide_delta = args.delta_dtype == Dtype::kFloat32, wide_weight = args.weight_dtype == Dtype::kFloat32;
-  if (kind == Product::kWeightGradient) {
-    return wide_delta ? launch<dev::WeightGradient<dev::WeightTile, T, float>>(args, grid)
-                      : launch<dev::WeightGradient<dev::WeightTile, T, T>>(args, grid);
-  }
-  if (wide_weight) {
-    launch_as<T, float, float>(kind, args, grid);
-  } else if (wide_delta) {
-    launch_as<T, T, float>(kind, args, grid);
-  } else {
-    launch_as<T, T, T>(kind, args, grid);
-  }
+  dev::with_instance<T>(kind, args, [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    run(grid, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
+  });
   if (grid.splits == 1) return;
   const int64_t columns = kind == Product::kForward ? args.outputs : args.inputs;
   dev::Grid flat;
