@@ -23,17 +23,16 @@ class TrainConfig:
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
         weight_decay: on open Deltas and heads only.
         warmup_epochs: whole epochs without the sparsity penalty.
-        budget: steer the penalty so that at most this share of the gated weights stays open, or None. Gates rest
-            after the first epoch of the second half that ends between 0.6 of the budget and all of it, or of the
-            last quarter that ends within it.
+        budget: the share of the gated weights that may stay open, or None. It steers the penalty for half of the
+            epochs; then the layers with the largest scores that fit stay open, and gates rest.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.
         label_smoothing: of the training loss, in [0, 1), where that is `F.cross_entropy`.
         ema: decay of a moving average of all that is trained but the scores, in [0, 1); validated and kept are the
             averages, while gates come from the live scores. None keeps the live values.
-        patience: stop after this many epochs, counted from the end of the warm-up, without a better one; None
-            trains all epochs.
+        patience: stop after this many epochs, counted from the end of the warm-up (with a budget, from where gates
+            rest), without a better one; None trains all epochs.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, GateError, TapsError
 from ..model import TaskModel
 from .average import Average
+from .budget import settle
 from .checks import check_targets
 from .config import TrainConfig
 from .interrupt import Stop
@@ -35,7 +36,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     pressure: float = 1.0
-    held: bool = False  # gates rest: the budget is met
+    held: bool = False  # gates rest: what stays open within the budget is chosen
     loss: float = 0.0
     seen: int = 0
     seconds: float = 0.0
@@ -98,6 +99,8 @@ class Run:
         progress, patience = self.progress, self.config.patience
         if progress.epoch >= self.config.epochs:
             return True
+        if self.config.budget is not None and not progress.held:
+            return False
         return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
     # -- epochs
@@ -176,6 +179,8 @@ class Run:
     def close_epoch(self, log: Log) -> None:
         """Validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
         config, state, progress = self.config, self.state, self.progress
+        if config.budget is not None:
+            self._settle(config.budget)
         with nullcontext() if self.average is None else self.average.used():
             metrics = self.evaluate()
             report = self.model.report(self.name)
@@ -200,18 +205,22 @@ class Run:
             if config.select == "last" or (settled and better) or best is None:
                 progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
                 self.best = snapshot(state)
-        if config.budget is not None and progress.epoch >= config.warmup_epochs:
-            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
-            progress.held |= within and self._may_hold(report.share, config.budget)
         progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
 
-    def _may_hold(self, share: float, budget: float) -> bool:
-        """Whether the gates may rest from here on: what stays open gets the rest of the run to make up for what closed.
+    def _settle(self, budget: float) -> None:
+        """Steer the penalty towards the budget; after half of the epochs choose what stays open, and let gates rest.
 
-        In the second half of the epochs where the budget is used well, in the last quarter wherever it is met.
+        What stays open then has the rest of the run to make up for what closed.
         """
-        done = (self.progress.epoch + 1) / self.config.epochs
-        return done >= 0.75 or (done >= 0.5 and share >= 0.6 * budget)
+        config, progress = self.config, self.progress
+        if progress.held or (progress.epoch < config.warmup_epochs and progress.epoch + 1 < config.epochs):
+            return
+        report = self.model.report(self.name)
+        progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - budget))))
+        if 2 * (progress.epoch + 1) >= config.epochs:
+            settle(self.state, report, budget)
+            progress.held = True
+            progress.improved = progress.epoch  # patience is counted from here
 
     def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
         """The best epoch has the largest: within the budget, then by the first metric (or the share), then sparser."""

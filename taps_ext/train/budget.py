@@ -1,0 +1,36 @@
+"""What stays open within a budget of weights."""
+
+from __future__ import annotations
+
+import torch
+
+from ..report import Report
+from ..task import TaskState
+
+
+def chosen(report: Report, budget: float) -> set[str]:
+    """The learned layers with the largest scores that fit together into a share `budget` of the gated weights.
+
+    In the order of their scores, each that still fits beside those before it. Layers of fixed open gates count first.
+    """
+    total = sum(row.parameters for row in report.rows if row.score is None and row.open)
+    learned = [row for row in report.rows if row.score is not None]
+    kept = set()
+    for row in sorted(learned, key=lambda row: -(row.score or 0.0)):
+        if (total + row.parameters) / max(1, report.gated) <= budget:  # as `Report.share` divides
+            kept.add(row.layer)
+            total += row.parameters
+    return kept
+
+
+@torch.no_grad()
+def settle(state: TaskState, report: Report, budget: float) -> None:
+    """Open the layers that :func:`chosen` names and close the others, moving a score just across its threshold."""
+    kept = chosen(report, budget)
+    for name, part in state.learned():
+        if part.score is None or (name in kept) == (part.score.item() >= part.threshold):
+            continue
+        threshold = part.score.new_tensor(part.threshold)
+        toward = torch.full_like(threshold, torch.inf if name in kept else -torch.inf)
+        part.score.copy_(torch.nextafter(threshold, toward))  # beyond it also where fp32 rounds it
+    state.refresh()
