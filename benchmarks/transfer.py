@@ -5,9 +5,10 @@
     python benchmarks/transfer.py table --results benchmarks/results/transfer.jsonl
     python benchmarks/transfer.py plot  --results benchmarks/results/transfer.jsonl --png docs/transfer
 
-Every run is as in study.py but for 20 epochs. Lambda is chosen for each penalty, base and task by the validation
-accuracy of one seed; the chosen one, the budgets and the baselines are run on five. `run` appends a JSON line for each
-(base, task, seed, method) and skips those that are there.
+Every run is as in study.py, on the bases that were trained here for 20 epochs. Lambda is chosen for each penalty, base
+and task by the validation accuracy of one seed; the chosen one, the budgets and the baselines are run on five. `run`
+appends a JSON line for each (base, task, seed, method) and skips those that are there, also those of the ResNet-20 in
+study.py's own results (which do not name the layers that opened).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from taps_ext.train import TrainConfig
 
 BASES = ("resnet20", *NAMES)
 SEEDS = (0, 1, 2, 3, 4)
-EPOCHS = 20
+EPOCHS = {"resnet20": 30, **dict.fromkeys(NAMES, 20)}
+STUDY = Path(__file__).parent / "results" / "study-resnet20.jsonl"
 BUDGETS = (0.10, 0.25, 0.45)
 PENALTIES = ("layer", "size")
 Record = dict[str, Any]
@@ -96,19 +98,25 @@ def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: s
     }
 
 
+def known(results: Path) -> list[Record]:
+    """The records of this study, and those that study.py made of the ResNet-20."""
+    fixed = {"base": "resnet20", "open": None, "layers": None}
+    return [{**fixed, **r} for r in read(STUDY) if r["epochs"] == EPOCHS["resnet20"]] + read(results)
+
+
 def run(args: argparse.Namespace) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     cut_torn_line(args.results)
     for base in args.only:
         for task in args.tasks:
             while True:
-                records = read(args.results)
+                records = known(args.results)
                 done = {(r["seed"], r["method"]) for r in records if (r["base"], r["task"]) == (base, task)}
                 missing = [key for key in wanted(records, base, task) if key not in done and key[0] in args.seeds]
                 if not missing:
                     break
                 seed, method = missing[0]
-                record = one(args.bases, args.data, base, task, seed, method, args.epochs)
+                record = one(args.bases, args.data, base, task, seed, method, EPOCHS[base])
                 with args.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 print(
@@ -166,10 +174,9 @@ def plot(records: list[Record], stem: Path) -> None:
     figure = Figure(figsize=(4.2 * len(bases), 9.0), layout="constrained")
     FigureCanvasAgg(figure)
     for base, axes in zip(bases, figure.subplots(1, len(bases), squeeze=False)[0], strict=True):
-        columns = [
-            (t, m, g) for t in TASKS for m, g in groups(records, base, t).items() if m.startswith(("taps", "bud"))
-        ]
-        layers = next(r["layers"] for r in records if r["base"] == base)
+        named = [r for r in records if r["base"] == base and r["layers"] and r["method"].startswith(("taps", "bud"))]
+        columns = [(t, m, g) for t in TASKS for m, g in groups(named, base, t).items()]
+        layers = named[0]["layers"] if named else []
         shares = [
             [statistics.fmean(layer in r["open"] for r in group.values()) for _, _, group in columns]
             for layer in layers
@@ -191,7 +198,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=BASES, default=list(BASES), help="bases")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--png", type=Path, default=Path("docs/transfer"))
     args = parser.parse_args()
@@ -200,9 +206,9 @@ def main() -> None:
     if args.command == "run":
         run(args)
     elif args.command == "plot":
-        plot(read(args.results), args.png)
+        plot(known(args.results), args.png)
     else:
-        print(table(read(args.results)))
+        print(table(known(args.results)))
 
 
 if __name__ == "__main__":
