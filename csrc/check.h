@@ -114,8 +114,8 @@ inline Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w) {
   return wanted;
 }
 
-// The samples that the weight gradient is estimated from (all of them where there are no rows).
-inline void check_rows(const OptionalTensor& rows, const Described& grad_output) {
+// The rows, below `limit`, of an activation called `name` that the weight gradient is estimated from.
+inline void check_rows(const OptionalTensor& rows, const Described& activation, const char* name, int64_t limit) {
   if (!rows) return;
   int64_t ndim = 0;
   int32_t dtype = 0, device_type = 0;
@@ -126,12 +126,12 @@ inline void check_rows(const OptionalTensor& rows, const Described& grad_output)
     fail("rows: expected int64 indices of shape [R]");
   }
   const bool cuda = device_type == aoti_torch_device_type_cuda();
-  if (cuda != grad_output.place.cuda) {
-    fail("rows: expected a tensor on ", to_string(grad_output.place), " like grad_output");
+  if (cuda != activation.place.cuda) {
+    fail("rows: expected a tensor on ", to_string(activation.place), " like ", name);
   }
   if (cuda) return;  // the gather itself checks there; looking would synchronise
   const int64_t* index = static_cast<const int64_t*>(rows->data_ptr());
-  const int64_t count = rows->numel(), step = rows->stride(0), limit = grad_output.sizes[0];
+  const int64_t count = rows->numel(), step = rows->stride(0);
   for (int64_t i = 0; i < count; ++i) {
     if (index[i * step] < 0 || index[i * step] >= limit) {
       fail("rows: expected indices in [0, ", limit, "), got ", index[i * step]);

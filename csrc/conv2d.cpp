@@ -35,6 +35,11 @@ void check_image(const Described& image, const char* name, int64_t channels) {
   }
 }
 
+void check_batch(const OptionalTensor& rows, const Described& image, const char* name) {
+  if (rows && image.ndim() < 4) fail(name, ": expected a batch for rows, got shape ", shape_string(image.sizes));
+  check_rows(rows, image, name, image.sizes[0]);
+}
+
 int64_t output_size(int64_t input, int64_t kernel, const Geometry& g, size_t axis) {
   const int64_t span = input + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
   return span < 0 ? 0 : span / g.stride[axis] + 1;
@@ -100,12 +105,13 @@ Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, c
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
-                    int64_t groups, std::optional<bool> gate, double threshold) {
+                    int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows, double) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
   const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
   const Described x = check_activation(input, "input", w.weight);
   check_image(x, "input", w.weight.sizes[1] * groups);
+  check_batch(rows, x, "input");
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t size = x.sizes[x.ndim() - 2 + axis];
     if (output_size(size, w.weight.sizes[2 + axis], g, axis) < 1) {
@@ -114,8 +120,8 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const int64_t rows = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] * (x.ndim() == 4 ? x.sizes[0] : 1);
-  const Path path = path_for(w, x.dtype, rows);
+  const int64_t pixels = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] * (x.ndim() == 4 ? x.sizes[0] : 1);
+  const Path path = path_for(w, x.dtype, pixels);
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, groups)) {
@@ -147,9 +153,8 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
   const Described dy = check_activation(grad_output, "grad_output", w.weight);
   check_image(dy, "grad_output", w.weight.sizes[0]);
-  check_rows(rows, dy);
+  check_batch(rows, dy, "grad_output");
   const bool single = dy.ndim() == 3;
-  if (rows && single) fail("rows: expected a batched grad_output [B, C, H, W]");
   if (input_size.size() != 2) fail("input_size: expected (H, W), got ", input_size.size(), " sizes");
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t got = dy.sizes[dy.ndim() - 2 + axis];

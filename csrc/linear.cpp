@@ -56,7 +56,7 @@ Tensor as_activation(const Tensor& matrix, const Described& like, int64_t column
   return reshaped(matrix, sizes, contiguous_strides(sizes));
 }
 
-// The input of the forward, or the samples of it that `rows` picked, as a matrix [rows, K].
+// The input of the forward as a matrix [M, K], or the rows of it that were picked.
 Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight,
                     const OptionalTensor& rows) {
   if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
@@ -64,7 +64,7 @@ Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Desc
   const LinearSizes sizes = check_linear(x, "input", weight, weight.sizes[1]);
   Ints expected(dy.sizes.begin(), dy.sizes.end());
   expected.back() = sizes.inputs;
-  if (rows) expected.front() = rows->numel();
+  if (rows) expected = {rows->numel(), sizes.inputs};
   expect_shape(x, "input", expected);
   if (x.dtype != dy.dtype) {
     fail("input: expected dtype ", to_string(dy.dtype), " like grad_output, got ", to_string(x.dtype));
@@ -90,11 +90,13 @@ OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight,
 }
 
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
-                    const OptionalTensor& bias, std::optional<bool> gate, double threshold) {
+                    const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
+                    double) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
   const Described x = check_activation(input, "input", w.weight);
   const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
+  check_rows(rows, x, "input", sizes.rows);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
   // Many rows are not fused; asking for them as a matrix might copy them.
@@ -129,8 +131,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Wanted wanted = check_mask(output_mask, w);
   const Described dy = check_activation(grad_output, "grad_output", w.weight);
   const LinearSizes sizes = check_linear(dy, "grad_output", w.weight, w.weight.sizes[0]);
-  check_rows(rows, dy);
-  if (rows && dy.ndim() < 2) fail("rows: expected a batched grad_output [B, ..., N]");
+  check_rows(rows, dy, "grad_output", sizes.rows);
   const Dtype compute = dy.dtype;
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
   OptionalTensor x2;
@@ -183,8 +184,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   WeightGrads grads;
   if (form_gradient) {
     OptionalTensor picked;
-    if (rows) picked = call("aten::index_select", "", grad_output, int64_t{0}, *rows);
-    const Tensor dy_taken = picked ? as_matrix(describe(*picked, "grad_output"), taken, sizes.outputs) : dy2;
+    if (rows) picked = call("aten::index_select", "", dy2, int64_t{0}, *rows);
+    const Tensor dy_taken = picked ? *picked : dy2;
     if (fused) {
       const LinearSizes of_taken{taken, sizes.inputs, sizes.outputs};
       grads = fused_weight_gradient(side, describe(dy_taken, "grad_output"), describe(*x2, "input"), of_taken);

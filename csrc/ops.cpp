@@ -3,9 +3,11 @@
 //
 // `gate` is what the host knows of g; None reads the score, on a GPU without synchronising. A
 // closed gate reads no byte of delta. Backward ops return (input, delta, score, bias, weight)
-// gradients; one that `output_mask` does not ask for is empty, of shape [0]. With `rows` (indices
-// into dim 0 of grad_output) the weight side is estimated from those samples alone, times
-// `row_scale`, and `input` holds only them; input and bias gradients use everything.
+// gradients; one that `output_mask` does not ask for is empty, of shape [0]. With `rows` (samples of
+// an image batch; rows of a matrix, the leading dimensions as one) the weight side is estimated from
+// them alone, times `row_scale`, and `input` holds only them; input and bias gradients use
+// everything. The forward ops take both for their gradient alone, where the host knows the gate to
+// be closed and the weight needs no gradient of its own.
 //
 // To come, proven possible by the probes below (lists of optional tensors, packed parts):
 //   mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids,
@@ -60,7 +62,7 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself.
   m.def(
       "gated_linear(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
-      "bool? gate, float threshold) -> Tensor");
+      "bool? gate, float threshold, Tensor? rows=None, float row_scale=1.0) -> Tensor");
   // Gradients of gated_linear; input may be None where no weight-side gradient is asked for.
   m.def(
       "gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "
@@ -70,7 +72,7 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def(
       "gated_conv2d(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, bool? gate, "
-      "float threshold) -> Tensor");
+      "float threshold, Tensor? rows=None, float row_scale=1.0) -> Tensor");
   // Gradients of gated_conv2d; input_size is (H, W) of the input, which may itself be None.
   m.def(
       "gated_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, "

@@ -11,7 +11,8 @@ void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& 
                  std::optional<bool> gate, double threshold);
 
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
-                    const OptionalTensor& bias, std::optional<bool> gate, double threshold);
+                    const OptionalTensor& bias, std::optional<bool> gate, double threshold,
+                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0);
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
                             const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,
@@ -20,7 +21,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
-                    int64_t groups, std::optional<bool> gate, double threshold);
+                    int64_t groups, std::optional<bool> gate, double threshold,
+                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0);
 
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
                             const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,

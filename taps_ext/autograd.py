@@ -24,11 +24,19 @@ def _output_mask(ctx: Any) -> list[bool]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for."""
+    """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for.
+
+    Of the input of a layer known to be closed, whose score alone asks for it, only the samples that `rows` picks.
+    """
     input, weight, delta, score, bias = inputs[:5]
-    ctx.gate, ctx.threshold = inputs[-2:]
-    gate = ctx.gate
+    gate, ctx.threshold, rows, scale = inputs[-4:]
+    ctx.gate = gate
     mask = _output_mask(ctx)
+    if rows is not None and gate is False and mask[2] and not mask[4]:
+        flat = input.reshape(-1, input.shape[-1]) if weight.dim() == 2 else input
+        input, ctx.scale = flat.index_select(0, rows), scale
+    else:
+        rows, ctx.scale = None, 1.0
     keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(
@@ -36,6 +44,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
         weight,
         delta if keep_delta else None,
         score if mask[2] or gate is None else None,
+        rows,
     )
 
 
@@ -77,12 +86,12 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score = ctx.saved_tensors
+    input, weight, delta, score, rows = ctx.saved_tensors
     mask = _output_mask(ctx)
     grads = torch.ops.taps_ext.gated_linear_backward(
-        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, None, 1.0
+        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, rows, ctx.scale
     )
-    return (*_order(ctx, grads, mask), None, None)
+    return (*_order(ctx, grads, mask), *[None] * 4)
 
 
 def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -92,7 +101,7 @@ def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score = ctx.saved_tensors
+    input, weight, delta, score, rows = ctx.saved_tensors
     mask = _output_mask(ctx)
     grads = torch.ops.taps_ext.gated_conv2d_backward(
         grad_output,
@@ -105,10 +114,10 @@ def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         ctx.threshold,
         *ctx.geometry,
         mask,
-        None,
-        1.0,
+        rows,
+        ctx.scale,
     )
-    return (*_order(ctx, grads, mask), *[None] * 6)
+    return (*_order(ctx, grads, mask), *[None] * 8)
 
 
 def effective_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,7 +14,15 @@ def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _fake_linear(
-    input: Tensor, weight: Tensor, delta: Any, score: Any, bias: Any, gate: Any, threshold: float
+    input: Tensor,
+    weight: Tensor,
+    delta: Any,
+    score: Any,
+    bias: Any,
+    gate: Any,
+    threshold: float,
+    rows: Any = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     return input.new_empty([*input.shape[:-1], weight.shape[0]])
 
@@ -60,6 +68,8 @@ def _fake_conv2d(
     groups: int,
     gate: Any,
     threshold: float,
+    rows: Any = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     bias = None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)

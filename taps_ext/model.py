@@ -37,9 +37,11 @@ class TaskModel(TaskSet):
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.scan.find_head`).
+        batch_dim: which dimension of the forward's first tensor counts samples.
 
     Raises:
-        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`.
+        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`; a negative
+            `batch_dim`.
     """
 
     # -- forward
@@ -52,7 +54,8 @@ class TaskModel(TaskSet):
             args, kwargs: what the base's forward takes.
 
         Raises:
-            ConfigError: an unknown task.
+            ConfigError: an unknown task; in training `gate_fraction` below 1 with gates="device", or no tensor to draw
+                samples of.
             GateError: a NaN score; Inf or NaN in a closed Delta while training.
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """

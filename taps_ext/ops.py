@@ -84,6 +84,8 @@ def gated_linear(
     *,
     gate: bool | None = None,
     threshold: float = 0.1,
+    rows: Tensor | None = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     """Linear layer on `W + g * Delta` (TAPS, arXiv 2203.16708, equation 2).
 
@@ -95,13 +97,17 @@ def gated_linear(
         bias: `[N]` or None.
         gate: the gate as the host knows it. None reads the score on its device, without synchronising.
         threshold: tau of the paper.
+        rows, row_scale: `[R]`, int64: where `gate` is False and the weight frozen, the score's gradient is estimated
+            from these rows of the input `[M, K]` (its leading dimensions as one), times `row_scale`, and backward keeps
+            them alone. Where each row is drawn with the same probability and `row_scale` is its inverse, the estimate
+            is unbiased. An open gate, or one that only the device knows, has its exact gradient.
 
     Returns:
         `[..., N]` in the compute dtype. A closed host gate is bit-equal to `F.linear(input, weight, bias)`.
 
     Raises:
-        ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with
-            Inf or NaN in a closed layer whose score is trained.
+        ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with Inf or NaN in
+            a closed layer whose score is trained.
         TypeError: input and weight of different dtypes outside autocast.
     """
     if delta is None:
@@ -113,10 +119,13 @@ def gated_linear(
     if _stock_serves(input, weight, score, gate):
         return F.linear(input, weight, bias)
     if not HAS_EXTENSION:
-        return reference.gated_linear(input, weight, delta, score, bias, gate=gate, threshold=threshold)
+        return reference.gated_linear(
+            input, weight, delta, score, bias, gate=gate, threshold=threshold, rows=rows, row_scale=row_scale
+        )
+    arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
-        return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, gate, threshold)
-    return _linear(input, weight, delta, score, bias, gate, threshold)
+        return torch.ops.taps_ext.gated_linear(*arguments)
+    return _linear(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -159,6 +168,8 @@ def gated_conv2d(
     *,
     gate: bool | None = None,
     threshold: float = 0.1,
+    rows: Tensor | None = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     """2-D convolution with `W + g * Delta` (TAPS, arXiv 2203.16708, equation 2).
 
@@ -166,7 +177,7 @@ def gated_conv2d(
         input: `[B, C, H, W]` or `[C, H, W]`, contiguous or channels_last.
         weight: the frozen base weight W, `[O, C / groups, kh, kw]`.
         delta: Delta, shaped like `weight`, or None for the base layer.
-        score, gate, threshold: as in :func:`gated_linear`.
+        score, gate, threshold, rows, row_scale: as in :func:`gated_linear`; rows are samples of the batch.
         bias: `[O]` or None.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
 
@@ -174,7 +185,8 @@ def gated_conv2d(
         `[B, O, H', W']` (or unbatched). A closed host gate is bit-equal to `F.conv2d`.
 
     Raises:
-        ValueError, TypeError: as :func:`gated_linear`; an unknown padding; "same" with a stride.
+        ValueError, TypeError: as :func:`gated_linear`; rows of an input without a batch; an unknown padding; "same"
+            with a stride.
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -202,8 +214,12 @@ def gated_conv2d(
             groups,
             gate=gate,
             threshold=threshold,
+            rows=rows,
+            row_scale=row_scale,
         )
     if input.dim() == 3:
+        if rows is not None:
+            raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
         batched = gated_conv2d(
             input[None],
             weight,
@@ -222,7 +238,7 @@ def gated_conv2d(
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
-    arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold)
+    arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold, rows, row_scale)
     if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
         return torch.ops.taps_ext.gated_conv2d(*arguments)
     return _conv2d(*arguments)

@@ -6,11 +6,13 @@ The gate is binary forward and the identity backward (straight-through), so that
 
     dL/dDelta = g * G        dL/ds = <G, Delta>        dL/dW = G
 
-A closed gate selects W; Delta is never multiplied, so Inf or NaN in a closed Delta cannot leak.
+A closed gate selects W; Delta is never multiplied, so Inf or NaN in a closed Delta cannot leak. Its score gradient may
+be estimated from samples S of the batch B: dL/ds = |B| / |S| * <sum over S of G_b, Delta>, which is unbiased.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,6 +87,64 @@ def reconstruct(
     return _Reconstruct.apply(weight, delta, score, gate, threshold, dtype)
 
 
+class _Sampled(torch.autograd.Function):
+    """A closed layer's output, whose score gradient <G, Delta> is estimated from samples `rows` of the input.
+
+    `layer(input, weight)` is the layer; G = scale * the weight gradient of those samples alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        score: Tensor,
+        delta: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        layer: Callable[[Tensor, Tensor], Tensor],
+        rows: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.layer, ctx.scale = layer, scale
+        ctx.save_for_backward(score, delta, input.index_select(0, rows), weight, rows)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        score, delta, taken, weight, rows = ctx.saved_tensors
+        if not bool(torch.isfinite(delta).all()):
+            raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
+        with torch.enable_grad():
+            own = weight.detach().to(taken.dtype).requires_grad_()
+            output = ctx.layer(taken, own)
+        taken_grad = grads[0] if weight.dim() > 2 else grads[0].reshape(-1, grads[0].shape[-1])
+        (gradient,) = torch.autograd.grad(output, own, taken_grad.index_select(0, rows))
+        kind = compute_dtype(gradient, delta)
+        dscore = ctx.scale * (gradient.to(kind) * delta.to(kind)).sum()
+        return (grads[0], dscore.to(score.dtype).reshape(score.shape), *[None] * 6)
+
+
+def _gated(
+    layer: Callable[[Tensor, Tensor], Tensor],
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor | None,
+    score: Tensor | None,
+    gate: bool | None,
+    threshold: float,
+    rows: Tensor | None,
+    row_scale: float,
+) -> Tensor:
+    """`layer(input, W_t)`; with `rows`, the score of a layer known to be closed learns from those samples alone."""
+    sampled = rows is not None and gate is False and not weight.requires_grad
+    if not sampled or rows is None or delta is None or score is None or not score.requires_grad:
+        return layer(input, reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype))
+    output = layer(input, weight.to(input.dtype))
+    flat = input.detach() if weight.dim() > 2 else input.detach().reshape(-1, input.shape[-1])
+    sampled_output: Tensor = _Sampled.apply(output, score, delta, flat, weight, layer, rows, row_scale)
+    return sampled_output
+
+
 def gated_linear(
     input: Tensor,
     weight: Tensor,
@@ -94,10 +154,12 @@ def gated_linear(
     *,
     gate: bool | None = None,
     threshold: float = 0.1,
+    rows: Tensor | None = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     """`input [..., K]` times W_t `[N, K]` transposed, plus `bias [N]`: `[..., N]`."""
-    weight = reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
-    return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
+    own = None if bias is None else bias.to(input.dtype)
+    return _gated(lambda x, w: F.linear(x, w, own), input, weight, delta, score, gate, threshold, rows, row_scale)
 
 
 def gated_conv2d(
@@ -113,11 +175,16 @@ def gated_conv2d(
     *,
     gate: bool | None = None,
     threshold: float = 0.1,
+    rows: Tensor | None = None,
+    row_scale: float = 1.0,
 ) -> Tensor:
     """`input [B, C, H, W]` convolved with W_t `[O, C / groups, kh, kw]`; arguments as `F.conv2d`."""
-    weight = reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
-    bias = None if bias is None else bias.to(input.dtype)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    own = None if bias is None else bias.to(input.dtype)
+
+    def layer(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, own, stride, padding, dilation, groups)
+
+    return _gated(layer, input, weight, delta, score, gate, threshold, rows, row_scale)
 
 
 def sparsity_loss(scores: Tensor, weights: Tensor, lam: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from .errors import BypassedLayerError, ConfigError, TapsError
 from .nn.frame import Call, Frame, enter, leave, sequence_number
+from .nn.sampling import Sample, batch_size, draw
 
 if TYPE_CHECKING:
     from .model import TaskModel
@@ -41,7 +42,7 @@ def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
     """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
     _check_labels(model, name, state, args, kwargs)
-    frame = Frame(state.table, set())
+    frame = Frame(state.table, set(), _sample(model, name, state, args, kwargs))
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
@@ -56,6 +57,30 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
     if model.training and len(state.entered) < len(state.table):
         state.entered |= frame.entered  # evaluation may leave out what training runs
     return output
+
+
+@torch.compiler.disable
+def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Sample | None:
+    """What closed layers estimate their score gradients from in this forward; None for all of the batch."""
+    fraction = getattr(state.config, "gate_fraction", 1.0)
+    if fraction >= 1.0 or not model.training or not torch.is_grad_enabled():
+        return None
+    if torch._C._are_functorch_transforms_active():  # its derivatives are exact
+        return None
+    if model.gates == "device":
+        raise ConfigError(
+            f'gate_fraction: expected 1.0 for task {name!r} with gates="device", where the host does not know which '
+            f"layers are closed, got {fraction}"
+        )
+    batch = batch_size(args, kwargs, model.batch_dim)
+    if batch is None:
+        raise ConfigError(
+            f"gate_fraction: expected a tensor with dimension {model.batch_dim} (batch_dim) among the arguments of "
+            f"task {name!r}'s forward, which its samples can be drawn from"
+        )
+    if batch == 0 or not any(part.gate is False for _, part in state.learned()):
+        return None
+    return draw(fraction, batch, next(model.parameters()).device)
 
 
 def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:

@@ -33,6 +33,7 @@ class TaskSet(nn.Module):
         *,
         gates: str = "host",
         head_module: str | None = None,
+        batch_dim: int = 0,
     ) -> None:
         super().__init__()
         check_base(base)
@@ -44,7 +45,10 @@ class TaskSet(nn.Module):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         self.base = base
         self.config = config
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
         self.gates = gates
+        self.batch_dim = batch_dim
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
         self._active: str | None = None

@@ -357,9 +357,11 @@ def test_zero_sized_batch():
 def test_rows_sample_the_weight_side_only(gate, indices):
     rows, scale = torch.tensor(indices, dtype=torch.int64), 1.5
     x, g, weight, delta, _ = linear_case((4, 2))
+    of_samples = (2 * rows[:, None] + torch.arange(2)).flatten()  # a matrix's rows: of each sample two
     full = OPS.gated_linear_backward(g, x, weight, delta, OPEN, gate, TAU, [True] * 5, None, 1.0)
     part = OPS.gated_linear_backward(g[rows], x[rows], weight, delta, OPEN, gate, TAU, [True] * 5, None, 1.0)
-    got = OPS.gated_linear_backward(g, x[rows], weight, delta, OPEN, gate, TAU, [True] * 5, rows, scale)
+    taken = x.reshape(8, -1)[of_samples]
+    got = OPS.gated_linear_backward(g, taken, weight, delta, OPEN, gate, TAU, [True] * 5, of_samples, scale)
     same(got[0], full[0])
     same(got[3], full[3])
     for i in (1, 2, 4):
@@ -508,9 +510,9 @@ def test_messages_of_backward():
         backward(delta=None)
     with pytest.raises(RuntimeError, match="score: expected a tensor, its gradient"):
         backward(score=None)
-    with pytest.raises(RuntimeError, match=r"rows: expected indices in \[0, 2\), got 2"):
-        backward(rows=torch.tensor([2]))
-    with pytest.raises(RuntimeError, match=r"input: expected shape \[1, 5, 7\], got \[2, 5, 7\]"):
+    with pytest.raises(RuntimeError, match=r"rows: expected indices in \[0, 10\), got 10"):
+        backward(rows=torch.tensor([10]))
+    with pytest.raises(RuntimeError, match=r"input: expected shape \[1, 7\], got \[2, 5, 7\]"):
         backward(rows=torch.tensor([1]))
     for bad in (NAN, INF):
         poisoned = delta.clone()

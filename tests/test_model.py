@@ -187,7 +187,7 @@ class TakesTask(nn.Module):
         (lambda: TapsConfig(lam=-1), "lam: expected a number in"),
         (lambda: TapsConfig(lam=float("nan")), "lam: expected a number"),
         (lambda: TapsConfig(lam=1, penalty="layers"), "penalty: expected one of .*did you mean 'layer'"),
-        (lambda: TapsConfig(lam=1, gate_fraction=0.5), "gate_fraction: expected 1.0"),
+        (lambda: TapsConfig(lam=1, gate_fraction=0.0), "gate_fraction: expected a number in"),
         (lambda: TapsConfig(lam=1, target_modules="conv1"), "target_modules: expected a list"),
         (lambda: TapsConfig(lam=1, overrides={"a": {"scor": 1}}), "unknown key 'scor'"),
         (lambda: TapsConfig(lam=1, overrides={"a": {"open": True}}), "'open' fixes a gate"),

@@ -228,8 +228,8 @@ def test_row_subset_estimates_the_gate_gradient(op, gate) -> None:
     torch.manual_seed(5)
     batch = 6
     if op == "linear":
-        x, w = draw(batch, 4, 5), draw(3, 5)
-        grad, name, geometry = draw(batch, 4, 3), "gated_linear_backward", ()
+        x, w = draw(2, 3, 5), draw(3, 5)  # a matrix of six rows
+        grad, name, geometry = draw(2, 3, 3), "gated_linear_backward", ()
     else:
         x, w = draw(batch, 5, 6, 6), draw(3, 5, 3, 3)
         grad, name, geometry = draw(batch, 3, 6, 6), "gated_conv2d_backward", ([1, 1], [1, 1], [1, 1], 1)
@@ -242,8 +242,9 @@ def test_row_subset_estimates_the_gate_gradient(op, gate) -> None:
         return function(grad, input, *size, w, d, s, gate, 0.1, *geometry, mask, rows, scale)
 
     exact = backward(x, None, 1.0)
-    every = backward(x, torch.arange(batch), 1.0)
-    singles = [backward(x[i : i + 1], torch.tensor([i]), float(batch)) for i in range(batch)]
+    taken = x.reshape(batch, *x.shape[-1:]) if op == "linear" else x
+    every = backward(taken, torch.arange(batch), 1.0)
+    singles = [backward(taken[i : i + 1], torch.tensor([i]), float(batch)) for i in range(batch)]
     for i in (0, 3):  # dinput and dbias always use all rows
         for other in (every, *singles):
             assert torch.allclose(other[i], exact[i], rtol=1e-12, atol=1e-12)
@@ -339,7 +340,10 @@ def test_opcheck(gate) -> None:
     x, w, d, s, b = linear_case(torch.float32, (3,), 5, 4)
     if gate is False:
         d = d.detach()
-    torch.library.opcheck(torch.ops.taps_ext.gated_linear.default, (x, w, d, s, b, gate, 0.1))
+    rows = torch.tensor([2, 0])
+    for sample in ((), (rows, 1.5)):
+        torch.library.opcheck(torch.ops.taps_ext.gated_linear.default, (x, w, d, s, b, gate, 0.1, *sample))
+    torch.library.opcheck(torch.ops.taps_ext.gated_linear.default, (x, w.detach(), d, s, b, gate, 0.1, rows, 1.5))
     mask = [True, gate is not False, True, True, True]
     detached = [t.detach() for t in (x, w, d, s)]
     torch.library.opcheck(
@@ -353,9 +357,9 @@ def test_opcheck(gate) -> None:
     )
     geometry = ([2, 1], [1, 1], [1, 1], 2)
     bias = torch.randn(6, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.taps_ext.gated_conv2d.default, (image, kernel, extra, s, bias, *geometry, gate, 0.1)
-    )
+    for own, *sample in ((kernel,), (kernel.detach(), torch.tensor([1]), 2.0)):
+        arguments = (image, own, extra, s, bias, *geometry, gate, 0.1, *sample)
+        torch.library.opcheck(torch.ops.taps_ext.gated_conv2d.default, arguments)
     torch.library.opcheck(
         torch.ops.taps_ext.gated_conv2d_backward.default,
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -138,6 +139,69 @@ def test_gates_rest_from_half_time(optimizer, lam, tmp_path) -> None:
     assert all(0.0 < entry["share"] <= 0.5 for entry in result.history[4:])
     losses = [entry["loss"] for entry in result.history[4:]]
     assert len(set(losses)) == len(losses)  # the rest goes on
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
+    """After two epochs no score moves, closed layers keep no input, and in the end scores are learned again."""
+    torch.manual_seed(0)
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=2.0), gates=gates)
+    model.add_task("t", num_classes=4)
+    kept, asked = [], []
+    inputs = {}
+    hook = model.base.hidden.register_forward_pre_hook(lambda module, args: inputs.update(hidden=args[0]))
+
+    def pack(tensor):
+        asked[-1] += "hidden" in inputs and inputs["hidden"].data_ptr() == tensor.data_ptr()
+        return tensor
+
+    def loss(outputs, targets):
+        if torch.is_grad_enabled():
+            kept.append({n: p.score.requires_grad for n, p in model.state("t").learned()})
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    inner = model.forward
+
+    def counted(*args, **kwargs):
+        if torch.is_grad_enabled():
+            asked.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return inner(*args, **kwargs)
+
+    model.forward = counted
+    result = fit(
+        model, epochs=5, warmup_epochs=0, freeze_after=2, lr=0.1, select="last", out=tmp_path, task={"loss": loss}
+    )
+    hook.remove()
+    del model.forward
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [tuple(event["scores"].values()) for event in events if event["event"] == "epoch"]
+    assert len(set(scores[1:])) == 1 and scores[0] != scores[1]
+    assert len({entry["loss"] for entry in result.history}) == 5
+    assert set(kept[0].values()) == {True} and set(kept[-1].values()) == {False}
+    assert all(p.score.requires_grad and p.score.grad is None for _, p in model.state("t").learned())
+    if gates == "host":
+        closed = not dict(model.state("t").learned())["hidden"].gate
+        assert closed and asked[0] == 1 and asked[-1] == 0
+
+
+def test_reopened_gates_are_counted() -> None:
+    """A score that every step pushes across its threshold and back."""
+    model = build(TapsConfig(lam=0.0))
+    part = dict(model.state("t").learned())["conv2"]
+    steps = []
+
+    def push(grad):
+        steps.append(part.gate)
+        return torch.full_like(grad, 0.1 if part.gate else -0.1)
+
+    part.score.register_hook(push)
+    once = {"lr": 1e-9, "score_lr": 1.0, "momentum": 0.0, "schedule": "constant", "select": "last"}
+    result = fit(model, epochs=3, **once)
+    expected = sum(now and not before for before, now in itertools.pairwise(steps))
+    assert expected > 5
+    others = [0 for name, p in model.state("t").learned() if name != "conv2" and not p.gate]
+    assert sum(entry["reopened"] for entry in result.history) == expected and not others
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (1, 2), (3, 2), (4, 9)])

@@ -25,7 +25,8 @@ class TapsConfig(MethodConfig):
         threshold: tau; a gate is open where its score reaches it.
         score_init: the scores' first value.
         penalty: "layer" counts every layer alike (the paper); "size" in proportion to its parameters, mean 1.
-        gate_fraction: share of the batch that estimates a closed layer's score gradient; 1.0 is exact.
+        gate_fraction: share of a batch's samples, drawn anew in each forward, that a closed layer's score gradient is
+            estimated from (unbiased); the layer keeps and multiplies them alone for backward. 1.0 is exact.
         norm: "task" gives the task its own normalisation layers; "frozen" keeps the base's, in eval mode.
         others: "task" also trains biases, tokens, position tables and the like; "frozen" does not.
         target_modules, exclude_modules: globs of layers to gate, or to leave to the base.
@@ -48,8 +49,6 @@ class TapsConfig(MethodConfig):
         number(self.score_init, "score_init", 0.0, open_low=True)
         one_of(self.penalty, ("layer", "size"), "penalty")
         number(self.gate_fraction, "gate_fraction", 0.0, 1.0, open_low=True)
-        if self.gate_fraction != 1.0:
-            raise ConfigError(f"gate_fraction: expected 1.0 (sampling is not built yet), got {self.gate_fraction}")
         one_of(self.norm, ("task", "frozen"), "norm")
         one_of(self.others, ("task", "frozen"), "others")
         for pattern, override in dict(self.overrides).items() if isinstance(self.overrides, Mapping) else [("", 0)]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import composed, ops
+from . import sampling
 
 GATED_TYPES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # of the last, the joint input projection
 
@@ -83,8 +84,13 @@ def whole_weight(layer: Any) -> Tensor:
     return whole if torch.is_grad_enabled() or composed.transformed(whole) else whole.detach()
 
 
-def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs."""
+def gated_forward(
+    host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None, sample: sampling.Sample | None = None
+) -> Tensor:
+    """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs.
+
+    `sample`: what the score gradient of a closed layer is estimated from; None takes everything.
+    """
     if layer.whole is not None:
         return stock_forward(host, input, resting_weight(layer, whole_weight(layer), input), bias)
     gate = layer.gate
@@ -94,19 +100,10 @@ def gated_forward(host: nn.Module, layer: Any, input: Tensor, bias: Tensor | Non
     if layer.delta is None:
         return stock_forward(host, input, weight, bias)
     if isinstance(host, nn.Linear):
-        return ops.gated_linear(input, weight, layer.delta, layer.score, bias, gate=gate, threshold=layer.threshold)
+        tensors = (input, weight, layer.delta, layer.score, bias)
+        return sampling.run(ops.gated_linear, 1, sample, *tensors, gate=gate, threshold=layer.threshold)
     assert isinstance(host, nn.Conv2d)
     input, padding = _conv2d_input(host, input)
-    return ops.gated_conv2d(
-        input,
-        weight,
-        layer.delta,
-        layer.score,
-        bias,
-        host.stride,
-        padding,
-        host.dilation,
-        host.groups,
-        gate=gate,
-        threshold=layer.threshold,
-    )
+    tensors = (input, weight, layer.delta, layer.score, bias)
+    geometry = (host.stride, padding, host.dilation, host.groups)
+    return sampling.run(ops.gated_conv2d, 3, sample, *tensors, *geometry, gate=gate, threshold=layer.threshold)

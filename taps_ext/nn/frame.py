@@ -20,13 +20,18 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import GateError, TapsError
 from .gated import GatedLayer
+from .sampling import Sample
 
 
 class Frame(NamedTuple):
-    """One forward: the parts of the running task by module name, and where entered modules are noted."""
+    """One forward: the parts of the running task by module name, where entered modules are noted, and the samples
+
+    that closed layers learn from (None: all).
+    """
 
     parts: Mapping[str, nn.Module]
     entered: set[str]
+    sample: Sample | None = None
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GateError, TapsError
 from .forward import base_bias, gated_forward
+from .sampling import Sample
 
 
 def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], names: tuple[str, ...]) -> Any:
@@ -118,8 +119,8 @@ class GatedLayer(nn.Module):
         """What an open gate lets in: Delta, or the task's own weight; None for a layer that is closed for good."""
         return self.weight if self.delta is None else self.delta
 
-    def forward(self, host: nn.Module, input: Tensor) -> Tensor:
-        return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias)
+    def forward(self, host: nn.Module, input: Tensor, sample: Sample | None = None) -> Tensor:
+        return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias, sample)
 
     def stale(self) -> bool:
         """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""

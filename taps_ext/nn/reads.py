@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import composed, ops
+from . import sampling
 from .forward import base_weight, resting_weight, whole_weight
+from .sampling import Sample
 
 
 def _learns(layer: Any) -> bool:
@@ -83,9 +85,10 @@ class TaskWeight(Tensor):
     _host: nn.Module
     _layer: Any
     _enter: Callable[[], None]
+    _sample: Sample | None
 
     @staticmethod
-    def of(host: nn.Module, layer: Any, enter: Callable[[], None]) -> TaskWeight:
+    def of(host: nn.Module, layer: Any, enter: Callable[[], None], sample: Sample | None = None) -> TaskWeight:
         """`enter` is called when the values are used; asking for the dtype is no use."""
         weight = base_weight(host)
         if layer.whole is not None:
@@ -95,20 +98,21 @@ class TaskWeight(Tensor):
         else:
             node = weight.detach()
         weight = node.as_subclass(TaskWeight)
-        weight._host, weight._layer, weight._enter = host, layer, enter
+        weight._host, weight._layer, weight._enter, weight._sample = host, layer, enter, sample
         return weight
 
     def _whole(self) -> Tensor:
         self._enter()
         return read_weight(self._host, self._layer)
 
-    def _gated(self, op: Callable[..., Tensor], input: Tensor, bias: Any, *geometry: Any) -> Tensor:
+    def _gated(self, op: Callable[..., Tensor], trailing: int, input: Tensor, bias: Any, *geometry: Any) -> Tensor:
         self._enter()
         layer, weight = self._layer, base_weight(self._host)
         gate, threshold = layer.gate, layer.threshold
         if gate is False:
             weight = resting_weight(self._host, weight, input)
-        return op(input, weight, layer.delta, layer.score, bias, *geometry, gate=gate, threshold=threshold)
+        tensors = (input, weight, layer.delta, layer.score, bias)
+        return sampling.run(op, trailing, self._sample, *tensors, *geometry, gate=gate, threshold=threshold)
 
     @classmethod
     def __torch_function__(
@@ -147,7 +151,7 @@ def _is_gated(weight: Any) -> bool:
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if _is_gated(weight):
-        return weight._gated(ops.gated_linear, _plain(input), _plain(bias))
+        return weight._gated(ops.gated_linear, 1, _plain(input), _plain(bias))
     return F.linear(_plain(input), _plain(weight), _plain(bias))
 
 
@@ -156,5 +160,5 @@ def _conv2d(
 ) -> Any:
     geometry = (stride, padding, dilation, groups)
     if _is_gated(weight):
-        return weight._gated(ops.gated_conv2d, _plain(input), _plain(bias), *geometry)
+        return weight._gated(ops.gated_conv2d, 3, _plain(input), _plain(bias), *geometry)
     return F.conv2d(_plain(input), _plain(weight), _plain(bias), *geometry)

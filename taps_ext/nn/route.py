@@ -77,7 +77,7 @@ def _read_weight(module: nn.Module) -> Any:
     if torch.compiler.is_compiling() or fused or reads.rests(module, part):
         enter()
         return reads.read_weight(module, part)
-    return reads.TaskWeight.of(module, part, enter)
+    return reads.TaskWeight.of(module, part, enter, frame.sample)
 
 
 def _read_bias(module: nn.Module) -> Any:
@@ -124,6 +124,8 @@ class _RoutedLayer(_Readable):
         if frame is not None:
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
+        if isinstance(part, GatedLayer) and frame is not None:
+            return part(self, input, frame.sample)
         if part is not None:
             return part(self, input)
         weight = _forward.resting_weight(self, _held(self, "weight"), input)

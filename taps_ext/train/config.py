@@ -23,8 +23,10 @@ class TrainConfig:
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
         weight_decay: on open Deltas and heads only.
         warmup_epochs: whole epochs without the sparsity penalty.
-        budget: the share of the gated weights that may stay open, or None. It steers the penalty for half of the
-            epochs; then the layers with the largest scores that fit stay open, and gates rest.
+        budget: the share of the gated weights that may stay open, or None. It steers the penalty until gates rest;
+            then the layers with the largest scores that fit stay open.
+        freeze_after: epochs after which gates rest: closed layers then cost what the base's do, and keep nothing for
+            backward. None: never, or with a budget after half of the epochs.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.
@@ -54,6 +56,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     warmup_epochs: int = 2
     budget: float | None = None
+    freeze_after: int | None = None
     accumulate: int = 1
     amp: str | None = None
     clip_norm: float | None = None
@@ -75,9 +78,10 @@ class TrainConfig:
             ("step_epochs", 1),
             ("warmup_epochs", 0),
             ("patience", 1),
+            ("freeze_after", 1),
         ):
             value = getattr(self, name)
-            if name == "patience" and value is None:
+            if name in ("patience", "freeze_after") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected an int >= {low}, got {value!r}")
@@ -113,6 +117,18 @@ class TrainConfig:
         one_of(self.select, ("best", "last"), "select")
         if self.amp is not None:
             one_of(self.amp, ("bf16",), "amp")
+
+    @property
+    def rest_epoch(self) -> int | None:
+        """The last epoch (from 0) in which gates move, or None if they always do.
+
+        A budget is met in the last epoch at the latest, and not before the penalty has had an epoch.
+        """
+        after = self.freeze_after
+        if self.budget is None:
+            return None if after is None else after - 1
+        after = math.ceil(self.epochs / 2) if after is None else after
+        return max(0, min(self.epochs, max(after, self.warmup_epochs + 1)) - 1)
 
     def lr_scale(self, step: int, steps_per_epoch: int) -> float:
         """The schedule's factor for optimizer step `step` (from 0); a pure function, so resuming needs no state."""

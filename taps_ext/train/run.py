@@ -36,7 +36,9 @@ class Progress:
     batch: int = 0
     step: int = 0
     pressure: float = 1.0
-    held: bool = False  # gates rest: what stays open within the budget is chosen
+    held: bool = False  # gates rest
+    open: list[str] | None = None  # layers that were open in the last step
+    reopened: int = 0
     loss: float = 0.0
     seen: int = 0
     seconds: float = 0.0
@@ -69,6 +71,8 @@ class Run:
         self.optimizer = self._optimizer()
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
+        learned = [part.score for _, part in self.state.learned() if part.score is not None]
+        self.scores = [(score, score.requires_grad) for score in learned]
 
     def _training_loss(self) -> Callable[[Any, Any], Tensor]:
         smoothing = self.config.label_smoothing
@@ -100,7 +104,7 @@ class Run:
         if progress.epoch >= self.config.epochs:
             return True
         if self.config.budget is not None and not progress.held:
-            return False
+            return False  # nothing that was validated meets it
         return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
     # -- epochs
@@ -131,10 +135,7 @@ class Run:
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
             if self.model.gates == "device":
                 self.model.drop_closed_gradients(self.name)
-            if progress.held:
-                for _, part in self.state.learned():
-                    if part.score is not None:
-                        part.score.grad = None
+            self._count_reopened()
             optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -179,8 +180,7 @@ class Run:
     def close_epoch(self, log: Log) -> None:
         """Validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
         config, state, progress = self.config, self.state, self.progress
-        if config.budget is not None:
-            self._settle(config.budget)
+        self._steer()
         with nullcontext() if self.average is None else self.average.used():
             metrics = self.evaluate()
             report = self.model.report(self.name)
@@ -190,6 +190,7 @@ class Run:
                 **{f"val_{key}": value for key, value in metrics.items()},
                 "share": report.share,
                 "layers_open": report.layers_open,
+                "reopened": progress.reopened,
             }
             log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
             progress.history.append(entry)
@@ -206,21 +207,41 @@ class Run:
                 progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
                 self.best = snapshot(state)
         progress.epoch, progress.batch, progress.loss, progress.seen = progress.epoch + 1, 0, 0.0, 0
+        progress.reopened = 0
 
-    def _settle(self, budget: float) -> None:
-        """Steer the penalty towards the budget; after half of the epochs choose what stays open, and let gates rest.
-
-        What stays open then has the rest of the run to make up for what closed.
-        """
+    def _steer(self) -> None:
+        """At the end of an epoch: move the penalty towards the budget, choose what stays open, let gates rest."""
         config, progress = self.config, self.progress
-        if progress.held or (progress.epoch < config.warmup_epochs and progress.epoch + 1 < config.epochs):
+        if progress.held:
             return
-        report = self.model.report(self.name)
-        progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - budget))))
-        if 2 * (progress.epoch + 1) >= config.epochs:
-            settle(self.state, report, budget)
-            progress.held = True
-            progress.improved = progress.epoch  # patience is counted from here
+        if config.budget is not None and progress.epoch >= config.warmup_epochs:
+            share = self.model.report(self.name).share
+            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (share - config.budget))))
+        if config.rest_epoch is not None and progress.epoch >= config.rest_epoch:
+            if config.budget is not None:
+                settle(self.state, self.model.report(self.name), config.budget)
+                progress.improved = progress.epoch  # patience is counted from here
+            self.rest()
+
+    def rest(self) -> None:
+        """Let gates rest from here on: what stays open has the rest of the run to make up for what closed."""
+        self.progress.held = True
+        for score, _ in self.scores:
+            score.requires_grad_(False)
+            score.grad = None
+
+    def release(self) -> None:
+        """Leave the scores as they were found."""
+        for score, learns in self.scores:
+            score.requires_grad_(learns)
+
+    def _count_reopened(self) -> None:
+        """Note which gates the host saw closed in the step before and open in this one."""
+        now = [name for name, part in self.state.learned() if part.gate]
+        before = self.progress.open
+        if before is not None:
+            self.progress.reopened += len(set(now) - set(before))
+        self.progress.open = now
 
     def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
         """The best epoch has the largest: within the budget, then by the first metric (or the share), then sparser."""
@@ -242,6 +263,8 @@ class Run:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
         kept, counters = load_run(path, self.state, self.optimizer, parent, settings)
         self.progress, self.best = Progress(**counters["progress"]), kept["best"]
+        if self.progress.held:
+            self.rest()
         if self.average is not None:
             self.average.load(kept["average"], counters["average_steps"])
 

@@ -67,8 +67,8 @@ class Trainer:
         quiet: print nothing.
 
     Raises:
-        ConfigError: a task that the model lacks; a budget without learned gates; label smoothing with a loss that is
-            not `F.cross_entropy`.
+        ConfigError: a task that the model lacks; a budget or freeze_after without learned gates; label smoothing with
+            a loss that is not `F.cross_entropy`.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class Trainer:
             if not isinstance(task, Task):
                 raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
             state = model.state(name)
+            if config.freeze_after is not None and not state.learned():
+                raise ConfigError(f"freeze_after: task {name!r} has no learned gates that could rest")
             if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):
                 raise ConfigError(f"budget: task {name!r} has no learned gates with lam > 0 that could follow it")
             if config.label_smoothing and task.loss is not F.cross_entropy:
@@ -204,6 +206,7 @@ class Trainer:
             self._train(run, log, stop, path, settings, parent)
         finally:
             log.close()
+            run.release()
         run.optimizer.zero_grad(set_to_none=True)
         run.keep_best()
         return self._finish(name, task, run.progress, settings, path)

@@ -85,6 +85,31 @@ def test_linear(dtype, gate, forced, rows, k, n, path) -> None:
     compare_gradients(got, want, dtype, gate, bounds)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("forced", ["rebuild", "fused", None])
+def test_sampled_score_gradient(dtype, forced, path) -> None:
+    """A closed layer learns from the rows that were picked, which alone are kept."""
+    if forced == "fused" and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("not a case of the fused kernels: 16-bit types")
+    path(forced)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    host = [draw(6, 5, 64, dtype=dtype), draw(48, 64, dtype=dtype), draw(48, 64, dtype=wide)]
+    host.append(torch.tensor(0.05, dtype=wide))
+    got, want = on_device(host, (1,)), exact(host, (1,))
+    rows = torch.tensor([3, 4, 17, 29])
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        output = gated_linear(*got, gate=False, rows=rows.cuda(), row_scale=7.5)
+    assert 4 * 64 in sizes and 30 * 64 not in sizes
+    expected = reference.gated_linear(*want, gate=False, rows=rows, row_scale=7.5)
+    grad = draw(6, 5, 48, dtype=dtype)
+    output.backward(grad.cuda())
+    expected.backward(grad.double())
+    taken = [t.flatten(0, 1)[rows] for t in (grad, host[0])]
+    assert_close(got[0].grad.cpu(), want[0].grad, dtype, 48, grad, host[1])
+    assert_close(got[3].grad.cpu(), want[3].grad, dtype, 4, 7.5 * taken[0], taken[1], host[2], outer=48 * 64)
+
+
 @pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", GATES)

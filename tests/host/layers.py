@@ -70,7 +70,8 @@ def layouts(offset: int, padding: int, kind: torch.dtype) -> None:
     assert_close(y, x.double() @ wt.t() + bias.double(), BF16, 97, x, wt)
     grad, picked = draw(6, 5, 40, dtype=BF16), torch.tensor([4, 1, 2])
     mask = [True, True, True, True, False]
-    found = OPS.gated_linear_backward(grad, x[picked], w, d, score, None, 0.1, mask, picked, 2.0)
+    rows = (5 * picked[:, None] + torch.arange(5)).flatten()
+    found = OPS.gated_linear_backward(grad, x.flatten(0, 1)[rows], w, d, score, None, 0.1, mask, rows, 2.0)
     g = grad[picked].double().flatten(0, 1).t() @ x[picked].double().flatten(0, 1)
     assert_close(found[0], grad.double() @ wt, BF16, 40, grad, wt)
     assert_close(found[1], 2 * g, F32, 15, 2 * grad, x)

@@ -1,0 +1,397 @@
+"""The sampled score gradient of closed layers (`gate_fraction`): unbiased, of closed layers alone, smaller to keep."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import TinyNet, settle
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from taps_ext import ConfigError, TapsConfig, TaskModel, gated_conv2d, gated_linear, reference, running
+from taps_ext.nn.sampling import Sample, draw, rows_of
+
+# --- drawing, and finding the samples in a layer's input --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fraction", "batch", "count"), [(0.125, 8, 1), (0.125, 9, 2), (1e-6, 5, 1), (0.1 + 0.2, 10, 3), (0.99, 3, 3)]
+)
+def test_draws_the_ceiling(fraction, batch, count) -> None:
+    rows = draw(fraction, batch, torch.device("cpu")).rows
+    assert rows.tolist() == sorted(set(rows.tolist())) and len(rows) == count and rows.dtype == torch.int64
+    assert rows[0] >= 0 and rows[-1] < batch
+
+
+def test_draws_are_seeded_and_uniform() -> None:
+    torch.manual_seed(3)
+    first = [draw(0.3, 5, torch.device("cpu")).rows for _ in range(3000)]
+    torch.manual_seed(3)
+    assert all(torch.equal(draw(0.3, 5, torch.device("cpu")).rows, rows) for rows in first)
+    counts = torch.bincount(torch.cat(first), minlength=5)
+    # Each index is in 2 of 5 draws: 1200 of 3000, deviation sqrt(3000 * 0.4 * 0.6) = 26.8; five of them.
+    assert (counts - 1200).abs().max() < 5 * 26.8
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    count=st.integers(1, 4),
+    before=st.lists(st.integers(1, 3), max_size=2),
+    after=st.lists(st.integers(1, 3), max_size=2),
+    times=st.integers(1, 3),
+)
+def test_every_row_is_drawn_equally_often(batch, count, before, after, times) -> None:
+    """Over all samples of a size, wherever the batch lies among the leading dimensions: what makes it unbiased."""
+    count = min(count, batch)
+    leading = [*before, batch, *after] if before else [batch * times, *after]
+    subsets = list(itertools.combinations(range(batch), count))
+    seen = torch.zeros(math.prod(leading), dtype=torch.int64)
+    for subset in subsets:
+        taken = rows_of(leading, Sample(batch, torch.tensor(subset)))
+        assert len(taken) * batch == count * math.prod(leading)
+        seen += torch.bincount(taken, minlength=len(seen))
+    assert len(set(seen.tolist())) == 1
+
+
+def test_samples_are_taken_whole() -> None:
+    rows = torch.tensor([0, 2])
+    numbers = torch.arange(3 * 4 * 2).reshape(3, 4, 2)
+    for sizes in ([3, 4, 2], [12, 2], [6, 2, 2]):  # batch first, windows of a sample
+        assert torch.equal(numbers.flatten()[rows_of(sizes, Sample(3, rows))], numbers[rows].flatten())
+    first = numbers.transpose(0, 1).contiguous()  # sequence first
+    assert torch.equal(first.flatten()[rows_of([4, 3, 2], Sample(3, rows))], first[:, rows].flatten())
+    for sizes in ([5, 2], [], [0, 2], [3, 0]):
+        assert rows_of(sizes, Sample(3, rows)) is None
+
+
+# --- gradients ---------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Linear layers that see the batch first, last of two, in windows, flattened, behind a reader, and not at all.
+
+    What `nn.MultiheadAttention` does with its weights is its own affair: they have their exact gradients.
+    """
+
+    exact = ("table", "attention", "attention.out_proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.windows, self.flat = (nn.Linear(6, 6) for _ in range(4))
+        self.read, self.table, self.head = nn.Linear(6, 6), nn.Linear(2, 6), nn.Linear(6, 3)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.register_buffer("places", torch.randn(7, 2))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 6, 6]
+        x = x + self.first(x).tanh()
+        x = x + self.second(x.transpose(0, 1)).transpose(0, 1).tanh()
+        x = x + self.windows(x.reshape(-1, 2, 6)).reshape(x.shape).tanh()
+        x = x + self.flat(x.reshape(-1, 6)).reshape(x.shape).tanh() + self.table(self.places).mean(0)
+        x = x + F.linear(x, self.read.weight, self.read.bias).tanh()
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class Frames(nn.Module):
+    """Convolutions over the batch and over frames of it, strided, grouped, padded by another mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 3, padding=1)
+        self.two = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2, padding_mode="circular")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 2, 3, 5, 5]
+        frames = F.relu_(self.one(x.flatten(0, 1)))
+        frames = frames.unflatten(0, x.shape[:2]).mean(1)
+        return self.head(self.two(frames).mean((2, 3)))
+
+
+BASES = {
+    "tokens": (Tokens, lambda: torch.randn(4, 6, 6)),
+    "frames": (Frames, lambda: torch.randn(4, 2, 3, 5, 5)),
+    "net": (lambda: settle(TinyNet()), lambda: torch.randn(4, 3, 8, 8)),
+    "channels_last": (
+        lambda: settle(TinyNet()).to(memory_format=torch.channels_last),
+        lambda: torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last),
+    ),
+}
+
+
+def adapted(base: nn.Module, fraction: float = 0.5, opened: int = 1, **kwargs) -> TaskModel:
+    """A float64 model in training mode whose layers are closed but for the first few."""
+    model = TaskModel(base.double(), TapsConfig(lam=0.5, gate_fraction=fraction), **kwargs)
+    model.add_task("t")
+    with torch.no_grad():
+        for i, (_, part) in enumerate(model.state("t").gated()):
+            part.delta.normal_()
+            part.score.fill_(0.2 if i < opened else 0.05)
+    model.state("t").double()
+    for _, part in model.state("t").gated():  # Delta and score stay float32 through .double(); here they need more
+        part.delta.data, part.score.data = part.delta.data.double(), part.score.data.double()
+    model.refresh_gates()
+    model.set_task("t")
+    return model.train()
+
+
+def gradients(model: TaskModel, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    out = model(x)
+    (out * torch.arange(out.numel()).reshape(out.shape).cos()).sum().backward()
+    grads = {n: p.grad for n, p in model.state("t").named_parameters() if p.grad is not None}
+    return {**grads, "input": x.grad}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_expectation_is_the_exact_gradient(name, monkeypatch) -> None:
+    """Over all six samples of two in four: the mean is the exact gradient, to float64 rounding."""
+    make, data = BASES[name]
+    torch.manual_seed(0)
+    base, x = make(), data().double()
+    model = adapted(base)
+    closed = [n for n, part in model.state("t").gated() if not part.gate]
+    assert len(closed) >= 1
+    samples = iter([torch.tensor(s) for s in itertools.combinations(range(4), 2)])
+    monkeypatch.setattr(running, "draw", lambda fraction, batch, device: Sample(batch, next(samples)))
+    found = [gradients(model, x) for _ in range(6)]
+    model.state("t").config = TapsConfig(lam=0.5)
+    exact = gradients(model, x)
+    assert all(grads.keys() == exact.keys() for grads in found)
+    for key, want in exact.items():
+        values = torch.stack([grads[key] for grads in found])
+        layer = key.removeprefix("parts./").removesuffix(".score").replace("/", ".")
+        if key.endswith("score") and layer in closed and layer not in getattr(base, "exact", ()):
+            assert not torch.equal(values[0], values[1])
+            # <= 2^20 terms of float64 a sum: 2^20 * 2^-53 of the sum of their sizes, which the spread bounds from below
+            scale = values.abs().max().item()
+            assert abs(values.mean().item() - want.item()) <= 2**-33 * scale, key
+        else:  # open layers, norms, head, input, and what is not made of samples: bit for bit
+            assert all(torch.equal(value, want) for value in values), key
+
+
+def test_the_sum_of_samples_that_are_one_each(monkeypatch) -> None:
+    """Samples of one: each estimates from its own row, so their mean is the exact gradient too."""
+    torch.manual_seed(0)
+    model, x = adapted(Tokens(), 0.2, opened=0), torch.randn(4, 6, 6).double()
+    rows = iter(range(4))
+    monkeypatch.setattr(running, "draw", lambda f, batch, device: Sample(batch, torch.tensor([next(rows)])))
+    mean = {}
+    for _ in range(4):
+        for key, value in gradients(model, x).items():
+            mean[key] = mean.get(key, 0) + value / 4
+    model.state("t").config = TapsConfig(lam=0.5)
+    for key, want in gradients(model, x).items():
+        torch.testing.assert_close(mean[key], want, rtol=1e-9, atol=1e-12)
+
+
+def test_one_draw_serves_the_whole_forward_and_the_next_is_another() -> None:
+    model, x = adapted(settle(TinyNet()), 0.25, opened=0), torch.randn(8, 3, 8, 8).double()
+    torch.manual_seed(1)
+    a, b = gradients(model, x), gradients(model, x)
+    torch.manual_seed(1)
+    again = gradients(model, x)
+    assert all(torch.equal(a[key], again[key]) for key in a)
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_exact_draws_nothing(monkeypatch) -> None:
+    """f = 1, evaluation, no gradients, and open layers alone: no random number is used."""
+    model, x = adapted(settle(TinyNet()), 1.0), torch.randn(4, 3, 8, 8).double()
+    before = torch.get_rng_state()
+    exact = gradients(model, x)
+    model.state("t").config = TapsConfig(lam=0.5, gate_fraction=0.5)
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    gradients(model, x)
+    model.train()
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.score.fill_(0.2)
+    gradients(model, x)
+    assert torch.equal(before, torch.get_rng_state())
+    assert exact.keys()
+
+
+@pytest.mark.parametrize("fraction", [0.125, 0.5])
+def test_a_closed_layer_keeps_its_sample_alone(fraction) -> None:
+    base = nn.Sequential(nn.Linear(16, 16, bias=False), nn.LayerNorm(16, elementwise_affine=False), nn.Linear(16, 2))
+    kept = {1.0: [], fraction: []}
+    for f, sizes in kept.items():
+        model = adapted(base, f, opened=0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            model(torch.randn(8, 32, 16).double())
+        base = model.unload()
+    assert kept[1.0].count(8 * 32 * 16) - kept[fraction].count(8 * 32 * 16) == 1
+    assert int(8 * fraction) * 32 * 16 in kept[fraction]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_draw(reentrant) -> None:
+    class Checkpointed(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.bn1(self.conv1(x)))
+            x = checkpoint(lambda x: F.relu(self.gn(self.conv2(x))), x, use_reentrant=reentrant)
+            x = (F.relu(self.depthwise(x)) + x).mean(dim=(2, 3))
+            return self.fc(F.relu(self.ln(self.hidden(x))))
+
+    torch.manual_seed(0)
+    plain = settle(TinyNet())
+    other = settle(Checkpointed())
+    other.load_state_dict(plain.state_dict())
+    x, found = torch.randn(8, 3, 8, 8).double(), []
+    for base in (plain, other):
+        torch.manual_seed(5)
+        model = adapted(base, 0.25)
+        found.append(gradients(model, x))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_compiled_models_sample_alike() -> None:
+    torch.manual_seed(0)
+    base, x = settle(TinyNet()), torch.randn(8, 3, 8, 8).double()
+    model = adapted(base, 0.25)
+    torch.manual_seed(7)
+    eager = gradients(model, x)
+    model.compile()
+    for _ in range(2):
+        torch.manual_seed(7)
+        compiled = gradients(model, x)
+        for key, want in eager.items():
+            torch.testing.assert_close(compiled[key], want, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5, gate_fraction=0.5))
+    model.add_task("t")
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.delta.normal_()
+            part.score.fill_(0.05)
+    x = torch.randn(8, 3, 8, 8)
+    found = {}
+    for amp in (False, True):
+        torch.manual_seed(2)
+        model.train().zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            model(x, task="t").float().square().sum().backward()
+        found[amp] = {n: p.score.grad.item() for n, p in model.state("t").gated()}
+    for name, want in found[False].items():  # bf16 operands: half a per cent each, a few per cent of the whole
+        assert found[True][name] == pytest.approx(want, rel=0.1, abs=0.1 * max(map(abs, found[False].values()))), name
+
+
+# --- the operators -----------------------------------------------------------------------------------
+
+
+def cases():
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    yield "linear", x, torch.randn(4, 6, dtype=torch.float64), gated_linear, reference.gated_linear
+    x = torch.randn(5, 6, 7, 7, dtype=torch.float64)
+    yield "conv2d", x, torch.randn(4, 6, 3, 3, dtype=torch.float64), gated_conv2d, reference.gated_conv2d
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("gate", [False, True, None])
+@pytest.mark.parametrize("weight_learns", [False, True])
+def test_operators_agree_with_the_reference(kind, gate, weight_learns) -> None:
+    torch.manual_seed(0)
+    _, x, weight, fast, plain = next(case for case in cases() if case[0] == kind)
+    delta, rows = torch.randn_like(weight), torch.tensor([4, 1])
+    found = []
+    for run, sample in ((fast, rows), (plain, rows), (plain, None)):
+        score = torch.tensor(0.0 if gate is None else 0.05, dtype=torch.float64, requires_grad=True)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(weight_learns), delta.clone(), score]
+        leaves[2].requires_grad_()
+        bias = torch.randn(len(weight), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        out = run(*leaves, bias.requires_grad_(), gate=gate, rows=sample, row_scale=2.5)
+        out.square().sum().backward()
+        found.append([out, *[t.grad for t in (*leaves, bias)]])
+    sampled = gate is False and not weight_learns
+    for i, (mine, oracle, exact) in enumerate(zip(*found, strict=True)):
+        if oracle is None or mine is None:
+            assert mine is None or not mine.any()
+            assert oracle is None or not oracle.any()
+            continue
+        torch.testing.assert_close(mine, oracle, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(mine, exact) != (sampled and i == 4)  # the score's gradient alone is an estimate
+
+
+@pytest.mark.parametrize("run", [gated_linear, reference.gated_linear])
+def test_a_spoilt_delta_is_named(run) -> None:
+    delta = torch.randn(4, 6)
+    delta[1, 2] = math.nan
+    score = torch.tensor(0.05, requires_grad=True)
+    out = run(torch.randn(5, 6), torch.randn(4, 6), delta, score, gate=False, rows=torch.tensor([1]), row_scale=5.0)
+    assert torch.isfinite(out).all()
+    with pytest.raises((ValueError, RuntimeError), match="delta: expected finite values in a closed layer"):
+        out.sum().backward()
+
+
+def test_bad_rows_are_refused() -> None:
+    score = torch.tensor(0.05, requires_grad=True)
+    x, weight = torch.randn(5, 6), torch.randn(4, 6)
+    for rows, message in (
+        (torch.tensor([5]), r"rows: expected indices in \[0, 5\), got 5"),
+        (torch.tensor([-1]), r"rows: expected indices in \[0, 5\), got -1"),
+        (torch.tensor([[1]]), r"rows: expected int64 indices of shape \[R\]"),
+        (torch.tensor([1.0]), r"rows: expected int64 indices"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            gated_linear(x, weight, weight, score, gate=False, rows=rows)
+    image, kernel = torch.randn(3, 5, 5), torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="input: expected a batch for rows"):
+        gated_conv2d(image, kernel, kernel, score, gate=False, rows=torch.tensor([0]))
+
+
+# --- what it cannot do -------------------------------------------------------------------------------
+
+
+def test_device_gates_are_refused_in_training_alone() -> None:
+    model = adapted(settle(TinyNet()), 0.5, gates="device")
+    x = torch.randn(4, 3, 8, 8).double()
+    with pytest.raises(ConfigError, match=r'gate_fraction: expected 1.0 for task .t. with gates="device"'):
+        model(x)
+    model.eval()
+    assert model(x).shape == (4, 4)
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, rows: list[float]) -> Tensor:
+        return self.fc(self.hidden(torch.tensor(rows, dtype=torch.float64)))
+
+
+def test_a_forward_without_a_batch_is_refused() -> None:
+    model = adapted(Flat(), 0.5, opened=0)
+    with pytest.raises(ConfigError, match=r"gate_fraction: expected a tensor with dimension 0 \(batch_dim\)"):
+        model([1.0, 2.0, 3.0])
+
+
+def test_batch_dim(monkeypatch) -> None:
+    """A model fed sequence first says so; the same samples are drawn as if it were fed batch first."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(5, 3, 6).double()
+    found = []
+    for dim, data in ((0, x), (1, x.transpose(0, 1))):
+        model = adapted(base, 0.4, opened=0, batch_dim=dim)
+        with torch.no_grad():
+            for _, part in model.state("t").gated():
+                part.delta.copy_(torch.arange(part.delta.numel()).reshape(part.delta.shape).sin())
+        torch.manual_seed(9)
+        model.zero_grad()
+        model(data).square().sum().backward()
+        found.append([p.score.grad for _, p in model.state("t").gated()])
+        base = model.unload()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    for bad in (-1, True, 1.0):
+        with pytest.raises(ConfigError, match="batch_dim: expected an int >= 0"):
+            TaskModel(base, TapsConfig(lam=0.5), batch_dim=bad)
