@@ -12,6 +12,7 @@
 #   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
 #                      make transfer-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
+#   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
@@ -64,7 +65,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz twin bench study study-table transfer transfer-table architectures gpu
+.PHONY: demo test lint fuzz twin bench study study-table transfer transfer-table architectures memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -104,6 +105,9 @@ transfer-table: build
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json
+
+memory: build
+	$(PY) benchmarks/memory.py --json benchmarks/results/memory.json
 
 # No environment of its own: the machine's python3 has torch, the build tools and pytest.
 GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)

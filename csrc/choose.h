@@ -46,7 +46,7 @@ constexpr Path choose_gradient(const Problem& problem) {
   return problem.fusable && problem.rows <= kMostFusedRows ? Path::kFused : Path::kRebuild;
 }
 
-// --- for tests -----------------------------------------------------------------------------------
+// --- for tests and profilers ---------------------------------------------------------------------
 
 inline std::atomic<int>& forced_path() {
   static std::atomic<int> path{-1};
@@ -68,7 +68,7 @@ inline void force_path(const std::string& name) {
 }
 
 // A forced path that cannot give the right answer is refused, not taken.
-inline Path chosen_path(const Problem& problem) {
+inline Path checked_path(const Problem& problem) {
   const int forced = forced_path().load(std::memory_order_relaxed);
   if (forced < 0) return choose(problem);
   if (forced == static_cast<int>(Path::kStock) && choose(problem) != Path::kStock) {
@@ -78,6 +78,18 @@ inline Path chosen_path(const Problem& problem) {
     throw std::runtime_error("path: fused is forced, but the kernels do not know this layer's types or layout");
   }
   return static_cast<Path>(forced);
+}
+
+// The path that this thread's last product with W_t took, or -1: for profilers.
+inline int& taken_path() {
+  static thread_local int path = -1;
+  return path;
+}
+
+inline Path chosen_path(const Problem& problem) {
+  const Path path = checked_path(problem);
+  taken_path() = static_cast<int>(path);
+  return path;
 }
 
 inline Path chosen_gradient_path(const Problem& problem) {

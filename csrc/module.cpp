@@ -72,6 +72,14 @@ PYBIND11_MODULE(_C, m) {
       py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false,
       "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
   m.def(
+      "taken_path",
+      []() -> std::optional<std::string> {
+        const int path = std::exchange(taps::taken_path(), -1);
+        if (path < 0) return std::nullopt;
+        return std::string(taps::name_of(static_cast<taps::Path>(path)));
+      },
+      "The path of this thread's last product with W_t, or None if there was none since the last call.");
+  m.def(
       "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); }, py::arg("path"),
       "Make every layer take this path; None lets choose() decide. For tests.");
 }

@@ -5,6 +5,7 @@ from .errors import BypassedLayerError, ConfigError, GateError, TapsError, Unsup
 from .methods import FullConfig, MethodConfig, ProbeConfig, TapsConfig, register_method
 from .model import TaskModel
 from .ops import gated_conv2d, gated_linear
+from .profiling import Memory, Profile, estimate, profile
 from .report import Report
 from .store import TaskFileError
 from .train import Task, TrainConfig, Trainer
@@ -16,8 +17,10 @@ __all__ = [
     "ConfigError",
     "FullConfig",
     "GateError",
+    "Memory",
     "MethodConfig",
     "ProbeConfig",
+    "Profile",
     "Report",
     "TapsConfig",
     "TapsError",
@@ -28,9 +31,11 @@ __all__ = [
     "Trainer",
     "UnsupportedModuleError",
     "__version__",
+    "estimate",
     "gated_conv2d",
     "gated_linear",
     "nn",
+    "profile",
     "register_method",
     "set_workspace_limit",
     "workspace_bytes",

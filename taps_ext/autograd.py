@@ -23,20 +23,42 @@ def _output_mask(ctx: Any) -> list[bool]:
     return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
 
 
+# Nodes that keep their result for backward, and nodes whose result is another view of their input.
+_KEEPERS = ("Relu", "Sigmoid", "Tanh", "Softmax", "ScaledDotProduct")
+_VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Squeeze", "Unsqueeze", "T")
+
+
+def _kept_by_its_maker(input: Tensor) -> bool:
+    """True where the graph holds this tensor anyway: to keep it costs nothing, and to copy a part of it does."""
+    node: Any = None if torch.compiler.is_compiling() else input.grad_fn
+    while node is not None:
+        kind = type(node).__name__.partition("Backward")[0]
+        if kind.startswith(_KEEPERS):
+            return True
+        node = node.next_functions[0][0] if kind in _VIEWS else None
+    return False
+
+
+def _rows_of(input: Tensor, rows: Tensor, ndim: int) -> Tensor:
+    """The samples of an image batch, or the rows of a matrix (the leading dimensions as one)."""
+    return (input.reshape(-1, input.shape[-1]) if ndim == 2 else input).index_select(0, rows)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for.
 
-    Of the input of a layer known to be closed, whose score alone asks for it, only the samples that `rows` picks.
+    Of the input of a layer known to be closed, whose score alone asks for it, only what `rows` picks, unless the graph
+    holds it anyway.
     """
     input, weight, delta, score, bias = inputs[:5]
     gate, ctx.threshold, rows, scale = inputs[-4:]
     ctx.gate = gate
     mask = _output_mask(ctx)
     if rows is not None and gate is False and mask[2] and not mask[4]:
-        flat = input.reshape(-1, input.shape[-1]) if weight.dim() == 2 else input
-        input, ctx.scale = flat.index_select(0, rows), scale
+        ctx.scale, ctx.picked = scale, not _kept_by_its_maker(input)
+        input = _rows_of(input, rows, weight.dim()) if ctx.picked else input
     else:
-        rows, ctx.scale = None, 1.0
+        rows, ctx.scale, ctx.picked = None, 1.0, True
     keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(
@@ -46,6 +68,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
         score if mask[2] or gate is None else None,
         rows,
     )
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`_save` kept: input (what `rows` picks of it), weight, delta, score, rows."""
+    input, weight, delta, score, rows = ctx.saved_tensors
+    if not ctx.picked:
+        input = _rows_of(input, rows, weight.dim())
+    return input, weight, delta, score, rows
 
 
 def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
@@ -86,7 +116,7 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows = ctx.saved_tensors
+    input, weight, delta, score, rows = _saved(ctx)
     mask = _output_mask(ctx)
     grads = torch.ops.taps_ext.gated_linear_backward(
         grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, rows, ctx.scale
@@ -101,7 +131,7 @@ def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows = ctx.saved_tensors
+    input, weight, delta, score, rows = _saved(ctx)
     mask = _output_mask(ctx)
     grads = torch.ops.taps_ext.gated_conv2d_backward(
         grad_output,
@@ -136,7 +166,8 @@ def effective_weight_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if need_score:
         kind = reference.compute_dtype(grad, delta)
         dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
-        if grad.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would synchronise
+        plain = type(grad) is Tensor and not torch.compiler.is_compiling()  # neither fake nor traced
+        if grad.device.type == "cpu" and plain:  # elsewhere it would synchronise
             closed = ctx.gate is False or (ctx.gate is None and bool(score < ctx.threshold))
             if closed and not bool(torch.isfinite(dscore)) and not bool(torch.isfinite(delta).all()):
                 raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")

@@ -231,6 +231,32 @@ def test_a_closed_layer_keeps_its_sample_alone(fraction) -> None:
     assert int(8 * fraction) * 32 * 16 in kept[fraction]
 
 
+@pytest.mark.parametrize(
+    ("between", "kept"),
+    [
+        (F.relu, True),
+        (lambda x: F.relu(x).flatten(0, 1).unsqueeze(0).transpose(0, 1), True),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), True),
+        (F.gelu, False),
+        (lambda x: F.relu(x) + 1, False),
+    ],
+)
+def test_what_the_graph_holds_anyway_is_not_copied(between, kept) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 5, 8, dtype=torch.float64, requires_grad=True), torch.randn(4, 8, dtype=torch.float64)
+    score = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    rows, found = torch.tensor([2, 7, 11]), []
+    for run in (gated_linear, reference.gated_linear):
+        sizes: list[int] = []
+        middle = between(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            out = run(middle, weight, weight.cos(), score, gate=False, rows=rows, row_scale=10.0)
+        if run is gated_linear:
+            assert (x.numel() in sizes, 3 * 8 in sizes) == (kept, not kept)
+        found.append(torch.autograd.grad(out.square().sum(), (x, score)))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_repeats_the_draw(reentrant) -> None:
     class Checkpointed(TinyNet):

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..errors import TapsError, suggestion
 from ..version import __version__
-from . import demo, env, evaluate, extract, inspect, merge, predict, selftest, train, verify
+from . import demo, env, estimate, evaluate, extract, inspect, merge, predict, profile, selftest, train, verify
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -27,6 +27,8 @@ COMMANDS: dict[str, Any] = {
     "verify": verify,
     "extract": extract,
     "merge": merge,
+    "profile": profile,
+    "estimate": estimate,
     "env": env,
     "selftest": selftest,
 }

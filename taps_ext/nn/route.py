@@ -74,7 +74,8 @@ def _read_weight(module: nn.Module) -> Any:
         return _held(module, _forward.weight_name(module))
     enter = functools.partial(frame.entered.add, module.__dict__["_taps_name"])
     fused = "_taps_fused" in module.__dict__ and not torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or fused or reads.rests(module, part):
+    special = type(_forward.base_weight(module)) not in (torch.Tensor, nn.Parameter)  # a subclass takes no other
+    if torch.compiler.is_compiling() or fused or special or reads.rests(module, part):
         enter()
         return reads.read_weight(module, part)
     return reads.TaskWeight.of(module, part, enter, frame.sample)

@@ -1,0 +1,96 @@
+"""What `taps profile` and `taps estimate` share: the model, its task and the step that is asked about."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .common import count, size
+
+if TYPE_CHECKING:
+    from ..model import TaskModel
+    from ..profiling import Memory
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """An argument type: the shape of one sample, `3,224,224`."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 3,224,224, got {text!r}")
+    return found
+
+
+def fraction(text: str) -> float:
+    """An argument type: a number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return value
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or python:MODULE.FUNCTION")
+    parser.add_argument("--task", metavar="FILE", help="a task file whose gates the layers have")
+    parser.add_argument("--method", choices=["taps", "full", "probe"], default="taps", help="without a task file")
+    parser.add_argument(
+        "--open", metavar="GLOB", nargs="+", help="the layers that are open, all others closed (default: all are open)"
+    )
+    parser.add_argument(
+        "--gate-fraction", type=fraction, default=1.0, help="share of a batch that closed layers learn from (1)"
+    )
+    parser.add_argument("--phase", choices=["train", "infer"], default="train")
+    parser.add_argument("--batch", type=count(1), default=8, help="samples (8)")
+    parser.add_argument("--shape", type=shape, default=(3, 224, 224), help="of one sample (3,224,224)")
+    parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    parser.add_argument("--amp", choices=["bf16"], help="run forwards under autocast")
+
+
+def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
+    """The model and the name of its task; weights are random where none are needed.
+
+    Raises:
+        ConfigError: an unknown model, a pattern that matches no layer. TaskFileError: a file that does not fit.
+    """
+    import torch
+
+    from .. import FullConfig, MethodConfig, ProbeConfig, TapsConfig, TaskModel
+    from ..scan import match
+    from .base import build_base
+
+    section: dict[str, Any] = {"model": args.model}
+    if not args.model.startswith("python:"):
+        section |= {"weights": "random"} if args.task is None else {"args": {"pretrained": True}}
+    model = TaskModel(build_base(section))
+    if args.task is not None:
+        if args.open is not None:
+            raise ConfigError("open: expected no patterns beside a task file, whose gates are used")
+        return model, model.load_task(args.task)
+    methods: dict[str, MethodConfig] = {"full": FullConfig(), "probe": ProbeConfig()}
+    methods["taps"] = TapsConfig(lam=0.5, gate_fraction=args.gate_fraction)
+    model.add_task("task", config=methods[args.method])
+    state = model.state("task")
+    if args.open is not None:
+        layers = dict(state.learned())
+        if not layers:
+            raise ConfigError(f"open: method {args.method!r} has no gates that could be closed")
+        opened = match(args.open, list(layers), "open")
+        with torch.no_grad():
+            for name, part in layers.items():
+                if part.score is not None and name not in opened:
+                    part.score.fill_(0.5 * part.threshold)
+        state.refresh()
+    return model, "task"
+
+
+def parts(memory: Memory) -> list[tuple[str, str]]:
+    """Rows for a table: every part that is there, and the peak."""
+    rows = [(name, size(value)) for name, value in asdict(memory).items() if value]
+    return [*rows, ("peak", size(memory.peak))]

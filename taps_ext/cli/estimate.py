@@ -1,0 +1,30 @@
+"""`taps estimate`: the peak memory of a task's step, before running it."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import emit, table
+from .costs import add_step_arguments, parts, step_model
+
+PURPOSE = "Predict the peak memory of a training step or a forward without running it."
+EXAMPLE = "taps estimate timm:vit_small_patch16_224 --batch 32 --optimizer adamw"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_step_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..profiling import estimate
+
+    model, task = step_model(args)
+    inputs = (torch.empty(args.batch, *args.shape, device="meta"),)
+    memory = estimate(model, inputs, task=task, phase=args.phase, optimizer=args.optimizer, amp=args.amp)
+    if args.json:
+        emit(memory.to_dict())
+    else:
+        print(table(("part", "memory"), parts(memory)))
+    return 0

@@ -1,0 +1,50 @@
+"""`taps profile`: time and memory of a task's step, layer by layer, against the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import count, emit, say
+from .costs import add_step_arguments, step_model
+
+PURPOSE = "Measure a training step or a forward: each layer against this machine's limits, and memory by its parts."
+EXAMPLE = "taps profile timm:resnet50 --batch 8 --gate-fraction 0.125 --open 'layer4.*' --plot step.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_step_arguments(parser)
+    parser.add_argument("--steps", type=count(1), default=5, help="steps that are timed (5)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (cpu)")
+    parser.add_argument("--threads", type=count(1), help="CPU threads (torch's default)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw memory over time and layers under the roofs")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..profiling import profile
+    from .config import check_device
+
+    check_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model, task = step_model(args)
+    model.to(args.device)
+    inputs = (torch.randn(args.batch, *args.shape, device=args.device),)
+    found = profile(
+        model,
+        inputs,
+        task=task,
+        phase=args.phase,
+        optimizer=args.optimizer,
+        amp=args.amp,
+        steps=args.steps,
+    )
+    if args.plot is not None:
+        found.plot(args.plot)
+        say(f"wrote {args.plot}")
+    if args.json:
+        emit(found.to_dict())
+    else:
+        print(found.table())
+    return 0

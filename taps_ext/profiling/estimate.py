@@ -1,0 +1,216 @@
+"""estimate: a step's peak memory without running it, from a step on tensors that have no storage."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .. import ops
+from ..model import TaskModel
+from ..nn import GatedLayer
+from ..nn.forward import base_weight
+from ..nn.gated import stamp
+from .memory import Memory, resident, size
+from .step import Step
+
+
+class _Count(TorchDispatchMode):
+    """A log of the storages that operators make and drop, and of the phase of the step in which they do."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.living: dict[int, int] = {}  # storage -> its number
+        self.made: list[tuple[int, str]] = []  # number -> (bytes, phase)
+        self.log: list[int] = []  # number + 1 where it is made, the negative where it is dropped
+        self.gradients: set[int] = set()
+        self.phase, self.since = "forward", 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.living or key in self.known or not storage.nbytes():
+            return
+        self.living[key] = len(self.made)
+        self.made.append((storage.nbytes(), self.phase))
+        self.log.append(len(self.made))
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.log.append(-1 - self.living.pop(key))
+
+    def note_gradients(self, gradients: Iterable[Tensor | None]) -> None:
+        keys = (g.untyped_storage()._cdata for g in gradients if g is not None)
+        self.gradients = {self.living[key] for key in keys if key in self.living}
+
+    def start(self) -> None:
+        """The peak is that of what follows."""
+        self.since = len(self.log)
+
+    def peak(self, state: Iterable[Tensor]) -> dict[str, int]:
+        """Bytes by part at the moment when they were most; `state` are the optimizer's tensors."""
+        total, most = 0, -1
+        alive: set[int] = set()
+        at_peak: set[int] = set()
+        for index, entry in enumerate(self.log):
+            number = abs(entry) - 1
+            total += self.made[number][0] if entry > 0 else -self.made[number][0]
+            (alive.add if entry > 0 else alive.discard)(number)
+            if index >= self.since and total > most:
+                most, at_peak = total, set(alive)
+        kept = {self.living[t.untyped_storage()._cdata] for t in state if t.untyped_storage()._cdata in self.living}
+        parts = dict.fromkeys(("gradients", "optimizer", "activations", "temporary"), 0)
+        for number in at_peak:
+            count, phase = self.made[number]
+            own = "optimizer" if number in kept else "gradients" if number in self.gradients else None
+            parts[own or ("activations" if phase == "forward" else "temporary")] += count
+        return parts
+
+
+def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
+    """A copy of a model whose tensors have no storage."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = fake.from_tensor(tensor.detach(), static_shapes=True)
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        else:
+            memo[id(tensor)] = empty
+    hollow: TaskModel = copy.deepcopy(model, memo)
+    return hollow
+
+
+def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
+    """Give a copy the gates of the original, as if its scores and closed Deltas had been read and found good."""
+    state, real = hollow.state(name), dict(model.state(name).gated())
+    state.watched = True
+    for layer, part in state.gated():
+        part.gate = real[layer].gate
+        if part.score is not None:
+            part._seen = stamp(part.score)
+        if part.delta is not None:
+            state.rested[layer] = stamp(part.delta)
+
+
+def _workspace(step: Step, calls: dict[str, torch.dtype]) -> int:
+    """The largest weight that is rebuilt, or whose gradient is formed, outside of the results."""
+    if step.state is None or ops._C is None:
+        return 0
+    largest = 0
+    for name, part in step.state.gated():
+        weight, dtype = base_weight(step.model.base.get_submodule(name)), calls.get(name)
+        if dtype is None or part.delta is None or part.merged is not None:
+            continue
+        learns = step.phase == "train" and part.score is not None and part.score.requires_grad
+        if part.gate is not False or learns:
+            largest = max(largest, weight.numel() * dtype.itemsize)
+    limit = ops._C.workspace_limit()
+    return min(largest, limit) if limit else largest
+
+
+def estimate(
+    model: TaskModel,
+    inputs: Sequence[Any],
+    *,
+    task: str | None = None,
+    phase: str = "train",
+    optimizer: str = "sgd",
+    amp: str | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> Memory:
+    """The peak memory of a step, before running it: nothing is computed and nothing of its size is allocated.
+
+    Args: as :func:`taps_ext.profile`; of tensors in `inputs` only shapes and types matter ("meta" ones will do).
+
+    Returns:
+        The parts of the peak in bytes. What torch's allocator does not see (scratch memory of oneDNN and cuDNN, the
+        CUDA context, fragmentation) and what operators allocate inside is not in it.
+
+    Raises:
+        ConfigError: as :func:`taps_ext.profile`.
+    """
+    name = model.active_task if task is None and isinstance(model, TaskModel) else task
+    Step(model, inputs, name, phase, optimizer, amp, loss)  # checks the arguments
+    if name is not None:
+        model.state(name).refresh()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    hollow = _hollow(model, fake)
+    memory = resident(hollow, name)
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+
+    def prepare() -> None:
+        if name is not None:
+            _know_gates(hollow, model, name)
+
+    with fake:
+        step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)
+        memory.inputs = size(value for value in step.inputs if isinstance(value, Tensor))
+        hollow.train(phase == "train")
+        dtypes = _dtypes(step)
+        tensors = [*hollow.parameters(), *hollow.buffers(), *(v for v in step.inputs if isinstance(v, Tensor))]
+        count = _Count(tensors)
+        with count:
+            if step.optimizer is not None:  # the first step makes the optimizer's state, which the second meets
+                prepare()
+                _phases(step, count)
+            prepare()
+            count.start()
+            _phases(step, count)
+    memory = replace(memory, **count.peak(step.optimizer_state()))
+    memory.workspace = _workspace(step, dtypes)
+    return memory
+
+
+def _dtypes(step: Step) -> dict[str, torch.dtype]:
+    """Name -> the type in which a layer computes, filled while it runs."""
+    found: dict[str, torch.dtype] = {}
+
+    def watch(name: str, part: GatedLayer) -> None:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found[name] = output.dtype
+
+        step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
+
+    for name, part in () if step.state is None else step.state.gated():
+        watch(name, part)
+    return found
+
+
+def _phases(step: Step, count: _Count) -> None:
+    """One step, saying which phase it is in."""
+    if step.optimizer is None:
+        count.phase = "forward"
+        step.forward()
+        return
+    step.optimizer.zero_grad(set_to_none=True)
+    count.phase = "forward"
+    loss = step.loss(step.forward())
+    count.phase = "backward"
+    loss.backward()
+    assert step.task is not None
+    if (penalty := step.model.sparsity_loss(step.task)).requires_grad:
+        penalty.backward()
+    del loss, penalty
+    count.note_gradients(step.gradients())
+    count.phase = "optimizer"
+    step.optimizer.step()

@@ -1,0 +1,152 @@
+"""What each gated layer does in a step: its work, its least traffic, the path it took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+from .. import ops
+from ..nn import GatedLayer
+from ..nn.forward import base_weight
+from .step import Step
+
+PREFIX = "taps:layer:"
+
+
+@dataclass
+class Layer:
+    """One gated layer in one step.
+
+    Attributes:
+        layer: its name. gate: "open", "closed", or "device" where the host does not know.
+        path: "stock", "rebuild" or "fused"; what forward did with the weight.
+        calls: in one step. operations, moved: of all calls, forward and backward: floating-point operations, and the
+            bytes that have to be read and written at least once.
+        forward, backward: seconds of a step, as measured. limit: the least seconds that the machine could take.
+    """
+
+    layer: str
+    gate: str
+    path: str = "stock"
+    calls: int = 0
+    operations: int = 0
+    moved: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    limit: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    @property
+    def share(self) -> float:
+        """Of the machine's limit, in [0, 1]: 1 is as fast as it can be."""
+        return self.limit / self.seconds if self.seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds, "share": self.share}
+
+
+def gate_of(part: GatedLayer) -> str:
+    return "device" if part.gate is None else "open" if part.gate else "closed"
+
+
+def work(part: GatedLayer, weight: Tensor, input: Tensor, output: Tensor, fraction: float) -> tuple[int, int]:
+    """(operations, bytes) of one call of a layer, backward included where gradients are on.
+
+    `fraction`: of the batch that a closed layer's score learns from.
+    """
+    product = 2 * output.numel() * weight.shape[1:].numel()
+    x, y, w = input.nbytes, output.nbytes, weight.nbytes
+    opened = part.gate is not False and part.change is not None
+    change = part.change.nbytes if opened and part.change is not None and part.merged is None else 0
+    if part.weight is not None and opened:  # a weight of its own instead of W
+        change = 0
+    operations, moved = product, x + w + change + y
+    if not torch.is_grad_enabled():
+        return operations, moved
+    if input.requires_grad:
+        operations, moved = operations + product, moved + y + w + change + x
+    if opened and part.change is not None and part.change.requires_grad:
+        operations, moved = operations + product, moved + y + x + part.change.nbytes
+    elif part.gate is False and part.score is not None and part.score.requires_grad:
+        delta = 0 if part.delta is None else part.delta.nbytes
+        operations, moved = operations + int(fraction * product), moved + int(fraction * (x + y)) + delta
+    return operations, moved
+
+
+@contextmanager
+def watched(step: Step) -> Iterator[dict[str, Layer]]:
+    """Name -> :class:`Layer` of the step's gated layers; forwards inside are marked for profilers and counted."""
+    layers: dict[str, Layer] = {}
+    handles: list[Any] = []
+    extension = ops._C
+    config = None if step.state is None else step.state.config
+    fraction = float(getattr(config, "gate_fraction", 1.0))
+
+    def watch(name: str, part: GatedLayer, host: nn.Module) -> None:
+        row = layers[name] = Layer(name, gate_of(part))
+        marks: list[Any] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if extension is not None:
+                extension.taken_path()
+            marks.append(record_function(PREFIX + name))
+            marks[-1].__enter__()
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            marks.pop().__exit__(None, None, None)
+            if extension is not None:
+                row.path = extension.taken_path() or "stock"
+            row.gate = gate_of(part)
+            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if inputs and isinstance(output, Tensor):
+                operations, moved = work(part, base_weight(host), inputs[0], output, fraction)
+                row.calls, row.operations, row.moved = row.calls + 1, row.operations + operations, row.moved + moved
+
+        handles.append(host.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(host.register_forward_hook(after, with_kwargs=True))
+
+    if step.state is not None:
+        for name, part in step.state.gated():
+            watch(name, part, step.model.base.get_submodule(name))
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fill_times(layers: dict[str, Layer], events: Any, steps: int, device: torch.device) -> None:
+    """Add each layer's seconds, forward and backward, from a profiler's events over `steps` steps.
+
+    Backward belongs to the layer in whose forward its node was made (by autograd's sequence numbers).
+    """
+    cuda = device.type == "cuda"
+
+    def seconds(event: Any) -> float:
+        return float(event.device_time_total if cuda else event.cpu_time_total) * 1e-6
+
+    ranges = sorted((e for e in events if e.name.startswith(PREFIX)), key=lambda e: e.time_range.start)
+    owner: dict[tuple[int, int], str] = {}
+    index = 0
+    starts = sorted((e for e in events if e.sequence_nr >= 0 and e.fwd_thread == 0), key=lambda e: e.time_range.start)
+    for mark in ranges:
+        name = mark.name.removeprefix(PREFIX)
+        layers[name].forward += seconds(mark) / steps
+        while index < len(starts) and starts[index].time_range.start < mark.time_range.start:
+            index += 1
+        while index < len(starts) and starts[index].time_range.start <= mark.time_range.end:
+            owner[starts[index].thread, starts[index].sequence_nr] = name
+            index += 1
+    for event in events:
+        found = owner.get((event.fwd_thread, event.sequence_nr))
+        if found is not None and event.name.startswith("autograd::engine::evaluate_function"):
+            layers[found].backward += seconds(event) / steps

@@ -1,0 +1,67 @@
+"""Memory: what the bytes of a step's peak are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from ..model import TaskModel
+
+
+@dataclass
+class Memory:
+    """Bytes at the moment of a step when most are in use.
+
+    Attributes:
+        weights: the base's parameters and buffers. deltas: of the gated layers. task: what else the task owns (norms,
+            head, scores, biases).
+        optimizer: its state. gradients: of parameters. inputs: of the model, and targets.
+        activations: made by the forward, in training those kept for backward. temporary: everything else, gradients of
+            activations among it. workspace: in which weights are rebuilt.
+    """
+
+    weights: int = 0
+    deltas: int = 0
+    task: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    inputs: int = 0
+    activations: int = 0
+    temporary: int = 0
+    workspace: int = 0
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+    """Address -> bytes of the distinct storages behind some tensors."""
+    found = {}
+    for tensor in tensors:
+        if tensor is not None:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def size(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    return sum(storages(tensors).values())
+
+
+def resident(model: TaskModel, task: str | None) -> Memory:
+    """The bytes that a model holds between steps for its base and one task."""
+    memory = Memory(weights=size([*model.base.parameters(), *model.base.buffers()]))
+    if task is not None:
+        state = model.state(task)
+        changes = [part.change for _, part in state.gated()]
+        memory.deltas = size(changes)
+        memory.task = size([*state.parameters(), *state.buffers()]) - memory.deltas
+    return memory

@@ -1,0 +1,126 @@
+"""Step: one training step, or one forward, of a task, as often as wanted and without a trace in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from ..errors import ConfigError, suggestion
+from ..model import TaskModel
+from ..train.state import restore, snapshot
+from ..train.task import predictions
+
+PHASES = ("train", "infer")
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def one_of(value: Any, known: Sequence[str], argument: str) -> None:
+    if value not in known:
+        raise ConfigError(f"{argument}: expected one of {list(known)}, got {value!r}{suggestion(str(value), known)}")
+
+
+class Step:
+    """A step of `task` on `inputs` (the forward's positional arguments).
+
+    phase: "train" is forward, mean loss, penalty, backward and an optimizer's step, gradients freed first; "infer" is a
+    forward in evaluation mode without gradients. `loss(outputs)` is by default the cross-entropy of outputs
+    `[B, classes]` to class 0, and the mean square of any other.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        inputs: Sequence[Any],
+        task: str | None,
+        phase: str,
+        optimizer: str,
+        amp: str | None,
+        loss: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, TaskModel):
+            raise ConfigError(f"model: expected a TaskModel, got {type(model).__name__}")
+        one_of(phase, PHASES, "phase")
+        one_of(optimizer, OPTIMIZERS, "optimizer")
+        if amp is not None:
+            one_of(amp, ("bf16",), "amp")
+        if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence) or not inputs:
+            raise ConfigError(f"inputs: expected a tuple of the forward's arguments, got {type(inputs).__name__}")
+        if task is None and phase == "train":
+            raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
+        self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
+        self.inputs = tuple(inputs)
+        self.device = next(model.parameters()).device
+        self.state = None if task is None else model.state(task)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if phase == "train":
+            assert task is not None
+            groups = model.parameter_groups(task, lr=0.0)
+            if not groups:
+                raise ConfigError(f"task: {task!r} has nothing to train")
+            known: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+            self.optimizer = known[optimizer](groups, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model in the phase's mode; afterwards values, modes, gradients and random numbers are as they were."""
+        training = self.model.training
+        kept = None if self.state is None else snapshot(self.state)
+        grads = [(p, p.grad) for p in self.model.parameters()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        self.model.train(self.phase == "train")
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            self.model.train(training)
+            for parameter, grad in grads:
+                parameter.grad = grad
+            if self.state is not None and kept is not None and self.phase == "train":
+                restore(self.state, kept)
+
+    def loss(self, outputs: Any) -> Tensor:
+        if self.own_loss is not None:
+            return self.own_loss(outputs)
+        found = predictions(outputs)
+        if not isinstance(found, Tensor):
+            raise ConfigError(f"model: expected outputs with a tensor to train on, got {type(found).__name__}")
+        if found.dim() == 2:
+            return F.cross_entropy(found.float(), torch.zeros(len(found), dtype=torch.int64, device=found.device))
+        return found.float().square().mean()
+
+    def forward(self) -> Any:
+        autocast = nullcontext() if self.amp is None else torch.autocast(self.device.type, torch.bfloat16)
+        with torch.set_grad_enabled(self.phase == "train"), autocast:
+            return self.model(*self.inputs, task=self.task)
+
+    def run(self) -> None:
+        """The whole step, its parts marked for profilers."""
+        if self.optimizer is None:
+            with record_function("taps:forward"):
+                self.forward()
+            return
+        assert self.task is not None
+        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("taps:forward"):
+            loss = self.loss(self.forward())
+        with record_function("taps:backward"):
+            loss.backward()
+            if (penalty := self.model.sparsity_loss(self.task)).requires_grad:
+                penalty.backward()
+        del loss, penalty
+        with record_function("taps:optimizer"):
+            self.optimizer.step()
+
+    def gradients(self) -> list[Tensor | None]:
+        return [p.grad for p in self.model.parameters()]
+
+    def optimizer_state(self) -> list[Tensor]:
+        if self.optimizer is None:
+            return []
+        return [value for own in self.optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]

@@ -1,0 +1,96 @@
+"""`taps profile` and `taps estimate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from taps_ext import TapsConfig, TaskModel
+from taps_ext.cli import main
+
+SMALL = ("python:test_cli_costs.small", "--shape", "3,16,16", "--batch", 2)
+
+
+def small() -> nn.Module:
+    """The base of these tests."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 4))
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_profile(call, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    code, out, _ = call("profile", *SMALL, "--steps", 1, "--open", "0", "--plot", tmp_path / "a.png")
+    assert code == 0 and (tmp_path / "a.png").stat().st_size > 10_000
+    lines = out.splitlines()
+    assert lines[1].split()[:3] == ["0", "open", "rebuild"] and lines[2].split()[:3] == ["2", "closed", "stock"]
+    assert "train step" in out and "peak" in out
+
+
+def test_profile_as_json(call) -> None:
+    code, out, _ = call("profile", *SMALL, "--steps", 1, "--phase", "infer", "--json", "--optimizer", "adamw")
+    found = json.loads(out)
+    assert code == 0 and found["phase"] == "infer" and [row["layer"] for row in found["layers"]] == ["0", "2"]
+    assert found["memory"]["peak"] == max(count for _, count in found["timeline"])
+
+
+def test_estimate(call) -> None:
+    code, out, _ = call("estimate", *SMALL, "--json")
+    memory = json.loads(out)
+    assert code == 0 and memory["peak"] == sum(value for part, value in memory.items() if part != "peak")
+    assert memory["inputs"] == 2 * 3 * 16 * 16 * 4
+    code, table, _ = call("estimate", *SMALL)
+    assert code == 0 and "activations" in table and "peak" in table
+    fewer = {}
+    for fraction in ("1", "0.5"):
+        out = call("estimate", *SMALL, "--batch", 8, "--open", "0", "--gate-fraction", fraction, "--json")[1]
+        fewer[fraction] = json.loads(out)
+    assert fewer["0.5"]["gradients"] == fewer["1"]["gradients"]
+    adam = json.loads(call("estimate", *SMALL, "--optimizer", "adamw", "--json")[1])
+    assert 1.9 * memory["optimizer"] < adam["optimizer"] < 2.1 * memory["optimizer"]
+
+
+def test_a_task_file_gives_the_gates(call, tmp_path) -> None:
+    model = TaskModel(small(), TapsConfig(lam=0.5))
+    model.add_task("t", num_classes=4)
+    model.set_gates("t", open=["2"])
+    model.save_task("t", tmp_path / "t.taps")
+    code, out, _ = call("profile", *SMALL, "--steps", 1, "--task", tmp_path / "t.taps", "--json")
+    assert code == 0 and [row["gate"] for row in json.loads(out)["layers"]] == ["closed", "open"]
+    code, out, error = call("estimate", *SMALL, "--task", tmp_path / "t.taps", "--open", "0")
+    assert (code, out) == (2, "") and "open: expected no patterns beside a task file" in error
+
+
+@pytest.mark.parametrize("command", ["profile", "estimate"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("timm:resnet51",), "timm has no model 'resnet51'"),
+        ((*SMALL, "--open", "7"), "open: "),
+        ((*SMALL, "--method", "full", "--open", "0"), "open: method 'full' has no gates that could be closed"),
+        ((*SMALL, "--shape", "3,x"), "expected sizes such as 3,224,224, got '3,x'"),
+        ((*SMALL, "--gate-fraction", "0"), "expected a number in (0, 1], got '0'"),
+        ((*SMALL, "--batch", "0"), "expected an int >= 1, got '0'"),
+        ((*SMALL, "--task", "nothing.taps"), "nothing.taps"),
+    ],
+)
+def test_mistakes_are_one_line(call, command, words, message) -> None:
+    code, out, error = call(command, *words)
+    assert code == 2 and out == "" and message in error and len(error.splitlines()) == 1
