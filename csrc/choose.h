@@ -30,6 +30,9 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
+// Up to this many rows on the CPU.
+constexpr long long kMostFewRows = 32;
+
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
 // kFused: W_t in registers alone (csrc/cuda/linear.cuh).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op. On the CPU that costs 1-10 % over the merged
@@ -37,7 +40,8 @@ constexpr long long kMostFusedRows = 128;
 // kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
-  return problem.fusable && problem.rows <= kMostFusedRows ? Path::kFused : Path::kRebuild;
+  const long long most = problem.cuda ? kMostFusedRows : kMostFewRows;
+  return problem.fusable && problem.rows <= most ? Path::kFused : Path::kRebuild;
 }
 
 // The weight gradient: kFused keeps G in registers, kRebuild has torch write it. Up to the same number of rows, for the

@@ -1,19 +1,21 @@
 #include "fused.h"
 
+#include "cpu/isa.h"
 #include "device.h"
 
 namespace taps {
 namespace {
 
-// Rows next to each other in memory that can be read in words.
+// Whether tile kernels run there: on a GPU, and in the twin's build everywhere. The CPU's own kernel is cpu/linear.cpp.
+bool on_tiles(Place place) { return place.cuda || cuda::kTilesOnCpu; }
+
+// Elements of a row next to each other in memory; for the tile kernels rows that can be read in words.
 bool readable(const Described& matrix) {
   const auto address = reinterpret_cast<uintptr_t>(matrix.data());
   const int64_t step = matrix.sizes[0] > 1 ? matrix.strides[0] * size_of(matrix.dtype) : 0;
-  return matrix.ndim() == 2 && (matrix.strides[1] == 1 || matrix.sizes[1] == 1) && step >= 0 && address % 4 == 0 &&
-         step % 4 == 0;
+  if (matrix.ndim() != 2 || (matrix.strides[1] != 1 && matrix.sizes[1] != 1) || step < 0) return false;
+  return !on_tiles(matrix.place) || (address % 4 == 0 && step % 4 == 0);
 }
-
-bool served(const GatedWeight& w) { return (w.weight.place.cuda || cuda::kTilesOnCpu) && w.weight.numel() > 0; }
 
 bool sixteen_bit(Dtype dtype) { return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16; }
 
@@ -43,6 +45,11 @@ LinearProduct product_of(const GatedWeight& w, Dtype compute, const LinearSizes&
 }
 
 void run(Product product, LinearProduct& args, Place place) {
+  if (!on_tiles(place)) {
+    const Lease memory(false, place.index, nullptr, static_cast<size_t>(cpu::linear_bytes(args)));
+    args.memory = memory.data();
+    return cpu::linear(args);
+  }
   void* const stream = stream_of(place);
   const auto bytes = static_cast<size_t>(cuda::linear_bytes(product, args, place.index));
   const Lease memory(place.cuda, place.index, stream, bytes);
@@ -59,8 +66,14 @@ Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
 
 bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && readable(matrix); }
 
-bool fusable(const GatedWeight& w, Dtype compute) {
-  if (!served(w) || !sixteen_bit(compute) || !readable(w.weight)) return false;
+bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows) {
+  if (w.weight.numel() == 0 || !readable(w.weight)) return false;
+  if (!on_tiles(w.weight.place)) {
+    if (product != Product::kForward || rows > cpu::kFewRows) return false;
+    if (compute != Dtype::kFloat32 && compute != Dtype::kBFloat16) return false;
+  } else if (!sixteen_bit(compute)) {
+    return false;
+  }
   const Dtype weight = w.weight.dtype;
   if (weight != compute && weight != Dtype::kFloat32) return false;
   if (w.known_closed()) return true;
@@ -69,7 +82,7 @@ bool fusable(const GatedWeight& w, Dtype compute) {
 }
 
 bool fusable_gradient(const GatedWeight& w, Dtype compute) {
-  if (!w.delta || !served(w) || !sixteen_bit(compute)) return false;
+  if (!w.delta || !on_tiles(w.weight.place) || w.weight.numel() == 0 || !sixteen_bit(compute)) return false;
   return readable(*w.delta) && (w.delta->dtype == Dtype::kFloat32 || w.delta->dtype == compute);
 }
 

@@ -137,6 +137,8 @@ namespace cpu {
 void reconstruct(const Reconstruct& args);
 void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
+int64_t linear_bytes(const LinearProduct& args);  // of `memory`
+void linear(const LinearProduct& args);           // the forward, with few rows (isa.h)
 }  // namespace cpu
 
 #ifdef TAPS_WITH_CUDA

@@ -7,11 +7,14 @@
 namespace taps::cpu {
 
 extern const Lanes lanes_baseline;
+extern const FewRows few_rows_baseline;
 #ifdef TAPS_HAVE_AVX2
 extern const Lanes lanes_avx2;
+extern const FewRows few_rows_avx2;
 #endif
 #ifdef TAPS_HAVE_AVX512
 extern const Lanes lanes_avx512;
+extern const FewRows few_rows_avx512;
 #endif
 
 namespace {
@@ -19,6 +22,7 @@ namespace {
 struct Set {
   const char* name;
   const Lanes* lanes;
+  const FewRows* few_rows;
   bool runs_here;
 };
 
@@ -26,14 +30,15 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #ifdef TAPS_HAVE_AVX512
-      {"avx512", &lanes_avx512,
+      {"avx512", &lanes_avx512, &few_rows_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
 #endif
 #ifdef TAPS_HAVE_AVX2
-      {"avx2", &lanes_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+      {"avx2", &lanes_avx2, &few_rows_avx2,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")},
 #endif
-      {"baseline", &lanes_baseline, true},
+      {"baseline", &lanes_baseline, &few_rows_baseline, true},
   };
   return all;
 }
@@ -53,6 +58,8 @@ std::atomic<const Set*>& chosen() {
 }  // namespace
 
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
+
+FewRows few_rows() { return *chosen().load(std::memory_order_relaxed)->few_rows; }
 
 std::string isa() { return chosen().load(std::memory_order_relaxed)->name; }
 

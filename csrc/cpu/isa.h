@@ -1,5 +1,6 @@
-// The CPU lanes: loops over elements, compiled once per instruction set (lanes.cpp) and chosen at
-// run time (isa.cpp). Every set gives the same bits.
+// The CPU kernels that are compiled once per instruction set and chosen at run time (isa.cpp): loops over elements
+// (lanes.cpp), in which every set gives the same bits, and products of few rows (few_rows.cpp), in which each set has
+// an order of sums of its own.
 #pragma once
 
 #include <string>
@@ -27,7 +28,13 @@ struct Lanes {
 
 constexpr int kDotSums = 16;
 
-const Lanes& lanes();                     // the chosen set
+// The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of floats, `ld` elements apart,
+// with zeros behind the depth up to a multiple of kFewRowsPadding. fp32, or bf16 with W and Delta in bf16 or fp32.
+using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
+constexpr int kFewRows = 32, kFewRowsPadding = 16;
+
+const Lanes& lanes();  // of the chosen set
+FewRows few_rows();
 std::string isa();                        // its name: baseline, avx2, avx512
 std::vector<std::string> isas();          // the sets that were compiled and that this machine runs
 std::vector<std::string> isas_built();    // the sets that were compiled

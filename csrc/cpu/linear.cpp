@@ -1,0 +1,34 @@
+// The forward of a gated linear layer with few rows on the CPU: x as floats once, the outputs shared by the threads.
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace taps::cpu {
+namespace {
+
+int64_t padded(int64_t depth) { return (depth + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding; }
+
+}  // namespace
+
+int64_t linear_bytes(const LinearProduct& args) { return args.rows * padded(args.inputs) * 4; }
+
+void linear(const LinearProduct& args) {
+  float* const x = static_cast<float*>(args.memory);
+  const int64_t ld = padded(args.inputs);
+  const Lanes& set = lanes();
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const char* const from = static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
+    set.reconstruct(x + row * ld, Dtype::kFloat32, 1, {from, args.compute, 1}, {nullptr, args.compute, 1}, 1.0, false,
+                    args.inputs);
+    std::memset(x + row * ld + args.inputs, 0, static_cast<size_t>(ld - args.inputs) * 4);
+  }
+  const FewRows run = few_rows();
+  constexpr int64_t kTogether = 4;  // outputs that a thread takes at a time
+  const int64_t grain = args.inputs * kTogether >= kGrain ? 1 : kGrain / (args.inputs * kTogether);
+  parallel_for((args.outputs + kTogether - 1) / kTogether, grain, [&](int64_t begin, int64_t end) {
+    run(args, x, ld, begin * kTogether, end * kTogether < args.outputs ? end * kTogether : args.outputs);
+  });
+}
+
+}  // namespace taps::cpu

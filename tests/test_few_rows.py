@@ -1,0 +1,161 @@
+"""The CPU's kernel for few rows: W_t in registers, in fp32 and bf16, with every instruction set of this machine."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from tolerance import assert_close
+
+from taps_ext import gated_linear, ops
+
+C = ops._C
+if C is None:
+    pytest.skip("the extension is missing, and with it the kernel", allow_module_level=True)
+
+F32, BF16 = torch.float32, torch.bfloat16
+TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
+ROWS = (1, 2, 3, 4, 7, 16, 31, 32)
+SIZES = ((1, 1), (5, 3), (7, 64), (8, 257), (66, 513), (37, 1003))  # outputs, inputs
+
+
+@pytest.fixture(params=C.isas())
+def isa(request):
+    C.force_isa(request.param)
+    yield request.param
+    C.force_isa(None)
+
+
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def taken(*args, **kwargs) -> tuple[torch.Tensor, str | None]:
+    C.taken_path()
+    with torch.no_grad():
+        output = torch.ops.taps_ext.gated_linear(*args, **kwargs)
+    return output, C.taken_path()
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_every_size(isa, types) -> None:
+    kind, weight_kind, delta_kind = types
+    torch.manual_seed(0)
+    for rows, (n, k), with_bias in itertools.product(ROWS, SIZES, (True, False)):
+        x, w, d = draw(rows, k, dtype=kind), draw(n, k, dtype=weight_kind), draw(n, k, dtype=delta_kind)
+        bias = draw(n, dtype=kind) if with_bias else None
+        output, path = taken(x, w, d, None, bias, True, 0.1)
+        assert path == "fused" and output.dtype == kind and output.shape == (rows, n)
+        wt = w.double() + d.double()
+        expected = x.double() @ wt.t() + (0 if bias is None else bias.double())
+        assert_close(output, expected, kind, k + 1, x, wt)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_the_weight_is_rounded_once(isa, types) -> None:
+    """Rows of the identity pick columns of W_t: bit for bit those that reconstruct gives."""
+    kind, weight_kind, delta_kind = types
+    torch.manual_seed(1)
+    n, k = 9, 300
+    w, d = draw(n, k, dtype=weight_kind), (0.01 * draw(n, k, dtype=F32)).to(delta_kind)
+    expected = ops.reconstruct_(torch.empty(n, k, dtype=kind), w, d, gate=True)
+    for first in range(0, k, 32):
+        x = torch.eye(k, dtype=kind)[first : first + 32]
+        output, path = taken(x, w, d, None, None, True, 0.1)
+        assert path == "fused" and torch.equal(output.t(), expected[:, first : first + 32])
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_layouts(isa, kind) -> None:
+    """Rows further apart than they are long, at odd elements; x with dimensions in front, or transposed."""
+    torch.manual_seed(2)
+    w, d = draw(20, 90, dtype=kind)[:, 1:80], draw(20, 101, dtype=F32)[:, 3:82]
+    x, bias = draw(3, 5, 99, dtype=kind)[..., 7:86], draw(40, dtype=kind)[::2]
+    wt = w.double() + d.double()
+    for own in (x, x.transpose(0, 1), x[:, :1], x[0, 0]):
+        output, path = taken(own, w, d, None, bias, True, 0.1)
+        assert path == "fused" and output.shape == (*own.shape[:-1], 20)
+        assert_close(output, own.double() @ wt.t() + bias.double(), kind, 80, own, wt)
+    output, path = taken(x[0], w.t().contiguous().t(), d, None, None, True, 0.1)  # columns next to each other
+    assert path == "rebuild"
+    assert_close(output, x[0].double() @ wt.t(), kind, 79, x, wt)
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_what_is_not_finite_stays_so(isa, kind) -> None:
+    for value in (math.inf, -math.inf, math.nan):
+        x, w, d = torch.ones(2, 40, dtype=kind), torch.ones(3, 40, dtype=kind), torch.zeros(3, 40)
+        d[1, 38] = value
+        output, path = taken(x, w, d, None, None, True, 0.1)
+        assert path == "fused" and torch.isfinite(output[:, [0, 2]]).all()
+        wanted = torch.full((2,), value, dtype=kind)
+        assert torch.equal(output[:, 1], wanted) or (math.isnan(value) and output[:, 1].isnan().all())
+    largest = torch.finfo(kind).max
+    output, _ = taken(torch.ones(1, 1), torch.full((1, 1), largest), torch.full((1, 1), largest), None, None, True, 0.1)
+    assert output.item() == math.inf
+
+
+def test_the_same_bits_whatever_the_threads(isa) -> None:
+    torch.manual_seed(3)
+    x, w, d = draw(5, 700, dtype=F32), draw(403, 700, dtype=F32), draw(403, 700, dtype=F32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(taken(x, w, d, None, None, True, 0.1)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+    alone = taken(x, w[:7], d[:7], None, None, True, 0.1)[0]  # nor on which outputs share a panel
+    assert torch.equal(alone, found[0][:, :7])
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "gate", "path"),
+    [
+        (32, F32, True, "fused"),
+        (33, F32, True, "rebuild"),
+        (8, torch.float64, True, "rebuild"),
+        (8, torch.float16, True, "rebuild"),
+        (8, F32, False, "stock"),
+        (0, F32, True, "rebuild"),
+    ],
+)
+def test_who_takes_it(rows, kind, gate, path) -> None:
+    x, w, d = draw(rows, 16, dtype=kind), draw(8, 16, dtype=kind), draw(8, 16, dtype=kind)
+    assert taken(x, w, d, None, None, gate, 0.1)[1] == path
+
+
+@pytest.mark.parametrize("score", [0.05, 0.15])
+def test_the_score_decides(score) -> None:
+    x, w, d = draw(4, 16, dtype=F32), draw(8, 16, dtype=F32), draw(8, 16, dtype=F32)
+    output, path = taken(x, w, d, torch.tensor(score), None, None, 0.1)
+    assert path == ("fused" if score >= 0.1 else "stock")
+    wt = w.double() + (d.double() if score >= 0.1 else 0)
+    assert_close(output, x.double() @ wt.t(), F32, 16, x, wt)
+
+
+def test_gradients_flow() -> None:
+    """Backward rebuilds; the two agree to rounding."""
+    torch.manual_seed(4)
+    x, w, d = draw(6, 50, dtype=F32), draw(30, 50, dtype=F32), draw(30, 50, dtype=F32)
+    leaves = [x.requires_grad_(), d.requires_grad_()]
+    C.taken_path()
+    output = gated_linear(x, w, d, gate=True)
+    assert C.taken_path() == "fused"
+    grad = draw(6, 30, dtype=F32)
+    output.backward(grad)
+    with torch.no_grad():
+        wt = w.double() + d.double()
+        assert_close(leaves[0].grad, grad.double() @ wt, F32, 30, grad, wt)
+        assert_close(leaves[1].grad, grad.double().t() @ x.double(), F32, 6, grad, x)
+
+
+def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:
+    C.force_path("fused")
+    try:
+        x, w, d = draw(33, 16, dtype=F32), draw(8, 16, dtype=F32), draw(8, 16, dtype=F32)
+        with pytest.raises(RuntimeError, match="path: fused is forced, but the kernels do not know"):
+            torch.ops.taps_ext.gated_linear(x, w, d, None, None, True, 0.1)
+    finally:
+        C.force_path(None)
