@@ -193,6 +193,8 @@ def gated_conv2d(
     _check_tensor(input)
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
+    if rows is not None and input.dim() == 3:
+        raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
     input = _check(input, weight, delta, score, gate)
@@ -218,8 +220,6 @@ def gated_conv2d(
             row_scale=row_scale,
         )
     if input.dim() == 3:
-        if rows is not None:
-            raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
         batched = gated_conv2d(
             input[None],
             weight,

@@ -63,7 +63,7 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
 def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Sample | None:
     """What closed layers estimate their score gradients from in this forward; None for all of the batch."""
     fraction = getattr(state.config, "gate_fraction", 1.0)
-    if fraction >= 1.0 or not model.training or not torch.is_grad_enabled():
+    if fraction >= 1.0 or not model.training:  # without gradients too: reentrant checkpointing runs so first
         return None
     if torch._C._are_functorch_transforms_active():  # its derivatives are exact
         return None
@@ -78,7 +78,8 @@ def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: An
             f"gate_fraction: expected a tensor with dimension {model.batch_dim} (batch_dim) among the arguments of "
             f"task {name!r}'s forward, which its samples can be drawn from"
         )
-    if batch == 0 or not any(part.gate is False for _, part in state.learned()):
+    closed = [part for _, part in state.learned() if part.gate is False]
+    if batch == 0 or not any(part.score is not None and part.score.requires_grad for part in closed):
         return None
     return draw(fraction, batch, next(model.parameters()).device)
 

@@ -26,7 +26,8 @@ class TapsConfig(MethodConfig):
         score_init: the scores' first value.
         penalty: "layer" counts every layer alike (the paper); "size" in proportion to its parameters, mean 1.
         gate_fraction: share of a batch's samples, drawn anew in each forward, that a closed layer's score gradient is
-            estimated from (unbiased); the layer keeps and multiplies them alone for backward. 1.0 is exact.
+            estimated from (unbiased); the layer multiplies them alone, and keeps them alone for backward unless the
+            graph holds its input anyway. 1.0 is exact, and so is what `nn.MultiheadAttention` does with its weights.
         norm: "task" gives the task its own normalisation layers; "frozen" keeps the base's, in eval mode.
         others: "task" also trains biases, tokens, position tables and the like; "frozen" does not.
         target_modules, exclude_modules: globs of layers to gate, or to leave to the base.

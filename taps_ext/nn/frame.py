@@ -24,10 +24,7 @@ from .sampling import Sample
 
 
 class Frame(NamedTuple):
-    """One forward: the parts of the running task by module name, where entered modules are noted, and the samples
-
-    that closed layers learn from (None: all).
-    """
+    """One forward: parts by module name, where entered modules are noted, the sample closed layers learn from."""
 
     parts: Mapping[str, nn.Module]
     entered: set[str]

@@ -32,7 +32,7 @@ def draw(fraction: float, batch: int, device: torch.device) -> Sample:
 def batch_size(args: Any, kwargs: Any, dim: int) -> int | None:
     """The size of dimension `dim` of the first tensor among a forward's arguments that has it."""
     for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim() > max(0, dim):
+        if isinstance(leaf, Tensor) and leaf.dim() > dim:
             return leaf.shape[dim]
     return None
 

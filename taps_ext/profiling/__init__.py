@@ -1,8 +1,8 @@
 """What a task costs to train or to run: each layer's time against the machine's limits, and memory by its purpose."""
 
-from .estimate import estimate
+from .dry_run import estimate
 from .machine import Machine, measure
 from .memory import Memory
-from .profile import Profile, profile
+from .measured import Profile, profile
 
 __all__ = ["Machine", "Memory", "Profile", "estimate", "measure", "profile"]

@@ -1,4 +1,4 @@
-"""What stays open within a budget of weights."""
+"""Which layers are open within a budget of weights."""
 
 from __future__ import annotations
 

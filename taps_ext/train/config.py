@@ -23,10 +23,11 @@ class TrainConfig:
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
         weight_decay: on open Deltas and heads only.
         warmup_epochs: whole epochs without the sparsity penalty.
-        budget: the share of the gated weights that may stay open, or None. It steers the penalty until gates rest;
-            then the layers with the largest scores that fit stay open.
-        freeze_after: epochs after which gates rest: closed layers then cost what the base's do, and keep nothing for
-            backward. None: never, or with a budget after half of the epochs.
+        budget: the share of the gated weights that may be open, or None. It steers the penalty until gates rest; then
+            the layers with the largest scores that fit are opened, and all others closed.
+        freeze_after: epochs after which gates rest: closed layers that the host knows then cost what the base's do, and
+            keep nothing for backward. None: never, or with a budget after half of the epochs. A budget's gates rest
+            in the last epoch at the latest, and not before the first epoch with a penalty has ended.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
         amp: "bf16" runs forwards under autocast; None does not.
         clip_norm: bound on the global gradient norm of everything but the scores.
@@ -120,10 +121,7 @@ class TrainConfig:
 
     @property
     def rest_epoch(self) -> int | None:
-        """The last epoch (from 0) in which gates move, or None if they always do.
-
-        A budget is met in the last epoch at the latest, and not before the penalty has had an epoch.
-        """
+        """The last epoch (from 0) in which gates move, or None if they always do."""
         after = self.freeze_after
         if self.budget is None:
             return None if after is None else after - 1

@@ -104,7 +104,7 @@ class Run:
         if progress.epoch >= self.config.epochs:
             return True
         if self.config.budget is not None and not progress.held:
-            return False  # nothing that was validated meets it
+            return False  # the choice is still to be made
         return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
     # -- epochs
@@ -190,7 +190,7 @@ class Run:
                 **{f"val_{key}": value for key, value in metrics.items()},
                 "share": report.share,
                 "layers_open": report.layers_open,
-                "reopened": progress.reopened,
+                "reopened": progress.reopened if self.model.gates == "host" else None,
             }
             log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
             progress.history.append(entry)
@@ -220,6 +220,7 @@ class Run:
         if config.rest_epoch is not None and progress.epoch >= config.rest_epoch:
             if config.budget is not None:
                 settle(self.state, self.model.report(self.name), config.budget)
+                progress.open = None  # gates that are set do not count as reopened
                 progress.improved = progress.epoch  # patience is counted from here
             self.rest()
 

@@ -191,6 +191,13 @@ class Trainer:
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         run = Run(self.model, name, task, config, batches, lambda: self.evaluate(name, val, task=task))
+        try:
+            return self._run(run, task, settings, resume, stop)
+        finally:
+            run.release()
+
+    def _run(self, run: Run, task: Task, settings: dict[str, Any], resume: str | bool, stop: Stop) -> Result:
+        config, name = self.config, run.name
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / f"{_safe(name)}.state"
         parent = self.model.fingerprint(run.state.head_path)
@@ -206,7 +213,6 @@ class Trainer:
             self._train(run, log, stop, path, settings, parent)
         finally:
             log.close()
-            run.release()
         run.optimizer.zero_grad(set_to_none=True)
         run.keep_best()
         return self._finish(name, task, run.progress, settings, path)
