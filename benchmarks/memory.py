@@ -76,8 +76,8 @@ def main() -> None:
         one(args.one[0], args.one[1], int(args.one[2]))
         return
     records = []
-    print("| model | phase | estimate MiB | profile MiB | process MiB | estimate / profile | profile / process |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | batch | phase | estimate MiB | profile MiB | process MiB | estimate / profile | estimate / process |")
+    print("|---|---|---|---|---|---|---|---|")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name, batch in MODELS.items():
         for phase in PHASES:
@@ -88,8 +88,8 @@ def main() -> None:
             mib = [
                 count / 2**20 for count in (record["estimate"]["peak"], record["profile"]["peak"], record["process"])
             ]
-            ratios = f"{mib[0] / mib[1]:.3f} | {mib[1] / mib[2]:.3f}"
-            print(f"| {name} | {phase} | {mib[0]:.1f} | {mib[1]:.1f} | {mib[2]:.1f} | {ratios} |", flush=True)
+            ratios = f"{mib[0] / mib[1]:.3f} | {mib[0] / mib[2]:.3f}"
+            print(f"| {name} | {batch} | {phase} | {mib[0]:.1f} | {mib[1]:.1f} | {mib[2]:.1f} | {ratios} |", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 

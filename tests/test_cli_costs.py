@@ -75,7 +75,7 @@ def test_a_task_file_gives_the_gates(call, tmp_path) -> None:
     code, out, _ = call("profile", *SMALL, "--steps", 1, "--task", tmp_path / "t.taps", "--json")
     assert code == 0 and [row["gate"] for row in json.loads(out)["layers"]] == ["closed", "open"]
     code, out, error = call("estimate", *SMALL, "--task", tmp_path / "t.taps", "--open", "0")
-    assert (code, out) == (2, "") and "open: expected no patterns beside a task file" in error
+    assert (code, out) == (2, "") and "open: expected none beside a task file" in error
 
 
 @pytest.mark.parametrize("command", ["profile", "estimate"])
@@ -89,6 +89,13 @@ def test_a_task_file_gives_the_gates(call, tmp_path) -> None:
         ((*SMALL, "--gate-fraction", "0"), "expected a number in (0, 1], got '0'"),
         ((*SMALL, "--batch", "0"), "expected an int >= 1, got '0'"),
         ((*SMALL, "--task", "nothing.taps"), "nothing.taps"),
+        ((*SMALL, "--method", "probe", "--gate-fraction", "0.5"), "gate_fraction: expected none with method 'probe'"),
+        ((*SMALL, "--task", "x.taps", "--method", "full"), "method: expected none beside a task file"),
+        (("timm:resnet18", "--weights", "nothing.safetensors"), "nothing.safetensors"),
+        (
+            ("python:test_cli_costs.small", "--shape", "1,16,16"),
+            "inputs: the model cannot run on tensors of shape [[8, 1",
+        ),
     ],
 )
 def test_mistakes_are_one_line(call, command, words, message) -> None:

@@ -59,17 +59,20 @@ def everything(model: TaskModel) -> dict[str, Tensor]:
 def test_the_model_is_left_as_it_was(phase, optimizer) -> None:
     model = build(closed=["deep"])
     model.eval()
-    x = images(2, 16)
+    model.base.conv.train()
+    x = images(2, 16).requires_grad_()
     model(x, task="t").sum().backward()
+    x.grad, modes = None, [m.training for m in model.modules()]
     before, grads = everything(model), {n: p.grad for n, p in model.named_parameters()}
     random = torch.get_rng_state()
     for tool in (profile, estimate):
-        extra = {"steps": 1, "machine": ROOFS} if tool is profile else {}
+        extra = {"steps": 1, "machine": ROOFS if phase == "infer" else None} if tool is profile else {}
         tool(model, (x,), task="t", phase=phase, optimizer=optimizer, **extra)
         after = everything(model)
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
         assert all(p.grad is grads[n] for n, p in model.named_parameters())
-        assert not model.training and torch.equal(random, torch.get_rng_state())
+        assert modes == [m.training for m in model.modules()] and x.grad is None
+        assert torch.equal(random, torch.get_rng_state())
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
         assert all(p.score.requires_grad for _, p in model.state("t").learned())
 
@@ -109,6 +112,68 @@ def test_work_of_layers_that_are_not_learned() -> None:
     found = profile(merged, (images(),), task="t", phase="infer", steps=1, machine=ROOFS)
     rows = {row.layer: row for row in found.rows}
     assert rows["deep"].path == "stock" and rows["deep"].moved == 3 * 4 * 2**20  # x, W_t, y
+
+
+class Reader(nn.Module):
+    """Two layers whose forwards nobody calls, between two that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.read, self.last, self.fc = (nn.Linear(64, 64) for _ in range(4))
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.first(x), self.read.weight, self.read.bias)
+        return self.fc(self.last(self.attention(x, x, x, need_weights=False)[0])).mean(1)
+
+
+def test_layers_that_others_read_are_not_measured() -> None:
+    found = profile(build(Reader()), (torch.randn(2, 5, 64),), task="t", steps=1, machine=ROOFS)
+    rows = {row.layer: row for row in found.rows}
+    read = [name for name, row in rows.items() if row.path == "read"]
+    assert read == ["read", "attention", "attention.out_proj"] and all(rows[name].seconds == 0 for name in read)
+    assert all(rows[name].forward > 0 and rows[name].backward > 0 for name in ("first", "last"))
+    assert found.table().count("not measured") == 3
+
+
+def test_backward_goes_to_the_layer_that_made_it() -> None:
+    """A resting closed layer at the bottom makes no node: what follows it is not its own."""
+    model = build(closed=["conv"])
+    dict(model.state("t").gated())["conv"].score.requires_grad_(False)
+    rows = {row.layer: row for row in profile(model, (images(),), task="t", steps=1, machine=ROOFS).rows}
+    assert rows["conv"].backward == 0.0 < rows["down"].backward
+
+
+def test_merged_weights_and_casts_count() -> None:
+    model = build(closed=["deep", "hidden"])
+    before = profile(model, (images(),), task="t", phase="infer", steps=1, machine=ROOFS).memory
+    amp = {"task": "t", "phase": "infer", "amp": "bf16"}
+    model.merge_task("t")
+    whole = 4 * sum(part.delta.numel() for _, part in model.state("t").gated() if part.gate)
+    for memory in (
+        profile(model, (images(),), task="t", phase="infer", steps=1, machine=ROOFS).memory,
+        estimate(model, (images(),), task="t", phase="infer"),
+    ):
+        assert memory.weights == before.weights + whole
+    model.unmerge_task()
+    counted = profile(model, (images(),), steps=1, machine=ROOFS, **amp).memory
+    predicted = estimate(model, (images(),), **amp)
+    casts = 2 * (1024 * 1024 + 64 * 1024)  # of the closed layers
+    assert counted.weights == before.weights + casts and predicted.weights >= counted.weights - casts
+
+
+@pytest.mark.parametrize("tool", [profile, estimate])
+def test_inputs_in_containers_and_without_gradients(tool) -> None:
+    class Dict(TinyNet):
+        def forward(self, batch: dict) -> Tensor:
+            return super().forward(batch["x"])
+
+    extra = {"steps": 1, "machine": ROOFS} if tool is profile else {}
+    with torch.no_grad():
+        found = tool(build(Dict()), ({"x": images(2, 8)},), task="t", **extra)
+    assert getattr(found, "memory", found).inputs == 2 * 3 * 64 * 4
+    with pytest.raises(ConfigError, match=r"inputs: the model cannot run on tensors of shape \[\[2, 4, 8, 8\]\]: "):
+        tool(build(TinyNet()), (torch.randn(2, 4, 8, 8),), task="t", **extra)
 
 
 def test_device_gates_are_said() -> None:
@@ -264,7 +329,7 @@ def test_the_taken_path() -> None:
     if extension is None:
         pytest.skip("no extension, so no path is chosen")
     extension.taken_path()
-    x, w = torch.randn(2, 4), torch.randn(3, 4)
+    x, w = torch.randn(64, 4), torch.randn(3, 4)
     taps_ext.gated_linear(x, w, torch.zeros_like(w), gate=True)
     assert extension.taken_path() == "rebuild" and extension.taken_path() is None
     taps_ext.gated_linear(x, w, torch.zeros_like(w), gate=False)

@@ -289,7 +289,9 @@ def test_a_whole_forward_is_repeated_with_its_dropout() -> None:
         model = adapted(settle(TinyNet(dropout=0.5)), 0.25)
         own = x.clone().requires_grad_()
         torch.manual_seed(6)
-        out = checkpoint(lambda z, m=model: m(z, task="t"), own, use_reentrant=True) if wrapped else model(own, task="t")
+        out = (
+            checkpoint(lambda z, m=model: m(z, task="t"), own, use_reentrant=True) if wrapped else model(own, task="t")
+        )
         out.square().sum().backward()
         found.append({n: p.grad for n, p in model.state("t").named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][k], found[1][k]) for k in found[0])

@@ -39,12 +39,13 @@ def fraction(text: str) -> float:
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or python:MODULE.FUNCTION")
     parser.add_argument("--task", metavar="FILE", help="a task file whose gates the layers have")
-    parser.add_argument("--method", choices=["taps", "full", "probe"], default="taps", help="without a task file")
+    parser.add_argument("--weights", metavar="FILE", help="the base's, where a task file belongs to them (safetensors)")
+    parser.add_argument("--method", choices=["taps", "full", "probe"], help="without a task file (taps)")
     parser.add_argument(
         "--open", metavar="GLOB", nargs="+", help="the layers that are open, all others closed (default: all are open)"
     )
     parser.add_argument(
-        "--gate-fraction", type=fraction, default=1.0, help="share of a batch that closed layers learn from (1)"
+        "--gate-fraction", type=fraction, help="of a batch that closed layers learn from, with taps (1)"
     )
     parser.add_argument("--phase", choices=["train", "infer"], default="train")
     parser.add_argument("--batch", type=count(1), default=8, help="samples (8)")
@@ -61,26 +62,34 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     """
     import torch
 
-    from .. import FullConfig, MethodConfig, ProbeConfig, TapsConfig, TaskModel
+    from .. import FullConfig, MethodConfig, ProbeConfig, TapsConfig, TaskModel, store
     from ..scan import match
     from .base import build_base
 
+    for name in ("open", "method", "gate_fraction"):
+        if args.task is not None and getattr(args, name) is not None:
+            raise ConfigError(f"{name}: expected none beside a task file, which says it all")
+    method = args.method or "taps"
+    if args.gate_fraction is not None and method != "taps":
+        raise ConfigError(f"gate_fraction: expected none with method {method!r}, which learns no gates")
     section: dict[str, Any] = {"model": args.model}
-    if not args.model.startswith("python:"):
+    if args.weights is not None:
+        section["weights"] = args.weights
+    elif not args.model.startswith("python:"):
         section |= {"weights": "random"} if args.task is None else {"args": {"pretrained": True}}
+    if args.task is not None:
+        store.read_header(args.task)  # a bad file is told before the base is built
     model = TaskModel(build_base(section))
     if args.task is not None:
-        if args.open is not None:
-            raise ConfigError("open: expected no patterns beside a task file, whose gates are used")
         return model, model.load_task(args.task)
     methods: dict[str, MethodConfig] = {"full": FullConfig(), "probe": ProbeConfig()}
-    methods["taps"] = TapsConfig(lam=0.5, gate_fraction=args.gate_fraction)
-    model.add_task("task", config=methods[args.method])
+    methods["taps"] = TapsConfig(lam=0.5, gate_fraction=args.gate_fraction or 1.0)
+    model.add_task("task", config=methods[method])
     state = model.state("task")
     if args.open is not None:
         layers = dict(state.learned())
         if not layers:
-            raise ConfigError(f"open: method {args.method!r} has no gates that could be closed")
+            raise ConfigError(f"open: method {method!r} has no gates that could be closed")
         opened = match(args.open, list(layers), "open")
         with torch.no_grad():
             for name, part in layers.items():

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
         amp=args.amp,
         steps=args.steps,
     )
-    if args.plot is not None:
-        found.plot(args.plot)
-        say(f"wrote {args.plot}")
     if args.json:
         emit(found.to_dict())
     else:
         print(found.table())
+    if args.plot is not None:
+        found.plot(args.plot)
+        say(f"wrote {args.plot}")
     return 0

@@ -51,7 +51,7 @@ def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
     dtype = ops.autocast_dtype(input)
     if dtype is None or dtype == weight.dtype or weight.is_inference():
         return weight
-    key = (dtype, weight.data_ptr(), weight._version)
+    key = (dtype, weight.untyped_storage()._cdata, weight.storage_offset(), weight._version)
     kept = holder.__dict__.get("_taps_cast")
     if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():

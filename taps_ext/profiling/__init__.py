@@ -2,7 +2,7 @@
 
 from .dry_run import estimate
 from .machine import Machine, measure
-from .memory import Memory
 from .measured import Profile, profile
+from .memory import Memory
 
 __all__ = ["Machine", "Memory", "Profile", "estimate", "measure", "profile"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
 from ..nn.gated import stamp
-from .memory import Memory, resident, size
+from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
 
@@ -62,8 +62,8 @@ class _Count(TorchDispatchMode):
         """The peak is that of what follows."""
         self.since = len(self.log)
 
-    def peak(self, state: Iterable[Tensor]) -> dict[str, int]:
-        """Bytes by part at the moment when they were most; `state` are the optimizer's tensors."""
+    def peak(self, owners: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
+        """Bytes by part at the moment when they were most; `owners` are the tensors of parts that outlive the step."""
         total, most = 0, -1
         alive: set[int] = set()
         at_peak: set[int] = set()
@@ -73,19 +73,21 @@ class _Count(TorchDispatchMode):
             (alive.add if entry > 0 else alive.discard)(number)
             if index >= self.since and total > most:
                 most, at_peak = total, set(alive)
-        kept = {self.living[t.untyped_storage()._cdata] for t in state if t.untyped_storage()._cdata in self.living}
-        parts = dict.fromkeys(("gradients", "optimizer", "activations", "temporary"), 0)
+        kept = dict.fromkeys(self.gradients, "gradients")
+        for part, tensors in owners.items():
+            keys = [tensor.untyped_storage()._cdata for tensor in tensors]
+            kept |= {self.living[key]: part for key in keys if key in self.living}
+        parts = dict.fromkeys((*owners, "gradients", "activations", "temporary"), 0)
         for number in at_peak:
             count, phase = self.made[number]
-            own = "optimizer" if number in kept else "gradients" if number in self.gradients else None
-            parts[own or ("activations" if phase == "forward" else "temporary")] += count
+            parts[kept.get(number, "activations" if phase == "forward" else "temporary")] += count
         return parts
 
 
 def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     """A copy of a model whose tensors have no storage."""
     memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers(), *merged(model)]:
         empty = fake.from_tensor(tensor.detach(), static_shapes=True)
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
@@ -139,7 +141,8 @@ def estimate(
 
     Returns:
         The parts of the peak in bytes. What torch's allocator does not see (scratch memory of oneDNN and cuDNN, the
-        CUDA context, fragmentation) and what operators allocate inside is not in it.
+        CUDA context, fragmentation) and what operators allocate inside is not in it; a weight that other code reads
+        (`F.linear(x, layer.weight)`) counts as a tensor of its own.
 
     Raises:
         ConfigError: as :func:`taps_ext.profile`.
@@ -152,10 +155,13 @@ def estimate(
     hollow = _hollow(model, fake)
     memory = resident(hollow, name)
 
+    home = next(model.parameters()).device
+
     def empty(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+        device = home if value.device.type == "meta" else value.device
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     def prepare() -> None:
         if name is not None:
@@ -163,19 +169,21 @@ def estimate(
 
     with fake:
         step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)
-        memory.inputs = size(value for value in step.inputs if isinstance(value, Tensor))
+        memory.inputs = size(step.input_tensors())
         hollow.train(phase == "train")
         dtypes = _dtypes(step)
-        tensors = [*hollow.parameters(), *hollow.buffers(), *(v for v in step.inputs if isinstance(v, Tensor))]
+        tensors = [*hollow.parameters(), *hollow.buffers(), *merged(hollow), *step.input_tensors()]
         count = _Count(tensors)
         with count:
-            if step.optimizer is not None:  # the first step makes the optimizer's state, which the second meets
-                prepare()
-                _phases(step, count)
+            prepare()
+            with step.explained():
+                _phases(step, count)  # makes what stays: the optimizer's state, casts
             prepare()
             count.start()
             _phases(step, count)
-    memory = replace(memory, **count.peak(step.optimizer_state()))
+        owners = {"optimizer": step.optimizer_state(), "weights": casts(hollow)}
+    found = count.peak(owners)
+    memory = replace(memory, **{**found, "weights": memory.weights + found["weights"]})
     memory.workspace = _workspace(step, dtypes)
     return memory
 
@@ -198,6 +206,11 @@ def _dtypes(step: Step) -> dict[str, torch.dtype]:
 
 def _phases(step: Step, count: _Count) -> None:
     """One step, saying which phase it is in."""
+    with torch.set_grad_enabled(step.optimizer is not None):
+        _run(step, count)
+
+
+def _run(step: Step, count: _Count) -> None:
     if step.optimizer is None:
         count.phase = "forward"
         step.forward()

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 
 from .. import ops
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
+from ..nn.frame import sequence_number
+from ..nn.sampling import batch_size, draw
 from .step import Step
 
 PREFIX = "taps:layer:"
+Nodes = dict[str, list[tuple[int, int]]]  # layer: ranges of autograd's numbers, one for each call
 
 
 @dataclass
@@ -25,7 +29,8 @@ class Layer:
 
     Attributes:
         layer: its name. gate: "open", "closed", or "device" where the host does not know.
-        path: "stock", "rebuild" or "fused"; what forward did with the weight.
+        path: "stock", "rebuild" or "fused"; what forward did with the weight. "read" where its forward was not called
+            because other code reads the weight: such a layer's work is not measured.
         calls: in one step. operations, moved: of all calls, forward and backward: floating-point operations, and the
             bytes that have to be read and written at least once.
         forward, backward: seconds of a step, as measured. limit: the least seconds that the machine could take.
@@ -82,32 +87,43 @@ def work(part: GatedLayer, weight: Tensor, input: Tensor, output: Tensor, fracti
     return operations, moved
 
 
+def _fraction(step: Step) -> float:
+    """The share of the batch that closed layers learn from: whole samples."""
+    fraction = float(getattr(None if step.state is None else step.state.config, "gate_fraction", 1.0))
+    batch = batch_size(step.inputs, {}, step.model.batch_dim)
+    return fraction if not batch or fraction >= 1.0 else len(draw(fraction, batch, torch.device("cpu")).rows) / batch
+
+
 @contextmanager
-def watched(step: Step) -> Iterator[dict[str, Layer]]:
+def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
     """Name -> :class:`Layer` of the step's gated layers; forwards inside are marked for profilers and counted."""
     layers: dict[str, Layer] = {}
+    nodes: Nodes = {}
     handles: list[Any] = []
     extension = ops._C
-    config = None if step.state is None else step.state.config
-    fraction = float(getattr(config, "gate_fraction", 1.0))
+    fraction = _fraction(step)
 
     def watch(name: str, part: GatedLayer, host: nn.Module) -> None:
         row = layers[name] = Layer(name, gate_of(part))
+        nodes[name] = []
         marks: list[Any] = []
+        firsts: list[int] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if extension is not None:
                 extension.taken_path()
             marks.append(record_function(PREFIX + name))
             marks[-1].__enter__()
+            firsts.append(sequence_number())
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nodes[name].append((firsts.pop(), sequence_number()))
             marks.pop().__exit__(None, None, None)
             if extension is not None:
                 row.path = extension.taken_path() or "stock"
             row.gate = gate_of(part)
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            if inputs and isinstance(output, Tensor):
+            if inputs and isinstance(output, Tensor):  # nn.MultiheadAttention gives a tuple: not measured
                 operations, moved = work(part, base_weight(host), inputs[0], output, fraction)
                 row.calls, row.operations, row.moved = row.calls + 1, row.operations + operations, row.moved + moved
 
@@ -118,35 +134,26 @@ def watched(step: Step) -> Iterator[dict[str, Layer]]:
         for name, part in step.state.gated():
             watch(name, part, step.model.base.get_submodule(name))
     try:
-        yield layers
+        yield layers, nodes
     finally:
         for handle in handles:
             handle.remove()
 
 
-def fill_times(layers: dict[str, Layer], events: Any, steps: int, device: torch.device) -> None:
+def fill_times(layers: dict[str, Layer], nodes: Nodes, events: Any, steps: int, device: torch.device) -> None:
     """Add each layer's seconds, forward and backward, from a profiler's events over `steps` steps.
 
-    Backward belongs to the layer in whose forward its node was made (by autograd's sequence numbers).
+    Backward belongs to the layer in whose forward its node was made: autograd numbers them.
     """
     cuda = device.type == "cuda"
-
-    def seconds(event: Any) -> float:
-        return float(event.device_time_total if cuda else event.cpu_time_total) * 1e-6
-
-    ranges = sorted((e for e in events if e.name.startswith(PREFIX)), key=lambda e: e.time_range.start)
-    owner: dict[tuple[int, int], str] = {}
-    index = 0
-    starts = sorted((e for e in events if e.sequence_nr >= 0 and e.fwd_thread == 0), key=lambda e: e.time_range.start)
-    for mark in ranges:
-        name = mark.name.removeprefix(PREFIX)
-        layers[name].forward += seconds(mark) / steps
-        while index < len(starts) and starts[index].time_range.start < mark.time_range.start:
-            index += 1
-        while index < len(starts) and starts[index].time_range.start <= mark.time_range.end:
-            owner[starts[index].thread, starts[index].sequence_nr] = name
-            index += 1
+    owner = {number: name for name, ranges in nodes.items() for first, last in ranges for number in range(first, last)}
     for event in events:
-        found = owner.get((event.fwd_thread, event.sequence_nr))
-        if found is not None and event.name.startswith("autograd::engine::evaluate_function"):
-            layers[found].backward += seconds(event) / steps
+        if event.device_type != DeviceType.CPU:  # the marks' twins on the device, and kernels
+            continue
+        seconds = float(event.device_time_total if cuda else event.cpu_time_total) * 1e-6 / steps
+        if event.name.startswith(PREFIX):
+            row = layers[event.name.removeprefix(PREFIX)]
+            row.forward += seconds if row.operations else 0.0
+        elif event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in owner:
+            row = layers[owner[event.sequence_nr]]
+            row.backward += seconds if row.operations else 0.0

@@ -45,7 +45,7 @@ class Profile:
 
     @property
     def gated_seconds(self) -> float:
-        """What the gated layers take of a step."""
+        """What the gated layers take of a step, a little slower for being watched."""
         return sum(row.seconds for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,17 +69,20 @@ class Profile:
         width = max([5, *(len(row.layer) for row in self.rows)])
         lines = [f"{'layer':<{width}}  gate    path     forward ms  backward ms     MFLOP        MB  % of limit"]
         for row in self.rows:
+            if row.path == "read":
+                lines.append(f"{row.layer:<{width}}  {row.gate:<6}  read by other code: not measured")
+                continue
             lines.append(
                 f"{row.layer:<{width}}  {row.gate:<6}  {row.path:<7} {1e3 * row.forward:11.3f} "
                 f"{1e3 * row.backward:12.3f} {row.operations / 1e6:9.1f} {row.moved / 1e6:9.2f} {100 * row.share:11.1f}"
             )
         rate, speed = self.machine.rate / 1e9, self.machine.bandwidth / 1e9
         lines.append(
-            f"{self.phase} step {1e3 * self.seconds:.1f} ms (median of {self.steps}), of it gated layers "
+            f"{self.phase} step {1e3 * self.seconds:.1f} ms (median of {self.steps}); gated layers, watched, "
             f"{1e3 * self.gated_seconds:.1f} ms; {self.device}, limits {rate:.0f} GFLOP/s and {speed:.1f} GB/s"
         )
-        parts = ", ".join(f"{name} {value / 2**20:.1f}" for name, value in asdict(self.memory).items() if value)
-        lines.append(f"peak {self.memory.peak / 2**20:.1f} MiB: {parts}")
+        parts = ", ".join(f"{name} {value / 1e6:.1f}" for name, value in asdict(self.memory).items() if value)
+        lines.append(f"peak {self.memory.peak / 1e6:.1f} MB: {parts}")
         return "\n".join(lines)
 
     __str__ = table
@@ -132,20 +135,23 @@ def profile(
     if ops._C is not None:
         ops._C.workspace_clear()  # what it then holds is this step's
     with step.installed():
-        step.run()
+        with step.explained():
+            step.run()
         step.run()
         workspace = 0 if ops._C is None else ops._C.workspace_bytes()
         times = _timed(step, steps)
-        with watched(step) as layers:
-            step.run()
-            for row in layers.values():
-                row.calls = row.operations = row.moved = 0
+        with watched(step) as (layers, nodes):
             step.run()
             counts = {key: (row.calls, row.operations, row.moved) for key, row in layers.items()}
-            fill_times(layers, traced(repeat, step.device).events(), steps, step.device)
-            for key, row in layers.items():
-                row.calls, row.operations, row.moved = counts[key]
-                row.limit = machine.seconds(row.operations, row.moved)
+            for ranges in nodes.values():
+                ranges.clear()
+            events = traced(repeat, step.device).events()
+        for key, row in layers.items():
+            row.calls, row.operations, row.moved = counts[key]
+            row.limit = machine.seconds(row.operations, row.moved)
+            if not row.operations:
+                row.path = "read"
+        fill_times(layers, nodes, events, steps, step.device)
         memory, series = memory_of(step, workspace)
     rows = list(layers.values())
     middle = sorted(times)[len(times) // 2]

@@ -16,9 +16,9 @@ class Memory:
     """Bytes at the moment of a step when most are in use.
 
     Attributes:
-        weights: the base's parameters and buffers. deltas: of the gated layers. task: what else the task owns (norms,
-            head, scores, biases).
-        optimizer: its state. gradients: of parameters. inputs: of the model, and targets.
+        weights: the base's parameters and buffers, whole weights of a merged task, casts kept for autocast.
+        deltas: of the gated layers. task: what else the task owns (norms, head, scores, biases).
+        optimizer: its state. gradients: of parameters. inputs: of the model.
         activations: made by the forward, in training those kept for backward. temporary: everything else, gradients of
             activations among it. workspace: in which weights are rebuilt.
     """
@@ -56,9 +56,21 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     return sum(storages(tensors).values())
 
 
+def casts(model: TaskModel) -> list[Tensor]:
+    """The weights that are kept in autocast's type."""
+    kept = [module.__dict__.get("_taps_cast") for module in model.modules()]
+    return [found[1] for found in kept if found is not None]
+
+
+def merged(model: TaskModel) -> list[Tensor]:
+    """The whole weights of a merged task."""
+    parts = [part for name in model.tasks for _, part in model.state(name).gated()]
+    return [part.merged for part in parts if part.merged is not None]
+
+
 def resident(model: TaskModel, task: str | None) -> Memory:
     """The bytes that a model holds between steps for its base and one task."""
-    memory = Memory(weights=size([*model.base.parameters(), *model.base.buffers()]))
+    memory = Memory(weights=size([*model.base.parameters(), *model.base.buffers(), *merged(model), *casts(model)]))
     if task is not None:
         state = model.state(task)
         changes = [part.change for _, part in state.gated()]

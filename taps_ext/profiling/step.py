@@ -10,19 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.profiler import record_function
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import ConfigError, suggestion
+from ..errors import ConfigError, TapsError
+from ..methods.base import one_of
 from ..model import TaskModel
 from ..train.state import restore, snapshot
 from ..train.task import predictions
 
 PHASES = ("train", "infer")
 OPTIMIZERS = ("sgd", "adamw")
-
-
-def one_of(value: Any, known: Sequence[str], argument: str) -> None:
-    if value not in known:
-        raise ConfigError(f"{argument}: expected one of {list(known)}, got {value!r}{suggestion(str(value), known)}")
 
 
 class Step:
@@ -54,7 +51,7 @@ class Step:
         if task is None and phase == "train":
             raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
         self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
-        self.inputs = tuple(inputs)
+        self.inputs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, tuple(inputs))
         self.device = next(model.parameters()).device
         self.state = None if task is None else model.state(task)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -69,7 +66,7 @@ class Step:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The model in the phase's mode; afterwards values, modes, gradients and random numbers are as they were."""
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         kept = None if self.state is None else snapshot(self.state)
         grads = [(p, p.grad) for p in self.model.parameters()]
         devices = [self.device] if self.device.type == "cuda" else []
@@ -78,7 +75,8 @@ class Step:
             with torch.random.fork_rng(devices=devices):
                 yield
         finally:
-            self.model.train(training)
+            for module, mode in modes:
+                module.training = mode
             for parameter, grad in grads:
                 parameter.grad = grad
             if self.state is not None and kept is not None and self.phase == "train":
@@ -99,8 +97,27 @@ class Step:
         with torch.set_grad_enabled(self.phase == "train"), autocast:
             return self.model(*self.inputs, task=self.task)
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What goes wrong in a first step is the model's affair, or the inputs': say which they were."""
+        try:
+            yield
+        except TapsError:
+            raise
+        except Exception as error:
+            shapes = [list(tensor.shape) for tensor in self.input_tensors()]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"inputs: the model cannot run on tensors of shape {shapes}: {reason}") from error
+
+    def input_tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+
     def run(self) -> None:
         """The whole step, its parts marked for profilers."""
+        with torch.set_grad_enabled(self.optimizer is not None):
+            self._run()
+
+    def _run(self) -> None:
         if self.optimizer is None:
             with record_function("taps:forward"):
                 self.forward()

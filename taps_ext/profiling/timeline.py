@@ -36,7 +36,7 @@ def memory_of(step: Step, workspace: int) -> tuple[Memory, Series]:
     """
     base = resident(step.model, step.task)
     base.optimizer = size(step.optimizer_state())
-    base.inputs = size(value for value in step.inputs if isinstance(value, torch.Tensor))
+    base.inputs = size(step.input_tensors())
     base.workspace = workspace
     gradients: set[int] = set()
 
@@ -62,7 +62,7 @@ def _addresses(step: Step) -> set[int]:
 
 
 def _split(events: Any, base: Memory, gradients: set[int], step: Step) -> tuple[Memory, Series]:
-    forward = next(e for e in events if e.get("name") == "taps:forward")
+    forward = next(e for e in events if e.get("name") == "taps:forward" and e.get("cat") == "user_annotation")
     began, ended = forward["ts"], forward["ts"] + forward["dur"]
     kind = 1 if step.device.type == "cuda" else 0  # as c10 numbers devices
     found = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind]
