@@ -76,7 +76,9 @@ def main() -> None:
         one(args.one[0], args.one[1], int(args.one[2]))
         return
     records = []
-    print("| model | batch | phase | estimate MiB | profile MiB | process MiB | estimate / profile | estimate / process |")
+    print(
+        "| model | batch | phase | estimate MiB | profile MiB | process MiB | estimate / profile | estimate / process |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name, batch in MODELS.items():

@@ -30,13 +30,16 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
-// Up to this many rows on the CPU.
+// Up to this many rows on the CPU, which is what its kernel was made for (csrc/cpu/few_rows.cpp). Times over the stock
+// op on merged weights, two AVX2 cores, 4096 x 4096, fused (rebuild): fp32 with 1, 4, 8 and 16 rows 1.5 (2.7), 0.5
+// (1.7), 0.5 (1.9), 0.6 (1.7), bf16 2.3 (3.7), 0.8 (1.8), 0.5 (1.4), 0.36 (1.2); with 32 rows of 1024 x 1024 0.79
+// (1.52) and 0.28 (1.14). One row of fp32 is read at 27 of the 31 GB/s that a sum reaches here.
 constexpr long long kMostFewRows = 32;
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kFused: W_t in registers alone (csrc/cuda/linear.cuh).
+// kFused: W_t in registers alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op. On the CPU that costs 1-10 % over the merged
-// op, and nothing else has been measured faster so far. A gate that the host knows to be closed never takes the fused
+// op where rows are many. A gate that the host knows to be closed never takes the fused
 // kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;

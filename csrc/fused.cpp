@@ -44,10 +44,15 @@ LinearProduct product_of(const GatedWeight& w, Dtype compute, const LinearSizes&
   return args;
 }
 
+Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
+  return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
+}
+
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
-    const Lease memory(false, place.index, nullptr, static_cast<size_t>(cpu::linear_bytes(args)));
-    args.memory = memory.data();
+    const Tensor memory = activation(1, cpu::linear_bytes(args) / 4, Dtype::kFloat32, place);
+    args.memory = memory.data_ptr();
     return cpu::linear(args);
   }
   void* const stream = stream_of(place);
@@ -57,19 +62,14 @@ void run(Product product, LinearProduct& args, Place place) {
   cuda::linear(product, args, place.index, stream);
 }
 
-Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-  return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
-}
-
 }  // namespace
 
 bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && readable(matrix); }
 
-bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows) {
+bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows, bool training) {
   if (w.weight.numel() == 0 || !readable(w.weight)) return false;
   if (!on_tiles(w.weight.place)) {
-    if (product != Product::kForward || rows > cpu::kFewRows) return false;
+    if (product != Product::kForward || training || rows > cpu::kFewRows) return false;
     if (compute != Dtype::kFloat32 && compute != Dtype::kBFloat16) return false;
   } else if (!sixteen_bit(compute)) {
     return false;

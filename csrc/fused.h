@@ -1,5 +1,6 @@
 // The products of a gated linear layer that kernels fuse with W_t, as the ops call them: no workspace for W_t, and for
-// the weight gradient no G. On CUDA all three in 16 bits; on the CPU the forward of few rows, in fp32 and bf16.
+// the weight gradient no G. On CUDA all three in 16 bits; on the CPU the forward of few rows, in fp32 and bf16, unless
+// gradients are asked for: training is to the bit what it is on whole weights.
 #pragma once
 
 #include "rebuild.h"
@@ -15,7 +16,7 @@ struct LinearSizes {
 
 // Whether the kernels know these types and layouts. `weight` need not be fusable for the weight gradient, which does
 // not read it.
-bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows);
+bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows, bool training);
 bool fusable_gradient(const GatedWeight& w, Dtype compute);
 bool fusable_activation(const Described& matrix);
 

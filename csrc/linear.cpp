@@ -91,7 +91,7 @@ OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight,
 
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
-                    double) {
+                    double, bool training) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 2);
   const Described x = check_activation(input, "input", w.weight);
@@ -101,7 +101,7 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   OptionalTensor x2;
   // Many rows are not fused; asking for them as a matrix might copy them.
   const bool few = sizes.rows <= kMostFusedRows || forced_path() == static_cast<int>(Path::kFused);
-  if (few && fusable(Product::kForward, w, x.dtype, sizes.rows)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  if (few && fusable(Product::kForward, w, x.dtype, sizes.rows, training)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
@@ -112,7 +112,7 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
     Slices output(x.ndim() - 1, sizes.outputs);
     for_panels(sizes.outputs, step, [&](Range panel) {
       output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
-                              gate, threshold),
+                              gate, threshold, std::nullopt, 1.0, training),
                  panel);
     });
     return *output.whole();
@@ -140,7 +140,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
   const Described dy_matrix = describe(dy2, "grad_output");
-  const bool dy_fits = fusable(Product::kInputGradient, w, compute, sizes.rows) && fusable_activation(dy_matrix);
+  const bool dy_fits = fusable(Product::kInputGradient, w, compute, sizes.rows, true) && fusable_activation(dy_matrix);
   const Path path = wanted.input ? path_for(w, compute, sizes.rows, dy_fits) : Path::kStock;
   const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.

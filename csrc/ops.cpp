@@ -59,10 +59,11 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def(
       "reconstruct(Tensor(a!) out, Tensor weight, Tensor? delta, Tensor? score, bool? gate, "
       "float threshold) -> ()");
-  // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself.
+  // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself. On a CPU `training`
+  // keeps it aten::linear on W_t, to the bit.
   m.def(
       "gated_linear(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
-      "bool? gate, float threshold, Tensor? rows=None, float row_scale=1.0) -> Tensor");
+      "bool? gate, float threshold, Tensor? rows=None, float row_scale=1.0, bool training=False) -> Tensor");
   // Gradients of gated_linear; input may be None where no weight-side gradient is asked for.
   m.def(
       "gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "

@@ -12,7 +12,7 @@ void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& 
 
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold,
-                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0);
+                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0, bool training = false);
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
                             const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,

@@ -44,14 +44,16 @@ def _rows_of(input: Tensor, rows: Tensor, ndim: int) -> Tensor:
     return (input.reshape(-1, input.shape[-1]) if ndim == 2 else input).index_select(0, rows)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for.
+
+    `settings`: gate, threshold, rows and their scale.
 
     Of the input of a layer known to be closed, whose score alone asks for it, only what `rows` picks, unless the graph
     holds it anyway.
     """
     input, weight, delta, score, bias = inputs[:5]
-    gate, ctx.threshold, rows, scale = inputs[-4:]
+    gate, ctx.threshold, rows, scale = settings
     ctx.gate = gate
     mask = _output_mask(ctx)
     if rows is not None and gate is False and mask[2] and not mask[4]:
@@ -112,7 +114,7 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
 
 
 def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs)
+    _save(ctx, inputs, inputs[5:9])
 
 
 def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -121,13 +123,13 @@ def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     grads = torch.ops.taps_ext.gated_linear_backward(
         grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, rows, ctx.scale
     )
-    return (*_order(ctx, grads, mask), *[None] * 4)
+    return (*_order(ctx, grads, mask), *[None] * 5)
 
 
 def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.geometry = inputs[5:9]
     ctx.input_size = tuple(inputs[0].shape[-2:])
-    _save(ctx, inputs)
+    _save(ctx, inputs, inputs[9:13])
 
 
 def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:

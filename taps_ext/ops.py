@@ -103,7 +103,8 @@ def gated_linear(
             is unbiased. An open gate, or one that only the device knows, has its exact gradient.
 
     Returns:
-        `[..., N]` in the compute dtype. A closed host gate is bit-equal to `F.linear(input, weight, bias)`.
+        `[..., N]` in the compute dtype. A closed host gate is bit-equal to `F.linear(input, weight, bias)`. So is, on a
+        CPU where gradients may be asked for, an open one to `F.linear(input, W_t, bias)`; elsewhere up to rounding.
 
     Raises:
         ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with Inf or NaN in
@@ -123,9 +124,10 @@ def gated_linear(
             input, weight, delta, score, bias, gate=gate, threshold=threshold, rows=rows, row_scale=row_scale
         )
     arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale)
-    if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
-        return torch.ops.taps_ext.gated_linear(*arguments)
-    return _linear(*arguments)
+    training = _differentiable(input, weight, delta, score, bias)
+    if torch.compiler.is_compiling() or not training:
+        return torch.ops.taps_ext.gated_linear(*arguments, training)
+    return _linear(*arguments, training)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d

@@ -55,9 +55,11 @@ def test_choice_of_path():
     assert _C.choose(open=False) == "stock"
     assert _C.choose(open=True) == "rebuild"
     assert _C.choose(open=False, same_dtype=False) == "rebuild"
-    assert _C.choose(open=True, fusable=True, rows=1) == _C.choose(open=True, fusable=True, rows=128) == "fused"
+    assert _C.choose(open=True, fusable=True, rows=32) == "fused"
+    assert _C.choose(open=True, fusable=True, rows=33) == "rebuild"
+    assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
-    assert _C.choose(open=True, fusable=True, rows=129) == "rebuild"
+    assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"
     assert _C.choose(open=False, fusable=True, rows=1) == "stock"
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     _C.force_path("rebuild")
@@ -67,9 +69,9 @@ def test_choice_of_path():
         OPS.gated_linear(x, weight, weight, None, None, True, TAU)
     with pytest.raises(RuntimeError, match="expected stock, rebuild, fused or None, got turbo"):
         _C.force_path("turbo")
-    _C.force_path("fused")  # the kernels are CUDA's
+    _C.force_path("fused")
     with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this layer"):
-        OPS.gated_linear(x, weight, weight, None, None, True, TAU)
+        OPS.gated_linear(x.double(), weight.double(), weight, None, None, True, TAU)
     mask = [False, True, False, False, False]
     with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this gradient"):
         OPS.gated_linear_backward(torch.ones(2, 4), x, weight, weight, None, True, TAU, mask, None, 1.0)
@@ -389,14 +391,14 @@ def test_rows_sample_the_weight_side_only(gate, indices):
 def test_one_workspace_is_reused():
     _C.workspace_clear()
     assert _C.workspace_bytes() == 0
-    x, _, weight, delta, _ = linear_case((3,), 64, 128, torch.float32)
+    x, _, weight, delta, _ = linear_case((40,), 64, 128, torch.float32)  # more rows than are fused
     for _ in range(3):
         OPS.gated_linear(x, weight, delta, None, None, True, TAU)
         assert _C.workspace_bytes() == 64 * 128 * 4
     OPS.gated_linear(x, weight[:8], delta[:8], None, None, True, TAU)
     assert _C.workspace_bytes() == 64 * 128 * 4
     big = torch.randn(128, 128)
-    g = torch.randn(3, 128)
+    g = torch.randn(40, 128)
     for mask in MASKS:  # rebuilding W_t and forming G take turns in one buffer, grown once
         OPS.gated_linear_backward(g, x, big, big, OPEN, True, TAU, mask, None, 1.0)
     assert _C.workspace_bytes() == 128 * 128 * 4
@@ -413,7 +415,7 @@ def test_closed_layers_take_no_workspace():
 
 
 def test_threads_do_not_share_a_workspace():
-    cases = [(torch.randn(8, 96), torch.randn(80, 96), torch.randn(80, 96)) for _ in range(4)]
+    cases = [(torch.randn(40, 96), torch.randn(80, 96), torch.randn(80, 96)) for _ in range(4)]
     expected = [F.linear(x, weight + delta) for x, weight, delta in cases]
     wrong = []
 

@@ -135,20 +135,25 @@ def test_the_score_decides(score) -> None:
     assert_close(output, x.double() @ wt.t(), F32, 16, x, wt)
 
 
-def test_gradients_flow() -> None:
-    """Backward rebuilds; the two agree to rounding."""
+def test_training_is_what_it_is_on_whole_weights() -> None:
+    """To the bit, forward and backward; under no_grad the same layer is fused."""
     torch.manual_seed(4)
     x, w, d = draw(6, 50, dtype=F32), draw(30, 50, dtype=F32), draw(30, 50, dtype=F32)
-    leaves = [x.requires_grad_(), d.requires_grad_()]
     C.taken_path()
-    output = gated_linear(x, w, d, gate=True)
-    assert C.taken_path() == "fused"
+    own, delta = x.clone().requires_grad_(), d.clone().requires_grad_()
+    output = gated_linear(own, w, delta, gate=True)
+    assert C.taken_path() == "rebuild"
+    whole_x, whole = x.clone().requires_grad_(), (w + d).requires_grad_()
+    expected = torch.nn.functional.linear(whole_x, whole)
+    assert torch.equal(output, expected)
     grad = draw(6, 30, dtype=F32)
     output.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(own.grad, whole_x.grad) and torch.equal(delta.grad, whole.grad)
     with torch.no_grad():
-        wt = w.double() + d.double()
-        assert_close(leaves[0].grad, grad.double() @ wt, F32, 30, grad, wt)
-        assert_close(leaves[1].grad, grad.double().t() @ x.double(), F32, 6, grad, x)
+        again = gated_linear(own, w, delta, gate=True)
+    assert C.taken_path() == "fused"
+    assert_close(again, expected.detach(), F32, 50, x, whole.detach())
 
 
 def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:

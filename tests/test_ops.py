@@ -148,15 +148,22 @@ def test_linear_sizes(rows, k, n) -> None:
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_closed_and_open_forward_bits(gate) -> None:
-    """Closed is the stock op to the bit, NaN in Delta included; open is the stock op on round(W + Delta)."""
+    """Closed is the stock op to the bit, NaN in Delta included; open is the stock op on round(W + Delta).
+
+    The latter where gradients may be asked for, or with more rows than are fused.
+    """
     torch.manual_seed(2)
-    x, w, d, s, b = (t.detach() for t in linear_case(torch.float32, (5,)))
+    x, w, d, s, b = (t.detach() for t in linear_case(torch.float32, (40,)))
     if not gate:
         d[0, 0], d[1, 1] = float("nan"), float("inf")
     want = F.linear(x, w + d if gate else w, b)
     assert torch.equal(gated_linear(x, w, d, s, b, gate=gate), want)
     w.requires_grad_()
     assert torch.equal(gated_linear(x, w, d.requires_grad_(), s.requires_grad_(), b, gate=gate), want)
+    few = F.linear(x[:5], w + d if gate else w, b)
+    assert torch.equal(gated_linear(x[:5], w, d, s, b, gate=gate), few)
+    with torch.no_grad():
+        assert torch.equal(gated_linear(x[:5], w, d, s, b, gate=gate), few) or gate
     image, kernel = draw(2, 4, 8, 8, dtype=torch.float32), draw(6, 4, 3, 3, dtype=torch.float32)
     extra = torch.full_like(kernel, float("nan")) if not gate else draw(6, 4, 3, 3, dtype=torch.float32)
     want = F.conv2d(image, kernel + extra if gate else kernel, padding=1)

@@ -11,17 +11,25 @@ int64_t padded(int64_t depth) { return (depth + kFewRowsPadding - 1) / kFewRowsP
 
 }  // namespace
 
-int64_t linear_bytes(const LinearProduct& args) { return args.rows * padded(args.inputs) * 4; }
+// fp32 rows of whole vectors are read where they are.
+int64_t linear_bytes(const LinearProduct& args) {
+  if (args.compute == Dtype::kFloat32 && padded(args.inputs) == args.inputs) return 0;
+  return args.rows * padded(args.inputs) * 4;
+}
 
 void linear(const LinearProduct& args) {
-  float* const x = static_cast<float*>(args.memory);
-  const int64_t ld = padded(args.inputs);
-  const Lanes& set = lanes();
-  for (int64_t row = 0; row < args.rows; ++row) {
-    const char* const from = static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
-    set.reconstruct(x + row * ld, Dtype::kFloat32, 1, {from, args.compute, 1}, {nullptr, args.compute, 1}, 1.0, false,
-                    args.inputs);
-    std::memset(x + row * ld + args.inputs, 0, static_cast<size_t>(ld - args.inputs) * 4);
+  const float* x = static_cast<const float*>(args.x.data);
+  int64_t ld = args.x.ld;
+  if (linear_bytes(args) > 0) {
+    float* const copy = static_cast<float*>(args.memory);
+    ld = padded(args.inputs);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const char* const from = static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
+      lanes().reconstruct(copy + row * ld, Dtype::kFloat32, 1, {from, args.compute, 1}, {nullptr, args.compute, 1}, 1.0,
+                          false, args.inputs);
+      std::memset(copy + row * ld + args.inputs, 0, static_cast<size_t>(ld - args.inputs) * 4);
+    }
+    x = copy;
   }
   const FewRows run = few_rows();
   constexpr int64_t kTogether = 4;  // outputs that a thread takes at a time
