@@ -166,9 +166,13 @@ def plot(records: list[Record], stem: Path) -> None:
             for method, group in groups(records, base, row).items():
                 mean, half = interval([100 * r["test"] for r in group.values()])
                 share = 100 * statistics.fmean(r["share"] for r in group.values())
-                axes.errorbar([share], [mean], yerr=[[0.0 if half != half else half]] * 2, fmt="o", capsize=3)
-                axes.annotate(method, (share, mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
-            axes.set(title=f"{base}: {row}", xlabel="gated weights open, %", ylabel="test accuracy, %", xlim=(-4, 118))
+                bar = [[0.0 if half != half else half]] * 2
+                axes.errorbar([share], [mean], yerr=bar, fmt="o", capsize=3, label=f"{method} ({len(group)})")
+            axes.set(title=f"{base}: {row}", xlabel="gated weights open, %", ylabel="test accuracy, %", xlim=(-4, 104))
+            if axes.has_data():
+                axes.legend(fontsize=7, loc="lower right", title="method (seeds)", title_fontsize=7)
+            else:
+                axes.set_axis_off()  # not run yet
     figure.savefig(stem.with_name(stem.name + "-accuracy.png"), dpi=120)
 
     figure = Figure(figsize=(4.2 * len(bases), 9.0), layout="constrained")
