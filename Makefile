@@ -6,7 +6,7 @@
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
 #   make twin          device code on the CPU: every shape, type, gate and split, plainly and with sanitizers
-#   make bench         memory and time of a training step against fine-tuning (keep the machine quiet)
+#   make bench         a training step against fine-tuning, gated layers on the CPU (keep the machine quiet)
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
 #   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
@@ -86,6 +86,7 @@ twin: build
 
 bench: build
 	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json
+	$(PY) benchmarks/cpu_linear.py --json benchmarks/results/cpu-linear.json
 
 STUDY := --results benchmarks/results/study-resnet20.jsonl
 study: build
