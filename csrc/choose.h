@@ -31,9 +31,9 @@ struct Problem {
 constexpr long long kMostFusedRows = 128;
 
 // Up to this many rows on the CPU, which is what its kernel was made for (csrc/cpu/few_rows.cpp). Times over the stock
-// op on merged weights, two AVX2 cores, 4096 x 4096, fused (rebuild): fp32 with 1, 4, 8 and 16 rows 1.5 (2.7), 0.5
-// (1.7), 0.5 (1.9), 0.6 (1.7), bf16 2.3 (3.7), 0.8 (1.8), 0.5 (1.4), 0.36 (1.2); with 32 rows of 1024 x 1024 0.79
-// (1.52) and 0.28 (1.14). One row of fp32 is read at 27 of the 31 GB/s that a sum reaches here.
+// op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/cpu-linear.json: 4096 x 4096 in fp32
+// with 1, 4 and 8 rows 1.6 (3.3), 0.5 (1.7), 0.6 (1.7), in bf16 2.3 (5.2), 0.9 (2.3), 0.5 (1.7); the least gain is that
+// of 32 rows in fp32, 0.9 (1.4), and 1.0 (1.5) at 3072 x 768.
 constexpr long long kMostFewRows = 32;
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
