@@ -6,6 +6,8 @@
 namespace taps {
 namespace {
 
+static_assert(kMostFewRows <= cpu::kFewRows, "no more rows are chosen than the kernel takes");
+
 // Whether tile kernels run there: on a GPU, and in the twin's build everywhere. The CPU's own kernel is cpu/linear.cpp.
 bool on_tiles(Place place) { return place.cuda || cuda::kTilesOnCpu; }
 

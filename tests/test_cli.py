@@ -75,19 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def refused(result: tuple[int, str, str], *words: str) -> None:
     """Exit code 2, nothing on stdout, one line on stderr that says the words."""
     code, out, err = result

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import call, folder, refused  # noqa: F401  (fixtures)
+from test_cli import folder, refused  # noqa: F401  (fixtures)
 
 from taps_ext import TaskModel, store
 from taps_ext.convert import same_bits

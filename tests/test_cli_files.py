@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import call, folder, refused  # noqa: F401  (fixtures)
+from test_cli import folder, refused  # noqa: F401  (fixtures)
 
 from taps_ext import ops, store
 from taps_ext.cli import selftest
@@ -97,7 +97,7 @@ def test_predict_refusals(call, folder: Path, taps: Path, image: Path, tmp_path:
 # ------------------------------------------------------------------------------------- inspect and verify
 
 
-def test_inspect_shows_the_header(call, taps: Path) -> None:  # noqa: F811
+def test_inspect_shows_the_header(call, taps: Path) -> None:
     code, out, _ = call("inspect", taps, "--json")
     facts = json.loads(out)
     assert code == 0 and (facts["task"], facts["kind"], facts["labels"]) == (
@@ -116,7 +116,7 @@ def test_inspect_shows_the_header(call, taps: Path) -> None:  # noqa: F811
     assert code == 0 and "stem" in out and facts["digest"] in out
 
 
-def test_inspect_loads_no_tensors(call, taps: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_inspect_loads_no_tensors(call, taps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.io, "_read_tensor", lambda *a, **k: pytest.fail("a tensor was read"))
     assert call("inspect", taps)[0] == 0
 
@@ -135,7 +135,7 @@ def test_inspect_refuses_damage(call, folder: Path, taps: Path, tmp_path: Path) 
     refused(call("inspect", folder / "base.safetensors"), "not a task file")
 
 
-def test_verify_names_each_bad_file(call, taps: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_verify_names_each_bad_file(call, taps: Path, tmp_path: Path) -> None:
     code, out, _ = call("verify", taps)
     assert code == 0 and out.startswith("ok ")
     bad = damage(tmp_path / "bad.taps", taps, -3)
@@ -150,7 +150,7 @@ def test_verify_names_each_bad_file(call, taps: Path, tmp_path: Path) -> None:  
 # ------------------------------------------------------------------------------------- env and selftest
 
 
-def test_env(call) -> None:  # noqa: F811
+def test_env(call) -> None:
     code, out, _ = call("env", "--json")
     facts = json.loads(out)
     assert code == 0 and facts["extension"]["loaded"] == ops.HAS_EXTENSION
@@ -159,7 +159,7 @@ def test_env(call) -> None:  # noqa: F811
 
 
 @pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the extension is not built")
-def test_selftest_passes(call) -> None:  # noqa: F811
+def test_selftest_passes(call) -> None:
     code, out, _ = call("selftest", "--json")
     result = json.loads(out)
     assert code == 0 and result["ok"], result
@@ -167,7 +167,7 @@ def test_selftest_passes(call) -> None:  # noqa: F811
     assert code == 0 and all(line.startswith("ok ") for line in out.splitlines())
 
 
-def test_selftest_tells_what_fails(call, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_selftest_tells_what_fails(call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_C", None)
     real = ops.gated_linear
     monkeypatch.setattr(ops, "gated_linear", lambda *a, **k: real(*a, **k) * 1.001)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_cli import call, folder, refused  # noqa: F401  (fixtures)
+from test_cli import folder, refused  # noqa: F401  (fixtures)
 
 from taps_ext import store
 from taps_ext.cli.images import IMAGENET, statistics, stored_geometry

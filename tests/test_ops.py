@@ -228,39 +228,6 @@ def test_score_gradient_is_the_inner_product(gate) -> None:
     assert torch.allclose(s.grad, (wt.grad * d).sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("op", ["linear", "conv2d"])
-@pytest.mark.parametrize("gate", [True, False, None])
-def test_row_subset_estimates_the_gate_gradient(op, gate) -> None:
-    """All rows with scale 1 is the exact gradient; the mean over all single rows, scaled by B, is too (unbiased)."""
-    torch.manual_seed(5)
-    batch = 6
-    if op == "linear":
-        x, w = draw(2, 3, 5), draw(3, 5)  # a matrix of six rows
-        grad, name, geometry = draw(2, 3, 3), "gated_linear_backward", ()
-    else:
-        x, w = draw(batch, 5, 6, 6), draw(3, 5, 3, 3)
-        grad, name, geometry = draw(batch, 3, 6, 6), "gated_conv2d_backward", ([1, 1], [1, 1], [1, 1], 1)
-    d, s = torch.randn_like(w), torch.tensor(0.05 if gate is None else 0.15, dtype=torch.float64)
-    mask = [True, gate is not False, True, True, True]
-
-    def backward(input, rows, scale):
-        size = ([6, 6],) if op == "conv2d" else ()
-        function = getattr(torch.ops.taps_ext, name)
-        return function(grad, input, *size, w, d, s, gate, 0.1, *geometry, mask, rows, scale)
-
-    exact = backward(x, None, 1.0)
-    taken = x.reshape(batch, *x.shape[-1:]) if op == "linear" else x
-    every = backward(taken, torch.arange(batch), 1.0)
-    singles = [backward(taken[i : i + 1], torch.tensor([i]), float(batch)) for i in range(batch)]
-    for i in (0, 3):  # dinput and dbias always use all rows
-        for other in (every, *singles):
-            assert torch.allclose(other[i], exact[i], rtol=1e-12, atol=1e-12)
-    for i in (1, 2, 4):
-        assert torch.allclose(every[i], exact[i], rtol=1e-12, atol=1e-12)
-        mean = torch.stack([single[i] for single in singles]).mean(0)
-        assert torch.allclose(mean, exact[i], rtol=1e-11, atol=1e-11)
-
-
 def test_layouts_agree() -> None:
     """Non-contiguous inputs, weights and Deltas give what contiguous ones give."""
     torch.manual_seed(6)

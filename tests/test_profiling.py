@@ -1,7 +1,6 @@
 """profile and estimate: what they count, that they agree, and that the model is afterwards what it was."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -159,7 +158,7 @@ def test_merged_weights_and_casts_count() -> None:
     counted = profile(model, (images(),), steps=1, machine=ROOFS, **amp).memory
     predicted = estimate(model, (images(),), **amp)
     casts = 2 * (1024 * 1024 + 64 * 1024)  # of the closed layers
-    assert counted.weights == before.weights + casts and predicted.weights >= counted.weights - casts
+    assert counted.weights == before.weights + casts and predicted.weights == counted.weights
 
 
 @pytest.mark.parametrize("tool", [profile, estimate])
@@ -288,7 +287,6 @@ def test_roofs() -> None:
     assert 1e8 < machine.bandwidth < 1e13 and 1e8 < machine.rate < 1e14
     assert ROOFS.seconds(1e11, 0) == 1.0 and ROOFS.seconds(0, 2e10) == 1.0 and ROOFS.seconds(1e11, 4e10) == 2.0
     assert Memory(weights=1, temporary=2).peak == 3
-    assert not math.isnan(profile(build(TinyNet()), (images(1, 8),), task="t", steps=1, machine=machine).seconds)
 
 
 @pytest.mark.parametrize("tool", [profile, estimate])

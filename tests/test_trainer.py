@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -117,108 +116,6 @@ def test_penalty_waits_for_the_warm_up() -> None:
         histories[warmup] = fit(model, epochs=3, warmup_epochs=warmup, lr=0.02, select="last").history
     assert histories[0][-1]["layers_open"] == 0
     assert all(entry["layers_open"] == 4 for entry in histories[3])
-
-
-@pytest.mark.parametrize("budget", [0.2, 0.5])
-def test_budget_is_met(budget) -> None:
-    model = build(TapsConfig(lam=0.5))
-    result = fit(model, budget=budget, epochs=30, lr=0.03, warmup_epochs=1)
-    assert result.within_budget and result.share <= budget and model.report("t").share == result.share
-    assert result.test["accuracy"] > 0.5
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("lam", [1e-6, 0.5])
-def test_gates_rest_from_half_time(optimizer, lam, tmp_path) -> None:
-    """What fits into the budget is chosen after half of the epochs, also where no penalty ever closed a layer."""
-    model = build(TapsConfig(lam=lam))
-    result = fit(model, budget=0.5, epochs=9, lr=0.03, warmup_epochs=1, optimizer=optimizer, out=tmp_path)
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    scores = [tuple(event["scores"].values()) for event in events if event["event"] == "epoch"]
-    assert len(set(scores[4:])) == 1 and len(set(scores[:5])) == 5
-    assert all(0.0 < entry["share"] <= 0.5 for entry in result.history[4:])
-    losses = [entry["loss"] for entry in result.history[4:]]
-    assert len(set(losses)) == len(losses)  # the rest goes on
-
-
-@pytest.mark.parametrize("gates", ["host", "device"])
-def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
-    """After two epochs no score moves, closed layers keep no input, and in the end scores are learned again."""
-    torch.manual_seed(0)
-    model = TaskModel(settle(TinyNet()), TapsConfig(lam=2.0), gates=gates)
-    model.add_task("t", num_classes=4)
-    kept, asked = [], []
-    inputs = {}
-    hook = model.base.hidden.register_forward_pre_hook(lambda module, args: inputs.update(hidden=args[0]))
-
-    def pack(tensor):
-        asked[-1] += "hidden" in inputs and inputs["hidden"].data_ptr() == tensor.data_ptr()
-        return tensor
-
-    def loss(outputs, targets):
-        if torch.is_grad_enabled():
-            kept.append({n: p.score.requires_grad for n, p in model.state("t").learned()})
-        return torch.nn.functional.cross_entropy(outputs, targets)
-
-    inner = model.forward
-
-    def counted(*args, **kwargs):
-        if torch.is_grad_enabled():
-            asked.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            return inner(*args, **kwargs)
-
-    model.forward = counted
-    result = fit(
-        model, epochs=5, warmup_epochs=0, freeze_after=2, lr=0.1, select="last", out=tmp_path, task={"loss": loss}
-    )
-    hook.remove()
-    del model.forward
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    scores = [tuple(event["scores"].values()) for event in events if event["event"] == "epoch"]
-    assert len(set(scores[1:])) == 1 and scores[0] != scores[1]
-    assert len({entry["loss"] for entry in result.history}) == 5
-    assert set(kept[0].values()) == {True} and set(kept[-1].values()) == {False}
-    assert all(p.score.requires_grad and p.score.grad is None for _, p in model.state("t").learned())
-    if gates == "host":
-        closed = not dict(model.state("t").learned())["hidden"].gate
-        assert closed and asked[0] == 1 and asked[-1] == 0
-
-
-def test_reopened_gates_are_counted() -> None:
-    """A score that every step pushes across its threshold and back."""
-    model = build(TapsConfig(lam=0.0))
-    part = dict(model.state("t").learned())["conv2"]
-    steps = []
-
-    def push(grad):
-        steps.append(part.gate)
-        return torch.full_like(grad, 0.1 if part.gate else -0.1)
-
-    part.score.register_hook(push)
-    once = {"lr": 1e-9, "score_lr": 1.0, "momentum": 0.0, "schedule": "constant", "select": "last"}
-    result = fit(model, epochs=3, **once)
-    expected = sum(now and not before for before, now in itertools.pairwise(steps))
-    assert expected > 5
-    others = [0 for name, p in model.state("t").learned() if name != "conv2" and not p.gate]
-    assert sum(entry["reopened"] for entry in result.history) == expected and not others
-
-
-@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (1, 2), (3, 2), (4, 9)])
-def test_a_short_run_meets_its_budget(epochs, warmup) -> None:
-    result = fit(build(), budget=0.3, epochs=epochs, warmup_epochs=warmup)
-    assert result.within_budget and 0.0 < result.share <= 0.3
-
-
-def test_patience_waits_until_the_budget_is_met() -> None:
-    result = fit(build(TapsConfig(lam=1e-6)), budget=0.3, epochs=12, warmup_epochs=0, patience=1, lr=1e-9)
-    assert result.within_budget and 6 <= len(result.history) <= 8
-
-
-def test_an_unreachable_budget_is_said() -> None:
-    model = build(TapsConfig(lam=1e-6, overrides={"conv1": {"learn": False, "open": True}}))
-    with pytest.warns(UserWarning, match="no epoch met the budget"):
-        assert not fit(model, budget=0.0, epochs=2).within_budget
 
 
 def test_selection_keeps_the_best_validation_epoch() -> None:

@@ -1,9 +1,9 @@
 // y = x W_t^T + bias for few rows of x: W and Delta are read once, and W_t lives in registers and L1. Compiled once per
 // instruction set with TAPS_ISA naming it (isa.h); everything but the table at the end has internal linkage.
 //
-// A thread takes four outputs at a time. Along the depth, block after block, their weights are built while the first
-// rows of x are multiplied, and read back from L1 for the others. Sums are kept lane by lane in fp32 and added in the
-// end, in an order that the instruction set and the depth alone decide.
+// A thread takes four outputs at a time. Along the depth, block after block, their weights are built in L1 and
+// multiplied by all rows of x, while what the next block reads is asked for. Sums are kept lane by lane in fp32 and
+// added in the end, in an order that the instruction set and the depth alone decide.
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -18,7 +18,7 @@ constexpr int kLanes = 8, kMostRows = 3;  // 12 sums, 3 of x and a weight in 16 
 #else
 constexpr int kLanes = 4, kMostRows = 3;
 #endif
-constexpr int kOutputs = 4;      // at a time
+constexpr int kOutputs = kFewRowsOutputs;
 constexpr int64_t kDepth = 256;  // of a block: four rows of W_t take an eighth of L1
 
 using Vec = float __attribute__((vector_size(4 * kLanes)));
@@ -102,7 +102,7 @@ struct Panel {
   }
 
   // Adds the products of the block with rows [row, row + M) of x, and asks for what the next block reads of W and
-  // Delta: kFetch of its outputs from `first` on.
+  // Delta, those rows of it that the first kFetch of `w` and `d` point to.
   template <int M, int kFetch>
   void multiply(const float* x, int64_t ld, int row, int64_t depth, const W* const* w, const D* const* d) {
     Vec sum[N][M];
@@ -169,9 +169,9 @@ void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
     for (int n = 0; n < N; ++n) {
       own_w[n] = w_at(n, at);
       own_d[n] = d_at(n, at);
-      const bool more = at + kDepth < p.inputs;
-      next_w[n] = more ? w_at(n, at + kDepth) : w_at(N + n, 0);
-      next_d[n] = more ? d_at(n, at + kDepth) : d_at(N + n, 0);
+      const bool more = at + kDepth < p.inputs, last = output + N + n >= p.outputs;
+      next_w[n] = more ? w_at(n, at + kDepth) : w_at(last ? n : N + n, 0);
+      next_d[n] = more ? d_at(n, at + kDepth) : d_at(last ? n : N + n, 0);
     }
     panel.build(own_w, own_d, whole);
     int row = 0;

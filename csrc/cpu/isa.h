@@ -32,6 +32,7 @@ constexpr int kDotSums = 16;
 // with zeros behind the depth up to a multiple of kFewRowsPadding. fp32, or bf16 with W and Delta in bf16 or fp32.
 using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
 constexpr int kFewRows = 32, kFewRowsPadding = 16;
+constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
 const Lanes& lanes();  // of the chosen set
 FewRows few_rows();

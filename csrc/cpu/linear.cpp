@@ -32,7 +32,7 @@ void linear(const LinearProduct& args) {
     x = copy;
   }
   const FewRows run = few_rows();
-  constexpr int64_t kTogether = 4;  // outputs that a thread takes at a time
+  constexpr int64_t kTogether = kFewRowsOutputs;
   const int64_t grain = args.inputs * kTogether >= kGrain ? 1 : kGrain / (args.inputs * kTogether);
   parallel_for((args.outputs + kTogether - 1) / kTogether, grain, [&](int64_t begin, int64_t end) {
     run(args, x, ld, begin * kTogether, end * kTogether < args.outputs ? end * kTogether : args.outputs);

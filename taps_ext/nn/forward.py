@@ -6,6 +6,7 @@ for the standalone layers both are the same module.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
     dtype = ops.autocast_dtype(input)
     if dtype is None or dtype == weight.dtype or weight.is_inference():
         return weight
-    key = (dtype, weight.untyped_storage()._cdata, weight.storage_offset(), weight._version)
+    key = (dtype, weakref.ref(weight.untyped_storage()), weight.storage_offset(), weight._version)
     kept = holder.__dict__.get("_taps_cast")
     if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +27,15 @@ from .step import Step
 class _Count(TorchDispatchMode):
     """A log of the storages that operators make and drop, and of the phase of the step in which they do."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], gradients: Callable[[], list[Tensor | None]]) -> None:
         super().__init__()
+        self.found = gradients
         self.known = {t.untyped_storage()._cdata for t in known}
         self.living: dict[int, int] = {}  # storage -> its number
         self.made: list[tuple[int, str]] = []  # number -> (bytes, phase)
         self.log: list[int] = []  # number + 1 where it is made, the negative where it is dropped
         self.gradients: set[int] = set()
-        self.phase, self.since = "forward", 0
+        self.phase, self.since = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -54,9 +56,17 @@ class _Count(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.log.append(-1 - self.living.pop(key))
 
-    def note_gradients(self, gradients: Iterable[Tensor | None]) -> None:
-        keys = (g.untyped_storage()._cdata for g in gradients if g is not None)
-        self.gradients = {self.living[key] for key in keys if key in self.living}
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """What is made inside belongs to a phase of :meth:`Step.run`."""
+        self.phase = phase
+        if phase == "taps:optimizer":  # the gradients are whole, and all there
+            self.gradients = self._numbers(self.found())
+        yield
+
+    def _numbers(self, tensors: Iterable[Tensor | None]) -> set[int]:
+        keys = (tensor.untyped_storage()._cdata for tensor in tensors if tensor is not None)
+        return {self.living[key] for key in keys if key in self.living}
 
     def start(self) -> None:
         """The peak is that of what follows."""
@@ -75,12 +85,11 @@ class _Count(TorchDispatchMode):
                 most, at_peak = total, set(alive)
         kept = dict.fromkeys(self.gradients, "gradients")
         for part, tensors in owners.items():
-            keys = [tensor.untyped_storage()._cdata for tensor in tensors]
-            kept |= {self.living[key]: part for key in keys if key in self.living}
+            kept |= dict.fromkeys(self._numbers(tensors), part)
         parts = dict.fromkeys((*owners, "gradients", "activations", "temporary"), 0)
         for number in at_peak:
             count, phase = self.made[number]
-            parts[kept.get(number, "activations" if phase == "forward" else "temporary")] += count
+            parts[kept.get(number, "activations" if phase == "taps:forward" else "temporary")] += count
         return parts
 
 
@@ -93,8 +102,7 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = empty
-    hollow: TaskModel = copy.deepcopy(model, memo)
-    return hollow
+    return copy.deepcopy(model, memo)
 
 
 def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
@@ -173,14 +181,14 @@ def estimate(
         hollow.train(phase == "train")
         dtypes = _dtypes(step)
         tensors = [*hollow.parameters(), *hollow.buffers(), *merged(hollow), *step.input_tensors()]
-        count = _Count(tensors)
+        count = _Count(tensors, step.gradients)
         with count:
             prepare()
             with step.explained():
-                _phases(step, count)  # makes what stays: the optimizer's state, casts
+                step.run(count.during)  # makes what stays: the optimizer's state, casts
             prepare()
             count.start()
-            _phases(step, count)
+            step.run(count.during)
         owners = {"optimizer": step.optimizer_state(), "weights": casts(hollow)}
     found = count.peak(owners)
     memory = replace(memory, **{**found, "weights": memory.weights + found["weights"]})
@@ -202,28 +210,3 @@ def _dtypes(step: Step) -> dict[str, torch.dtype]:
     for name, part in () if step.state is None else step.state.gated():
         watch(name, part)
     return found
-
-
-def _phases(step: Step, count: _Count) -> None:
-    """One step, saying which phase it is in."""
-    with torch.set_grad_enabled(step.optimizer is not None):
-        _run(step, count)
-
-
-def _run(step: Step, count: _Count) -> None:
-    if step.optimizer is None:
-        count.phase = "forward"
-        step.forward()
-        return
-    step.optimizer.zero_grad(set_to_none=True)
-    count.phase = "forward"
-    loss = step.loss(step.forward())
-    count.phase = "backward"
-    loss.backward()
-    assert step.task is not None
-    if (penalty := step.model.sparsity_loss(step.task)).requires_grad:
-        penalty.backward()
-    del loss, penalty
-    count.note_gradients(step.gradients())
-    count.phase = "optimizer"
-    step.optimizer.step()

@@ -41,19 +41,10 @@ class Memory:
         return {**asdict(self), "peak": self.peak}
 
 
-def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """Address -> bytes of the distinct storages behind some tensors."""
-    found = {}
-    for tensor in tensors:
-        if tensor is not None:
-            storage = tensor.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return found
-
-
 def size(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the distinct storages behind some tensors."""
-    return sum(storages(tensors).values())
+    found = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
 def casts(model: TaskModel) -> list[Tensor]:

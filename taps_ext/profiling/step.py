@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -112,27 +112,24 @@ class Step:
     def input_tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
 
-    def run(self) -> None:
-        """The whole step, its parts marked for profilers."""
+    def run(self, mark: Callable[[str], AbstractContextManager[Any]] = record_function) -> None:
+        """The whole step; `mark` is entered with "taps:forward", "taps:backward" and "taps:optimizer"."""
         with torch.set_grad_enabled(self.optimizer is not None):
-            self._run()
-
-    def _run(self) -> None:
-        if self.optimizer is None:
-            with record_function("taps:forward"):
-                self.forward()
-            return
-        assert self.task is not None
-        self.optimizer.zero_grad(set_to_none=True)
-        with record_function("taps:forward"):
-            loss = self.loss(self.forward())
-        with record_function("taps:backward"):
-            loss.backward()
-            if (penalty := self.model.sparsity_loss(self.task)).requires_grad:
-                penalty.backward()
-        del loss, penalty
-        with record_function("taps:optimizer"):
-            self.optimizer.step()
+            if self.optimizer is None:
+                with mark("taps:forward"):
+                    self.forward()
+                return
+            assert self.task is not None
+            self.optimizer.zero_grad(set_to_none=True)
+            with mark("taps:forward"):
+                loss = self.loss(self.forward())
+            with mark("taps:backward"):
+                loss.backward()
+                if (penalty := self.model.sparsity_loss(self.task)).requires_grad:
+                    penalty.backward()
+                del loss, penalty
+            with mark("taps:optimizer"):
+                self.optimizer.step()
 
     def gradients(self) -> list[Tensor | None]:
         return [p.grad for p in self.model.parameters()]

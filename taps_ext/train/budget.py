@@ -26,9 +26,9 @@ def chosen(report: Report, budget: float) -> set[str]:
 @torch.no_grad()
 def settle(state: TaskState, report: Report, budget: float) -> None:
     """Open the layers that :func:`chosen` names and close the others, moving a score just across its threshold."""
-    kept = chosen(report, budget)
+    kept, opened = chosen(report, budget), {row.layer for row in report.rows if row.open}
     for name, part in state.learned():
-        if part.score is None or (name in kept) == (part.score.item() >= part.threshold):
+        if part.score is None or (name in kept) == (name in opened):
             continue
         threshold = part.score.new_tensor(part.threshold)
         toward = torch.full_like(threshold, torch.inf if name in kept else -torch.inf)

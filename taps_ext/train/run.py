@@ -135,7 +135,8 @@ class Run:
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
             if self.model.gates == "device":
                 self.model.drop_closed_gradients(self.name)
-            self._count_reopened()
+            if not progress.held:
+                self._count_reopened()
             optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -214,14 +215,15 @@ class Run:
         config, progress = self.config, self.progress
         if progress.held:
             return
-        if config.budget is not None and progress.epoch >= config.warmup_epochs:
-            share = self.model.report(self.name).share
-            progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (share - config.budget))))
-        if config.rest_epoch is not None and progress.epoch >= config.rest_epoch:
-            if config.budget is not None:
-                settle(self.state, self.model.report(self.name), config.budget)
-                progress.open = None  # gates that are set do not count as reopened
+        resting = config.rest_epoch is not None and progress.epoch >= config.rest_epoch
+        if config.budget is not None:
+            report = self.model.report(self.name)
+            if progress.epoch >= config.warmup_epochs:
+                progress.pressure *= math.exp(max(-0.5, min(0.5, 2.0 * (report.share - config.budget))))
+            if resting:
+                settle(self.state, report, config.budget)
                 progress.improved = progress.epoch  # patience is counted from here
+        if resting:
             self.rest()
 
     def rest(self) -> None:
