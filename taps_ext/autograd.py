@@ -18,7 +18,8 @@ _INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both f
 
 
 def _output_mask(ctx: Any) -> list[bool]:
-    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give; a closed Delta rests."""
+    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give (fewer, while it runs, where fewer are asked
+    for); a closed Delta rests."""
     need = ctx.needs_input_grad
     return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
 
@@ -55,19 +56,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     input, weight, delta, score, bias = inputs[:5]
     gate, ctx.threshold, rows, scale = settings
     ctx.gate = gate
-    mask = _output_mask(ctx)
-    if rows is not None and gate is False and mask[2] and not mask[4]:
+    dinput, ddelta, dscore, _, dweight = _output_mask(ctx)
+    if rows is not None and gate is False and dscore and not dweight:
         ctx.scale, ctx.picked = scale, not _kept_by_its_maker(input)
         input = _rows_of(input, rows, weight.dim()) if ctx.picked else input
     else:
         rows, ctx.scale, ctx.picked = None, 1.0, True
-    keep_delta = mask[1] or mask[2] or (mask[0] and gate is not False)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(
-        input if mask[1] or mask[2] or mask[4] else None,
+        input if ddelta or dscore or dweight else None,
         weight,
-        delta if keep_delta else None,
-        score if mask[2] or gate is None else None,
+        delta if ddelta or dscore or (dinput and gate is not False) else None,
+        score if dscore or gate is None else None,
         rows,
     )
 
@@ -80,12 +80,18 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return input, weight, delta, score, rows
 
 
-def _order(ctx: Any, grads: Any, mask: list[bool]) -> list[Tensor | None]:
+def _order(ctx: Any, grads: Any, mask: list[bool]) -> tuple[Tensor | None, ...]:
     """Backward results in the order of the forward's arguments; what was not asked for is None."""
-    dinput, ddelta, dscore, dbias, dweight = (g if m else None for g, m in zip(grads, mask, strict=True))
-    if dbias is not None and dbias.dtype != ctx.bias_dtype:
+    dinput, ddelta, dscore, dbias, dweight = grads
+    if mask[3] and dbias.dtype != ctx.bias_dtype:
         dbias = dbias.to(ctx.bias_dtype)
-    return [dinput, dweight, ddelta, dscore, dbias]
+    return (
+        dinput if mask[0] else None,
+        dweight if mask[4] else None,
+        ddelta if mask[1] else None,
+        dscore if mask[2] else None,
+        dbias if mask[3] else None,
+    )
 
 
 def differentiable(run: Callable[..., Tensor], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:
@@ -96,7 +102,11 @@ def differentiable(run: Callable[..., Tensor], setup: Callable[..., None], backw
         setup(ctx, inputs, output)
         return output
 
-    once_only = torch.autograd.function.once_differentiable(backward)
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    def once_only(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
+
     methods = {"forward": staticmethod(forward), "backward": staticmethod(once_only)}
     kind: Any = type("Gated", (torch.autograd.Function,), methods)
     return kind.apply
@@ -120,10 +130,10 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     input, weight, delta, score, rows = _saved(ctx)
     mask = _output_mask(ctx)
-    grads = torch.ops.taps_ext.gated_linear_backward(
+    grads = torch.ops.taps_ext.gated_linear_backward.default(
         grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, rows, ctx.scale
     )
-    return (*_order(ctx, grads, mask), *[None] * 5)
+    return _order(ctx, grads, mask) + (None,) * 5
 
 
 def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,7 +145,7 @@ def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     input, weight, delta, score, rows = _saved(ctx)
     mask = _output_mask(ctx)
-    grads = torch.ops.taps_ext.gated_conv2d_backward(
+    grads = torch.ops.taps_ext.gated_conv2d_backward.default(
         grad_output,
         input,
         ctx.input_size,
@@ -149,7 +159,7 @@ def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         rows,
         ctx.scale,
     )
-    return (*_order(ctx, grads, mask), *[None] * 8)
+    return _order(ctx, grads, mask) + (None,) * 8
 
 
 def effective_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -13,14 +13,17 @@ from torch.autograd import forward_ad
 from .reference import compute_dtype
 
 
+def may_be_transformed() -> bool:
+    """False where :func:`transformed` is, whatever the tensors."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def transformed(*tensors: Tensor | None) -> bool:
     """True inside a transform of torch.func, or where a tensor carries a forward-mode tangent."""
-    if torch.compiler.is_compiling():  # the operators are in the graph as they are
+    if not may_be_transformed() or torch.compiler.is_compiling():  # there the operators are in the graph as they are
         return False
     if torch._C._are_functorch_transforms_active():
         return True
-    if forward_ad._current_level < 0:
-        return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 

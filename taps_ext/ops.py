@@ -33,6 +33,8 @@ __all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The autocast type that applies to `input`, or None."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.is_floating_point() and input.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -44,12 +46,12 @@ def _check_tensor(input: Any) -> None:
         raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
 
 
-def _check(input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | None, gate: bool | None) -> Tensor:
+def _check(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None) -> Tensor:
     """Check what the kernels cannot and return the input in its compute type."""
     _check_tensor(input)
-    if delta is not None and delta.shape != weight.shape:
+    if delta.size() != weight.size():
         raise ValueError(f"delta: expected shape {list(weight.shape)} like weight, got {list(delta.shape)}")
-    if delta is not None and gate is None and score is None:
+    if gate is None and score is None:
         raise ValueError("score: expected a one-element tensor when gate is None, got None")
     if score is not None and score.numel() != 1:
         raise ValueError(f"score: expected one element, got shape {list(score.shape)}")
@@ -61,15 +63,37 @@ def _check(input: Tensor, weight: Tensor, delta: Tensor | None, score: Tensor | 
     return input
 
 
-def _stock_serves(input: Tensor, weight: Tensor, score: Tensor | None, gate: bool | None) -> bool:
+def _plain(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None) -> bool:
+    """True for the usual call, eager and with nothing to convert or to complain of; others go the longer way.
+
+    One function and its few questions, because of a small layer they are most of the cost.
+    """
+    return (
+        not torch.compiler.is_compiling()  # what follows would break its graph
+        and isinstance(input, Tensor)
+        and input.dtype == weight.dtype
+        and delta.size() == weight.size()
+        and (gate is not None if score is None else score.numel() == 1)
+        and not torch._C._is_any_autocast_enabled()
+        and not composed.may_be_transformed()
+    )
+
+
+def _rests(weight: Tensor, score: Tensor | None, gate: bool | None, dtype: torch.dtype) -> bool:
     """True where a closed host gate leaves nothing to do but the stock op: no score gradient, no cast of W."""
     if gate is not False or (score is not None and score.requires_grad and torch.is_grad_enabled()):
         return False
-    return weight.dtype == input.dtype or weight.requires_grad
+    return weight.dtype == dtype or weight.requires_grad
 
 
-def _differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _differentiable(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        delta.requires_grad
+        or input.requires_grad
+        or weight.requires_grad
+        or (score is not None and score.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- linear
@@ -113,11 +137,12 @@ def gated_linear(
     """
     if delta is None:
         return F.linear(input, weight, bias)
-    input = _check(input, weight, delta, score, gate)
-    if composed.transformed(input, weight, delta, score, bias):
-        made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
-        return F.linear(input, made, bias)
-    if _stock_serves(input, weight, score, gate):
+    if not _plain(input, weight, delta, score, gate):
+        input = _check(input, weight, delta, score, gate)
+        if composed.transformed(input, weight, delta, score, bias):
+            made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
+            return F.linear(input, made, bias)
+    if _rests(weight, score, gate, input.dtype):
         return F.linear(input, weight, bias)
     if not HAS_EXTENSION:
         return reference.gated_linear(
@@ -125,9 +150,9 @@ def gated_linear(
         )
     arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale)
     training = _differentiable(input, weight, delta, score, bias)
-    if torch.compiler.is_compiling() or not training:
+    if torch.compiler.is_compiling():
         return torch.ops.taps_ext.gated_linear(*arguments, training)
-    return _linear(*arguments, training)
+    return _linear(*arguments, True) if training else _run_linear(*arguments, False)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -135,6 +160,8 @@ def gated_linear(
 
 def _two(value: int | Sequence[int]) -> tuple[int, ...]:
     """One int or a list of one for both axes, as `F.conv2d` takes them."""
+    if type(value) is tuple and len(value) == 2:
+        return value
     pair = tuple(_pair(value))
     return pair * 2 if len(pair) == 1 else pair
 
@@ -192,58 +219,32 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    _check_tensor(input)
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
-    if rows is not None and input.dim() == 3:
-        raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
-    input = _check(input, weight, delta, score, gate)
-    if composed.transformed(input, weight, delta, score, bias):
-        made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
-        return F.conv2d(input, made, bias, stride, padding, dilation, groups)
-    if _stock_serves(input, weight, score, gate):
+    if not _plain(input, weight, delta, score, gate):
+        input = _check(input, weight, delta, score, gate)
+        if composed.transformed(input, weight, delta, score, bias):
+            made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
+            return F.conv2d(input, made, bias, stride, padding, dilation, groups)
+    if _rests(weight, score, gate, input.dtype):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if not HAS_EXTENSION:
-        return reference.gated_conv2d(
-            input,
-            weight,
-            delta,
-            score,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            gate=gate,
-            threshold=threshold,
-            rows=rows,
-            row_scale=row_scale,
-        )
-    if input.dim() == 3:
-        batched = gated_conv2d(
-            input[None],
-            weight,
-            delta,
-            score,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            gate=gate,
-            threshold=threshold,
-        )
+    geometry = (stride, padding, dilation, groups)
+    if input.dim() != 4:
+        if input.dim() != 3:
+            raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
+        if rows is not None:
+            raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
+        batched = gated_conv2d(input[None], weight, delta, score, bias, *geometry, gate=gate, threshold=threshold)
         return batched[0]
+    if not HAS_EXTENSION:
+        known: dict[str, Any] = {"gate": gate, "threshold": threshold, "rows": rows, "row_scale": row_scale}
+        return reference.gated_conv2d(input, weight, delta, score, bias, *geometry, **known)
     steps, spread = _two(stride), _two(dilation)
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
     arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold, rows, row_scale)
-    if torch.compiler.is_compiling() or not _differentiable(input, weight, delta, score, bias):
+    if torch.compiler.is_compiling():
         return torch.ops.taps_ext.gated_conv2d(*arguments)
-    return _conv2d(*arguments)
+    return _conv2d(*arguments) if _differentiable(input, weight, delta, score, bias) else _run_conv2d(*arguments)
 
 
 # ----------------------------------------------------------------------------------------- reconstruct
@@ -304,12 +305,19 @@ def unread_weight(
     return _unread_weight(weight, delta, score, gate, threshold)
 
 
+# What autograd does for an operator is done, or not asked for, where these run: they go to the kernels at once, past
+# the Python function that `register_autograd` puts before them. It costs more than the call of a small layer.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 def _run_linear(*inputs: Any) -> Tensor:
-    return torch.ops.taps_ext.gated_linear(*inputs)
+    with _below_autograd():
+        return torch.ops.taps_ext.gated_linear.default(*inputs)
 
 
 def _run_conv2d(*inputs: Any) -> Tensor:
-    return torch.ops.taps_ext.gated_conv2d(*inputs)
+    with _below_autograd():
+        return torch.ops.taps_ext.gated_conv2d.default(*inputs)
 
 
 def _run_effective_weight(
