@@ -5,6 +5,7 @@
 
 #include "choose.h"
 #include "cpu/isa.h"
+#include "rebuild.h"
 #include "workspace.h"
 
 namespace py = pybind11;
@@ -48,6 +49,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_limit", &taps::workspace_limit, "Most bytes of W_t at a time; 0 for no limit.");
   m.def("set_workspace_limit", &taps::set_workspace_limit, py::arg("bytes"),
         "Limit W_t to this many bytes at a time; 0 for no limit. Frees what is not in use.");
+
+  m.def(
+      "rebuild",
+      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows) {
+        const auto dense = [](uintptr_t data, int type) {
+          return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
+        };
+        return reinterpret_cast<uintptr_t>(taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
+                                                         static_cast<taps::Dtype>(dtype), rows));
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "W + Delta into a workspace that this thread keeps until release(); its address, or 0 where the operator must do "
+      "it.");
+  m.def("release", &taps::release, "Give back the workspace of this thread's last rebuild().");
+  m.def(
+      "memory",
+      [](uintptr_t address, int64_t bytes) {
+        return py::memoryview::from_memory(reinterpret_cast<void*>(address), bytes);
+      },
+      "A buffer over memory that the caller has leased.");
 
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");

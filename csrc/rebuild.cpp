@@ -34,7 +34,43 @@ Problem problem_of(const GatedWeight& w, int64_t rows, bool fusable) {
   return problem;
 }
 
+// Leases of this thread's callers of rebuild(), last in, first out.
+std::vector<Lease>& leases() {
+  static thread_local std::vector<Lease> stack;
+  return stack;
+}
+
 }  // namespace
+
+void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t rows) {
+  Problem problem;
+  problem.open = true;
+  problem.same_dtype = weight.dtype == compute;
+  problem.fusable = rows >= 0 && (compute == Dtype::kFloat32 || compute == Dtype::kBFloat16);
+  problem.rows = rows;
+  const int64_t bytes = numel * size_of(compute);
+  const size_t limit = workspace_limit();
+  if (cuda::kTilesOnCpu || numel == 0 || forced_path() >= 0 || choose(problem) != Path::kRebuild) return nullptr;
+  if (limit != 0 && static_cast<size_t>(bytes) > limit) return nullptr;
+  leases().emplace_back(false, 0, nullptr, static_cast<size_t>(bytes));
+  Reconstruct args;
+  args.walk.numel = numel;
+  args.walk.ndim = 1;
+  args.walk.sizes[0] = numel;
+  for (auto& stride : args.walk.strides) stride[0] = 1;
+  args.out = leases().back().data();
+  args.out_dtype = compute;
+  args.weight = weight.data;
+  args.weight_dtype = weight.dtype;
+  args.delta = delta.data;
+  args.delta_dtype = delta.dtype;
+  args.gate.open = true;
+  cpu::reconstruct(args);
+  taken_path() = static_cast<int>(Path::kRebuild);
+  return args.out;
+}
+
+void release() { leases().pop_back(); }
 
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
   Problem problem = problem_of(w, rows, fusable);

@@ -29,6 +29,17 @@ Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable);
 void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
                       double scale = 1.0);
 
+// For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate into a workspace of this thread,
+// which it keeps until release(). Dense operands of one layout, on the CPU. Returns null where choose() takes another
+// path, or where the weight exceeds the limit: the operator then does what is right. `rows`: of a linear layer's
+// product that needs no gradient; -1 where nothing is fused.
+struct Dense {
+  const void* data;
+  Dtype dtype;
+};
+void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t rows);
+void release();
+
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.
 Tensor selected_like(const Described& like, const Described& from, const Gate& gate, double scale);

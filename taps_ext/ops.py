@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import autograd, composed, fakes, reference
+from . import autograd, composed, fakes, rebuilt, reference
 
 _C: ModuleType | None
 try:
@@ -310,14 +310,33 @@ def unread_weight(
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _run_linear(*inputs: Any) -> Tensor:
+def _run_linear(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    gate: bool | None,
+    *rest: Any,
+) -> Tensor:
+    if gate is True and (bias is None or bias.dtype == input.dtype) and weight.dim() == 2:
+        rows = -1 if rest[-1] else input.numel() // max(1, weight.shape[1])
+        made = rebuilt.product(_C, F.linear, input, weight, delta, rows, bias)
+        if made is not None:
+            return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(*inputs)
+        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, gate, *rest)
 
 
-def _run_conv2d(*inputs: Any) -> Tensor:
+def _run_conv2d(
+    input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    if rest[4] is True and (bias is None or bias.dtype == input.dtype):
+        made = rebuilt.product(_C, F.conv2d, input, weight, delta, -1, bias, *rest[:4])
+        if made is not None:
+            return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(*inputs)
+        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *rest)
 
 
 def _run_effective_weight(

@@ -199,6 +199,12 @@ void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride
   T weight_block[kBlock], delta_block[kBlock], out_block[kBlock];
   double gathered_weight[kBlock], gathered_delta[kBlock], scattered[kBlock];
   const bool direct = out_dtype == native && out_stride == 1;
+  const auto in_place = [&](Run run) { return !run.data || (run.dtype == native && run.stride == 1); };
+  if (direct && in_place(weight) && in_place(delta)) {
+    combine(static_cast<const T*>(weight.data), static_cast<const T*>(delta.data), static_cast<T>(scale),
+            static_cast<T*>(out), n);
+    return;
+  }
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = n - i < kBlock ? n - i : kBlock;
     const T* w = weight.data ? load<T>(weight, i, m, weight_block, gathered_weight) : nullptr;

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ..errors import TapsError, suggestion
 from ..version import __version__
-from . import demo, env, estimate, evaluate, extract, inspect, merge, predict, profile, selftest, train, verify
+from . import bench, demo, env, estimate, evaluate, extract, inspect, merge, predict, profile, selftest, train, verify
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Any] = {
     "merge": merge,
     "profile": profile,
     "estimate": estimate,
+    "bench": bench,
     "env": env,
     "selftest": selftest,
 }

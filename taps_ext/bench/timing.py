@@ -1,0 +1,97 @@
+"""How it is measured: variants take turns within every round, and medians are compared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..errors import ConfigError
+from ..profiling.machine import Machine, measure
+from .cases import Case, Variant
+from .result import Result
+
+LEAST, MOST = 5, 101  # rounds
+SAMPLE = 2e-4  # seconds: what is shorter is repeated within a sample
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    seconds: float = 120.0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[Result], Any] | None = None,
+) -> list[Result]:
+    """Measure cases, all in about that many seconds (or as long as five rounds of each take).
+
+    Args:
+        cases: of :func:`suite`, for the same device.
+        progress: called with each result as it is there.
+
+    Raises:
+        ConfigError: the compiled extension is missing: there would be nothing of ours to measure.
+    """
+    if ops._C is None:
+        raise ConfigError("bench: expected the compiled extension, which cannot be loaded (see `taps env`)")
+    device = torch.device(device)
+    machines: dict[torch.dtype, Machine] = {}
+    results = []
+    for case in cases:
+        if case.dtype not in machines:
+            machines[case.dtype] = measure(device, case.dtype, seconds=0.3)
+        result = _measured(case, machines[case.dtype], seconds / len(cases), device)
+        results.append(result)
+        if progress is not None:
+            progress(result)
+    return results
+
+
+def _measured(case: Case, machine: Machine, seconds: float, device: torch.device) -> Result:
+    began = time.perf_counter()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        variants = case.make()
+    extension = ops._C
+    assert extension is not None
+    extension.taken_path()  # forget the path of what ran before
+    variants["taps"](0)
+    path = extension.taken_path()
+    times = interleaved(variants, seconds - (time.perf_counter() - began), device)
+    limit = machine.seconds(case.operations, case.moved) if case.moved else None
+    return Result(case.group, case.layer, case.rows, case.dtype, path, times, limit)
+
+
+def interleaved(variants: dict[str, Variant], seconds: float, device: torch.device) -> dict[str, float]:
+    """The median seconds of each. Every call gets a number of its own, by which it picks among cold weights."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    turn = 0
+
+    def sample(run: Variant, repeats: int) -> float:
+        nonlocal turn
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run(turn)
+            turn += 1
+        synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    for run in variants.values():
+        sample(run, 1)
+    repeats = {name: max(1, round(SAMPLE / sample(run, 1))) for name, run in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    began = time.perf_counter()
+    for index in range(MOST):
+        if index >= LEAST and time.perf_counter() - began > seconds:
+            break
+        for name, run in variants.items():
+            times[name].append(sample(run, repeats[name]))
+    return {name: statistics.median(found) for name, found in times.items()}

@@ -1,0 +1,73 @@
+"""W_t in the workspace for a stock op that runs at once: the rebuild path, without an operator's costs.
+
+To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches are
+cold. The usual open layer on a CPU, with everything dense and of one layout, is rebuilt by a plain call instead, and
+torch's own function multiplies. The result is the operator's to the bit: it does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype in csrc/kernels.h
+_PLAIN = (Tensor, nn.Parameter)
+_MOST = 1024  # views that are kept
+
+# By address, shape, strides and type. A view is only used while its memory is leased, whoever leased it before.
+_views: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _view(extension: Any, address: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    key = (address, like.size(), like.stride(), dtype)
+    view = _views.get(key)
+    if view is None:
+        if len(_views) >= _MOST:
+            _views.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            memory = extension.memory(address, like.numel() * dtype.itemsize)
+            view = torch.frombuffer(memory, dtype=dtype).as_strided(like.size(), like.stride())
+        _views[key] = view
+    return view
+
+
+def _one_layout(weight: Tensor, delta: Tensor) -> bool:
+    if weight.is_contiguous():
+        return delta.is_contiguous()
+    last = torch.channels_last
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=last) and delta.is_contiguous(memory_format=last)
+
+
+def product(
+    extension: Any, stock: Callable[..., Tensor], input: Tensor, weight: Tensor, delta: Tensor, rows: int, *rest: Any
+) -> Tensor | None:
+    """`stock(input, W_t, *rest)` with the gate open, or None where the operator must do it.
+
+    Args:
+        extension: `taps_ext._C`.
+        rows: of a linear layer's product without gradients, which might be fused; else -1.
+    """
+    if (
+        type(weight) not in _PLAIN
+        or type(delta) not in _PLAIN
+        or not (input.is_cpu and weight.is_cpu and delta.is_cpu)
+        or torch._C._len_torch_dispatch_stack()  # who watches operators is to see ours
+        or not _one_layout(weight, delta)
+    ):
+        return None
+    dtype = input.dtype
+    code, own, other = _CODES.get(dtype), _CODES.get(weight.dtype), _CODES.get(delta.dtype)
+    if code is None or own is None or other is None:
+        return None
+    address = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, weight.numel(), code, rows)
+    if not address:
+        return None
+    try:
+        return stock(input, _view(extension, address, weight, dtype), *rest)
+    except RuntimeError:  # of shapes that do not fit: the operator names them
+        return None
+    finally:
+        extension.release()
