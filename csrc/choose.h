@@ -31,10 +31,15 @@ struct Problem {
 constexpr long long kMostFusedRows = 128;
 
 // Up to this many rows on the CPU, which is what its kernel was made for (csrc/cpu/few_rows.cpp). Times over the stock
-// op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/cpu-linear.json: 4096 x 4096 in fp32
+// op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/layers-cpu.json: 4096 x 4096 in fp32
 // with 1, 4 and 8 rows 1.6 (3.3), 0.5 (1.7), 0.6 (1.7), in bf16 2.3 (5.2), 0.9 (2.3), 0.5 (1.7); the least gain is that
 // of 32 rows in fp32, 0.9 (1.4), and 1.0 (1.5) at 3072 x 768.
 constexpr long long kMostFewRows = 32;
+
+// From this many weights on. Below, what is saved is less than what calling an operator costs over a plain rebuild
+// (rebuild() in rebuild.h), the more so where caches are cold. Microseconds, fused (rebuilt), one row of fp32: 256 x
+// 256 45 (42), cold 246 (171); 512 x 512 59 (73), cold 322 (326).
+constexpr long long kLeastFewRowsWeights = 1 << 17;
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
 // kFused: W_t in registers alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp).
@@ -43,8 +48,10 @@ constexpr long long kMostFewRows = 32;
 // kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
-  const long long most = problem.cuda ? kMostFusedRows : kMostFewRows;
-  return problem.fusable && problem.rows <= most ? Path::kFused : Path::kRebuild;
+  const bool worthwhile =
+      problem.cuda ? problem.rows <= kMostFusedRows
+                   : problem.rows <= kMostFewRows && problem.outputs * problem.inputs >= kLeastFewRowsWeights;
+  return problem.fusable && worthwhile ? Path::kFused : Path::kRebuild;
 }
 
 // The weight gradient: kFused keeps G in registers, kRebuild has torch write it. Up to the same number of rows, for the

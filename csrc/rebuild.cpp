@@ -48,6 +48,8 @@ void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t r
   problem.same_dtype = weight.dtype == compute;
   problem.fusable = rows >= 0 && (compute == Dtype::kFloat32 || compute == Dtype::kBFloat16);
   problem.rows = rows;
+  problem.outputs = numel;
+  problem.inputs = 1;
   const int64_t bytes = numel * size_of(compute);
   const size_t limit = workspace_limit();
   if (cuda::kTilesOnCpu || numel == 0 || forced_path() >= 0 || choose(problem) != Path::kRebuild) return nullptr;

@@ -30,11 +30,23 @@ def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def taken(*args, **kwargs) -> tuple[torch.Tensor, str | None]:
+def taken(*args) -> tuple[torch.Tensor, str | None]:
+    """The operator's output and the path that choose() took."""
     C.taken_path()
     with torch.no_grad():
-        output = torch.ops.taps_ext.gated_linear(*args, **kwargs)
+        output = torch.ops.taps_ext.gated_linear(*args)
     return output, C.taken_path()
+
+
+def fused(*args) -> torch.Tensor:
+    """The kernel's output, however few the weights are."""
+    C.force_path("fused")
+    try:
+        output, path = taken(*args)
+    finally:
+        C.force_path(None)
+    assert path == "fused"
+    return output
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
@@ -44,8 +56,8 @@ def test_every_size(isa, types) -> None:
     for rows, (n, k), with_bias in itertools.product(ROWS, SIZES, (True, False)):
         x, w, d = draw(rows, k, dtype=kind), draw(n, k, dtype=weight_kind), draw(n, k, dtype=delta_kind)
         bias = draw(n, dtype=kind) if with_bias else None
-        output, path = taken(x, w, d, None, bias, True, 0.1)
-        assert path == "fused" and output.dtype == kind and output.shape == (rows, n)
+        output = fused(x, w, d, None, bias, True, 0.1)
+        assert output.dtype == kind and output.shape == (rows, n)
         wt = w.double() + d.double()
         expected = x.double() @ wt.t() + (0 if bias is None else bias.double())
         assert_close(output, expected, kind, k + 1, x, wt)
@@ -61,8 +73,8 @@ def test_the_weight_is_rounded_once(isa, types) -> None:
     expected = ops.reconstruct_(torch.empty(n, k, dtype=kind), w, d, gate=True)
     for first in range(0, k, 32):
         x = torch.eye(k, dtype=kind)[first : first + 32]
-        output, path = taken(x, w, d, None, None, True, 0.1)
-        assert path == "fused" and torch.equal(output.t(), expected[:, first : first + 32])
+        output = fused(x, w, d, None, None, True, 0.1)
+        assert torch.equal(output.t(), expected[:, first : first + 32])
 
 
 @pytest.mark.parametrize("kind", [F32, BF16], ids=str)
@@ -73,12 +85,18 @@ def test_layouts(isa, kind) -> None:
     x, bias = draw(3, 5, 99, dtype=kind)[..., 7:86], draw(40, dtype=kind)[::2]
     wt = w.double() + d.double()
     for own in (x, x.transpose(0, 1), x[:, :1], x[0, 0]):
-        output, path = taken(own, w, d, None, bias, True, 0.1)
-        assert path == "fused" and output.shape == (*own.shape[:-1], 20)
+        output = fused(own, w, d, None, bias, True, 0.1)
+        assert output.shape == (*own.shape[:-1], 20)
         assert_close(output, own.double() @ wt.t() + bias.double(), kind, 80, own, wt)
-    output, path = taken(x[0], w.t().contiguous().t(), d, None, None, True, 0.1)  # columns next to each other
+
+
+def test_columns_next_to_each_other_are_rebuilt() -> None:
+    x, w, d = draw(5, 512, dtype=F32), draw(256, 512, dtype=F32), draw(256, 512, dtype=F32)
+    assert taken(x, w, d, None, None, True, 0.1)[1] == "fused"
+    output, path = taken(x, w.t().contiguous().t(), d, None, None, True, 0.1)
     assert path == "rebuild"
-    assert_close(output, x[0].double() @ wt.t(), kind, 79, x, wt)
+    wt = w.double() + d.double()
+    assert_close(output, x.double() @ wt.t(), F32, 512, x, wt)
 
 
 @pytest.mark.parametrize("kind", [F32, BF16], ids=str)
@@ -86,12 +104,12 @@ def test_what_is_not_finite_stays_so(isa, kind) -> None:
     for value in (math.inf, -math.inf, math.nan):
         x, w, d = torch.ones(2, 40, dtype=kind), torch.ones(3, 40, dtype=kind), torch.zeros(3, 40)
         d[1, 38] = value
-        output, path = taken(x, w, d, None, None, True, 0.1)
-        assert path == "fused" and torch.isfinite(output[:, [0, 2]]).all()
+        output = fused(x, w, d, None, None, True, 0.1)
+        assert torch.isfinite(output[:, [0, 2]]).all()
         wanted = torch.full((2,), value, dtype=kind)
         assert torch.equal(output[:, 1], wanted) or (math.isnan(value) and output[:, 1].isnan().all())
     largest = torch.finfo(kind).max
-    output, _ = taken(torch.ones(1, 1), torch.full((1, 1), largest), torch.full((1, 1), largest), None, None, True, 0.1)
+    output = fused(torch.ones(1, 1), torch.full((1, 1), largest), torch.full((1, 1), largest), None, None, True, 0.1)
     assert output.item() == math.inf
 
 
@@ -102,43 +120,49 @@ def test_the_same_bits_whatever_the_threads(isa) -> None:
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(taken(x, w, d, None, None, True, 0.1)[0])
+            found.append(fused(x, w, d, None, None, True, 0.1))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
-    alone = taken(x, w[:7], d[:7], None, None, True, 0.1)[0]  # nor on which outputs share a panel
+    alone = fused(x, w[:7], d[:7], None, None, True, 0.1)  # nor on which outputs share a panel
     assert torch.equal(alone, found[0][:, :7])
 
 
 @pytest.mark.parametrize(
-    ("rows", "kind", "gate", "path"),
+    ("rows", "outputs", "kind", "gate", "path"),
     [
-        (32, F32, True, "fused"),
-        (33, F32, True, "rebuild"),
-        (8, torch.float64, True, "rebuild"),
-        (8, torch.float16, True, "rebuild"),
-        (8, F32, False, "stock"),
-        (0, F32, True, "rebuild"),
+        (32, 256, F32, True, "fused"),
+        (33, 256, F32, True, "rebuild"),
+        (32, 255, F32, True, "rebuild"),
+        (8, 256, torch.float64, True, "rebuild"),
+        (8, 256, torch.float16, True, "rebuild"),
+        (8, 256, F32, False, "stock"),
+        (0, 256, F32, True, "rebuild"),
     ],
 )
-def test_who_takes_it(rows, kind, gate, path) -> None:
-    x, w, d = draw(rows, 16, dtype=kind), draw(8, 16, dtype=kind), draw(8, 16, dtype=kind)
-    assert taken(x, w, d, None, None, gate, 0.1)[1] == path
+def test_who_takes_it(rows, outputs, kind, gate, path) -> None:
+    """The operator and the function in front of it, which rebuilds without calling it, agree."""
+    x, w, d = draw(rows, 512, dtype=kind), draw(outputs, 512, dtype=kind), draw(outputs, 512, dtype=kind)
+    output, found = taken(x, w, d, None, None, gate, 0.1)
+    assert found == path
+    with torch.no_grad():
+        again = gated_linear(x, w, d, gate=gate)
+    assert C.taken_path() == (None if path == "stock" else path) and torch.equal(output, again)
 
 
 @pytest.mark.parametrize("score", [0.05, 0.15])
 def test_the_score_decides(score) -> None:
-    x, w, d = draw(4, 16, dtype=F32), draw(8, 16, dtype=F32), draw(8, 16, dtype=F32)
+    x, w, d = draw(4, 512, dtype=F32), draw(256, 512, dtype=F32), draw(256, 512, dtype=F32)
     output, path = taken(x, w, d, torch.tensor(score), None, None, 0.1)
     assert path == ("fused" if score >= 0.1 else "stock")
     wt = w.double() + (d.double() if score >= 0.1 else 0)
-    assert_close(output, x.double() @ wt.t(), F32, 16, x, wt)
+    assert_close(output, x.double() @ wt.t(), F32, 512, x, wt)
 
 
 def test_training_is_what_it_is_on_whole_weights() -> None:
     """To the bit, forward and backward; under no_grad the same layer is fused."""
     torch.manual_seed(4)
-    x, w, d = draw(6, 50, dtype=F32), draw(30, 50, dtype=F32), draw(30, 50, dtype=F32)
+    x, w, d = draw(6, 512, dtype=F32), draw(300, 512, dtype=F32), draw(300, 512, dtype=F32)
     C.taken_path()
     own, delta = x.clone().requires_grad_(), d.clone().requires_grad_()
     output = gated_linear(own, w, delta, gate=True)
@@ -146,14 +170,14 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
     whole_x, whole = x.clone().requires_grad_(), (w + d).requires_grad_()
     expected = torch.nn.functional.linear(whole_x, whole)
     assert torch.equal(output, expected)
-    grad = draw(6, 30, dtype=F32)
+    grad = draw(6, 300, dtype=F32)
     output.backward(grad)
     expected.backward(grad)
     assert torch.equal(own.grad, whole_x.grad) and torch.equal(delta.grad, whole.grad)
     with torch.no_grad():
         again = gated_linear(own, w, delta, gate=True)
     assert C.taken_path() == "fused"
-    assert_close(again, expected.detach(), F32, 50, x, whole.detach())
+    assert_close(again, expected.detach(), F32, 512, x, whole.detach())
 
 
 def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:

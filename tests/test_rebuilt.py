@@ -1,0 +1,149 @@
+"""Open layers rebuilt without an operator's call: the bits are the operator's, and everything else is left to it."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from taps_ext import gated_conv2d, gated_linear, ops, rebuilt, set_workspace_limit, workspace_bytes
+
+C = ops._C
+if C is None:
+    pytest.skip("the extension is missing, and with it the rebuild", allow_module_level=True)
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each product was made here."""
+    made: list[bool] = []
+    product = rebuilt.product
+
+    def watched(*args):
+        result = product(*args)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(rebuilt, "product", watched)
+    return made
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("delta_kind", [torch.float32, None], ids=["float32", "alike"])
+def test_linear_is_the_operator(calls, kind, delta_kind) -> None:
+    torch.manual_seed(0)
+    x, w, d = torch.randn(3, 40, 20).to(kind), torch.randn(9, 20).to(kind), torch.randn(9, 20).to(delta_kind or kind)
+    for bias in (None, torch.randn(9).to(kind)):
+        with torch.no_grad():
+            expected = torch.ops.taps_ext.gated_linear(x, w, d, None, bias, True, 0.1)
+            assert torch.equal(gated_linear(x, w, d, None, bias, gate=True), expected)
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("kind", TYPES[:3], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grouped", [1, 2])
+def test_conv2d_is_the_operator(calls, kind, layout, grouped) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 9, 9).to(kind)
+    w, d = (torch.randn(6, 8 // grouped, 3, 3).to(k).contiguous(memory_format=layout) for k in (kind, torch.float32))
+    geometry = ((2, 1), (1, 0), (1, 2), grouped)
+    with torch.no_grad():
+        expected = torch.ops.taps_ext.gated_conv2d(x, w, d, None, None, *geometry, True, 0.1)
+        output = gated_conv2d(x, w, d, None, None, *geometry, gate=True)
+    assert torch.equal(output, expected) and output.stride() == expected.stride() and calls == [True]
+
+
+def test_training_takes_it_and_gives_the_same_gradients(calls) -> None:
+    torch.manual_seed(2)
+    found = []
+    for forced in (None, "rebuild"):
+        torch.manual_seed(2)
+        x, d = torch.randn(5, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
+        w, score = torch.randn(7, 12), torch.tensor(0.2, requires_grad=True)
+        C.force_path(forced)
+        try:
+            output = gated_linear(x, w, d, score, gate=True)
+            output.square().sum().backward()
+        finally:
+            C.force_path(None)
+        found.append((output.detach(), x.grad, d.grad, score.grad))
+    assert all(map(torch.equal, *found)) and calls == [True, False]
+
+
+def test_what_is_left_to_the_operator(calls) -> None:
+    """Other layouts, an unknown gate, a bias of another type, a limit, and whoever watches operators."""
+    x, w, d = torch.randn(3, 12), torch.randn(8, 12), torch.randn(8, 12)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = gated_linear(x, w, d, gate=True)
+        assert calls.pop()
+        for own, delta in itertools.product((w, w.t().contiguous().t()), (d, d.t().contiguous().t())):
+            torch.testing.assert_close(gated_linear(x, own, delta, gate=True), expected)
+        assert calls == [True, False, False, False]
+        calls.clear()
+        gated_linear(x, w, d, torch.tensor(0.2))
+        gated_linear(x, w, d, None, torch.zeros(8, dtype=torch.float64), gate=True)
+        assert not calls
+        with Watch():
+            gated_linear(x, w, d, gate=True)
+        assert "taps_ext.gated_linear.default" in seen and calls == [False]
+        set_workspace_limit(200)
+        try:
+            gated_linear(x, w, d, gate=True)
+        finally:
+            set_workspace_limit(None)
+        assert calls == [False, False]
+        with pytest.raises(RuntimeError, match="input: expected"):
+            gated_linear(torch.randn(3, 11), w, d, gate=True)
+        with pytest.raises(RuntimeError, match="bias: expected"):
+            gated_linear(x, w, d, None, torch.zeros(7), gate=True)
+
+
+def test_views_of_memory_that_was_given_back_are_never_read() -> None:
+    """The workspace is freed, grown and shared while cached views of it remain."""
+    torch.manual_seed(3)
+    cases = [
+        (torch.randn(4, k), torch.randn(n, k), torch.randn(n, k)) for n, k in ((5, 7), (300, 200), (64, 65), (9, 3))
+    ]
+    wrong = []
+
+    def work() -> None:
+        with torch.no_grad():
+            for index in range(300):
+                x, w, d = cases[index % 4]
+                if not torch.equal(gated_linear(x, w, d, gate=True), F.linear(x, w + d)):
+                    wrong.append(index)
+                if index % 7 == 0:
+                    C.workspace_clear()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    C.workspace_clear()
+    assert workspace_bytes() == 0  # every lease has come back
+
+
+def test_few_views_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuilt, "_MOST", 3)
+    rebuilt._views.clear()
+    with torch.inference_mode():  # and a view that is made here serves outside
+        for n in range(1, 9):
+            gated_linear(torch.ones(2, 4), torch.ones(n, 4), torch.ones(n, 4), gate=True)
+            assert len(rebuilt._views) <= 3
+    x = torch.ones(2, 4, requires_grad=True)
+    gated_linear(x, torch.ones(8, 4), torch.ones(8, 4), gate=True).sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 4), 16.0))
