@@ -6,7 +6,8 @@
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
 #   make twin          device code on the CPU: every shape, type, gate and split, plainly and with sanitizers
-#   make bench         a training step against fine-tuning, gated layers on the CPU (keep the machine quiet)
+#   make bench         gated layers against the best alternatives and the committed results, a training step against
+#                      fine-tuning, docs/benchmarks.md (keep the machine quiet); make bench-layers measures them anew
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
 #   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
@@ -65,7 +66,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz twin bench study study-table transfer transfer-table architectures memory gpu
+.PHONY: demo test lint fuzz twin bench bench-layers study study-table transfer transfer-table architectures memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -85,8 +86,14 @@ twin: build
 	TAPS_THOROUGH=1 $(PY) -m pytest tests/test_host_twin.py tests/test_host_planted.py --durations=0
 
 bench: build
+	$(PY) -m pytest benchmarks/test_layers.py -q --benchmark-json build/benchmark.json --benchmark-columns=median,iqr,rounds
 	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json
-	$(PY) benchmarks/cpu_linear.py --json benchmarks/results/cpu-linear.json
+	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
+
+bench-layers: build
+	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers-cpu.json
+	mv build/layers-cpu.json benchmarks/results/layers-cpu.json
+	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
 
 STUDY := --results benchmarks/results/study-resnet20.jsonl
 study: build

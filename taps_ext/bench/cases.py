@@ -42,6 +42,10 @@ class Case:
     moved: int = 0
     operations: int = 0
 
+    @property
+    def name(self) -> str:
+        return f"{self.group}: {self.layer}, {self.rows}, {str(self.dtype).removeprefix('torch.')}"
+
 
 def suite(groups: Sequence[str] | None = None, *, full: bool = False, device: torch.device | str = "cpu") -> list[Case]:
     """The cases of some groups (all); `full` has more shapes, types and layouts.

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Result:
-    """One case. `seconds`: medians by variant, of which "taps" is ours and "stock" the least a task could cost.
+    """What came of a case. `seconds`: medians by variant; "taps" is ours, "stock" the least that a task could cost.
 
     `limit`: the seconds that this machine needs at least for the operations and bytes, or None where it was not asked.
     """
@@ -51,7 +51,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with what follows from the seconds."""
-        derived = {"ratio": self.ratio, "alternative": self.alternative, "against": self.against, "share": self.share}
+        derived: dict[str, Any] = {
+            "name": self.name,
+            "ratio": self.ratio,
+            "alternative": self.alternative,
+            "against": self.against,
+            "share": self.share,
+        }
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), **derived}
 
 

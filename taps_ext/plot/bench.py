@@ -29,6 +29,7 @@ def bench_picture(path: str | PathLike[str], results: Sequence[Result]) -> None:
     axes.set_yticks([-place for place in range(len(results))], [r.name for r in results], fontsize=6)
     axes.set(xscale="log", xlabel="time over the stock op on whole weights", ylim=(-len(results), 1))
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    axes.minorticks_off()
     axes.grid(axis="x", linewidth=0.3)
     axes.legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=130)

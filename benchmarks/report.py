@@ -1,0 +1,78 @@
+"""docs/benchmarks.md and its picture, from the committed results: `make bench` ends with it.
+
+python benchmarks/report.py --results benchmarks/results --docs docs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taps_ext import bench
+from taps_ext.plot.bench import bench_picture
+
+PAGE = """# Benchmarks
+
+Written by `make bench` from `benchmarks/results`; measured on {threads} CPU cores ({isa}), torch {torch}, weights from
+memory, medians of variants that take turns. `taps bench` measures the same on your machine in two minutes.
+
+- **/ stock**: time over the stock op on a merged weight (gradients: a plain weight gradient; a step: fine-tuning).
+- **/ best alternative**: time over the fastest of what one would write without this package.
+- **% of limit**: what the bytes and operations need at this machine's measured copy bandwidth and matmul rate, over the
+  time taken. Copying reads and writes, so that a kernel which only reads can pass 100.
+
+![ratios](benchmarks.png)
+
+{tables}
+
+## A training step
+
+ResNet-50 of torchvision, batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`).
+Memory is the peak of the process above what it had before the model was made.
+
+| variant | peak MiB | above fine-tuning, in base sizes | s | time / fine-tuning |
+|---|---|---|---|---|
+{steps}
+"""
+
+
+def layers(found: dict[str, Any]) -> list[bench.Result]:
+    """Results as `taps bench --json` wrote them."""
+    keys = ("group", "layer", "rows", "path", "seconds", "limit")
+    return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
+
+
+def page(found: dict[str, Any], step: dict[str, Any]) -> str:
+    rows = [
+        f"| {row['variant']} | {row['peak_mib']:.0f} | {row.get('extra_over_base_bytes', 0.0):+.3f} "
+        f"| {row['seconds']:.2f} | {row.get('time_ratio', 1.0):.3f} |"
+        for row in step["rows"]
+    ]
+    machine = found["machine"]
+    return PAGE.format(
+        threads=machine["cpu"]["threads"],
+        isa=machine["extension"]["isa"],
+        torch=machine["torch"],
+        tables=bench.table(layers(found)),
+        batch=step["batch"],
+        steps="\n".join(rows),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, required=True)
+    args = parser.parse_args()
+    found = json.loads((args.results / "layers-cpu.json").read_text(encoding="utf-8"))
+    step = json.loads((args.results / "training-step.json").read_text(encoding="utf-8"))
+    (args.docs / "benchmarks.md").write_text(page(found, step), encoding="utf-8")
+    bench_picture(args.docs / "benchmarks.png", layers(found))
+
+
+if __name__ == "__main__":
+    main()
