@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_step import HEADER, table
 
 from taps_ext import bench
 from taps_ext.plot.bench import bench_picture
@@ -31,11 +32,12 @@ memory, medians of variants that take turns. `taps bench` measures the same on y
 
 ## A training step
 
-ResNet-50 of torchvision, batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`).
-Memory is the peak of the process above what it had before the model was made.
+Batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`). Memory is the peak of the
+process above what it had before the model was made. "pattern": ResNet-50 with the layers open that opened in the
+authors' CUB run, ViT-S/16 with the attention of its last eight blocks open, 22 % of the weights; "1/8":
+`gate_fraction`. "naive": `W + g * Delta` by autograd. "floor": the share of fine-tuning's products that a variant
+cannot do without.
 
-| variant | peak MiB | above fine-tuning, in base sizes | s | time / fine-tuning |
-|---|---|---|---|---|
 {steps}
 """
 
@@ -47,11 +49,6 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
 
 
 def page(found: dict[str, Any], step: dict[str, Any]) -> str:
-    rows = [
-        f"| {row['variant']} | {row['peak_mib']:.0f} | {row.get('extra_over_base_bytes', 0.0):+.3f} "
-        f"| {row['seconds']:.2f} | {row.get('time_ratio', 1.0):.3f} |"
-        for row in step["rows"]
-    ]
     machine = found["machine"]
     return PAGE.format(
         threads=machine["cpu"]["threads"],
@@ -59,7 +56,7 @@ def page(found: dict[str, Any], step: dict[str, Any]) -> str:
         torch=machine["torch"],
         tables=bench.table(layers(found)),
         batch=step["batch"],
-        steps="\n".join(rows),
+        steps="\n".join([HEADER, *(table(model, part["rows"]) for model, part in step["models"].items())]),
     )
 
 

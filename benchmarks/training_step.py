@@ -1,12 +1,13 @@
-"""Peak memory and time of one training step: TAPS against fine-tuning and the naive module, torchvision ResNet-50.
+"""Peak memory and time of one training step: TAPS against fine-tuning and the naive module, ResNet-50 and ViT-S/16.
 
     python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/training-step.json
 
-Each variant runs in processes of its own, in turn. Memory is the peak resident set less the resident set after all
-imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed
-at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how the heap
-happens to be cut up. Times come from `--rounds` other processes with glibc's defaults: medians, and ratios to
-fine-tuning between neighbours, since absolute times mean little on a shared machine.
+Each variant (step_variants.py) runs in processes of its own, in turn. Memory is the peak resident set less the resident
+set after all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap
+threshold fixed at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how
+the heap happens to be cut up. Times come from `--rounds` other processes with glibc's defaults: medians, and ratios to
+fine-tuning between neighbours, since absolute times mean little on a shared machine. "floor" is the share of
+fine-tuning's products that the variant cannot do without.
 """
 
 from __future__ import annotations
@@ -22,18 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("fine-tuning", "naive", "taps all open", "taps all open, limit", "taps CUB pattern", "full")
-LIMIT = 9 << 18  # bytes of the workspace in the variant named so: a 256-channel 3x3 convolution
-CUB_OPEN = (
-    25,
-    26,
-    27,
-    40,
-    *range(43, 50),
-    51,
-    52,
-)  # the authors' CUB run, 0-based convolutions in module order
-CLASSES = 200
+VARIANTS = ("fine-tuning", "naive", "all open", "all open, limit", "pattern", "pattern, 1/8", "full")
+MODELS = ("resnet50", "vit_small")
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -44,78 +35,51 @@ def resident(key: str = "VmRSS") -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def child(variant: str, batch: int, steps: int) -> dict[str, Any]:
-    """Run one variant and measure it."""
+def warm_up() -> None:
+    """A tiny training step, plain and with TAPS: the code and the threads that a first step loads."""
+    import timm  # noqa: F401
     import torch
     import torch.nn.functional as F
-    import torchvision
+    import torchvision  # noqa: F401
     from torch import nn
 
     import taps_ext
 
-    class Naive(nn.Module):
-        """What one writes first: W + g * Delta by autograd, on every call."""
+    inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
+    for wrapped in (False, True):
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()]
+        net: Any = nn.Sequential(*layers, nn.Linear(8 * 36, 4))
+        if wrapped:
+            net = taps_ext.TaskModel(net, taps_ext.TapsConfig(lam=0.5))
+            net.add_task("t", num_classes=4)
+            net.set_task("t")
+        groups: Any = net.parameter_groups(lr=0.1) if wrapped else net.parameters()
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        F.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
 
-        def __init__(self, conv: nn.Conv2d) -> None:
-            super().__init__()
-            self.conv = conv.requires_grad_(False)
-            self.delta = nn.Parameter(torch.zeros_like(conv.weight))
-            self.score = nn.Parameter(torch.tensor(0.15))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            gate = (self.score >= 0.1).float() + self.score - self.score.detach()  # straight-through
-            c = self.conv
-            return F.conv2d(x, c.weight + gate * self.delta, c.bias, c.stride, c.padding, c.dilation, c.groups)
-
-    def warm_up() -> None:
-        """A tiny training step, plain and with TAPS: the code and the threads that a first step loads."""
-        inputs, targets = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
-        for wrapped in (False, True):
-            layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()]
-            net: Any = nn.Sequential(*layers, nn.Linear(8 * 36, 4))
-            if wrapped:
-                net = taps_ext.TaskModel(net, taps_ext.TapsConfig(lam=0.5))
-                net.add_task("t", num_classes=4)
-                net.set_task("t")
-            groups: Any = net.parameter_groups(lr=0.1) if wrapped else net.parameters()
-            optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-            F.cross_entropy(net(inputs), targets).backward()
-            optimizer.step()
+def child(model: str, variant: str, batch: int, steps: int) -> dict[str, Any]:
+    """Run one variant and measure it."""
+    import torch
+    import torch.nn.functional as F
+    from step_variants import CLASSES, build
+    from step_variants import VARIANTS as KNOWN
+    from step_variants import base as make
 
     torch.manual_seed(0)
     warm_up()
+    with torch.device("meta"):
+        shapes = make(model)
+    nbytes = sum(tensor.nbytes for tensor in (*shapes.parameters(), *shapes.buffers()))
     baseline = resident()
-    base = torchvision.models.resnet50(weights=None)
-    base_bytes = sum(p.nbytes for p in base.parameters()) + sum(b.nbytes for b in base.buffers())
-    run: Any = base
-    groups: Any
-    if variant in ("fine-tuning", "naive"):
-        base.fc = nn.Linear(2048, CLASSES)
-        if variant == "naive":
-            for name, module in list(base.named_modules()):
-                if isinstance(module, nn.Conv2d):
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(base.get_submodule(parent), leaf, Naive(module))
-        groups = [p for p in base.parameters() if p.requires_grad]
-    else:
-        config = taps_ext.FullConfig() if variant == "full" else taps_ext.TapsConfig(lam=0.5)
-        if "limit" in variant:
-            taps_ext.set_workspace_limit(LIMIT)
-        model = taps_ext.TaskModel(base, config)
-        model.add_task("t", num_classes=CLASSES)
-        if "CUB" in variant:
-            with torch.no_grad():
-                for index, (_, part) in enumerate(model.state("t").gated()):
-                    part.score.fill_(0.15 if index in CUB_OPEN else 0.05)
-        model.set_task("t")
-        run, groups = model, model.parameter_groups(lr=0.0)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    run.train()
+    forward, parameters = build(model, KNOWN[variant])
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     x, y = torch.randn(batch, 3, 224, 224), torch.randint(0, CLASSES, (batch,))
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(run(x), y).backward()
+        F.cross_entropy(forward(x), y).backward()
         optimizer.step()
 
     step()
@@ -124,17 +88,17 @@ def child(variant: str, batch: int, steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    peak = resident("VmHWM") - baseline
-    return {"peak": peak, "seconds": statistics.median(times), "base_bytes": base_bytes}
+    return {"peak": resident("VmHWM") - baseline, "seconds": statistics.median(times), "base_bytes": nbytes}
 
 
-def launch(variant: str, batch: int, steps: int, environment: dict[str, str]) -> dict[str, Any]:
-    """Run :func:`child` in a process of its own."""
-    command = [sys.executable, __file__, "--child", variant, "--batch", str(batch), "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+def launch(*arguments: Any, environment: dict[str, str] | None = None) -> Any:
+    """Run this file in a process of its own; what it prints last is JSON."""
+    command = [sys.executable, __file__, *(str(argument) for argument in arguments)]
+    environment = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        raise SystemExit(f"{variant}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def versions() -> dict[str, Any]:
@@ -153,53 +117,76 @@ def versions() -> dict[str, Any]:
     }
 
 
+def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One model: a row for each variant, and all that the rows are made of."""
+    size = ("--batch", args.batch, "--model", model)
+    floor = launch("--floors", *size)
+    memory, runs = {}, {}
+    for variant in args.variants:
+        once = ("--child", variant, *size, "--steps", 1)
+        memory[variant] = launch(*once, environment={"MALLOC_MMAP_THRESHOLD_": "131072"})
+        runs[variant] = []
+    for _ in range(args.rounds):
+        for variant in args.variants:
+            runs[variant].append(launch("--child", variant, *size, "--steps", args.steps))
+    rows = []
+    for variant in args.variants:
+        row = {"variant": variant, "floor": floor[variant], "peak_mib": memory[variant]["peak"] / 2**20}
+        if "fine-tuning" in memory:
+            plain = memory["fine-tuning"]["peak"]
+            row["extra_over_base_bytes"] = (memory[variant]["peak"] - plain) / memory[variant]["base_bytes"]
+            row["memory_ratio"] = memory[variant]["peak"] / plain
+        row["seconds"] = statistics.median(run["seconds"] for run in runs[variant])
+        if "fine-tuning" in runs:
+            pairs = zip(runs[variant], runs["fine-tuning"], strict=True)
+            row["time_ratio"] = statistics.median(run["seconds"] / plain["seconds"] for run, plain in pairs)
+        rows.append(row)
+    return {"rows": rows, "memory": memory, "runs": runs}
+
+
+HEADER = """| model | variant | peak MiB | / fine-tuning | above it, in base sizes | step s | / fine-tuning | floor |
+|---|---|---|---|---|---|---|---|"""
+
+
+def table(model: str, rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, without a header."""
+    return "\n".join(
+        f"| {model} | {row['variant']} | {row['peak_mib']:.0f} | {row.get('memory_ratio', 1.0):.3f} "
+        f"| {row.get('extra_over_base_bytes', 0.0):+.3f} | {row['seconds']:.2f} | {row.get('time_ratio', 1.0):.3f} "
+        f"| {row['floor']:.3f} |"
+        for row in rows
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--floors", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.batch, args.steps)))
+        print(json.dumps(child(args.model, args.child, args.batch, args.steps)))
         return
-    memory = {
-        variant: launch(variant, args.batch, 1, {"MALLOC_MMAP_THRESHOLD_": "131072"}) for variant in args.variants
-    }
-    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in args.variants}
-    for _ in range(args.rounds):
-        for variant in args.variants:
-            results[variant].append(launch(variant, args.batch, args.steps, {}))
-    rows = []
-    for variant, runs in results.items():
-        row = {"variant": variant, "peak_mib": memory[variant]["peak"] / 2**20}
-        if "fine-tuning" in memory:
-            extra = memory[variant]["peak"] - memory["fine-tuning"]["peak"]
-            row["extra_over_base_bytes"] = extra / memory[variant]["base_bytes"]
-        if runs:
-            row["seconds"] = statistics.median(r["seconds"] for r in runs)
-        if runs and results.get("fine-tuning"):
-            pairs = zip(runs, results["fine-tuning"], strict=True)
-            row["time_ratio"] = statistics.median(r["seconds"] / f["seconds"] for r, f in pairs)
-        rows.append(row)
-    print("| variant | peak MiB | above fine-tuning, in base sizes | step s | time ratio |\n|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['variant']} | {row['peak_mib']:.0f} | {row.get('extra_over_base_bytes', 0):+.3f} "
-            f"| {row.get('seconds', 0):.2f} | {row.get('time_ratio', 1):.3f} |"
-        )
+    if args.floors:
+        from step_variants import floors
+
+        print(json.dumps(floors(args.model, args.batch)))
+        return
+    found = {}
+    print(HEADER, flush=True)
+    for model in args.models:
+        found[model] = measure(model, args)
+        print(table(model, found[model]["rows"]), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "versions": versions(),
-            "batch": args.batch,
-            "rows": rows,
-            "memory": memory,
-            "runs": results,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"versions": versions(), "batch": args.batch, "models": found}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
