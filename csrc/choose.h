@@ -19,6 +19,7 @@ struct Problem {
   bool open = false;       // as far as the host knows; an unknown gate counts as open
   bool same_dtype = true;  // the weight already has the compute type
   bool fusable = false;    // the fused kernels know its types and layout
+  bool emulated = false;   // torch's product of this type is written in plain C++ on this machine
   long long rows = 0;      // M: rows of the product
   long long outputs = 0;   // N
   long long inputs = 0;    // K
@@ -30,11 +31,12 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
-// Up to this many rows on the CPU, which is what its kernel was made for (csrc/cpu/few_rows.cpp). Times over the stock
-// op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/layers-cpu.json: 4096 x 4096 in fp32
-// with 1, 4 and 8 rows 1.6 (3.3), 0.5 (1.7), 0.6 (1.7), in bf16 2.3 (5.2), 0.9 (2.3), 0.5 (1.7); the least gain is that
-// of 32 rows in fp32, 0.9 (1.4), and 1.0 (1.5) at 3072 x 768.
-constexpr long long kMostFewRows = 32;
+// Up to this many rows of fp32 on the CPU, where W_t is built anew for every 32 of them (csrc/cpu/few_rows.cpp). Times
+// over the stock op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/layers-cpu.json and by
+// force: 4096 x 4096 with 1, 4 and 8 rows 1.6 (3.3), 0.5 (1.7), 0.6 (1.7); 1024 x 1024 with 32, 64 and 256 rows 0.9
+// (1.4), 1.1 (1.4), 1.6 (1.2). As many in bf16 where torch has products of its own for it; where it emulates them there
+// is no limit: 1024 x 1024 with 32, 256 and 1576 rows 0.3 (1.1), 0.2 (1.0), 0.3 (1.1).
+constexpr long long kMostFewRows = 64;
 
 // From this many weights on. Below, what is saved is less than what calling an operator costs over a plain rebuild
 // (rebuild() in rebuild.h), the more so where caches are cold. Microseconds, fused (rebuilt), one row of fp32: 256 x
@@ -48,9 +50,9 @@ constexpr long long kLeastFewRowsWeights = 1 << 17;
 // kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
-  const bool worthwhile =
-      problem.cuda ? problem.rows <= kMostFusedRows
-                   : problem.rows <= kMostFewRows && problem.outputs * problem.inputs >= kLeastFewRowsWeights;
+  const bool worthwhile = problem.cuda ? problem.rows <= kMostFusedRows
+                                       : (problem.rows <= kMostFewRows || problem.emulated) &&
+                                             problem.outputs * problem.inputs >= kLeastFewRowsWeights;
   return problem.fusable && worthwhile ? Path::kFused : Path::kRebuild;
 }
 

@@ -6,8 +6,6 @@
 namespace taps {
 namespace {
 
-static_assert(kMostFewRows <= cpu::kFewRows, "no more rows are chosen than the kernel takes");
-
 // Whether tile kernels run there: on a GPU, and in the twin's build everywhere. The CPU's own kernel is cpu/linear.cpp.
 bool on_tiles(Place place) { return place.cuda || cuda::kTilesOnCpu; }
 
@@ -68,10 +66,10 @@ void run(Product product, LinearProduct& args, Place place) {
 
 bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && readable(matrix); }
 
-bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows, bool training) {
+bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training) {
   if (w.weight.numel() == 0 || !readable(w.weight)) return false;
   if (!on_tiles(w.weight.place)) {
-    if (product != Product::kForward || training || rows > cpu::kFewRows) return false;
+    if (product != Product::kForward || training) return false;
     if (compute != Dtype::kFloat32 && compute != Dtype::kBFloat16) return false;
   } else if (!sixteen_bit(compute)) {
     return false;

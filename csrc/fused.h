@@ -16,7 +16,7 @@ struct LinearSizes {
 
 // Whether the kernels know these types and layouts. `weight` need not be fusable for the weight gradient, which does
 // not read it.
-bool fusable(Product product, const GatedWeight& w, Dtype compute, int64_t rows, bool training);
+bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training);
 bool fusable_gradient(const GatedWeight& w, Dtype compute);
 bool fusable_activation(const Described& matrix);
 

@@ -100,8 +100,9 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
   // Many rows are not fused; asking for them as a matrix might copy them.
-  const bool few = sizes.rows <= kMostFusedRows || forced_path() == static_cast<int>(Path::kFused);
-  if (few && fusable(Product::kForward, w, x.dtype, sizes.rows, training)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  const bool few = sizes.rows <= kMostFusedRows || emulated(x.dtype, x.place.cuda) ||
+                   forced_path() == static_cast<int>(Path::kFused);
+  if (few && fusable(Product::kForward, w, x.dtype, training)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
@@ -140,7 +141,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
   const Described dy_matrix = describe(dy2, "grad_output");
-  const bool dy_fits = fusable(Product::kInputGradient, w, compute, sizes.rows, true) && fusable_activation(dy_matrix);
+  const bool dy_fits = fusable(Product::kInputGradient, w, compute, true) && fusable_activation(dy_matrix);
   const Path path = wanted.input ? path_for(w, compute, sizes.rows, dy_fits) : Path::kStock;
   const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.

@@ -1,5 +1,6 @@
 #include "rebuild.h"
 
+#include "cpu/isa.h"
 #include "device.h"
 
 namespace taps {
@@ -20,6 +21,8 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   scratch.tensor.emplace(handle);
   return scratch;
 }
+
+bool emulated(Dtype compute, bool cuda) { return !cuda && compute == Dtype::kBFloat16 && cpu::emulates_bfloat16(); }
 
 namespace {
 
@@ -47,6 +50,7 @@ void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t r
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
   problem.fusable = rows >= 0 && (compute == Dtype::kFloat32 || compute == Dtype::kBFloat16);
+  problem.emulated = emulated(compute, false);
   problem.rows = rows;
   problem.outputs = numel;
   problem.inputs = 1;
@@ -72,11 +76,15 @@ void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t r
   return args.out;
 }
 
-void release() { leases().pop_back(); }
+void release() {
+  if (leases().empty()) fail("release: expected a workspace that this thread has taken, there is none");
+  leases().pop_back();
+}
 
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
   Problem problem = problem_of(w, rows, fusable);
   problem.same_dtype = w.weight.dtype == compute;
+  problem.emulated = emulated(compute, problem.cuda);
   return chosen_path(problem);
 }
 

@@ -29,6 +29,9 @@ Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable);
 void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
                       double scale = 1.0);
 
+// Whether torch's products in this type are written in plain C++ there.
+bool emulated(Dtype compute, bool cuda);
+
 // For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate into a workspace of this thread,
 // which it keeps until release(). Dense operands of one layout, on the CPU. Returns null where choose() takes another
 // path, or where the weight exceeds the limit: the operator then does what is right. `rows`: of a linear layer's

@@ -55,9 +55,9 @@ def test_choice_of_path():
     assert _C.choose(open=True) == "rebuild"
     assert _C.choose(open=False, same_dtype=False) == "rebuild"
     large = {"open": True, "fusable": True, "outputs": 512, "inputs": 256}
-    assert _C.choose(rows=32, **large) == "fused"
-    assert _C.choose(rows=33, **large) == "rebuild"
-    assert _C.choose(rows=32, **{**large, "inputs": 255}) == "rebuild"
+    assert _C.choose(rows=64, **large) == "fused"
+    assert _C.choose(rows=65, **large) == "rebuild"
+    assert _C.choose(rows=64, **{**large, "inputs": 255}) == "rebuild"
     assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
     assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"

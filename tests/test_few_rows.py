@@ -1,10 +1,11 @@
-"""The CPU's kernel for few rows: W_t in registers, in fp32 and bf16, with every instruction set of this machine."""
+"""The CPU's fused kernel: W_t in registers, in fp32 and bf16, with every instruction set of this machine."""
 
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_close
 
 from taps_ext import gated_linear, ops
@@ -15,7 +16,7 @@ if C is None:
 
 F32, BF16 = torch.float32, torch.bfloat16
 TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
-ROWS = (1, 2, 3, 4, 7, 16, 31, 32)
+ROWS = (1, 2, 3, 4, 7, 16, 31, 32, 33, 70)
 SIZES = ((1, 1), (5, 3), (7, 64), (8, 257), (66, 513), (37, 1003))  # outputs, inputs
 
 
@@ -58,9 +59,10 @@ def test_every_size(isa, types) -> None:
         bias = draw(n, dtype=kind) if with_bias else None
         output = fused(x, w, d, None, bias, True, 0.1)
         assert output.dtype == kind and output.shape == (rows, n)
-        wt = w.double() + d.double()
-        expected = x.double() @ wt.t() + (0 if bias is None else bias.double())
-        assert_close(output, expected, kind, k + 1, x, wt)
+        terms, wt = x.double(), w.double() + d.double()
+        if bias is not None:  # one term more
+            terms, wt = F.pad(terms, (0, 1), value=1.0), torch.cat((wt, bias.double()[:, None]), 1)
+        assert_close(output, terms @ wt.t(), kind, wt.shape[1], terms, wt)
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
@@ -131,9 +133,10 @@ def test_the_same_bits_whatever_the_threads(isa) -> None:
 @pytest.mark.parametrize(
     ("rows", "outputs", "kind", "gate", "path"),
     [
-        (32, 256, F32, True, "fused"),
-        (33, 256, F32, True, "rebuild"),
-        (32, 255, F32, True, "rebuild"),
+        (64, 256, F32, True, "fused"),
+        (65, 256, F32, True, "rebuild"),
+        (64, 255, F32, True, "rebuild"),
+        (300, 256, BF16, True, "rebuild" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "fused"),
         (8, 256, torch.float64, True, "rebuild"),
         (8, 256, torch.float16, True, "rebuild"),
         (8, 256, F32, False, "stock"),
@@ -168,7 +171,7 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
     output = gated_linear(own, w, delta, gate=True)
     assert C.taken_path() == "rebuild"
     whole_x, whole = x.clone().requires_grad_(), (w + d).requires_grad_()
-    expected = torch.nn.functional.linear(whole_x, whole)
+    expected = F.linear(whole_x, whole)
     assert torch.equal(output, expected)
     grad = draw(6, 300, dtype=F32)
     output.backward(grad)
@@ -183,7 +186,7 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
 def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:
     C.force_path("fused")
     try:
-        x, w, d = draw(33, 16, dtype=F32), draw(8, 16, dtype=F32), draw(8, 16, dtype=F32)
+        x, w, d = (draw(n, 16, dtype=torch.float64) for n in (3, 8, 8))
         with pytest.raises(RuntimeError, match="path: fused is forced, but the kernels do not know"):
             torch.ops.taps_ext.gated_linear(x, w, d, None, None, True, 0.1)
     finally:

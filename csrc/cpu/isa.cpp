@@ -57,6 +57,12 @@ std::atomic<const Set*>& chosen() {
 
 }  // namespace
 
+bool emulates_bfloat16() {
+  static const bool emulates =
+      !(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+  return emulates;
+}
+
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
 
 FewRows few_rows() { return *chosen().load(std::memory_order_relaxed)->few_rows; }
