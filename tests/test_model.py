@@ -1,11 +1,10 @@
-"""TaskModel: tasks, heads, gates, reports, merging, and what it refuses."""
+"""TaskModel: tasks, heads, merging, and what it refuses."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
@@ -320,160 +319,6 @@ def test_the_bare_base_ignores_training_mode() -> None:
     model.train()
     assert torch.equal(model(x, task=None), want) and model.base.drop.training
     assert not torch.equal(model(x, task="t"), model(x, task="t"))  # dropout follows .train() for a task
-
-
-def test_gates_follow_scores_with_one_copy(monkeypatch) -> None:
-    model = tiny().eval()
-    model.add_task("t", num_classes=2)
-    state = model.state("t")
-    calls = []
-    original = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(self.shape) or original(self))
-    x = images()
-    model(x, task="t")
-    calls.clear()
-    model(x, task="t")
-    assert calls == []  # nothing changed: no copy
-    parts = dict(state.gated())
-    with torch.no_grad():
-        parts["conv1"].score.fill_(0.0)
-        parts["hidden"].score.fill_(0.0)
-    model(x, task="t")
-    assert calls == [torch.Size([2])] and parts["conv1"].gate is False and parts["conv2"].gate is True
-    parts["conv1"].score.data.fill_(0.5)  # leaves no trace
-    model(x, task="t")
-    assert parts["conv1"].gate is False
-    model.refresh_gates()
-    assert parts["conv1"].gate is True
-
-
-def test_set_gates_and_freeze_gates() -> None:
-    model = tiny()
-    model.add_task("t", num_classes=2)
-    with pytest.raises(ConfigError, match="open: pattern 'layer9.*' matches no layer"):
-        model.set_gates("t", open=["layer9.*"])
-    with pytest.raises(ConfigError, match="scores are learned"):
-        model.set_gates("t", open=["conv1"], learn=True)
-    with torch.no_grad():
-        dict(model.state("t").gated())["hidden"].score.fill_(0.0)
-    model.freeze_gates("t")
-    assert {r.layer: (r.open, r.score) for r in model.report("t").rows}["hidden"] == (False, None)
-    model.set_gates("t", open=["conv*"])
-    assert [r.layer for r in model.report("t").rows if r.open] == ["conv1", "conv2"]
-    names = [g["name"] for g in model.parameter_groups(lr=0.1)]
-    assert "score" not in names
-    assert not model.sparsity_loss("t").requires_grad
-    probe = tiny(ProbeConfig())
-    probe.add_task("t", num_classes=2)
-    with pytest.raises(ConfigError, match="conv1 has no Delta under method 'probe'"):
-        probe.set_gates("t", open=["conv1"])
-
-
-def test_report_counts() -> None:
-    model = tiny()
-    model.add_task("t", num_classes=5)
-    with torch.no_grad():
-        dict(model.state("t").gated())["conv2"].score.fill_(0.0)
-    report = model.report("t")
-    sizes = {"conv1": 216, "conv2": 1152, "depthwise": 144, "hidden": 192}
-    assert {r.layer: r.parameters for r in report.rows} == sizes
-    assert report.gated == sum(sizes.values()) and report.open == report.gated - 1152
-    assert report.norms == 2 * (8 + 16 + 12) and report.head == 12 * 5 + 5
-    assert report.bytes == 4 * report.open and report.layers_open == 3
-    assert json.loads(report.to_json())["share"] == report.open / report.gated
-    assert re.search(r"conv2 +closed", str(report)) and "3 of 4 layers open" in str(report)
-
-
-def test_sparsity_loss_values() -> None:
-    """lam / L * sum w_i |s_i|; "size" weighs by parameters with mean 1; the gradient at 0 is 0."""
-    for penalty in ("layer", "size"):
-        model = tiny(TapsConfig(lam=2.0, penalty=penalty))
-        model.add_task("t", num_classes=2)
-        parts = dict(model.state("t").gated())
-        with torch.no_grad():
-            parts["conv1"].score.fill_(0.0)
-            parts["conv2"].score.fill_(-0.3)
-        sizes = torch.tensor([216.0, 1152.0, 144.0, 192.0])
-        weights = sizes / sizes.mean() if penalty == "size" else torch.ones(4)
-        scores = torch.tensor([0.0, 0.3, 0.15, 0.15])
-        loss = model.sparsity_loss("t", scale=0.5)
-        assert loss.item() == pytest.approx((0.5 * 2.0 / 4 * weights * scores).sum().item(), rel=1e-6)
-        loss.backward()
-        got = torch.tensor([p.score.grad.item() for p in parts.values()])
-        assert torch.allclose(got, 0.25 * weights * torch.tensor([0.0, -1.0, 1.0, 1.0]))
-
-
-def test_weight_decay_only_where_it_belongs() -> None:
-    model = tiny()
-    model.add_task("t", num_classes=2)
-    groups = model.parameter_groups(lr=0.1, score_lr=0.3, weight_decay=0.01)
-    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in groups} == {
-        "delta": (0.1, 0.01),
-        "score": (0.3, 0.0),
-        "norm": (0.1, 0.0),
-        "head": (0.1, 0.01),
-    }
-
-
-def test_frozen_layers_keep_no_input_for_backward() -> None:
-    """With gates fixed closed and frozen norms nothing but the head is saved."""
-    model = tiny(ProbeConfig())
-    model.add_task("t", num_classes=2)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        model(images(), task="t").sum().backward()
-    assert max(saved) <= 3 * 12
-
-
-@pytest.mark.parametrize("gates", ["host", "device"])
-def test_compiled_equals_eager(gates) -> None:
-    """Forward and backward of a compiled model against eager; closing a gate is followed in both modes."""
-    torch.manual_seed(0)
-    model = tiny(gates=gates)
-    model.add_task("t", num_classes=5)
-    with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
-        dict(model.state("t").gated())["conv2"].score.fill_(0.02)
-    model.eval()
-    x = images()
-    compiled = torch.compile(model)
-    for closing in (None, "hidden"):
-        if closing is not None:
-            with torch.no_grad():
-                dict(model.state("t").gated())[closing].score.fill_(0.02)
-        results = []
-        for net in (model, compiled):
-            model.zero_grad()
-            out = net(x, task="t")
-            out.square().sum().backward()
-            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-            results.append((out.detach(), grads))
-        (eager, eager_grads), (other, other_grads) = results
-        # the compiler fuses the elementwise operations between the layers: float32 rounding of a few of them
-        assert torch.allclose(eager, other, rtol=1e-4, atol=1e-5)
-        assert eager_grads.keys() == other_grads.keys()
-        for name, grad in eager_grads.items():
-            assert torch.allclose(grad, other_grads[name], rtol=1e-3, atol=1e-4), name
-
-
-def test_device_gates_do_not_recompile() -> None:
-    import torch._dynamo.testing
-
-    model = tiny(gates="device").eval()
-    model.add_task("t", num_classes=5)
-    x = images()
-    model(x, task="t")
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(model, backend=counter)
-    compiled(x, task="t")
-    frames = counter.frame_count
-    for _, part in model.state("t").gated():
-        with torch.no_grad():
-            part.score.fill_(0.0)
-        compiled(x, task="t")
-    assert counter.frame_count == frames
 
 
 def test_public_names() -> None:
