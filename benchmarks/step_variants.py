@@ -78,7 +78,7 @@ class Naive(nn.Module):
 
 def gated_names(name: str) -> list[str]:
     """The layers that a TaskModel gates."""
-    model = taps_ext.TaskModel(base(name), taps_ext.TapsConfig())
+    model = taps_ext.TaskModel(base(name), taps_ext.TapsConfig(lam=0.5))
     model.add_task("t", num_classes=CLASSES)
     return [row.layer for row in model.report("t").rows]
 
