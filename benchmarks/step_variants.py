@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,6 @@ def floors(name: str, batch: int) -> dict[str, float]:
     total = counter.get_total_flops()
     closed = sum(forward[layer] for index, layer in enumerate(names) if not is_open(name, index, layer))
     return {
-        label: 1.0 - (closed * (1.0 - variant.fraction) / total if variant.closed else 0.0)
+        label: 1.0 - (closed * (1.0 - math.ceil(variant.fraction * batch) / batch) / total if variant.closed else 0.0)
         for label, variant in VARIANTS.items()
     }

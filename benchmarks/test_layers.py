@@ -3,53 +3,70 @@
     make bench          # these tests, then a training step, then the pictures and docs/benchmarks.md
     make bench-layers   # measure benchmarks/results/layers-cpu.json anew
 
-Variants take turns within one case and ratios of medians are compared, since times mean little on a shared machine.
-Two things are asserted: no case is slower than the best alternative by more than MARGIN, and no ratio to the stock op
-is worse by more than DRIFT than the committed one, where that was measured on the same kind of CPU. What is known to
-lose stands in LOSES, with the reason.
+Variants take turns within one case and ratios of medians are compared, since times mean little on a shared machine,
+where the same case measured twice differs by up to 15 %. So two things are asserted: no case is slower than the best
+alternative by more than MARGIN, but for those that are known to lose, with their bounds and reasons in LOSES; and no
+ratio to the stock op exceeds the committed one by more than DRIFT, where that was measured on such a machine.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from taps_ext import bench, ops
+from taps_ext import bench
+from taps_ext.cli.env import facts
 
 REFERENCE = Path(__file__).parent / "results" / "layers-cpu.json"
 SECONDS = 3.0  # for a case
-MARGIN, DRIFT = 1.05, 1.25
+MARGIN, DRIFT = 1.15, 1.25
+NARROW = "two products with a Delta that was cast to bf16 read 4 bytes a weight, not 6"
+CALL = "Python's part of a call, against one call of torch.add"
 LOSES = {
-    ("linear", torch.bfloat16, 1): "two products with a Delta that was cast to bf16 read 4 bytes a weight, not 6",
-    ("call", torch.float32, 1): "an operator's call, or autograd.Function's",
+    "linear: 4096 x 4096, 1, bfloat16": (1.3, NARROW),
+    "linear: 3072 x 768, 1, bfloat16": (1.6, NARROW),
+    "linear: 1024 x 1024, 1, bfloat16": (1.6, NARROW),
+    "call: 64 x 64, open, forward, 1, float32": (2.4, CALL),
 }
 
 
+def alike(machine: dict[str, Any]) -> bool:
+    """Whether a machine that `taps env` told of is such a one as this."""
+    here = facts()
+    return all(here["cpu"].get(key) == machine["cpu"].get(key) for key in ("model", "threads", "capability"))
+
+
 def reference() -> dict[str, float]:
-    """The committed ratios by name, or none where the machine is of another kind."""
-    if not REFERENCE.exists():
-        return {}
+    """The committed ratios by name, or none where they are of another machine."""
     found: dict[str, Any] = json.loads(REFERENCE.read_text(encoding="utf-8"))
-    extension = found["machine"]["extension"]
-    if ops._C is None or extension["isa"] != ops._C.isa():
+    if not alike(found["machine"]):
+        warnings.warn("the committed results are of another machine: ratios are not compared with them", stacklevel=1)
         return {}
     return {row["name"]: row["ratio"] for row in found["results"]}
 
 
+@pytest.fixture(scope="module")
+def committed() -> dict[str, float]:
+    return reference()
+
+
 @pytest.mark.parametrize("case", bench.suite(), ids=lambda case: case.name)
-def test_layer(case: bench.Case, benchmark: Any) -> None:
+def test_layer(case: bench.Case, benchmark: Any, committed: dict[str, float]) -> None:
     (result,) = bench.run([case], seconds=SECONDS)
     benchmark.group = case.group
     benchmark.extra_info.update(result.to_dict())
     taps = case.make()["taps"]
     turns = iter(range(10**9))
-    benchmark.pedantic(lambda: taps(next(turns)), rounds=5, warmup_rounds=1)
-    committed = reference().get(result.name)
-    if committed is not None:
-        assert result.ratio <= DRIFT * committed, f"{result.ratio:.2f} of the stock op, {committed:.2f} when committed"
-    if result.against is not None and (case.group, case.dtype, case.rows) not in LOSES:
-        assert result.against <= MARGIN, f"{result.against:.2f} of {result.alternative}"
+    with torch.set_grad_enabled(case.gradients):
+        benchmark.pedantic(lambda: taps(next(turns)), rounds=5, warmup_rounds=1)
+    if result.name in committed:
+        before = committed[result.name]
+        assert result.ratio <= DRIFT * before, f"{result.ratio:.2f} of the stock op, {before:.2f} when committed"
+    if result.against is not None:
+        most, why = LOSES.get(result.name, (MARGIN, ""))
+        assert result.against <= most, f"{result.against:.2f} of {result.alternative}, {most} allowed {why}"

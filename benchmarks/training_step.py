@@ -6,8 +6,9 @@ Each variant (step_variants.py) runs in processes of its own, in turn. Memory is
 set after all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap
 threshold fixed at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how
 the heap happens to be cut up. Times come from `--rounds` other processes with glibc's defaults: medians, and ratios to
-fine-tuning between neighbours, since absolute times mean little on a shared machine. "floor" is the share of
-fine-tuning's products that the variant cannot do without.
+the fine-tuning of the same round, since absolute times mean little on a shared machine. The loss is the task's alone;
+the penalty adds a sum over the scores. "floor" is the share of fine-tuning's products that the variant cannot do
+without.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("fine-tuning", "naive", "all open", "all open, limit", "pattern", "pattern, 1/8", "full")
-MODELS = ("resnet50", "vit_small")
+from step_variants import CLASSES, MODELS, VARIANTS, base, build, floors
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -63,17 +63,14 @@ def child(model: str, variant: str, batch: int, steps: int) -> dict[str, Any]:
     """Run one variant and measure it."""
     import torch
     import torch.nn.functional as F
-    from step_variants import CLASSES, build
-    from step_variants import VARIANTS as KNOWN
-    from step_variants import base as make
 
     torch.manual_seed(0)
     warm_up()
     with torch.device("meta"):
-        shapes = make(model)
+        shapes = base(model)
     nbytes = sum(tensor.nbytes for tensor in (*shapes.parameters(), *shapes.buffers()))
     baseline = resident()
-    forward, parameters = build(model, KNOWN[variant])
+    forward, parameters = build(model, VARIANTS[variant])
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     x, y = torch.randn(batch, 3, 224, 224), torch.randint(0, CLASSES, (batch,))
 
@@ -174,8 +171,6 @@ def main() -> None:
         print(json.dumps(child(args.model, args.child, args.batch, args.steps)))
         return
     if args.floors:
-        from step_variants import floors
-
         print(json.dumps(floors(args.model, args.batch)))
         return
     found = {}

@@ -39,9 +39,15 @@ constexpr long long kMostFusedRows = 128;
 constexpr long long kMostFewRows = 64;
 
 // From this many weights on. Below, what is saved is less than what calling an operator costs over a plain rebuild
-// (rebuild() in rebuild.h), the more so where caches are cold. Microseconds, fused (rebuilt), one row of fp32: 256 x
-// 256 45 (42), cold 246 (171); 512 x 512 59 (73), cold 322 (326).
+// (rebuild() in rebuild.h), the more so where caches are cold; the few calls that are operators in any case follow the
+// same rule. Microseconds, fused (rebuilt), one row of fp32: 256 x 256 45 (42), cold 246 (171); 512 x 512 59 (73), cold
+// 322 (326).
 constexpr long long kLeastFewRowsWeights = 1 << 17;
+
+constexpr bool worth_fusing(const Problem& problem) {
+  if (problem.cuda) return problem.rows <= kMostFusedRows;
+  return (problem.rows <= kMostFewRows || problem.emulated) && problem.outputs * problem.inputs >= kLeastFewRowsWeights;
+}
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
 // kFused: W_t in registers alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp).
@@ -50,10 +56,7 @@ constexpr long long kLeastFewRowsWeights = 1 << 17;
 // kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
-  const bool worthwhile = problem.cuda ? problem.rows <= kMostFusedRows
-                                       : (problem.rows <= kMostFewRows || problem.emulated) &&
-                                             problem.outputs * problem.inputs >= kLeastFewRowsWeights;
-  return problem.fusable && worthwhile ? Path::kFused : Path::kRebuild;
+  return problem.fusable && worth_fusing(problem) ? Path::kFused : Path::kRebuild;
 }
 
 // The weight gradient: kFused keeps G in registers, kRebuild has torch write it. Up to the same number of rows, for the

@@ -69,11 +69,11 @@ bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && 
 bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training) {
   if (w.weight.numel() == 0 || !readable(w.weight)) return false;
   if (!on_tiles(w.weight.place)) {
-    if (product != Product::kForward || training) return false;
-    if (compute != Dtype::kFloat32 && compute != Dtype::kBFloat16) return false;
-  } else if (!sixteen_bit(compute)) {
-    return false;
+    const Dtype delta = w.known_closed() ? w.weight.dtype : w.delta->dtype;
+    return product == Product::kForward && !training && cpu_fuses(w.weight.dtype, delta, compute) &&
+           (w.known_closed() || readable(*w.delta));
   }
+  if (!sixteen_bit(compute)) return false;
   const Dtype weight = w.weight.dtype;
   if (weight != compute && weight != Dtype::kFloat32) return false;
   if (w.known_closed()) return true;

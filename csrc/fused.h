@@ -1,5 +1,5 @@
 // The products of a gated linear layer that kernels fuse with W_t, as the ops call them: no workspace for W_t, and for
-// the weight gradient no G. On CUDA all three in 16 bits; on the CPU the forward of few rows, in fp32 and bf16, unless
+// the weight gradient no G. On CUDA all three in 16 bits; on the CPU the forward, in fp32 and bf16, unless
 // gradients are asked for: training is to the bit what it is on whole weights.
 #pragma once
 

@@ -138,7 +138,7 @@ void reconstruct(const Reconstruct& args);
 void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 int64_t linear_bytes(const LinearProduct& args);  // of `memory`
-void linear(const LinearProduct& args);           // the forward, with few rows (isa.h)
+void linear(const LinearProduct& args);           // the forward
 }  // namespace cpu
 
 #ifdef TAPS_WITH_CUDA

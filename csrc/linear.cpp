@@ -99,10 +99,10 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   check_rows(rows, x, "input", sizes.rows);
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
-  // Many rows are not fused; asking for them as a matrix might copy them.
-  const bool few = sizes.rows <= kMostFusedRows || emulated(x.dtype, x.place.cuda) ||
-                   forced_path() == static_cast<int>(Path::kFused);
-  if (few && fusable(Product::kForward, w, x.dtype, training)) x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  // As a matrix x might be copied: not for rows that are not fused anyway.
+  if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training)) {
+    x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  }
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);

@@ -52,17 +52,24 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "rebuild",
-      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows) {
+      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype,
+         int64_t rows) -> py::object {
         const auto dense = [](uintptr_t data, int type) {
           return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
         };
-        return reinterpret_cast<uintptr_t>(taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
-                                                         static_cast<taps::Dtype>(dtype), rows));
+        std::unique_ptr<taps::Lease> lease;
+        {
+          const py::gil_scoped_release released;
+          lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
+                                static_cast<taps::Dtype>(dtype), rows);
+        }
+        if (!lease) return py::none();
+        const auto address = reinterpret_cast<uintptr_t>(lease->data());
+        py::capsule owner(lease.get(), [](void* taken) { delete static_cast<taps::Lease*>(taken); });
+        lease.release();
+        return py::make_tuple(address, std::move(owner));
       },
-      py::call_guard<py::gil_scoped_release>(),
-      "W + Delta into a workspace that this thread keeps until release(); its address, or 0 where the operator must do "
-      "it.");
-  m.def("release", &taps::release, "Give back the workspace of this thread's last rebuild().");
+      "W + Delta in a workspace: its address and an object that keeps it leased; None where the operator must do it.");
   m.def(
       "memory",
       [](uintptr_t address, int64_t bytes) {
@@ -72,25 +79,28 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
+  m.def("emulates_bfloat16", &taps::cpu::emulates_bfloat16, "Whether torch's bf16 products are plain C++ here.");
   m.def(
       "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); }, py::arg("name"),
       "Use this instruction set; None returns to the best one. For tests.");
 
   m.def(
       "choose",
-      [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable) {
+      [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable,
+         bool emulated) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
         problem.same_dtype = same_dtype;
         problem.fusable = fusable;
+        problem.emulated = emulated;
         problem.rows = rows;
         problem.outputs = outputs;
         problem.inputs = inputs;
         return std::string(taps::name_of(taps::chosen_path(problem)));
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
-      py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false,
+      py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("emulated") = false,
       "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
   m.def(
       "taken_path",

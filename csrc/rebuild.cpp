@@ -37,34 +37,28 @@ Problem problem_of(const GatedWeight& w, int64_t rows, bool fusable) {
   return problem;
 }
 
-// Leases of this thread's callers of rebuild(), last in, first out.
-std::vector<Lease>& leases() {
-  static thread_local std::vector<Lease> stack;
-  return stack;
-}
-
 }  // namespace
 
-void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t rows) {
+std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows) {
   Problem problem;
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
-  problem.fusable = rows >= 0 && (compute == Dtype::kFloat32 || compute == Dtype::kBFloat16);
+  problem.fusable = rows >= 0 && cpu_fuses(weight.dtype, delta.dtype, compute);
   problem.emulated = emulated(compute, false);
   problem.rows = rows;
   problem.outputs = numel;
   problem.inputs = 1;
-  const int64_t bytes = numel * size_of(compute);
+  const auto bytes = static_cast<size_t>(numel * size_of(compute));
   const size_t limit = workspace_limit();
-  if (cuda::kTilesOnCpu || numel == 0 || forced_path() >= 0 || choose(problem) != Path::kRebuild) return nullptr;
-  if (limit != 0 && static_cast<size_t>(bytes) > limit) return nullptr;
-  leases().emplace_back(false, 0, nullptr, static_cast<size_t>(bytes));
+  if (cuda::kTilesOnCpu || !weight.data || !delta.data || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
+  if (forced_path() >= 0 || choose(problem) != Path::kRebuild) return nullptr;
+  auto lease = std::make_unique<Lease>(false, 0, nullptr, bytes);
   Reconstruct args;
   args.walk.numel = numel;
   args.walk.ndim = 1;
   args.walk.sizes[0] = numel;
   for (auto& stride : args.walk.strides) stride[0] = 1;
-  args.out = leases().back().data();
+  args.out = lease->data();
   args.out_dtype = compute;
   args.weight = weight.data;
   args.weight_dtype = weight.dtype;
@@ -73,12 +67,19 @@ void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t r
   args.gate.open = true;
   cpu::reconstruct(args);
   taken_path() = static_cast<int>(Path::kRebuild);
-  return args.out;
+  return lease;
 }
 
-void release() {
-  if (leases().empty()) fail("release: expected a workspace that this thread has taken, there is none");
-  leases().pop_back();
+bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute) {
+  if (compute != Dtype::kFloat32 && compute != Dtype::kBFloat16) return false;
+  if (weight != compute && weight != Dtype::kFloat32) return false;
+  return delta == Dtype::kFloat32 || (delta == compute && weight == compute);
+}
+
+bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows) {
+  Problem problem = problem_of(w, rows, true);
+  problem.emulated = emulated(compute, problem.cuda);
+  return worth_fusing(problem) || forced_path() == static_cast<int>(Path::kFused);
 }
 
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {

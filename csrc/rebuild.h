@@ -32,16 +32,21 @@ void reconstruct_into(const Described& out, const Described* weight, const Descr
 // Whether torch's products in this type are written in plain C++ there.
 bool emulated(Dtype compute, bool cuda);
 
-// For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate into a workspace of this thread,
-// which it keeps until release(). Dense operands of one layout, on the CPU. Returns null where choose() takes another
-// path, or where the weight exceeds the limit: the operator then does what is right. `rows`: of a linear layer's
-// product that needs no gradient; -1 where nothing is fused.
+// Whether the CPU's fused forward knows these types.
+bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
+
+// Whether so many rows are worth fusing where types and layout allow it.
+bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
+
+// For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate in a leased workspace. Dense
+// operands of one layout, on the CPU. Null where choose() takes another path, or where the weight exceeds the limit:
+// the operator then does what is right. `rows`: of a linear layer's product that needs no gradient; -1 where nothing is
+// fused.
 struct Dense {
   const void* data;
   Dtype dtype;
 };
-void* rebuild(Dense weight, Dense delta, int64_t numel, Dtype compute, int64_t rows);
-void release();
+std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows);
 
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.

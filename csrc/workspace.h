@@ -1,5 +1,5 @@
 // The reused buffer that W_t is rebuilt into: one per device and stream, grown to the largest
-// weight (or to the limit), leased for the duration of one host call. Two host threads on one stream get two
+// weight (or to the limit), leased while a host call needs it. Two host threads on one stream get two
 // buffers; no lock is held while torch runs.
 #pragma once
 

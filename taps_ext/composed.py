@@ -20,7 +20,7 @@ def may_be_transformed() -> bool:
 
 def transformed(*tensors: Tensor | None) -> bool:
     """True inside a transform of torch.func, or where a tensor carries a forward-mode tangent."""
-    if not may_be_transformed() or torch.compiler.is_compiling():  # there the operators are in the graph as they are
+    if torch.compiler.is_compiling() or not may_be_transformed():  # the operators are in the graph as they are
         return False
     if torch._C._are_functorch_transforms_active():
         return True

@@ -184,6 +184,15 @@ def _padding(
     return [t // 2 for t in total], ahead
 
 
+def _check_images(input: Tensor, weight: Tensor, rows: Tensor | None) -> None:
+    if weight.dim() != 4:
+        raise ValueError(f"weight: expected [O, C / groups, kh, kw], got shape {list(weight.shape)}")
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
+    if rows is not None and input.dim() == 3:
+        raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
+
+
 def gated_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -224,14 +233,12 @@ def gated_conv2d(
         if composed.transformed(input, weight, delta, score, bias):
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.conv2d(input, made, bias, stride, padding, dilation, groups)
+    if input.dim() != 4 or weight.dim() != 4:
+        _check_images(input, weight, rows)
     if _rests(weight, score, gate, input.dtype):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     geometry = (stride, padding, dilation, groups)
-    if input.dim() != 4:
-        if input.dim() != 3:
-            raise ValueError(f"input: expected [B, C, H, W] or [C, H, W], got shape {list(input.shape)}")
-        if rows is not None:
-            raise ValueError(f"input: expected a batch for rows, got shape {list(input.shape)}")
+    if input.dim() == 3:
         batched = gated_conv2d(input[None], weight, delta, score, bias, *geometry, gate=gate, threshold=threshold)
         return batched[0]
     if not HAS_EXTENSION:
@@ -310,6 +317,17 @@ def unread_weight(
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def _operands_fit(
+    input: Tensor, weight: Tensor, score: Tensor | None, bias: Tensor | None, rows: Tensor | None
+) -> bool:
+    """True where the operator would have nothing to complain of that torch's own functions let pass."""
+    return (
+        rows is None
+        and (bias is None or (bias.dtype == input.dtype and bias.size() == weight.shape[:1]))
+        and (score is None or (score.is_cpu and score.dtype in (torch.float32, torch.float64)))
+    )
+
+
 def _run_linear(
     input: Tensor,
     weight: Tensor,
@@ -317,26 +335,45 @@ def _run_linear(
     score: Tensor | None,
     bias: Tensor | None,
     gate: bool | None,
-    *rest: Any,
+    threshold: float,
+    rows: Tensor | None,
+    row_scale: float,
+    training: bool,
 ) -> Tensor:
-    if gate is True and (bias is None or bias.dtype == input.dtype) and weight.dim() == 2:
-        rows = -1 if rest[-1] else input.numel() // max(1, weight.shape[1])
-        made = rebuilt.product(_C, F.linear, input, weight, delta, rows, bias)
+    if gate is True and weight.dim() == 2 and input.dim() and _operands_fit(input, weight, score, bias, rows):
+        count = -1 if training else input.numel() // max(1, input.shape[-1])
+        made = rebuilt.product(_C, F.linear, input, weight, delta, count, bias)
         if made is not None:
             return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, gate, *rest)
+        return torch.ops.taps_ext.gated_linear.default(
+            input, weight, delta, score, bias, gate, threshold, rows, row_scale, training
+        )
 
 
 def _run_conv2d(
-    input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None, *rest: Any
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: list[int],
+    dilation: tuple[int, ...],
+    groups: int,
+    gate: bool | None,
+    threshold: float,
+    rows: Tensor | None,
+    row_scale: float,
 ) -> Tensor:
-    if rest[4] is True and (bias is None or bias.dtype == input.dtype):
-        made = rebuilt.product(_C, F.conv2d, input, weight, delta, -1, bias, *rest[:4])
+    if gate is True and _operands_fit(input, weight, score, bias, rows):
+        made = rebuilt.product(_C, F.conv2d, input, weight, delta, -1, bias, stride, padding, dilation, groups)
         if made is not None:
             return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *rest)
+        return torch.ops.taps_ext.gated_conv2d.default(
+            input, weight, delta, score, bias, stride, padding, dilation, groups, gate, threshold, rows, row_scale
+        )
 
 
 def _run_effective_weight(

@@ -41,6 +41,20 @@ def _one_layout(weight: Tensor, delta: Tensor) -> bool:
     return weight.dim() == 4 and weight.is_contiguous(memory_format=last) and delta.is_contiguous(memory_format=last)
 
 
+def _watched() -> bool:
+    """True where someone may keep a function's arguments (a mode, a trace), or is to see our operators."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def forget() -> None:
+    """Drop the views: the memory that they were of has been freed."""
+    _views.clear()
+
+
 def product(
     extension: Any, stock: Callable[..., Tensor], input: Tensor, weight: Tensor, delta: Tensor, rows: int, *rest: Any
 ) -> Tensor | None:
@@ -51,23 +65,28 @@ def product(
         rows: of a linear layer's product without gradients, which might be fused; else -1.
     """
     if (
-        type(weight) not in _PLAIN
+        type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
         or type(delta) not in _PLAIN
         or not (input.is_cpu and weight.is_cpu and delta.is_cpu)
-        or torch._C._len_torch_dispatch_stack()  # who watches operators is to see ours
+        or weight.is_neg()
+        or delta.is_neg()
         or not _one_layout(weight, delta)
+        or _watched()
     ):
         return None
     dtype = input.dtype
     code, own, other = _CODES.get(dtype), _CODES.get(weight.dtype), _CODES.get(delta.dtype)
     if code is None or own is None or other is None:
         return None
-    address = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, weight.numel(), code, rows)
-    if not address:
+    made = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, weight.numel(), code, rows)
+    if made is None:
         return None
+    address, lease = made  # given back when this call returns
+    view = _view(extension, address, weight, dtype)
     try:
-        return stock(input, _view(extension, address, weight, dtype), *rest)
-    except RuntimeError:  # of shapes that do not fit: the operator names them
+        return stock(input, view, *rest)
+    except RuntimeError:  # the operator says what is wrong, in its own words
         return None
     finally:
-        extension.release()
+        del lease, made

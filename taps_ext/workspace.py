@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import rebuilt
 from .errors import ConfigError
 from .ops import _C
 
@@ -32,5 +33,6 @@ def set_workspace_limit(limit: int | None) -> None:
         raise ConfigError(f"limit: expected a positive number of bytes or None, got {limit!r}")
     if _C is not None:
         _C.set_workspace_limit(limit or 0)
+        rebuilt.forget()
     elif limit is not None:
         raise ConfigError("limit: expected the compiled extension, which owns the workspace; it is not loaded")

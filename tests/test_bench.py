@@ -1,14 +1,15 @@
 """taps bench: what it measures is what it says, in the order and number that make medians comparable."""
 
-import itertools
 import json
 import time
 
 import pytest
 import torch
+from tolerance import assert_close, bound
 
+import taps_ext
 from taps_ext import ConfigError, bench, ops
-from taps_ext.bench import timing
+from taps_ext.bench import cases, timing
 from taps_ext.profiling import Machine
 
 if not ops.HAS_EXTENSION:
@@ -22,23 +23,26 @@ def small(case: bench.Case) -> bool:
 
 def outputs(case: bench.Case, turn: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return {name: run(turn) for name, run in case.make().items()}
+    with torch.set_grad_enabled(case.gradients):
+        return {name: run(turn) for name, run in case.make().items()}
 
 
 @pytest.mark.parametrize("group", ["linear", "conv2d", "closed"])
 def test_every_variant_computes_the_same(group) -> None:
     """With the weights of each turn, so that no variant measures other work than ours."""
-    cases = [case for case in bench.suite([group], full=True) if small(case)]
-    assert len(cases) > (0 if group == "closed" else 5)
-    for case in cases[:: max(1, len(cases) // 8)]:
+    chosen = [case for case in bench.suite([group], full=True) if small(case)]
+    assert len(chosen) > (0 if group == "closed" else 5)
+    for case in chosen[:: max(1, len(chosen) // 8)]:
         for turn in (0, 5):
             found = outputs(case, turn)
             exact = found["stock"].double()
             for name, output in found.items():
                 # Sums of `depth` terms in fp32, each step rounded at the size that the sum has by then; W_t, and both
-                # products of "two products", rounded to the type.
+                # products of "two products", rounded to the type. To forget Delta, as large as W, would be an error of
+                # most of it.
                 depth = case.operations / (2 * exact.numel())
                 relative = 4 * torch.finfo(case.dtype).eps + depth**0.5 * torch.finfo(torch.float32).eps
+                assert relative < 0.05
                 assert (output.double() - exact).abs().max() <= relative * exact.abs().max(), (case.layer, name)
 
 
@@ -46,25 +50,44 @@ def test_gradients_and_calls_are_run() -> None:
     for case in bench.suite(["gradient", "call"]):
         if case.rows > 256:
             continue
+        with torch.set_grad_enabled(case.gradients):
+            for run in case.make().values():
+                run(0)
+                run(1)
+
+
+def test_gradients_are_those_of_the_product() -> None:
+    """Of both variants, against float64."""
+    torch.manual_seed(0)
+    case = next(case for case in bench.suite(["gradient"]) if case.rows == 256 and "open" in case.layer)
+    variants = case.make()
+    torch.manual_seed(0)
+    x, dy = torch.randn(256, 768), torch.randn(256, 3072)
+    _, deltas, *_ = cases._layer((3072, 768), torch.float32, torch.device("cpu"), torch.contiguous_format)
+    exact = dy.double().t() @ x.double()
+    taps, other = variants["taps"](3), variants["product and dot"](3)
+    for gradient, score in (taps[1:3], other):
+        assert_close(gradient, exact, torch.float32, 256, x, dy)
+        # A sum over all weights of such elements, each times one of Delta's; accumulated in fp32 by torch.dot.
+        terms = exact.numel()
+        allowed = bound(torch.float32, 256, x, dy, outer=terms) + bound(torch.float32, terms, exact, deltas[3])
+        assert abs(score.item() - (exact * deltas[3].double()).sum().item()) <= allowed
+
+
+def test_a_step_is_one_of_a_task(monkeypatch) -> None:
+    """Closed layers are closed and get no gradient of Delta; the penalty reaches every score."""
+    made = []
+    plain = taps_ext.TaskModel
+    monkeypatch.setattr(taps_ext, "TaskModel", lambda *args: made.append(plain(*args)) or made[-1])
+    found = bench.suite(["step"])
+    for case in found:
         for run in case.make().values():
             run(0)
-            run(1)
-
-
-def test_gradients_are_what_autograd_gives() -> None:
-    case = next(case for case in bench.suite(["gradient"]) if case.rows == 256 and "open" in case.layer)
-    torch.manual_seed(0)
-    variants = case.make()
-    taps, (gradient, score) = variants["taps"](3), variants["product and sum"](3)
-    torch.testing.assert_close(taps[1], gradient)
-    torch.testing.assert_close(taps[2], score, rtol=1e-3, atol=1e-2)
-
-
-def test_steps_leave_closed_layers_closed() -> None:
-    cases = bench.suite(["step"])
-    assert len(cases) == 3
-    for run in cases[-1].make().values():
-        run(0)
+        closed = "closed" in case.layer
+        parts = [part for _, part in made[-1].state("task").learned()]
+        assert len(parts) > 10 and all(part.gate is not closed for part in parts)
+        assert all((part.delta.grad is None) == closed and part.score.grad.abs() > 0 for part in parts)
+    assert len(found) == len(made) == 3
 
 
 def test_variants_take_turns() -> None:
@@ -72,9 +95,11 @@ def test_variants_take_turns() -> None:
     runs = {name: (lambda i, name=name: order.append((name, i)) or time.sleep(3e-4)) for name in "abc"}
     times = timing.interleaved(runs, 0.0, torch.device("cpu"))
     assert set(times) == set("abc") and all(3e-4 <= value < 1 for value in times.values())
-    assert [turn for _, turn in order] == list(range(len(order)))  # every call has cold weights of its own
-    rounds = [name for name, _ in order][-3 * timing.LEAST :]
-    assert rounds == list(itertools.chain.from_iterable(["abc"] * timing.LEAST))
+    for name in "abc":  # each goes through the weights in its own time
+        turns = [turn for owner, turn in order if owner == name]
+        assert turns == list(range(turns[0], turns[0] + len(turns)))
+    rounds = "".join(name for name, _ in order)[-3 * timing.LEAST :]
+    assert rounds == "abcbcacababcbca"
 
 
 def test_short_runs_are_repeated() -> None:

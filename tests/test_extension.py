@@ -58,6 +58,8 @@ def test_choice_of_path():
     assert _C.choose(rows=64, **large) == "fused"
     assert _C.choose(rows=65, **large) == "rebuild"
     assert _C.choose(rows=64, **{**large, "inputs": 255}) == "rebuild"
+    assert _C.choose(rows=10**6, emulated=True, **large) == "fused"
+    assert _C.choose(rows=10**6, emulated=True, **{**large, "fusable": False}) == "rebuild"
     assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
     assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"

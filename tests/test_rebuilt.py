@@ -94,7 +94,14 @@ def test_what_is_left_to_the_operator(calls) -> None:
         calls.clear()
         gated_linear(x, w, d, torch.tensor(0.2))
         gated_linear(x, w, d, None, torch.zeros(8, dtype=torch.float64), gate=True)
+        gated_linear(x, w, d, gate=True, rows=torch.tensor([0]))
         assert not calls
+        traced = torch.jit.trace(lambda own: gated_linear(own, w, d, gate=True), x)
+        gated_linear(x, torch.zeros(8, 12), torch.zeros(8, 12), gate=True)  # into the same workspace
+        assert torch.equal(traced(x), expected) and "taps_ext::gated_linear" in str(traced.graph)
+        minus = torch._neg_view(w)
+        torch.testing.assert_close(gated_linear(x, minus, d, gate=True), F.linear(x, d - w))
+        calls.clear()
         with Watch():
             gated_linear(x, w, d, gate=True)
         assert "taps_ext.gated_linear.default" in seen and calls == [False]
@@ -106,8 +113,11 @@ def test_what_is_left_to_the_operator(calls) -> None:
         assert calls == [False, False]
         with pytest.raises(RuntimeError, match="input: expected"):
             gated_linear(torch.randn(3, 11), w, d, gate=True)
-        with pytest.raises(RuntimeError, match="bias: expected"):
-            gated_linear(x, w, d, None, torch.zeros(7), gate=True)
+        for wrong in (torch.zeros(7), torch.zeros(1), torch.zeros(3, 8)):  # torch would broadcast the last two
+            with pytest.raises(RuntimeError, match="bias: expected"):
+                gated_linear(x, w, d, None, wrong, gate=True)
+        with pytest.raises(RuntimeError, match="score: expected"):
+            gated_linear(x, w, d, torch.tensor(0.2).half(), gate=True)
 
 
 def test_views_of_memory_that_was_given_back_are_never_read() -> None:
@@ -133,8 +143,22 @@ def test_views_of_memory_that_was_given_back_are_never_read() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    C.workspace_clear()
-    assert workspace_bytes() == 0  # every lease has come back
+    set_workspace_limit(None)
+    assert workspace_bytes() == 0 and not rebuilt._views  # every lease has come back, and no view of the memory is left
+
+
+def test_an_error_gives_the_workspace_back() -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    w = torch.ones(8, 12)
+    with pytest.raises(Stop):
+        rebuilt.product(C, stop, torch.ones(3, 12), w, w, -1)
+    set_workspace_limit(None)
+    assert workspace_bytes() == 0
 
 
 def test_few_views_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,3 +132,16 @@ def test_what_the_graph_holds_anyway_is_not_copied(between, kept) -> None:
             assert (x.numel() in sizes, 3 * 8 in sizes) == (kept, not kept)
         found.append(torch.autograd.grad(out.square().sum(), (x, score)))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_images_and_weights_of_other_shapes_are_named(gate) -> None:
+    """Also where torch's own function would take them: a closed layer whose score asks for nothing."""
+    x, w, rows = draw(2, 6, 7, 7), draw(4, 6, 3, 3), torch.tensor([0])
+    with pytest.raises(ValueError, match="input: expected a batch for rows"):
+        gated_conv2d(x[0], w, w, gate=gate, rows=rows)
+    with pytest.raises(ValueError, match=r"input: expected \[B, C, H, W\]"):
+        gated_conv2d(x[None], w, w, gate=gate)
+    with pytest.raises(ValueError, match=r"weight: expected \[O, C / groups, kh, kw\]"):
+        gated_conv2d(x, w[0], w[0], gate=gate, padding="same")
+    assert gated_conv2d(x[0], w, w, gate=gate).shape == (4, 5, 5)

@@ -58,9 +58,13 @@ std::atomic<const Set*>& chosen() {
 }  // namespace
 
 bool emulates_bfloat16() {
+#if defined(__x86_64__)
   static const bool emulates =
       !(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
   return emulates;
+#else
+  return false;  // not measured
+#endif
 }
 
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }

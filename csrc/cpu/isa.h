@@ -34,7 +34,7 @@ using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, 
 constexpr int kFewRows = 32, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
-// Whether torch's products in bf16 are written in plain C++ here: oneDNN's need AVX-512.
+// Whether torch's products in bf16 are written in plain C++ on this machine: oneDNN's need AVX-512 there.
 bool emulates_bfloat16();
 
 const Lanes& lanes();  // of the chosen set

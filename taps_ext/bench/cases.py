@@ -18,21 +18,22 @@ from .. import ops
 from ..errors import ConfigError
 
 Variant = Callable[[int], Any]
-COLD = 2**27  # bytes of weights that take turns, so that they come from memory
+COLD = 2**27  # bytes of weights and Deltas that take turns, so that those of large layers come from memory
 
-GROUPS = {
-    "linear": "open linear layers, forward",
-    "conv2d": "open convolutions of a ResNet-50, forward",
-    "closed": "closed layers, forward",
-    "gradient": "the gradients of Delta and score of a linear layer",
-    "call": "layers so small that the call is the cost",
-    "step": "a training step of a small ResNet",
-}
+MOST = 512  # of them
+
+
+def describe(group: str, layer: str, rows: int, dtype: torch.dtype) -> str:
+    """The name of a case and of what came of it."""
+    return f"{group}: {layer}, {rows}, {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer in one situation: `make()` gives its variants, `moved` and `operations` are the least that it takes."""
+    """One layer in one situation: `make()` gives its variants, `moved` and `operations` are the least that it takes.
+
+    Without `gradients` the variants run under `no_grad`.
+    """
 
     group: str
     layer: str
@@ -41,10 +42,11 @@ class Case:
     make: Callable[[], dict[str, Variant]]
     moved: int = 0
     operations: int = 0
+    gradients: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.group}: {self.layer}, {self.rows}, {str(self.dtype).removeprefix('torch.')}"
+        return describe(self.group, self.layer, self.rows, self.dtype)
 
 
 def suite(groups: Sequence[str] | None = None, *, full: bool = False, device: torch.device | str = "cpu") -> list[Case]:
@@ -53,30 +55,24 @@ def suite(groups: Sequence[str] | None = None, *, full: bool = False, device: to
     Raises:
         ConfigError: an unknown group.
     """
-    makers = {"linear": _linears, "conv2d": _convolutions, "closed": _closed}
-    makers |= {"gradient": _gradients, "call": _calls, "step": _steps}
     chosen = list(GROUPS) if groups is None else list(groups)
     for group in chosen:
-        if group not in makers:
+        if group not in GROUPS:
             raise ConfigError(f"groups: expected some of {', '.join(GROUPS)}, got {group!r}")
-    return [case for group in chosen for case in makers[group](full, torch.device(device))]
-
-
-def _turns(make: Callable[[], Tensor], nbytes: int) -> list[Tensor]:
-    return [make() for _ in range(max(2, min(16, COLD // max(1, nbytes))))]
+    return [case for group in chosen for case in GROUPS[group](full, torch.device(device))]
 
 
 def _layer(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, format: torch.memory_format
 ) -> tuple[Any, ...]:
-    """Cold weights, Deltas in fp32 and in the weights' type, merged weights, and a buffer for one of them."""
+    """Weights that take turns, Deltas in fp32 and in the weights' type, merged weights, and a buffer for one."""
     nbytes = torch.Size(shape).numel() * (dtype.itemsize + 4)
+    count = max(2, min(MOST, COLD // max(1, nbytes)))
 
-    def draw(kind: torch.dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, device=device)).to(kind).contiguous(memory_format=format)
+    def draw(kind: torch.dtype) -> list[Tensor]:
+        return [t.to(kind).contiguous(memory_format=format) for t in torch.randn(count, *shape, device=device).unbind()]
 
-    weights = _turns(lambda: draw(dtype), nbytes)
-    deltas = [draw(torch.float32, 0.01) for _ in weights]
+    weights, deltas = draw(dtype), draw(torch.float32)
     merged = [(w.float() + d).to(dtype) for w, d in zip(weights, deltas, strict=True)]
     return weights, deltas, [d.to(dtype) for d in deltas], merged, torch.empty_like(weights[0])
 
@@ -88,10 +84,10 @@ def _forward(
     weights, deltas, narrow, merged, buffer = layer
     n = len(weights)
     return {
-        "stock": torch.no_grad()(lambda i: stock(x, merged[i % n])),
-        "taps": torch.no_grad()(lambda i: gated(x, weights[i % n], deltas[i % n], gate=True)),
-        "add + op": torch.no_grad()(lambda i: stock(x, torch.add(weights[i % n], narrow[i % n], out=buffer))),
-        "two products": torch.no_grad()(lambda i: stock(x, weights[i % n]).add_(stock(x, narrow[i % n]))),
+        "stock": lambda i: stock(x, merged[i % n]),
+        "taps": lambda i: gated(x, weights[i % n], deltas[i % n], gate=True),
+        "add + op": lambda i: stock(x, torch.add(weights[i % n], narrow[i % n], out=buffer)),
+        "two products": lambda i: stock(x, weights[i % n]).add_(stock(x, narrow[i % n])),
     }
 
 
@@ -119,7 +115,14 @@ def _linear_maker(
     def make() -> dict[str, Variant]:
         x = torch.randn(rows, inputs, device=device).to(dtype)
         layer = _layer((outputs, inputs), dtype, device, torch.contiguous_format)
-        return _forward(ops.gated_linear, F.linear, x, layer)
+        weights, _, narrow, *_ = layer
+        n = len(weights)
+
+        def accumulated(i: int) -> Tensor:
+            y = F.linear(x, weights[i % n])
+            return torch.addmm(y, x, narrow[i % n].t(), out=y)
+
+        return {**_forward(ops.gated_linear, F.linear, x, layer), "two products": accumulated}
 
     return make
 
@@ -199,7 +202,7 @@ def _closed(full: bool, device: torch.device) -> Iterator[Case]:
             weights, deltas, *_ = _layer((outputs, inputs), torch.float32, device, torch.contiguous_format)
             n = len(weights)
             return {
-                "stock": torch.no_grad()(lambda i: F.linear(x, weights[i % n])),
+                "stock": lambda i: F.linear(x, weights[i % n]),
                 "taps": torch.no_grad()(
                     lambda i: ops.gated_linear(x, weights[i % n], deltas[i % n], score, gate=False)
                 ),
@@ -225,13 +228,13 @@ def _gradients(full: bool, device: torch.device) -> Iterator[Case]:
 
                     def alternative(i: int) -> Any:
                         gradient = dy.t() @ x
-                        return gradient, (gradient * deltas[i % n]).sum()
+                        return gradient, torch.dot(gradient.view(-1), deltas[i % n].view(-1))
 
                     def taps(i: int) -> Any:
                         weight, delta = weights[i % n], deltas[i % n]
                         return backward(dy, x, weight, delta, score, gate, 0.1, mask, None, 1.0)
 
-                    return {"stock": lambda i: dy.t() @ x, "taps": taps, "product and sum": alternative}
+                    return {"stock": lambda i: dy.t() @ x, "taps": taps, "product and dot": alternative}
 
                 yield Case(
                     "gradient",
@@ -249,11 +252,11 @@ def _calls(full: bool, device: torch.device) -> Iterator[Case]:
         x, weight, delta = (torch.randn(*shape, device=device) for shape in ((1, 64), (64, 64), (64, 64)))
         score, merged, buffer = torch.tensor(0.15, device=device), weight + delta, torch.empty_like(weight)
         found: dict[str, Variant] = {
-            "stock": torch.no_grad()(lambda i: F.linear(x, merged)),
-            "taps": torch.no_grad()(lambda i: ops.gated_linear(x, weight, delta, score, gate=gate)),
+            "stock": lambda i: F.linear(x, merged),
+            "taps": lambda i: ops.gated_linear(x, weight, delta, score, gate=gate),
         }
         if gate:
-            found["add + op"] = torch.no_grad()(lambda i: F.linear(x, torch.add(weight, delta, out=buffer)))
+            found["add + op"] = lambda i: F.linear(x, torch.add(weight, delta, out=buffer))
         return found
 
     def both(gate: bool) -> dict[str, Variant]:
@@ -283,7 +286,8 @@ def _calls(full: bool, device: torch.device) -> Iterator[Case]:
     for gate in (False, True):
         state = "open" if gate else "closed"
         yield Case("call", f"64 x 64, {state}, forward", 1, torch.float32, lambda g=gate: forward(g))  # type: ignore[misc]
-        yield Case("call", f"64 x 64, {state}, both ways", 1, torch.float32, lambda g=gate: both(g))  # type: ignore[misc]
+        maker: Any = lambda g=gate: both(g)  # noqa: E731
+        yield Case("call", f"64 x 64, {state}, both ways", 1, torch.float32, maker, gradients=True)
 
 
 class _Naive(nn.Module):
@@ -314,6 +318,7 @@ def _steps(full: bool, device: torch.device) -> Iterator[Case]:
             batch,
             torch.float32,
             _step_maker(batch, closed, fraction, device),
+            gradients=True,
         )
 
 
@@ -327,13 +332,13 @@ def _step_maker(batch: int, closed: bool, fraction: float, device: torch.device)
     def make() -> dict[str, Variant]:
         x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
 
-        def stepped(model: nn.Module, parameters: Any) -> Variant:
+        def stepped(model: nn.Module, parameters: Any, penalty: Callable[[], Any] = lambda: 0.0) -> Variant:
             optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
             model.train()
 
             def step(i: int) -> None:
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                (F.cross_entropy(model(x), y) + penalty()).backward()
                 optimizer.step()
 
             return step
@@ -353,8 +358,18 @@ def _step_maker(batch: int, closed: bool, fraction: float, device: torch.device)
         model.set_task("task")
         return {
             "stock": stepped(stock, stock.parameters()),
-            "taps": stepped(model, model.parameter_groups("task", lr=0.0)),
+            "taps": stepped(model, model.parameter_groups("task", lr=0.0), model.sparsity_loss),
             "by autograd": stepped(naive, [p for p in naive.parameters() if p.requires_grad]),
         }
 
     return make
+
+
+GROUPS: dict[str, Callable[[bool, torch.device], Iterator[Case]]] = {
+    "linear": _linears,
+    "conv2d": _convolutions,
+    "closed": _closed,
+    "gradient": _gradients,
+    "call": _calls,
+    "step": _steps,
+}

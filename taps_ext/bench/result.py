@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .cases import describe
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,7 +49,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return f"{self.group}: {self.layer}, {self.rows}, {str(self.dtype).removeprefix('torch.')}"
+        return describe(self.group, self.layer, self.rows, self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with what follows from the seconds."""

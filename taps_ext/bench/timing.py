@@ -62,40 +62,45 @@ def _measured(case: Case, machine: Machine, seconds: float, device: torch.device
         variants = case.make()
     extension = ops._C
     assert extension is not None
-    extension.taken_path()  # forget the path of what ran before
-    variants["taps"](0)
-    path = extension.taken_path()
-    times = interleaved(variants, seconds - (time.perf_counter() - began), device)
+    with torch.set_grad_enabled(case.gradients):
+        extension.taken_path()  # forget the path of what ran before
+        variants["taps"](0)
+        path = None if case.gradients else extension.taken_path()
+        times = interleaved(variants, seconds - (time.perf_counter() - began), device)
     limit = machine.seconds(case.operations, case.moved) if case.moved else None
     return Result(case.group, case.layer, case.rows, case.dtype, path, times, limit)
 
 
 def interleaved(variants: dict[str, Variant], seconds: float, device: torch.device) -> dict[str, float]:
-    """The median seconds of each. Every call gets a number of its own, by which it picks among cold weights."""
+    """The median seconds of each: all once in every round, in an order that rotates.
+
+    Every call of a variant gets a number, by which it picks among weights that take turns: its own calls in order, from
+    a start of its own, so that it does not find the weights that another has just read.
+    """
+    turns = {name: place * 10_007 for place, name in enumerate(variants)}
 
     def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    turn = 0
-
-    def sample(run: Variant, repeats: int) -> float:
-        nonlocal turn
+    def sample(name: str, repeats: int) -> float:
+        run, turn = variants[name], turns[name]
         synchronize()
         start = time.perf_counter()
-        for _ in range(repeats):
-            run(turn)
-            turn += 1
+        for index in range(turn, turn + repeats):
+            run(index)
         synchronize()
+        turns[name] = turn + repeats
         return (time.perf_counter() - start) / repeats
 
-    alone = {name: min(sample(run, 1) for _ in range(4)) for name, run in variants.items()}
+    alone = {name: min(sample(name, 1) for _ in range(4)) for name in variants}
     repeats = {name: max(1, min(1000, round(SAMPLE / seconds))) for name, seconds in alone.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     began = time.perf_counter()
     for index in range(MOST):
         if index >= LEAST and time.perf_counter() - began > seconds:
             break
-        for name, run in variants.items():
-            times[name].append(sample(run, repeats[name]))
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            times[name].append(sample(name, repeats[name]))
     return {name: statistics.median(found) for name, found in times.items()}

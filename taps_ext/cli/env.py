@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
 from typing import Any
 
 from ..version import __version__
@@ -28,6 +29,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def facts() -> dict[str, Any]:
     """Everything `taps env` shows, JSON-ready."""
     import torch
@@ -49,7 +60,11 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "extension": extension,
-        "cpu": {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {
+            "model": _processor(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
         "cuda": {"available": torch.cuda.is_available(), "version": torch.version.cuda, "devices": devices},
         "packages": {name: _version(name) for name in OPTIONAL},
     }
