@@ -24,14 +24,14 @@ from taps_ext.cli.env import facts
 
 REFERENCE = Path(__file__).parent / "results" / "layers-cpu.json"
 SECONDS = 3.0  # for a case
-MARGIN, DRIFT = 1.15, 1.25
+MARGIN, DRIFT = 1.15, 1.4
 NARROW = "two products with a Delta that was cast to bf16 read 4 bytes a weight, not 6"
 CALL = "Python's part of a call, against one call of torch.add"
 LOSES = {
     "linear: 4096 x 4096, 1, bfloat16": (1.3, NARROW),
     "linear: 3072 x 768, 1, bfloat16": (1.6, NARROW),
     "linear: 1024 x 1024, 1, bfloat16": (1.6, NARROW),
-    "call: 64 x 64, open, forward, 1, float32": (2.4, CALL),
+    "call: 64 x 64, open, forward, 1, float32": (3.0, CALL),
 }
 
 
