@@ -61,11 +61,12 @@ def product(
     """`stock(input, W_t, *rest)` with the gate open, or None where the operator must do it.
 
     Args:
-        extension: `taps_ext._C`.
+        extension: `taps_ext._C`, or None where it is missing.
         rows: of a linear layer's product without gradients, which might be fused; else -1.
     """
     if (
-        type(input) not in _PLAIN
+        extension is None
+        or type(input) not in _PLAIN
         or type(weight) not in _PLAIN
         or type(delta) not in _PLAIN
         or not (input.is_cpu and weight.is_cpu and delta.is_cpu)
