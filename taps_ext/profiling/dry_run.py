@@ -117,20 +117,33 @@ def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
             state.rested[layer] = stamp(part.delta)
 
 
-def _workspace(step: Step, calls: dict[str, torch.dtype]) -> int:
+def _workspace(step: Step, calls: dict[str, tuple[torch.dtype, int]]) -> int:
     """The largest weight that is rebuilt, or whose gradient is formed, outside of the results."""
     if step.state is None or ops._C is None:
         return 0
     largest = 0
     for name, part in step.state.gated():
-        weight, dtype = base_weight(step.model.base.get_submodule(name)), calls.get(name)
-        if dtype is None or part.delta is None or part.merged is not None:
+        host = step.model.base.get_submodule(name)
+        weight, call = base_weight(host), calls.get(name)
+        if call is None or part.delta is None or part.merged is not None:
+            continue
+        dtype, rows = call
+        if step.phase == "infer" and part.gate and isinstance(host, nn.Linear) and _fused(weight, dtype, rows):
             continue
         learns = step.phase == "train" and part.score is not None and part.score.requires_grad
         if part.gate is not False or learns:
             largest = max(largest, weight.numel() * dtype.itemsize)
     limit = ops._C.workspace_limit()
     return min(largest, limit) if limit else largest
+
+
+def _fused(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
+    """Whether an open linear layer on the CPU multiplies without rebuilding its weight."""
+    assert ops._C is not None
+    fusable = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    emulated = dtype == torch.bfloat16 and ops._C.emulates_bfloat16()
+    sizes = {"rows": rows, "outputs": weight.shape[0], "inputs": weight.shape[1]}
+    return bool(ops._C.choose(open=True, fusable=fusable, emulated=emulated, **sizes) == "fused")
 
 
 def estimate(
@@ -196,14 +209,14 @@ def estimate(
     return memory
 
 
-def _dtypes(step: Step) -> dict[str, torch.dtype]:
-    """Name -> the type in which a layer computes, filled while it runs."""
-    found: dict[str, torch.dtype] = {}
+def _dtypes(step: Step) -> dict[str, tuple[torch.dtype, int]]:
+    """Name -> the type in which a layer computes and the rows of its output, filled while it runs."""
+    found: dict[str, tuple[torch.dtype, int]] = {}
 
     def watch(name: str, part: GatedLayer) -> None:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                found[name] = output.dtype
+                found[name] = output.dtype, output.numel() // max(1, output.shape[-1])
 
         step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
 
