@@ -19,6 +19,7 @@ struct Problem {
   bool open = false;       // as far as the host knows; an unknown gate counts as open
   bool same_dtype = true;  // the weight already has the compute type
   bool fusable = false;    // the fused kernels know its types and layout
+  bool narrow = false;     // 16 bits
   bool emulated = false;   // torch's product of this type is written in plain C++ on this machine
   long long rows = 0;      // M: rows of the product
   long long outputs = 0;   // N
@@ -31,29 +32,35 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
-// Up to this many rows of fp32 on the CPU, where W_t is built anew for every 32 of them (csrc/cpu/few_rows.cpp). Times
-// over the stock op on merged weights, two AVX2 cores, fused (rebuild), from benchmarks/results/layers-cpu.json and by
-// force: 4096 x 4096 with 1, 4 and 8 rows 1.6 (3.3), 0.5 (1.7), 0.6 (1.7); 1024 x 1024 with 32, 64 and 256 rows 0.9
-// (1.4), 1.1 (1.4), 1.6 (1.2). As many in bf16 where torch has products of its own for it; where it emulates them there
-// is no limit: 1024 x 1024 with 32, 256 and 1576 rows 0.3 (1.1), 0.2 (1.0), 0.3 (1.1).
-constexpr long long kMostFewRows = 64;
+// Up to this many rows on the CPU, and from this many weights on: below, they stay in the caches, and to rebuild them
+// costs little. Rows are the pixels of a convolution's result. Times over the stock op on merged weights, two AVX2
+// cores, fp32, fused (torch.add and the stock op): linear 3072 x 768, 8, 64 and 256 rows 0.90 (1.93), 0.86 (1.33), 0.83
+// (1.07); 1024 x 1024 with 256 and 512 rows 1.03 (1.11), 1.07 (1.06); 384 x 384 with 8 and 256 rows 1.2 (1.2), 1.2
+// (1.1). Convolutions, one image: 512 -> 512, 3x3 on 7x7 0.76 (1.40); 2048 -> 512 on 7x7 0.91 (1.39); 256 -> 256, 3x3
+// on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15 (1.11); eight images, 2048 -> 512 on 7x7 1.24 (1.09).
+constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17;
 
-// From this many weights on. Below, what is saved is less than what calling an operator costs over a plain rebuild
-// (rebuild() in rebuild.h), the more so where caches are cold; the few calls that are operators in any case follow the
-// same rule. Microseconds, fused (rebuilt), one row of fp32: 256 x 256 45 (42), cold 246 (171); 512 x 512 59 (73), cold
-// 322 (326).
-constexpr long long kLeastFewRowsWeights = 1 << 17;
+// In 16 bits torch may have instructions for the product that the kernels do not use: there they only save memory
+// traffic, which decides up to about this many rows. Not measured; no such machine has been at hand.
+constexpr long long kMostNarrowRows = 32;
+
+// Where torch emulates bf16, the kernels, which multiply in fp32, win from about this much work on: 384 x 384 with 8
+// rows 0.7 (1.3), 3072 x 768 with 64 and 1576 rows 0.17 (1.04), 0.15 (0.99); 64 -> 64, 3x3 on 56x56 0.04 (1.00),
+// channels_last 0.35 (0.99). Under four rows torch has a product of its own for them: 384 x 384 with one 4.0 (2.3).
+constexpr long long kLeastEmulatedWork = 1 << 20, kLeastEmulatedRows = 4;
 
 constexpr bool worth_fusing(const Problem& problem) {
   if (problem.cuda) return problem.rows <= kMostFusedRows;
-  return (problem.rows <= kMostFewRows || problem.emulated) && problem.outputs * problem.inputs >= kLeastFewRowsWeights;
+  const long long weights = problem.outputs * problem.inputs;
+  if (problem.emulated && problem.rows >= kLeastEmulatedRows) return problem.rows * weights >= kLeastEmulatedWork;
+  const bool native = problem.narrow && !problem.emulated;
+  return problem.rows <= (native ? kMostNarrowRows : kMostCpuRows) && weights >= kLeastCpuWeights;
 }
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kFused: W_t in registers alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp).
-// kRebuild: W_t (or the cast weight) into the workspace, then torch's op. On the CPU that costs 1-10 % over the merged
-// op where rows are many. A gate that the host knows to be closed never takes the fused
-// kernels: its result is torch's to the bit, cast or not.
+// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp, csrc/cpu/tiles.cpp).
+// kRebuild: W_t (or the cast weight) into the workspace, then torch's op. A gate that the host knows to be closed never
+// takes the fused kernels: its result is torch's to the bit, cast or not.
 constexpr Path choose(const Problem& problem) {
   if (!problem.open) return problem.same_dtype ? Path::kStock : Path::kRebuild;
   return problem.fusable && worth_fusing(problem) ? Path::kFused : Path::kRebuild;

@@ -1,15 +1,11 @@
 // y = conv2d(x, W_t) + b and its backward, the same on every device: W_t comes from rebuild.h, the
 // convolutions from torch (cuDNN, oneDNN) through its dispatcher.
+#include "fused.h"
 #include "ops.h"
 #include "panels.h"
 
 namespace taps {
 namespace {
-
-struct Geometry {
-  Ints stride, padding, dilation;
-  int64_t groups;
-};
 
 Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                         const Described& weight) {
@@ -38,11 +34,6 @@ void check_image(const Described& image, const char* name, int64_t channels) {
 void check_batch(const OptionalTensor& rows, const Described& image, const char* name) {
   if (rows && image.ndim() < 4) fail(name, ": expected a batch for rows, got shape ", shape_string(image.sizes));
   check_rows(rows, image, name, image.sizes[0]);
-}
-
-int64_t output_size(int64_t input, int64_t kernel, const Geometry& g, size_t axis) {
-  const int64_t span = input + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
-  return span < 0 ? 0 : span / g.stride[axis] + 1;
 }
 
 Tensor batched(const Tensor& image, bool single) {
@@ -105,23 +96,26 @@ Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, c
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
-                    int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows, double) {
+                    int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows, double,
+                    bool training) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
   const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
   const Described x = check_activation(input, "input", w.weight);
   check_image(x, "input", w.weight.sizes[1] * groups);
   check_batch(rows, x, "input");
+  int64_t pixels = x.ndim() == 4 ? x.sizes[0] : 1;  // of the result
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t size = x.sizes[x.ndim() - 2 + axis];
-    if (output_size(size, w.weight.sizes[2 + axis], g, axis) < 1) {
+    pixels *= g.output_size(size, w.weight.sizes[2 + axis], axis);
+    if (g.output_size(size, w.weight.sizes[2 + axis], axis) < 1) {
       fail("input: expected a padded image no smaller than the kernel, got shape ", shape_string(x.sizes),
            " for a weight of shape ", shape_string(w.weight.sizes));
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const int64_t pixels = x.sizes[x.ndim() - 1] * x.sizes[x.ndim() - 2] * (x.ndim() == 4 ? x.sizes[0] : 1);
-  const Path path = path_for(w, x.dtype, pixels);
+  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, training));
+  if (path == Path::kFused) return fused_convolution(w, x, b, g);
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, groups)) {
@@ -130,10 +124,10 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
-      output.put(
-          gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel), stride,
-                       padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], gate, threshold),
-          panel);
+      output.put(gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
+                              stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], gate,
+                              threshold, std::nullopt, 1.0, training),
+                 panel);
     });
     return *output.whole();
   }
@@ -158,7 +152,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   if (input_size.size() != 2) fail("input_size: expected (H, W), got ", input_size.size(), " sizes");
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t got = dy.sizes[dy.ndim() - 2 + axis];
-    const int64_t expected = output_size(input_size[axis], w.weight.sizes[2 + axis], g, axis);
+    const int64_t expected = g.output_size(input_size[axis], w.weight.sizes[2 + axis], axis);
     if (got != expected) {
       fail("grad_output: expected size ", expected, " on axis ", dy.ndim() - 2 + axis, " for an input of ",
            input_size[axis], ", got ", got);

@@ -1,7 +1,10 @@
 #include "fused.h"
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "device.h"
+#include "panels.h"
 
 namespace taps {
 namespace {
@@ -23,6 +26,15 @@ Matrix matrix_of(const Described& matrix) {
   return {matrix.data(), matrix.sizes[0] > 1 ? matrix.strides[0] : 0};  // the only row may have any stride
 }
 
+void set_weight(LinearProduct& args, const GatedWeight& w, Dtype compute) {
+  args.compute = compute;
+  args.weight = matrix_of(w.weight);
+  args.weight_dtype = w.weight.dtype;
+  args.delta_dtype = w.known_closed() ? w.weight.dtype : w.delta->dtype;
+  if (!w.known_closed()) args.delta = matrix_of(*w.delta);
+  args.gate = w.gate;
+}
+
 Tensor contiguous(const Described& vector) {
   if (vector.numel() <= 1 || vector.strides[0] == 1) return *vector.tensor;
   const Tensor copy = empty_strided(vector.sizes, contiguous_strides(vector.sizes), vector.dtype, vector.place);
@@ -30,18 +42,36 @@ Tensor contiguous(const Described& vector) {
   return copy;
 }
 
+// The result keeps the bias alive.
+OptionalTensor set_bias(LinearProduct& args, const OptionalTensor& bias) {
+  if (!bias) return std::nullopt;
+  Tensor dense = contiguous(describe(*bias, "bias"));
+  args.bias = dense.data_ptr();
+  return dense;
+}
+
 LinearProduct product_of(const GatedWeight& w, Dtype compute, const LinearSizes& sizes) {
   LinearProduct args;
   args.rows = sizes.rows;
   args.outputs = sizes.outputs;
   args.inputs = sizes.inputs;
-  args.compute = compute;
-  args.weight = matrix_of(w.weight);
-  args.weight_dtype = w.weight.dtype;
-  args.delta_dtype = w.known_closed() ? w.weight.dtype : w.delta->dtype;
-  if (!w.known_closed()) args.delta = matrix_of(*w.delta);
-  args.gate = w.gate;
+  set_weight(args, w, compute);
   return args;
+}
+
+// The order of a weight's row, C, kH, kW (false) or kH, kW, C (true), where its elements are next to each other.
+std::optional<bool> channels_inside(const Described& weight) {
+  const auto ordered = [&](std::array<size_t, 3> dims) {
+    int64_t step = 1;
+    for (const size_t dim : dims) {
+      if (weight.sizes[dim] != 1 && weight.strides[dim] != step) return false;
+      step *= weight.sizes[dim];
+    }
+    return weight.sizes[0] == 1 || weight.strides[0] >= 0;
+  };
+  if (ordered({3, 2, 1})) return false;
+  if (ordered({1, 3, 2})) return true;
+  return std::nullopt;
 }
 
 Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
@@ -51,8 +81,8 @@ Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
 
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
-    const Tensor memory = activation(1, cpu::linear_bytes(args) / 4, Dtype::kFloat32, place);
-    args.memory = memory.data_ptr();
+    const Lease memory(false, 0, nullptr, static_cast<size_t>(cpu::linear_bytes(args)));
+    args.memory = memory.data();
     return cpu::linear(args);
   }
   void* const stream = stream_of(place);
@@ -90,14 +120,57 @@ Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTen
   LinearProduct args = product_of(w, x.dtype, sizes);
   const Tensor y = activation(sizes.rows, sizes.outputs, x.dtype, x.place);
   args.x = matrix_of(x);
-  OptionalTensor dense;
-  if (bias) {
-    dense = contiguous(describe(*bias, "bias"));
-    args.bias = dense->data_ptr();
-  }
+  const OptionalTensor dense = set_bias(args, bias);
   args.result = y.data_ptr();
   args.ld_result = sizes.outputs;
   run(Product::kForward, args, x.place);
+  return y;
+}
+
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
+  if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
+  const Span kernel = w.weight.sizes;
+  if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
+  const std::optional<bool> order = channels_inside(w.weight);
+  return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
+}
+
+Tensor fused_convolution(const GatedWeight& w, const Described& x, const OptionalTensor& bias,
+                         const Geometry& geometry) {
+  const Span kernel = w.weight.sizes;
+  const bool single = x.ndim() == 3;
+  Convolution args;
+  Ints shape{single ? 1 : x.sizes[0], kernel[0], 0, 0};
+  for (size_t dim = 0; dim < 4; ++dim) {
+    if (dim > 0 || !single) args.x_strides[dim] = x.strides[dim - single];
+  }
+  for (size_t axis = 0; axis < 2; ++axis) {
+    args.size[axis] = x.sizes[x.ndim() - 2 + axis];
+    args.kernel[axis] = kernel[2 + axis];
+    args.stride[axis] = geometry.stride[axis];
+    args.padding[axis] = geometry.padding[axis];
+    args.dilation[axis] = geometry.dilation[axis];
+    shape[2 + axis] = args.result_size[axis] = geometry.output_size(args.size[axis], args.kernel[axis], axis);
+  }
+  args.channels = kernel[1];
+  args.channels_inside = *channels_inside(w.weight);
+  args.rows = shape[0] * shape[2] * shape[3];
+  args.outputs = kernel[0];
+  args.inputs = kernel[1] * kernel[2] * kernel[3];
+  const bool last = channels_last(x) || channels_last(w.weight);
+  const Ints strides = last ? Ints{shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]}
+                            : contiguous_strides(Span(shape.data(), 4));
+  const auto from = static_cast<size_t>(single);
+  const Tensor y =
+      empty_strided(Span(shape.data() + from, 4 - from), Span(strides.data() + from, 4 - from), x.dtype, x.place);
+  std::copy(strides.begin(), strides.end(), args.result_strides);
+  args.x.data = x.data();
+  args.result = y.data_ptr();
+  set_weight(args, w, x.dtype);
+  const OptionalTensor dense = set_bias(args, bias);
+  const Lease memory(false, 0, nullptr, static_cast<size_t>(cpu::conv2d_bytes(args)));
+  args.memory = memory.data();
+  cpu::conv2d(args);
   return y;
 }
 

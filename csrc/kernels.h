@@ -131,6 +131,16 @@ struct LinearProduct {
   int64_t depth_of_split = 0;
 };
 
+// The forward of a convolution, fused with W_t: a linear layer whose rows are the pixels of its result (`rows` =
+// batch * result_size) and whose inputs are those under the kernel, in the order in which a weight's row holds them.
+struct Convolution : LinearProduct {
+  int64_t channels = 0;
+  int64_t size[2] = {}, kernel[2] = {}, stride[2] = {}, padding[2] = {}, dilation[2] = {}, result_size[2] = {};
+  int64_t x_strides[4] = {}, result_strides[4] = {};  // of B, C, H, W
+  bool channels_inside = false;                       // a weight's row is kH, kW, C instead of C, kH, kW
+};
+constexpr int64_t kMostPlaces = 64;  // kH * kW
+
 enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
 
 namespace cpu {
@@ -139,6 +149,8 @@ void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 int64_t linear_bytes(const LinearProduct& args);  // of `memory`
 void linear(const LinearProduct& args);           // the forward
+int64_t conv2d_bytes(const Convolution& args);
+void conv2d(const Convolution& args);
 }  // namespace cpu
 
 #ifdef TAPS_WITH_CUDA

@@ -149,7 +149,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   const bool fits = form_gradient && !wanted.weight && fusable_gradient(w, compute) &&
                     fusable_activation(describe(*x2, "input")) &&
                     (rows ? sizes.outputs * size_of(compute) % 4 == 0 : fusable_activation(dy_matrix));
-  const bool fused = form_gradient && gradient_path_for(w, taken, fits) == Path::kFused;
+  const bool fused = form_gradient && gradient_path_for(w, compute, taken, fits) == Path::kFused;
   const Holder holder = holder_for(side);
   const bool takes_scratch = rebuilds || (form_gradient && !fused && holder == Holder::kScratch);
   if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {

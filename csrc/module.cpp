@@ -87,12 +87,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "choose",
       [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable,
-         bool emulated) {
+         bool narrow, bool emulated) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
         problem.same_dtype = same_dtype;
         problem.fusable = fusable;
+        problem.narrow = narrow;
         problem.emulated = emulated;
         problem.rows = rows;
         problem.outputs = outputs;
@@ -100,8 +101,19 @@ PYBIND11_MODULE(_C, m) {
         return std::string(taps::name_of(taps::chosen_path(problem)));
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
-      py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("emulated") = false,
-      "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
+      py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("narrow") = false,
+      py::arg("emulated") = false, "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
+  m.def(
+      "fused_bytes",
+      [](bool convolution, bool narrow, int64_t rows, int64_t inputs) {
+        taps::Convolution product;
+        product.compute = narrow ? taps::Dtype::kBFloat16 : taps::Dtype::kFloat32;
+        product.rows = rows;
+        product.inputs = inputs;
+        return convolution ? taps::cpu::conv2d_bytes(product) : taps::cpu::linear_bytes(product);
+      },
+      py::kw_only(), py::arg("convolution"), py::arg("narrow"), py::arg("rows"), py::arg("inputs"),
+      "Bytes of the workspace that a fused product on the CPU takes for its rows.");
   m.def(
       "taken_path",
       []() -> std::optional<std::string> {

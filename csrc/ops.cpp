@@ -69,11 +69,11 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
       "gated_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor? delta, "
       "Tensor? score, bool? gate, float threshold, bool[5] output_mask, Tensor? rows, "
       "float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // y = conv2d(x, W_t) + b for x [B, C, H, W] or [C, H, W].
+  // y = conv2d(x, W_t) + b for x [B, C, H, W] or [C, H, W]. On a CPU `training` keeps it aten::conv2d on W_t.
   m.def(
       "gated_conv2d(Tensor input, Tensor weight, Tensor? delta, Tensor? score, Tensor? bias, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, bool? gate, "
-      "float threshold, Tensor? rows=None, float row_scale=1.0) -> Tensor");
+      "float threshold, Tensor? rows=None, float row_scale=1.0, bool training=False) -> Tensor");
   // Gradients of gated_conv2d; input_size is (H, W) of the input, which may itself be None.
   m.def(
       "gated_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, "

@@ -22,7 +22,7 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
                     int64_t groups, std::optional<bool> gate, double threshold,
-                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0);
+                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0, bool training = false);
 
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
                             const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,

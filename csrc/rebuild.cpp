@@ -26,11 +26,14 @@ bool emulated(Dtype compute, bool cuda) { return !cuda && compute == Dtype::kBFl
 
 namespace {
 
-Problem problem_of(const GatedWeight& w, int64_t rows, bool fusable) {
+Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
   Problem problem;
   problem.cuda = w.weight.place.cuda;
   problem.open = !w.known_closed();
   problem.fusable = fusable;
+  problem.same_dtype = w.weight.dtype == compute;
+  problem.narrow = size_of(compute) == 2;
+  problem.emulated = emulated(compute, problem.cuda);
   problem.rows = rows;
   problem.outputs = w.weight.sizes[0];
   problem.inputs = problem.outputs ? w.weight.numel() / problem.outputs : 0;
@@ -44,6 +47,7 @@ std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t 
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
   problem.fusable = rows >= 0 && cpu_fuses(weight.dtype, delta.dtype, compute);
+  problem.narrow = size_of(compute) == 2;
   problem.emulated = emulated(compute, false);
   problem.rows = rows;
   problem.outputs = numel;
@@ -77,20 +81,15 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute) {
 }
 
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows) {
-  Problem problem = problem_of(w, rows, true);
-  problem.emulated = emulated(compute, problem.cuda);
-  return worth_fusing(problem) || forced_path() == static_cast<int>(Path::kFused);
+  return worth_fusing(problem_of(w, compute, rows, true)) || forced_path() == static_cast<int>(Path::kFused);
 }
 
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
-  Problem problem = problem_of(w, rows, fusable);
-  problem.same_dtype = w.weight.dtype == compute;
-  problem.emulated = emulated(compute, problem.cuda);
-  return chosen_path(problem);
+  return chosen_path(problem_of(w, compute, rows, fusable));
 }
 
-Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable) {
-  return chosen_gradient_path(problem_of(w, rows, fusable));
+Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
+  return chosen_gradient_path(problem_of(w, compute, rows, fusable));
 }
 
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch) {

@@ -23,7 +23,7 @@ Scratch scratch_like(const Described& weight, Dtype dtype);
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch);
 
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable = false);
-Path gradient_path_for(const GatedWeight& w, int64_t rows, bool fusable);
+Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable);
 
 // out = scale * (weight + (gate ? delta : 0)); a missing operand counts as 0.
 void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
@@ -40,8 +40,8 @@ bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 
 // For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate in a leased workspace. Dense
 // operands of one layout, on the CPU. Null where choose() takes another path, or where the weight exceeds the limit:
-// the operator then does what is right. `rows`: of a linear layer's product that needs no gradient; -1 where nothing is
-// fused.
+// the operator then does what is right. `rows`: of a product that needs no gradient (the pixels of a result); -1
+// where nothing is fused.
 struct Dense {
   const void* data;
   Dtype dtype;

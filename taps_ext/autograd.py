@@ -159,7 +159,7 @@ def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         rows,
         ctx.scale,
     )
-    return _order(ctx, grads, mask) + (None,) * 8
+    return _order(ctx, grads, mask) + (None,) * 9
 
 
 def effective_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

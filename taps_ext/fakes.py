@@ -71,6 +71,7 @@ def _fake_conv2d(
     threshold: float,
     rows: Any = None,
     row_scale: float = 1.0,
+    training: bool = False,
 ) -> Tensor:
     bias = None if bias is None else bias.to(input.dtype)
     return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,18 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import autograd, composed, fakes, rebuilt, reference
-
-_C: ModuleType | None
-try:
-    _C = importlib.import_module("taps_ext._C")
-except ImportError as error:
-    _C = None
-    warnings.warn(
-        f"taps_ext: the compiled extension cannot be loaded ({error}); using the slower pure-torch reference",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+from . import autograd, composed, eager, fakes, reference
+from .extension import C as _C
 
 HAS_EXTENSION: bool = _C is not None
 
@@ -148,11 +135,11 @@ def gated_linear(
         return reference.gated_linear(
             input, weight, delta, score, bias, gate=gate, threshold=threshold, rows=rows, row_scale=row_scale
         )
-    arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale)
     training = _differentiable(input, weight, delta, score, bias)
+    arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale, training)
     if torch.compiler.is_compiling():
-        return torch.ops.taps_ext.gated_linear(*arguments, training)
-    return _linear(*arguments, True) if training else _run_linear(*arguments, False)
+        return torch.ops.taps_ext.gated_linear(*arguments)
+    return eager.linear(*arguments) if training else eager.run_linear(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -220,7 +207,8 @@ def gated_conv2d(
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, "same" and "valid" included.
 
     Returns:
-        `[B, O, H', W']` (or unbatched). A closed host gate is bit-equal to `F.conv2d`.
+        `[B, O, H', W']` (or unbatched), laid out as `F.conv2d` does. A closed host gate is bit-equal to `F.conv2d`; so
+        is, on a CPU where gradients may be asked for, an open one to `F.conv2d` with W_t, elsewhere up to rounding.
 
     Raises:
         ValueError, TypeError: as :func:`gated_linear`; rows of an input without a batch; an unknown padding; "same"
@@ -248,10 +236,12 @@ def gated_conv2d(
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
-    arguments = (input, weight, delta, score, bias, steps, pad, spread, groups, gate, threshold, rows, row_scale)
+    training = _differentiable(input, weight, delta, score, bias)
+    layer = (input, weight, delta, score, bias, steps, pad, spread, groups)
+    arguments = (*layer, gate, threshold, rows, row_scale, training)
     if torch.compiler.is_compiling():
         return torch.ops.taps_ext.gated_conv2d(*arguments)
-    return _conv2d(*arguments) if _differentiable(input, weight, delta, score, bias) else _run_conv2d(*arguments)
+    return eager.conv2d(*arguments) if training else eager.run_conv2d(*arguments)
 
 
 # ----------------------------------------------------------------------------------------- reconstruct
@@ -312,70 +302,6 @@ def unread_weight(
     return _unread_weight(weight, delta, score, gate, threshold)
 
 
-# What autograd does for an operator is done, or not asked for, where these run: they go to the kernels at once, past
-# the Python function that `register_autograd` puts before them. It costs more than the call of a small layer.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _operands_fit(
-    input: Tensor, weight: Tensor, score: Tensor | None, bias: Tensor | None, rows: Tensor | None
-) -> bool:
-    """True where the operator would have nothing to complain of that torch's own functions let pass."""
-    return (
-        rows is None
-        and (bias is None or (bias.dtype == input.dtype and bias.size() == weight.shape[:1]))
-        and (score is None or (score.is_cpu and score.dtype in (torch.float32, torch.float64)))
-    )
-
-
-def _run_linear(
-    input: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    score: Tensor | None,
-    bias: Tensor | None,
-    gate: bool | None,
-    threshold: float,
-    rows: Tensor | None,
-    row_scale: float,
-    training: bool,
-) -> Tensor:
-    if gate is True and weight.dim() == 2 and input.dim() and _operands_fit(input, weight, score, bias, rows):
-        count = -1 if training else input.numel() // max(1, input.shape[-1])
-        made = rebuilt.product(_C, F.linear, input, weight, delta, count, bias)
-        if made is not None:
-            return made
-    with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(
-            input, weight, delta, score, bias, gate, threshold, rows, row_scale, training
-        )
-
-
-def _run_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    score: Tensor | None,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: list[int],
-    dilation: tuple[int, ...],
-    groups: int,
-    gate: bool | None,
-    threshold: float,
-    rows: Tensor | None,
-    row_scale: float,
-) -> Tensor:
-    if gate is True and _operands_fit(input, weight, score, bias, rows):
-        made = rebuilt.product(_C, F.conv2d, input, weight, delta, -1, bias, stride, padding, dilation, groups)
-        if made is not None:
-            return made
-    with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(
-            input, weight, delta, score, bias, stride, padding, dilation, groups, gate, threshold, rows, row_scale
-        )
-
-
 def _run_effective_weight(
     weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
 ) -> Tensor:
@@ -388,8 +314,6 @@ def _run_unread_weight(
     return weight.view_as(weight)
 
 
-_linear = autograd.differentiable(_run_linear, autograd.linear_setup, autograd.linear_backward)
-_conv2d = autograd.differentiable(_run_conv2d, autograd.conv2d_setup, autograd.conv2d_backward)
 _effective_weight = autograd.differentiable(
     _run_effective_weight, autograd.effective_weight_setup, autograd.effective_weight_backward
 )

@@ -54,12 +54,21 @@ def test_choice_of_path():
     assert _C.choose(open=False) == "stock"
     assert _C.choose(open=True) == "rebuild"
     assert _C.choose(open=False, same_dtype=False) == "rebuild"
-    large = {"open": True, "fusable": True, "outputs": 512, "inputs": 256}
-    assert _C.choose(rows=64, **large) == "fused"
-    assert _C.choose(rows=65, **large) == "rebuild"
-    assert _C.choose(rows=64, **{**large, "inputs": 255}) == "rebuild"
-    assert _C.choose(rows=10**6, emulated=True, **large) == "fused"
-    assert _C.choose(rows=10**6, emulated=True, **{**large, "fusable": False}) == "rebuild"
+    large = {"open": True, "fusable": True, "outputs": 1024, "inputs": 384}
+    for rows, more, path in (
+        (256, {}, "fused"),
+        (257, {}, "rebuild"),
+        (256, {"inputs": 383}, "rebuild"),
+        (1, {"fusable": False}, "rebuild"),
+        (32, {"narrow": True}, "fused"),
+        (33, {"narrow": True}, "rebuild"),
+        (3, {"narrow": True, "emulated": True, "inputs": 383}, "rebuild"),
+        (4, {"narrow": True, "emulated": True, "inputs": 256}, "fused"),
+        (4, {"narrow": True, "emulated": True, "inputs": 255}, "rebuild"),
+        (10**6, {"narrow": True, "emulated": True}, "fused"),
+        (10**6, {"narrow": True, "emulated": True, "fusable": False}, "rebuild"),
+    ):
+        assert _C.choose(rows=rows, **{**large, **more}) == path, (rows, more)
     assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
     assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"

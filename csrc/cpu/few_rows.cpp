@@ -4,78 +4,20 @@
 // A thread takes four outputs at a time. Along the depth, block after block, their weights are built in L1 and
 // multiplied by all rows of x, while what the next block reads is asked for. Sums are kept lane by lane in fp32 and
 // added in the end, in an order that the instruction set and the depth alone decide.
-#include <cstring>
-
-#include "cpu/isa.h"
+#include "cpu/vectors.h"
 
 namespace taps::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kMostRows = 6;  // 24 sums, 6 of x and a weight in 32 registers
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kMostRows = 3;  // 12 sums, 3 of x and a weight in 16 registers
+constexpr int kMostRows = 6;  // 24 sums, 6 of x and a weight in 32 registers
 #else
-constexpr int kLanes = 4, kMostRows = 3;
+constexpr int kMostRows = 3;  // 12 sums, 3 of x and a weight in 16 registers
 #endif
 constexpr int kOutputs = kFewRowsOutputs;
 constexpr int64_t kDepth = 256;  // of a block: four rows of W_t take an eighth of L1
 
-using Vec = float __attribute__((vector_size(4 * kLanes)));
-using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
-using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-
 static_assert(kFewRowsPadding % kLanes == 0, "padded rows hold whole vectors");
-
-template <class To, class From>
-inline To as(const From& value) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To result;
-  std::memcpy(&result, &value, sizeof result);
-  return result;
-}
-
-template <class V, class E>
-inline V loaded(const E* from) {
-  V result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-
-// Operands by their type: kLanes elements, or the first `count` of them and zeros.
-struct Float32 {
-  using Element = float;
-  static inline Vec load(const float* from) { return loaded<Vec>(from); }
-};
-struct BFloat16 {
-  using Element = uint16_t;
-  static inline Vec load(const uint16_t* from) {
-    return as<Vec>(__builtin_convertvector(loaded<Halves>(from), Bits) << 16);
-  }
-};
-
-template <class Type>
-inline Vec load_part(const typename Type::Element* from, int64_t count) {
-  typename Type::Element part[kLanes] = {};
-  std::memcpy(part, from, static_cast<size_t>(count) * sizeof part[0]);
-  return Type::load(part);
-}
-
-// To bf16 and back: to nearest, ties to even.
-inline Vec to_bfloat16(Vec value) {
-  const Bits bits = as<Bits>(value);
-  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  const Bits not_a_number = as<Bits>(value != value);
-  return as<Vec>((not_a_number & 0x7fc00000u) | (~not_a_number & rounded));
-}
-
-// kRound: the weight is rounded to bf16, as it is where x and y have that type.
-template <class W_, class D_, bool kRound_>
-struct Types {
-  using W = W_;
-  using D = D_;
-  static inline Vec weight(Vec w, Vec d) { return kRound_ ? to_bfloat16(w + d) : w + d; }
-};
 
 // What one thread works on: N outputs (kOutputs, or one at the end), block after block along the depth.
 template <class T, int N>
@@ -193,11 +135,11 @@ void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
       float sum = 0.0f;
       for (int lane = 0; lane < kLanes; ++lane) sum += panel.sums[m][n][lane];
       const int64_t to = m * p.ld_result + output + n;
-      if (p.compute == Dtype::kFloat32) {
+      if constexpr (!T::kRound) {
         if (p.bias) sum += static_cast<const float*>(p.bias)[output + n];
         static_cast<float*>(p.result)[to] = sum;
       } else {
-        if (p.bias) sum += as<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(p.bias)[output + n]) << 16);
+        if (p.bias) sum += widened(static_cast<const uint16_t*>(p.bias)[output + n]);
         Vec all{};
         all[0] = sum;
         static_cast<uint16_t*>(p.result)[to] = static_cast<uint16_t>(as<Bits>(to_bfloat16(all))[0] >> 16);
@@ -213,23 +155,8 @@ void panels(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, i
   for (; output < end; ++output) panel<T, 1>(p, x, ld, output);
 }
 
-template <class W, bool kRound>
-void with_delta(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, int64_t end) {
-  if (p.delta_dtype == Dtype::kFloat32) {
-    panels<Types<W, Float32, kRound>>(p, x, ld, begin, end);
-  } else {
-    panels<Types<W, BFloat16, true>>(p, x, ld, begin, end);
-  }
-}
-
 void few_rows(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, int64_t end) {
-  if (p.compute == Dtype::kFloat32) {
-    with_delta<Float32, false>(p, x, ld, begin, end);
-  } else if (p.weight_dtype == Dtype::kFloat32) {
-    with_delta<Float32, true>(p, x, ld, begin, end);
-  } else {
-    with_delta<BFloat16, true>(p, x, ld, begin, end);
-  }
+  with_types(p, [&](auto types) { panels<decltype(types)>(p, x, ld, begin, end); });
 }
 
 }  // namespace

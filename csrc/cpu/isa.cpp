@@ -8,13 +8,16 @@ namespace taps::cpu {
 
 extern const Lanes lanes_baseline;
 extern const FewRows few_rows_baseline;
+extern const Tiles tiles_baseline;
 #ifdef TAPS_HAVE_AVX2
 extern const Lanes lanes_avx2;
 extern const FewRows few_rows_avx2;
+extern const Tiles tiles_avx2;
 #endif
 #ifdef TAPS_HAVE_AVX512
 extern const Lanes lanes_avx512;
 extern const FewRows few_rows_avx512;
+extern const Tiles tiles_avx512;
 #endif
 
 namespace {
@@ -23,6 +26,7 @@ struct Set {
   const char* name;
   const Lanes* lanes;
   const FewRows* few_rows;
+  const Tiles* tiles;
   bool runs_here;
 };
 
@@ -30,15 +34,15 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #ifdef TAPS_HAVE_AVX512
-      {"avx512", &lanes_avx512, &few_rows_avx512,
+      {"avx512", &lanes_avx512, &few_rows_avx512, &tiles_avx512,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
 #endif
 #ifdef TAPS_HAVE_AVX2
-      {"avx2", &lanes_avx2, &few_rows_avx2,
+      {"avx2", &lanes_avx2, &few_rows_avx2, &tiles_avx2,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")},
 #endif
-      {"baseline", &lanes_baseline, &few_rows_baseline, true},
+      {"baseline", &lanes_baseline, &few_rows_baseline, &tiles_baseline, true},
   };
   return all;
 }
@@ -70,6 +74,8 @@ bool emulates_bfloat16() {
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
 
 FewRows few_rows() { return *chosen().load(std::memory_order_relaxed)->few_rows; }
+
+const Tiles& tiles() { return *chosen().load(std::memory_order_relaxed)->tiles; }
 
 std::string isa() { return chosen().load(std::memory_order_relaxed)->name; }
 

@@ -1,6 +1,6 @@
 // The CPU kernels that are compiled once per instruction set and chosen at run time (isa.cpp): loops over elements
-// (lanes.cpp), in which every set gives the same bits, and products of few rows (few_rows.cpp), in which each set has
-// an order of sums of its own.
+// (lanes.cpp), in which every set gives the same bits, and products (few_rows.cpp, tiles.cpp), in which each set has an
+// order of sums of its own.
 #pragma once
 
 #include <string>
@@ -34,11 +34,27 @@ using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, 
 constexpr int kFewRows = 32, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
+// y = x W_t^T + bias for x packed tile by tile (Split(rows, Tiles::rows)): element k of row r of a tile of R rows, the
+// first of which is row m of x, is packed[m * inputs + k * R + r].
+struct TileProduct : LinearProduct {
+  const float* packed = nullptr;
+  const int64_t* result_rows = nullptr;  // where a row of the result begins; null: ld_result apart
+  int64_t result_step = 1;               // between two outputs of a row
+};
+
+struct Tiles {
+  void (*run)(const TileProduct& args, int64_t begin, int64_t end);  // outputs; `begin` a multiple of `outputs`
+  int rows, outputs;                                                 // of a tile; of a panel
+};
+constexpr int kMostTile = 12;    // of any set
+constexpr int kTiledRows = 256;  // the most that `run` takes: 256 of x and 256 of the depth are half of a common L2
+
 // Whether torch's products in bf16 are written in plain C++ on this machine: oneDNN's need AVX-512 there.
 bool emulates_bfloat16();
 
 const Lanes& lanes();  // of the chosen set
 FewRows few_rows();
+const Tiles& tiles();
 std::string isa();                        // its name: baseline, avx2, avx512
 std::vector<std::string> isas();          // the sets that were compiled and that this machine runs
 std::vector<std::string> isas_built();    // the sets that were compiled

@@ -1,35 +1,38 @@
-// The forward of a gated linear layer on the CPU: x as floats, kFewRows of them at a time, the outputs shared by the
-// threads. W_t is built anew for each block of rows.
+// The forward of a gated linear layer on the CPU, block of rows by block of rows: few rows as floats, more of them
+// packed, the outputs shared by the threads. W_t is built anew for each block.
 #include <cstring>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/packed.h"
 
 namespace taps::cpu {
 namespace {
 
 int64_t padded(int64_t depth) { return (depth + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding; }
 
+const char* row_of_x(const LinearProduct& args, int64_t row) {
+  return static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
+}
+
 }  // namespace
 
-// fp32 rows of whole vectors are read where they are.
+// Few fp32 rows of whole vectors are read where they are.
 int64_t linear_bytes(const LinearProduct& args) {
+  if (args.rows > kFewRows) return packed_floats(args.rows, args.inputs) * 4;
   if (args.compute == Dtype::kFloat32 && padded(args.inputs) == args.inputs) return 0;
-  return (args.rows < kFewRows ? args.rows : kFewRows) * padded(args.inputs) * 4;
+  return args.rows * padded(args.inputs) * 4;
 }
 
 namespace {
 
-void block_of_rows(const LinearProduct& args) {
+void few(const LinearProduct& args) {
   const float* x = static_cast<const float*>(args.x.data);
   int64_t ld = args.x.ld;
   if (linear_bytes(args) > 0) {
     float* const copy = static_cast<float*>(args.memory);
     ld = padded(args.inputs);
     for (int64_t row = 0; row < args.rows; ++row) {
-      const char* const from = static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
-      lanes().reconstruct(copy + row * ld, Dtype::kFloat32, 1, {from, args.compute, 1}, {nullptr, args.compute, 1}, 1.0,
-                          false, args.inputs);
+      lanes().reconstruct(copy + row * ld, Dtype::kFloat32, 1, {row_of_x(args, row), args.compute, 1},
+                          {nullptr, args.compute, 1}, 1.0, false, args.inputs);
       std::memset(copy + row * ld + args.inputs, 0, static_cast<size_t>(ld - args.inputs) * 4);
     }
     x = copy;
@@ -42,16 +45,31 @@ void block_of_rows(const LinearProduct& args) {
   });
 }
 
+template <class Element>
+void many(const LinearProduct& args) {
+  const Split blocks(args.rows, kTiledRows);
+  for (int64_t block = 0; block < blocks.parts; ++block) {
+    TileProduct product{args};
+    const int64_t first = blocks.begin(block);
+    product.rows = blocks.size(block);
+    product.result = static_cast<Element*>(args.result) + first * args.ld_result;
+    run_packed(product, static_cast<float*>(args.memory), [&](int64_t row, int64_t rows, float* to) {
+      const Element* const from = static_cast<const Element*>(args.x.data) + (first + row) * args.x.ld;
+      with_rows(rows, [&](auto count) {
+        for (int64_t k = 0; k < args.inputs; ++k) {
+          for (int r = 0; r < count; ++r) to[k * count + r] = as_float(from[r * args.x.ld + k]);
+        }
+      });
+    });
+  }
+}
+
 }  // namespace
 
 void linear(const LinearProduct& args) {
-  for (int64_t row = 0; row < args.rows; row += kFewRows) {
-    LinearProduct block = args;
-    block.rows = args.rows - row < kFewRows ? args.rows - row : kFewRows;
-    block.x.data = static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
-    block.result = static_cast<char*>(args.result) + row * args.ld_result * size_of(args.compute);
-    block_of_rows(block);
-  }
+  if (args.rows <= kFewRows) return few(args);
+  if (args.compute == Dtype::kFloat32) return many<float>(args);
+  many<uint16_t>(args);
 }
 
 }  // namespace taps::cpu

@@ -19,8 +19,7 @@ from ..errors import ConfigError
 
 Variant = Callable[[int], Any]
 COLD = 2**27  # bytes of weights and Deltas that take turns, so that those of large layers come from memory
-
-MOST = 512  # of them
+MOST_WEIGHTS = 512  # that take turns
 
 
 def describe(group: str, layer: str, rows: int, dtype: torch.dtype) -> str:
@@ -67,7 +66,7 @@ def _layer(
 ) -> tuple[Any, ...]:
     """Weights that take turns, Deltas in fp32 and in the weights' type, merged weights, and a buffer for one."""
     nbytes = torch.Size(shape).numel() * (dtype.itemsize + 4)
-    count = max(2, min(MOST, COLD // max(1, nbytes)))
+    count = max(2, min(MOST_WEIGHTS, COLD // max(1, nbytes)))
 
     def draw(kind: torch.dtype) -> list[Tensor]:
         return [t.to(kind).contiguous(memory_format=format) for t in torch.randn(count, *shape, device=device).unbind()]
@@ -203,9 +202,7 @@ def _closed(full: bool, device: torch.device) -> Iterator[Case]:
             n = len(weights)
             return {
                 "stock": lambda i: F.linear(x, weights[i % n]),
-                "taps": torch.no_grad()(
-                    lambda i: ops.gated_linear(x, weights[i % n], deltas[i % n], score, gate=False)
-                ),
+                "taps": lambda i: ops.gated_linear(x, weights[i % n], deltas[i % n], score, gate=False),
             }
 
         moved = 4 * (outputs * inputs + rows * (inputs + outputs))

@@ -128,7 +128,9 @@ def _workspace(step: Step, calls: dict[str, tuple[torch.dtype, int]]) -> int:
         if call is None or part.delta is None or part.merged is not None:
             continue
         dtype, rows = call
-        if step.phase == "infer" and part.gate and isinstance(host, nn.Linear) and _fused(weight, dtype, rows):
+        fused = _fused_bytes(host, weight, dtype, rows) if step.phase == "infer" and part.gate else None
+        if fused is not None:
+            largest = max(largest, fused)
             continue
         learns = step.phase == "train" and part.score is not None and part.score.requires_grad
         if part.gate is not False or learns:
@@ -137,13 +139,18 @@ def _workspace(step: Step, calls: dict[str, tuple[torch.dtype, int]]) -> int:
     return min(largest, limit) if limit else largest
 
 
-def _fused(weight: Tensor, dtype: torch.dtype, rows: int) -> bool:
-    """Whether an open linear layer on the CPU multiplies without rebuilding its weight."""
+def _fused_bytes(host: nn.Module, weight: Tensor, dtype: torch.dtype, rows: int) -> int | None:
+    """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
     assert ops._C is not None
+    convolution, narrow = isinstance(host, nn.Conv2d), dtype == torch.bfloat16
     fusable = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    emulated = dtype == torch.bfloat16 and ops._C.emulates_bfloat16()
-    sizes = {"rows": rows, "outputs": weight.shape[0], "inputs": weight.shape[1]}
-    return bool(ops._C.choose(open=True, fusable=fusable, emulated=emulated, **sizes) == "fused")
+    fusable = fusable and (isinstance(host, nn.Linear) or (isinstance(host, nn.Conv2d) and host.groups == 1))
+    emulated = narrow and ops._C.emulates_bfloat16()
+    sizes = {"rows": rows, "inputs": weight[0].numel()}
+    kind = {"fusable": fusable, "narrow": narrow, "emulated": emulated, "outputs": weight.shape[0]}
+    if ops._C.choose(open=True, **kind, **sizes) != "fused":
+        return None
+    return int(ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes))
 
 
 def estimate(
@@ -210,13 +217,13 @@ def estimate(
 
 
 def _dtypes(step: Step) -> dict[str, tuple[torch.dtype, int]]:
-    """Name -> the type in which a layer computes and the rows of its output, filled while it runs."""
+    """Name -> the type in which a layer computes and its rows (pixels of its result), filled while it runs."""
     found: dict[str, tuple[torch.dtype, int]] = {}
 
     def watch(name: str, part: GatedLayer) -> None:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                found[name] = output.dtype, output.numel() // max(1, output.shape[-1])
+                found[name] = output.dtype, output.numel() // max(1, base_weight(module).shape[0])
 
         step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
 

@@ -1,4 +1,4 @@
-"""The CPU's fused kernel: W_t in registers, in fp32 and bf16, with every instruction set of this machine."""
+"""The CPU's fused linear layer: W_t in registers and L1, in fp32 and bf16, with every instruction set there is."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ if C is None:
 
 F32, BF16 = torch.float32, torch.bfloat16
 TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
-ROWS = (1, 2, 3, 4, 7, 16, 31, 32, 33, 70)
+ROWS = (1, 2, 3, 4, 7, 16, 31, 32, 33, 70, 257)
 SIZES = ((1, 1), (5, 3), (7, 64), (8, 257), (66, 513), (37, 1003))  # outputs, inputs
 
 
@@ -86,15 +86,16 @@ def test_layouts(isa, kind) -> None:
     w, d = draw(20, 90, dtype=kind)[:, 1:80], draw(20, 101, dtype=F32)[:, 3:82]
     x, bias = draw(3, 5, 99, dtype=kind)[..., 7:86], draw(40, dtype=kind)[::2]
     wt = w.double() + d.double()
-    many = draw(70, 93, dtype=kind)[:, 2:81]  # more than one block of rows
-    for own in (x, x.transpose(0, 1), x[:, :1], x[0, 0], many, x[0, :1].expand(70, 79)):
+    many = draw(70, 93, dtype=kind)[:, 2:81]  # more than few rows
+    most = draw(300, 93, dtype=kind)[:, 2:81]  # more than one block of them
+    for own in (x, x.transpose(0, 1), x[:, :1], x[0, 0], many, most, x[0, :1].expand(70, 79)):
         output = fused(own, w, d, None, bias, True, 0.1)
         assert output.shape == (*own.shape[:-1], 20)
         assert_close(output, own.double() @ wt.t() + bias.double(), kind, 80, own, wt)
 
 
 def test_columns_next_to_each_other_are_rebuilt() -> None:
-    x, w, d = draw(5, 512, dtype=F32), draw(256, 512, dtype=F32), draw(256, 512, dtype=F32)
+    x, w, d = draw(5, 512, dtype=F32), draw(768, 512, dtype=F32), draw(768, 512, dtype=F32)
     assert taken(x, w, d, None, None, True, 0.1)[1] == "fused"
     output, path = taken(x, w.t().contiguous().t(), d, None, None, True, 0.1)
     assert path == "rebuild"
@@ -116,9 +117,10 @@ def test_what_is_not_finite_stays_so(isa, kind) -> None:
     assert output.item() == math.inf
 
 
-def test_the_same_bits_whatever_the_threads(isa) -> None:
+@pytest.mark.parametrize("rows", [5, 50])
+def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
     torch.manual_seed(3)
-    x, w, d = draw(5, 700, dtype=F32), draw(403, 700, dtype=F32), draw(403, 700, dtype=F32)
+    x, w, d = draw(rows, 700, dtype=F32), draw(403, 700, dtype=F32), draw(403, 700, dtype=F32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
@@ -134,14 +136,14 @@ def test_the_same_bits_whatever_the_threads(isa) -> None:
 @pytest.mark.parametrize(
     ("rows", "outputs", "kind", "gate", "path"),
     [
-        (64, 256, F32, True, "fused"),
-        (65, 256, F32, True, "rebuild"),
-        (64, 255, F32, True, "rebuild"),
-        (300, 256, BF16, True, "fused" if C.emulates_bfloat16() else "rebuild"),
-        (8, 256, torch.float64, True, "rebuild"),
-        (8, 256, torch.float16, True, "rebuild"),
-        (8, 256, F32, False, "stock"),
-        (0, 256, F32, True, "rebuild"),
+        (256, 768, F32, True, "fused"),
+        (257, 768, F32, True, "rebuild"),
+        (64, 767, F32, True, "rebuild"),
+        (300, 768, BF16, True, "fused" if C.emulates_bfloat16() else "rebuild"),
+        (8, 768, torch.float64, True, "rebuild"),
+        (8, 768, torch.float16, True, "rebuild"),
+        (8, 768, F32, False, "stock"),
+        (0, 768, F32, True, "rebuild"),
     ],
 )
 def test_who_takes_it(rows, outputs, kind, gate, path) -> None:
@@ -156,7 +158,7 @@ def test_who_takes_it(rows, outputs, kind, gate, path) -> None:
 
 @pytest.mark.parametrize("score", [0.05, 0.15])
 def test_the_score_decides(score) -> None:
-    x, w, d = draw(4, 512, dtype=F32), draw(256, 512, dtype=F32), draw(256, 512, dtype=F32)
+    x, w, d = draw(4, 512, dtype=F32), draw(768, 512, dtype=F32), draw(768, 512, dtype=F32)
     output, path = taken(x, w, d, torch.tensor(score), None, None, 0.1)
     assert path == ("fused" if score >= 0.1 else "stock")
     wt = w.double() + (d.double() if score >= 0.1 else 0)
@@ -166,7 +168,7 @@ def test_the_score_decides(score) -> None:
 def test_training_is_what_it_is_on_whole_weights() -> None:
     """To the bit, forward and backward; under no_grad the same layer is fused."""
     torch.manual_seed(4)
-    x, w, d = draw(6, 512, dtype=F32), draw(300, 512, dtype=F32), draw(300, 512, dtype=F32)
+    x, w, d = draw(6, 512, dtype=F32), draw(800, 512, dtype=F32), draw(800, 512, dtype=F32)
     C.taken_path()
     own, delta = x.clone().requires_grad_(), d.clone().requires_grad_()
     output = gated_linear(own, w, delta, gate=True)
@@ -174,7 +176,7 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
     whole_x, whole = x.clone().requires_grad_(), (w + d).requires_grad_()
     expected = F.linear(whole_x, whole)
     assert torch.equal(output, expected)
-    grad = draw(6, 300, dtype=F32)
+    grad = draw(6, 800, dtype=F32)
     output.backward(grad)
     expected.backward(grad)
     assert torch.equal(own.grad, whole_x.grad) and torch.equal(delta.grad, whole.grad)

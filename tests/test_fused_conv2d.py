@@ -1,0 +1,218 @@
+"""The CPU's fused convolution: W_t packed on its way to the product, with every instruction set of this machine."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_close
+
+from taps_ext import gated_conv2d, ops
+
+C = ops._C
+if C is None:
+    pytest.skip("the extension is missing, and with it the kernel", allow_module_level=True)
+
+F32, BF16 = torch.float32, torch.bfloat16
+TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+# Batch, channels, outputs, kernel, image, stride, padding, dilation.
+SHAPES = (
+    (1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
+    (2, 3, 5, (3, 3), (6, 7), (1, 1), (1, 1), (1, 1)),
+    (3, 17, 33, (1, 1), (7, 7), (1, 1), (0, 0), (1, 1)),
+    (1, 40, 16, (1, 1), (9, 8), (2, 3), (0, 0), (1, 1)),
+    (2, 29, 20, (3, 3), (7, 7), (2, 1), (1, 2), (1, 2)),
+    (1, 6, 37, (2, 5), (11, 9), (1, 2), (3, 0), (2, 1)),
+    (5, 31, 18, (3, 3), (8, 8), (1, 1), (1, 1), (1, 1)),  # more than one block of pixels and of the depth
+    (2, 4, 7, (8, 8), (9, 9), (1, 1), (7, 7), (1, 1)),
+)
+
+
+@pytest.fixture(params=C.isas())
+def isa(request):
+    C.force_isa(request.param)
+    yield request.param
+    C.force_isa(None)
+
+
+def draw(*shape: int, dtype: torch.dtype, layout: torch.memory_format = PLAIN) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
+
+
+def taken(*args, training: bool = False) -> tuple[torch.Tensor, str | None]:
+    """The operator's output and the path that choose() took."""
+    C.taken_path()
+    with torch.no_grad():
+        output = torch.ops.taps_ext.gated_conv2d(*args, training=training)
+    return output, C.taken_path()
+
+
+def fused(*args) -> torch.Tensor:
+    """The kernel's output, however few the weights are."""
+    C.force_path("fused")
+    try:
+        output, path = taken(*args)
+    finally:
+        C.force_path(None)
+    assert path == "fused"
+    return output
+
+
+def convolved(
+    x: torch.Tensor, w: torch.Tensor, d: torch.Tensor, bias: torch.Tensor | None, *geometry
+) -> tuple[torch.Tensor, int, tuple[torch.Tensor, torch.Tensor]]:
+    """The result in float64, how many products it sums, and their factors."""
+    wt = w.double() + d.double()
+    return F.conv2d(x.double(), wt, None if bias is None else bias.double(), *geometry), wt[0].numel() + 1, (x, wt)
+
+
+@pytest.mark.parametrize("layout", [PLAIN, LAST], ids=["plain", "channels_last"])
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_every_geometry(isa, types, layout) -> None:
+    kind, weight_kind, delta_kind = types
+    torch.manual_seed(0)
+    for batch, channels, outputs, kernel, image, *geometry in SHAPES:
+        x = draw(batch, channels, *image, dtype=kind, layout=layout)
+        w, d = (draw(outputs, channels, *kernel, dtype=own, layout=layout) for own in (weight_kind, delta_kind))
+        for bias in (None, draw(outputs, dtype=kind)):
+            output = fused(x, w, d, None, bias, *geometry, 1, True, 0.1)
+            wanted, terms, factors = convolved(x, w, d, bias, *geometry)
+            assert output.dtype == kind
+            assert_close(output, wanted, kind, terms, *factors, torch.ones(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("x_layout", [PLAIN, LAST], ids=["x plain", "x last"])
+@pytest.mark.parametrize("w_layout", [PLAIN, LAST], ids=["w plain", "w last"])
+def test_the_layout_is_torchs(shape, x_layout, w_layout) -> None:
+    batch, channels, outputs, kernel, image, *geometry = shape
+    x = draw(batch, channels, *image, dtype=F32, layout=x_layout)
+    w, d = (draw(outputs, channels, *kernel, dtype=F32, layout=w_layout) for _ in range(2))
+    with torch.no_grad():
+        wanted = F.conv2d(x, w + d, None, *geometry)
+    output = fused(x, w, d, None, None, *geometry, 1, True, 0.1)
+    assert output.stride() == wanted.stride()
+    alone = fused(x[0], w, d, None, None, *geometry, 1, True, 0.1)
+    assert torch.equal(alone, output[0]) and alone.stride() == F.conv2d(x[0], w + d, None, *geometry).stride()
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_the_weight_is_rounded_once(isa, types) -> None:
+    """An image with a single one picks a column of W_t: bit for bit what reconstruct gives."""
+    kind, weight_kind, delta_kind = types
+    torch.manual_seed(1)
+    outputs, channels = 21, 35
+    w = draw(outputs, channels, 3, 3, dtype=weight_kind)
+    d = (0.01 * draw(outputs, channels, 3, 3, dtype=F32)).to(delta_kind)
+    x = torch.zeros(channels, channels, 3, 3, dtype=kind)
+    x[range(channels), range(channels), 1, 1] = 1
+    output = fused(x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
+    expected = ops.reconstruct_(torch.empty(w.shape, dtype=kind), w, d, gate=True)
+    assert torch.equal(output, expected.transpose(0, 1).flip(2, 3))
+
+
+def test_images_and_weights_of_any_strides(isa) -> None:
+    """Views into larger tensors, one image for the whole batch, a bias with gaps."""
+    torch.manual_seed(2)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    x = draw(3, 12, 9, 10, dtype=F32)[:, 1:9, 1:8, ::2]
+    w, d = draw(11, 10, 3, 3, dtype=F32)[:, 1:9], draw(13, 8, 3, 3, dtype=F32)[2:]
+    bias = draw(22, dtype=F32)[::2]
+    for own in (x, x[:1].expand(4, 8, 7, 5), x.flip(3)):
+        output = fused(own, w, d, None, bias, *geometry, 1, True, 0.1)
+        wanted, terms, factors = convolved(own, w, d, bias, *geometry)
+        assert_close(output, wanted, F32, terms, *factors)
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_what_is_not_finite_stays_so(isa, kind) -> None:
+    for value in (math.inf, -math.inf, math.nan):
+        x, w, d = torch.ones(1, 5, 3, 3, dtype=kind), torch.ones(4, 5, 1, 1, dtype=kind), torch.zeros(4, 5, 1, 1)
+        d[1, 4] = value
+        output = fused(x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
+        assert torch.isfinite(output[:, [0, 2, 3]]).all()
+        assert output[:, 1].isnan().all() if math.isnan(value) else (output[:, 1] == value).all()
+
+
+def test_the_same_bits_whatever_the_threads_and_the_batch(isa) -> None:
+    torch.manual_seed(3)
+    x, w, d = draw(6, 70, 7, 7, dtype=F32), draw(100, 70, 3, 3, dtype=F32), draw(100, 70, 3, 3, dtype=F32)
+    settings = (None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(fused(x, w, d, *settings))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+    assert torch.equal(fused(x[4:5], w[:9], d[:9], *settings), found[0][4:5, :9])
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({}, "fused"),
+        ({"batch": 6}, "rebuild"),  # 294 pixels
+        ({"batch": 5}, "fused"),
+        ({"outputs": 767}, "rebuild"),
+        ({"groups": 2}, "rebuild"),
+        ({"kind": torch.float64}, "rebuild"),
+        ({"kind": torch.float16}, "rebuild"),
+        ({"gate": False}, "stock"),
+        ({"batch": 0}, "rebuild"),
+        ({"kind": BF16, "batch": 6}, "fused" if C.emulates_bfloat16() else "rebuild"),
+        ({"mixed": True}, "rebuild"),
+    ],
+    ids=str,
+)
+def test_who_takes_it(change, path) -> None:
+    """The operator and the function in front of it, which rebuilds without calling it, agree."""
+    torch.manual_seed(4)
+    setting = {"batch": 1, "outputs": 768, "groups": 1, "kind": F32, "gate": True, "mixed": False, **change}
+    kind, groups = setting["kind"], setting["groups"]
+    x = draw(setting["batch"], 512 * groups, 7, 7, dtype=kind)
+    layout = LAST if setting["mixed"] else PLAIN
+    kernel = 3 if setting["mixed"] else 1
+    w = draw(setting["outputs"] // groups * groups, 512, kernel, kernel, dtype=kind)
+    d = draw(*w.shape, dtype=kind, layout=layout)
+    geometry = ((1, 1), (0, 0), (1, 1), groups)
+    output, found = taken(x, w, d, None, None, *geometry, setting["gate"], 0.1)
+    assert found == path
+    with torch.no_grad():
+        again = gated_conv2d(x, w, d, None, None, *geometry, gate=setting["gate"])
+    assert C.taken_path() == (None if path == "stock" else path) and torch.equal(output, again)
+    if path != "stock":
+        assert taken(x, w, d, None, None, *geometry, True, 0.1, training=True)[1] == "rebuild"
+
+
+def test_training_is_what_it_is_on_whole_weights() -> None:
+    """To the bit, forward and backward; under no_grad the same layer is fused."""
+    torch.manual_seed(5)
+    x, w, d = draw(1, 64, 7, 7, dtype=F32), draw(700, 64, 3, 3, dtype=F32), draw(700, 64, 3, 3, dtype=F32)
+    C.taken_path()
+    own, delta = x.clone().requires_grad_(), d.clone().requires_grad_()
+    output = gated_conv2d(own, w, delta, gate=True, padding=1)
+    assert C.taken_path() == "rebuild"
+    whole_x, whole = x.clone().requires_grad_(), (w + d).requires_grad_()
+    expected = F.conv2d(whole_x, whole, padding=1)
+    assert torch.equal(output, expected)
+    grad = torch.randn_like(expected)
+    output.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(own.grad, whole_x.grad) and torch.equal(delta.grad, whole.grad)
+    with torch.no_grad():
+        again = gated_conv2d(own, w, delta, gate=True, padding=1)
+    assert C.taken_path() == "fused"
+    assert_close(again, expected.detach(), F32, 576, x, whole.detach())
+
+
+def test_what_the_operator_refuses_is_refused_by_it() -> None:
+    x, w = torch.zeros(1, 512, 7, 7), torch.zeros(768, 512, 1, 1)
+    with torch.no_grad():
+        for wrong in ({"stride": 0}, {"stride": (1, -1)}, {"padding": -1}, {"dilation": 0}, {"stride": (1, 2, 3)}):
+            with pytest.raises(RuntimeError, match=f"{next(iter(wrong))}: expected two integers"):
+                gated_conv2d(x, w, w, gate=True, **wrong)
+        with pytest.raises(RuntimeError, match="input: expected a padded image no smaller than the kernel"):
+            gated_conv2d(x, torch.zeros(8, 512, 9, 9), torch.zeros(8, 512, 9, 9), gate=True)
