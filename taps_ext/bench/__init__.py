@@ -1,7 +1,7 @@
 """Measure gated layers on this machine, beside the best that torch offers without them: `taps bench`.
 
-    results = taps_ext.bench.run(taps_ext.bench.suite(), seconds=120)
-    print(taps_ext.bench.table(results))
+results = taps_ext.bench.run(taps_ext.bench.suite(), seconds=120)
+print(taps_ext.bench.table(results))
 """
 
 from __future__ import annotations
