@@ -31,7 +31,7 @@ constexpr int kDotSums = 16;
 // The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of floats, `ld` elements apart,
 // with zeros behind the depth up to a multiple of kFewRowsPadding. fp32, or bf16 with W and Delta in bf16 or fp32.
 using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
-constexpr int kFewRows = 32, kFewRowsPadding = 16;
+constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
 // y = x W_t^T + bias for x packed tile by tile (Split(rows, Tiles::rows)): element k of row r of a tile of R rows, the
