@@ -40,8 +40,9 @@ constexpr long long kMostFusedRows = 128;
 // on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15 (1.11); eight images, 2048 -> 512 on 7x7 1.24 (1.09).
 constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17;
 
-// Twice as many for layers whose weights are large: 512 -> 512, 3x3 on 7x7, eight images 0.94 (1.10), channels_last 1.04
-// (1.07); linear 4096 x 4096 and 3072 x 768 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98 (0.97), 0.99 (1.04).
+// Twice as many for layers whose weights are large: 512 -> 512, 3x3 on 7x7, eight images 0.94 (1.10),
+// channels_last 1.04 (1.07); linear 4096 x 4096 and 3072 x 768 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98
+// (0.97), 0.99 (1.04).
 constexpr long long kMostCpuRowsOfLarge = 512, kLargeCpuWeights = 1 << 21;
 
 // In 16 bits torch may have instructions for the product that the kernels do not use: there they only save memory
