@@ -7,7 +7,14 @@
 namespace taps::cpu {
 namespace {
 
-int64_t padded(int64_t depth) { return (depth + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding; }
+constexpr int64_t kMeetingRows = 4;
+constexpr int64_t kMeeting = 1024;  // floats: 4096 bytes, the sets of L1
+
+// Between rows of a copy of x. A power of two would have rows meet in the same sets of L1.
+int64_t padded(int64_t depth) {
+  const int64_t whole = (depth + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding;
+  return whole % kMeeting == 0 ? whole + kFewRowsPadding : whole;
+}
 
 const char* row_of_x(const LinearProduct& args, int64_t row) {
   return static_cast<const char*>(args.x.data) + row * args.x.ld * size_of(args.compute);
@@ -15,10 +22,11 @@ const char* row_of_x(const LinearProduct& args, int64_t row) {
 
 }  // namespace
 
-// Few fp32 rows of whole vectors are read where they are.
+// Few fp32 rows of whole vectors are read where they are, unless more of them meet than L1 has room for.
 int64_t linear_bytes(const LinearProduct& args) {
   if (args.rows > kFewRows) return packed_floats(args.rows, args.inputs) * 4;
-  if (args.compute == Dtype::kFloat32 && padded(args.inputs) == args.inputs) return 0;
+  const bool whole = args.compute == Dtype::kFloat32 && args.inputs % kFewRowsPadding == 0;
+  if (whole && (args.rows <= kMeetingRows || args.x.ld % kMeeting != 0)) return 0;
   return args.rows * padded(args.inputs) * 4;
 }
 
