@@ -216,3 +216,13 @@ def test_what_the_operator_refuses_is_refused_by_it() -> None:
                 gated_conv2d(x, w, w, gate=True, **wrong)
         with pytest.raises(RuntimeError, match="input: expected a padded image no smaller than the kernel"):
             gated_conv2d(x, torch.zeros(8, 512, 9, 9), torch.zeros(8, 512, 9, 9), gate=True)
+
+
+@pytest.mark.parametrize("layout", [PLAIN, LAST], ids=["plain", "channels_last"])
+def test_the_operator_is_what_its_fake_says(layout) -> None:
+    torch.manual_seed(6)
+    x = draw(1, 512, 7, 7, dtype=F32, layout=layout)
+    w, d = (draw(768, 512, 1, 1, dtype=F32, layout=layout) for _ in range(2))
+    arguments = (x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
+    assert taken(*arguments)[1] == "fused"
+    torch.library.opcheck(torch.ops.taps_ext.gated_conv2d.default, arguments)
