@@ -87,6 +87,7 @@ twin: build
 
 bench: build
 	$(PY) -m pytest benchmarks/test_layers.py -q --benchmark-json build/benchmark.json --benchmark-columns=median,iqr,rounds
+	$(PY) benchmarks/inference.py --results benchmarks/results/inference.json
 	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json
 	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import inference
 import torch
 from training_step import HEADER, table
 
@@ -32,6 +33,13 @@ shared: the same row measured twice differs by up to 15 %.
 
 {tables}
 
+## A model's forward, its task not merged
+
+Without gradients, over the merged copy (`inference.py`): all gates open; the pattern of the training step below; and
+`W + Delta` on every call, as one would write it. torch emulates bf16 on this machine.
+
+{forwards}
+
 ## A training step
 
 Batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`). Memory is the peak of the
@@ -50,13 +58,14 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
     return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
 
 
-def page(found: dict[str, Any], step: dict[str, Any]) -> str:
+def page(found: dict[str, Any], step: dict[str, Any], forwards: list[dict[str, Any]]) -> str:
     machine = found["machine"]
     return PAGE.format(
         threads=machine["cpu"]["threads"],
         isa=machine["extension"]["isa"],
         torch=machine["torch"],
         tables=bench.table(layers(found)),
+        forwards=inference.table(forwards),
         batch=step["batch"],
         steps="\n".join([HEADER, *(table(model, part["rows"]) for model, part in step["models"].items())]),
     )
@@ -69,7 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads((args.results / "layers-cpu.json").read_text(encoding="utf-8"))
     step = json.loads((args.results / "training-step.json").read_text(encoding="utf-8"))
-    (args.docs / "benchmarks.md").write_text(page(found, step), encoding="utf-8")
+    forwards = json.loads((args.results / "inference.json").read_text(encoding="utf-8"))["rows"]
+    (args.docs / "benchmarks.md").write_text(page(found, step, forwards), encoding="utf-8")
     part = {case.name for case in bench.suite()}
     bench_picture(args.docs / "benchmarks.png", [result for result in layers(found) if result.name in part])
 

@@ -32,6 +32,8 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
+// For these and the following benchmarks/paths.py has measured the fused path by force.
+//
 // Up to this many rows on the CPU, and from this many weights on: below, they stay in the caches, and to rebuild them
 // costs little. Rows are the pixels of a convolution's result. Times over the stock op on merged weights, two AVX2
 // cores, fp32, fused (torch.add and the stock op): linear 3072 x 768, 8, 64 and 256 rows 0.90 (1.93), 0.86 (1.33), 0.83
@@ -39,6 +41,10 @@ constexpr long long kMostFusedRows = 128;
 // (1.1). Convolutions, one image: 512 -> 512, 3x3 on 7x7 0.76 (1.40); 2048 -> 512 on 7x7 0.91 (1.39); 256 -> 256, 3x3
 // on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15 (1.11); eight images, 2048 -> 512 on 7x7 1.24 (1.09).
 constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17;
+
+// A panel is 16 or 32 outputs wide and one thread's: fewer outputs leave most of it idle. 768 -> 1 with 4096 rows of
+// emulated bf16 took 3.7 times the rebuild.
+constexpr long long kLeastCpuOutputs = 16;
 
 // Twice as many for layers whose weights are large: 512 -> 512, 3x3 on 7x7, eight images 0.94 (1.10),
 // channels_last 1.04 (1.07); linear 4096 x 4096 and 3072 x 768 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98
@@ -57,6 +63,7 @@ constexpr long long kLeastEmulatedWork = 1 << 20, kLeastEmulatedRows = 4;
 constexpr bool worth_fusing(const Problem& problem) {
   if (problem.cuda) return problem.rows <= kMostFusedRows;
   const long long weights = problem.outputs * problem.inputs;
+  if (problem.outputs < kLeastCpuOutputs) return false;
   if (problem.emulated && problem.rows >= kLeastEmulatedRows) return problem.rows * weights >= kLeastEmulatedWork;
   if (weights < kLeastCpuWeights) return false;
   if (problem.narrow && !problem.emulated) return problem.rows <= kMostNarrowRows;

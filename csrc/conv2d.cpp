@@ -114,19 +114,20 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, training));
+  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, pixels, training));
   if (path == Path::kFused) return fused_convolution(w, x, b, g);
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, groups)) {
     const int64_t channel_dim = x.ndim() - 3;
+    constexpr bool kNoFusing = true;  // as for training: what was not fused whole is not fused in parts
     Slices output(channel_dim, w.weight.sizes[0], channels_last(x) || channels_last(w.weight));
     for_panels(w.weight.sizes[0], step, [&](Range panel) {
       const Range read = input_range(w.weight, panel, groups);
       const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
       output.put(gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
                               stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], gate,
-                              threshold, std::nullopt, 1.0, training),
+                              threshold, std::nullopt, 1.0, kNoFusing),
                  panel);
     });
     return *output.whole();

@@ -79,6 +79,11 @@ Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
   return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
 }
 
+bool within_limit(int64_t bytes) {
+  const size_t limit = workspace_limit();
+  return limit == 0 || static_cast<size_t>(bytes) <= limit;
+}
+
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
     const Lease memory(false, 0, nullptr, static_cast<size_t>(cpu::linear_bytes(args)));
@@ -99,9 +104,8 @@ bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && 
 bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training) {
   if (w.weight.numel() == 0 || !readable(w.weight)) return false;
   if (!on_tiles(w.weight.place)) {
-    const Dtype delta = w.known_closed() ? w.weight.dtype : w.delta->dtype;
-    return product == Product::kForward && !training && cpu_fuses(w.weight.dtype, delta, compute) &&
-           (w.known_closed() || readable(*w.delta));
+    return product == Product::kForward && !training && !w.known_closed() &&
+           cpu_fuses(w.weight.dtype, w.delta->dtype, compute) && readable(*w.delta);
   }
   if (!sixteen_bit(compute)) return false;
   const Dtype weight = w.weight.dtype;
@@ -127,10 +131,23 @@ Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTen
   return y;
 }
 
-bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
+bool fused_fits(Dtype compute, const LinearSizes& sizes) {
+  LinearProduct args;
+  args.compute = compute;
+  args.rows = sizes.rows;
+  args.inputs = args.x.ld = sizes.inputs;
+  return within_limit(cpu::linear_bytes(args));
+}
+
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
+                         bool training) {
   if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
   const Span kernel = w.weight.sizes;
   if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
+  Convolution args;
+  args.rows = pixels;
+  args.inputs = w.weight.numel() / kernel[0];
+  if (!within_limit(cpu::conv2d_bytes(args))) return false;
   const std::optional<bool> order = channels_inside(w.weight);
   return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
 }

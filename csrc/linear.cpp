@@ -100,7 +100,8 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
   // As a matrix x might be copied: not for rows that are not fused anyway.
-  if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training)) {
+  if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training) &&
+      (x.place.cuda || fused_fits(x.dtype, sizes))) {
     x2 = as_matrix(x, sizes.rows, sizes.inputs);
   }
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
@@ -110,10 +111,11 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   // A weight known to be closed stays whole: its results are the base's bit for bit.
   const bool whole = path == Path::kStock || w.known_closed();
   if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
+    constexpr bool kNoFusing = true;  // as for training: what was not fused whole is not fused in parts
     Slices output(x.ndim() - 1, sizes.outputs);
     for_panels(sizes.outputs, step, [&](Range panel) {
       output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
-                              gate, threshold, std::nullopt, 1.0, training),
+                              gate, threshold, std::nullopt, 1.0, kNoFusing),
                  panel);
     });
     return *output.whole();

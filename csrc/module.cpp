@@ -52,8 +52,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "rebuild",
-      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype,
-         int64_t rows) -> py::object {
+      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows,
+         int64_t outputs) -> py::object {
         const auto dense = [](uintptr_t data, int type) {
           return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
         };
@@ -61,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
         {
           const py::gil_scoped_release released;
           lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
-                                static_cast<taps::Dtype>(dtype), rows);
+                                static_cast<taps::Dtype>(dtype), rows, outputs);
         }
         if (!lease) return py::none();
         const auto address = reinterpret_cast<uintptr_t>(lease->data());
@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
+  m.attr("most_places") = taps::kMostPlaces;
   m.def("emulates_bfloat16", &taps::cpu::emulates_bfloat16, "Whether torch's bf16 products are plain C++ here.");
   m.def(
       "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); }, py::arg("name"),
@@ -109,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
         taps::Convolution product;
         product.compute = narrow ? taps::Dtype::kBFloat16 : taps::Dtype::kFloat32;
         product.rows = rows;
-        product.inputs = inputs;
+        product.inputs = product.x.ld = inputs;
         return convolution ? taps::cpu::conv2d_bytes(product) : taps::cpu::linear_bytes(product);
       },
       py::kw_only(), py::arg("convolution"), py::arg("narrow"), py::arg("rows"), py::arg("inputs"),

@@ -42,7 +42,8 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
 
 }  // namespace
 
-std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows) {
+std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
+                               int64_t outputs) {
   Problem problem;
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
@@ -50,8 +51,8 @@ std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t 
   problem.narrow = size_of(compute) == 2;
   problem.emulated = emulated(compute, false);
   problem.rows = rows;
-  problem.outputs = numel;
-  problem.inputs = 1;
+  problem.outputs = outputs;
+  problem.inputs = outputs > 0 ? numel / outputs : 0;
   const auto bytes = static_cast<size_t>(numel * size_of(compute));
   const size_t limit = workspace_limit();
   if (cuda::kTilesOnCpu || !weight.data || !delta.data || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;

@@ -41,12 +41,13 @@ bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 // For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate in a leased workspace. Dense
 // operands of one layout, on the CPU. Null where choose() takes another path, or where the weight exceeds the limit:
 // the operator then does what is right. `rows`: of a product that needs no gradient (the pixels of a result); -1
-// where nothing is fused.
+// where nothing is fused. `outputs`: the rows of the weight.
 struct Dense {
   const void* data;
   Dtype dtype;
 };
-std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows);
+std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
+                               int64_t outputs);
 
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.

@@ -1,6 +1,6 @@
-// The reused buffer that W_t is rebuilt into: one per device and stream, grown to the largest
-// weight (or to the limit), leased while a host call needs it. Two host threads on one stream get two
-// buffers; no lock is held while torch runs.
+// The reused buffer that W_t is rebuilt into, and that the CPU's fused products pack their input into: one per device
+// and stream, grown to the largest of either (or to the limit), leased while a host call needs it. Two host threads on
+// one stream get two buffers; no lock is held while torch runs.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ class Lease {
   std::unique_ptr<Buffer> buffer_;
 };
 
-// No op rebuilds more than this many bytes of a weight at a time (panels.h); 0: no limit.
+// No op rebuilds more than this many bytes of a weight at a time (panels.h), or packs more of its input; 0: no limit.
 size_t workspace_limit();
 void set_workspace_limit(size_t bytes);  // also frees the buffers that are not leased
 

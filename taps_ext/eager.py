@@ -31,11 +31,13 @@ def _pixels(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
     """Pixels of a convolution's result; what the operator would refuse has any number of them."""
+    if not len(stride) == len(padding) == len(dilation) == 2:
+        return -1
     count = input.shape[0]
     for axis in (0, 1):
         span = input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1
         count *= span // (stride[axis] or 1) + 1
-    return count
+    return int(count)
 
 
 def run_linear(

@@ -34,7 +34,7 @@ def _view(extension: Any, address: int, like: Tensor, dtype: torch.dtype) -> Ten
     return view
 
 
-def _one_layout(weight: Tensor, delta: Tensor) -> bool:
+def one_layout(weight: Tensor, delta: Tensor) -> bool:
     if weight.is_contiguous():
         return delta.is_contiguous()
     last = torch.channels_last
@@ -62,7 +62,7 @@ def product(
 
     Args:
         extension: `taps_ext._C`, or None where it is missing.
-        rows: of a linear layer's product without gradients, which might be fused; else -1.
+        rows: of a product without gradients, which might be fused (the pixels of a result); else -1.
     """
     if (
         extension is None
@@ -72,7 +72,7 @@ def product(
         or not (input.is_cpu and weight.is_cpu and delta.is_cpu)
         or weight.is_neg()
         or delta.is_neg()
-        or not _one_layout(weight, delta)
+        or not one_layout(weight, delta)
         or _watched()
     ):
         return None
@@ -80,7 +80,8 @@ def product(
     code, own, other = _CODES.get(dtype), _CODES.get(weight.dtype), _CODES.get(delta.dtype)
     if code is None or own is None or other is None:
         return None
-    made = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, weight.numel(), code, rows)
+    numel, outputs = weight.numel(), weight.shape[0]
+    made = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, numel, code, rows, outputs)
     if made is None:
         return None
     address, lease = made  # given back when this call returns

@@ -21,8 +21,9 @@ def workspace_limit() -> int | None:
 def set_workspace_limit(limit: int | None) -> None:
     """Rebuild no more than `limit` bytes of a task's weight at a time, in this process; None for no limit.
 
-    Open layers above the limit work in panels of output channels (at least two; never less than a group of a grouped
-    convolution unless it can be cut itself). That costs a few per cent of time in those layers. Sums run in another
+    A layer that would pack more of its input than that, to be fused, is rebuilt. Open layers above the limit work in
+    panels of output channels (at least two; never less than a group of a grouped convolution unless it can be cut
+    itself). That costs a few per cent of time in those layers. Sums run in another
     order, so outputs and gradients may differ in the last bits from those without a limit. Layers whose gate the
     host knows to be closed stay whole and are bit-equal to the base, in outputs and in their input's gradient.
 

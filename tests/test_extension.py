@@ -65,6 +65,8 @@ def test_choice_of_path():
         (257, {}, "rebuild"),
         (256, {"inputs": 383}, "rebuild"),
         (1, {"fusable": False}, "rebuild"),
+        (8, {"outputs": 15, "inputs": 1 << 20}, "rebuild"),
+        (8, {"outputs": 16, "inputs": 1 << 20}, "fused"),
         (512, {"inputs": 2048}, "fused"),
         (512, {"inputs": 2047}, "rebuild"),
         (513, {"inputs": 2048}, "rebuild"),

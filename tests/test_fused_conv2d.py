@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_close
 
+import taps_ext
 from taps_ext import gated_conv2d, ops
 
 C = ops._C
@@ -79,7 +80,7 @@ def test_every_geometry(isa, types, layout) -> None:
             output = fused(x, w, d, None, bias, *geometry, 1, True, 0.1)
             wanted, terms, factors = convolved(x, w, d, bias, *geometry)
             assert output.dtype == kind
-            assert_close(output, wanted, kind, terms, *factors, torch.ones(1))
+            assert_close(output, wanted, kind, terms, *factors)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -158,6 +159,7 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(isa) -> None:
         ({"batch": 5}, "fused"),
         ({"outputs": 767}, "rebuild"),
         ({"groups": 2}, "rebuild"),
+        ({"outputs": 15, "kind": BF16, "batch": 6}, "rebuild"),
         ({"kind": torch.float64}, "rebuild"),
         ({"kind": torch.float16}, "rebuild"),
         ({"gate": False}, "stock"),
@@ -211,6 +213,11 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
 def test_what_the_operator_refuses_is_refused_by_it() -> None:
     x, w = torch.zeros(1, 512, 7, 7), torch.zeros(768, 512, 1, 1)
     with torch.no_grad():
+        for wrong in ({"stride": ()}, {"padding": []}):
+            with pytest.raises(RuntimeError, match=next(iter(wrong))):
+                gated_conv2d(x, w, w, gate=True, **wrong)
+        with pytest.raises((TypeError, RuntimeError), match="stride"):
+            gated_conv2d(x, w, w, gate=True, stride=1.0)
         for wrong in ({"stride": 0}, {"stride": (1, -1)}, {"padding": -1}, {"dilation": 0}, {"stride": (1, 2, 3)}):
             with pytest.raises(RuntimeError, match=f"{next(iter(wrong))}: expected two integers"):
                 gated_conv2d(x, w, w, gate=True, **wrong)
@@ -226,3 +233,31 @@ def test_the_operator_is_what_its_fake_says(layout) -> None:
     arguments = (x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
     assert taken(*arguments)[1] == "fused"
     torch.library.opcheck(torch.ops.taps_ext.gated_conv2d.default, arguments)
+
+
+@pytest.mark.parametrize(("side", "path"), [(8, "fused"), (9, "rebuild")])
+def test_kernels_of_more_than_64_places_are_rebuilt(side, path) -> None:
+    torch.manual_seed(7)
+    x = draw(1, 96, 12, 12, dtype=F32)
+    w, d = (draw(200, 96, side, side, dtype=F32) for _ in range(2))
+    output, found = taken(x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
+    wanted, terms, factors = convolved(x, w, d, None, (1, 1), (1, 1), (1, 1))
+    assert found == path
+    assert_close(output, wanted, F32, terms, *factors)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_limit_on_the_workspace_holds(groups) -> None:
+    """What would pack more than the limit is rebuilt in panels, and no panel is fused after all."""
+    torch.manual_seed(8)
+    x, w, d = draw(1, 512, 14, 14, dtype=F32), *(draw(768, 512 // groups, 3, 3, dtype=F32) for _ in range(2))
+    geometry = ((1, 1), (1, 1), (1, 1), groups)
+    for limit, path in ((None, "fused" if groups == 1 else "rebuild"), (1 << 20, "rebuild")):
+        taps_ext.set_workspace_limit(limit)
+        try:
+            output, found = taken(x, w, d, None, None, *geometry, True, 0.1)
+            assert found == path and (limit is None or taps_ext.workspace_bytes() <= limit)
+        finally:
+            taps_ext.set_workspace_limit(None)
+        wanted, terms, factors = convolved(x, w, d, None, *geometry)
+        assert_close(output, wanted, F32, terms, *factors)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_close
 
-from taps_ext import gated_linear, ops
+from taps_ext import gated_linear, ops, set_workspace_limit, workspace_bytes
 
 C = ops._C
 if C is None:
@@ -184,6 +184,31 @@ def test_training_is_what_it_is_on_whole_weights() -> None:
         again = gated_linear(own, w, delta, gate=True)
     assert C.taken_path() == "fused"
     assert_close(again, expected.detach(), F32, 512, x, whole.detach())
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+def test_a_closed_gate_is_never_forced_to_be_fused(rows) -> None:
+    x, w = draw(rows, 512, dtype=F32), draw(768, 512, dtype=F32)
+    C.force_path("fused")
+    try:
+        for delta in (w, None):
+            with pytest.raises(RuntimeError, match="path: fused is forced, but the kernels do not know"):
+                torch.ops.taps_ext.gated_linear(x, w, delta, None, None, False, 0.1)
+    finally:
+        C.force_path(None)
+
+
+def test_a_limit_on_the_workspace_holds() -> None:
+    x, w, d = draw(200, 4096, dtype=F32), draw(128, 4096, dtype=F32), draw(128, 4096, dtype=F32)
+    assert taken(x, w, d, None, None, True, 0.1)[1] == "fused"
+    set_workspace_limit(1 << 20)
+    try:
+        output, path = taken(x, w, d, None, None, True, 0.1)
+        assert path == "rebuild" and workspace_bytes() <= 1 << 20
+    finally:
+        set_workspace_limit(None)
+    wt = w.double() + d.double()
+    assert_close(output, x.double() @ wt.t(), F32, 4096, x, wt)
 
 
 def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:

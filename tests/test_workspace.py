@@ -4,7 +4,8 @@ import threading
 
 import torch
 import torch.nn.functional as F
-from test_extension import _C, MASKS, OPEN, OPS, TAU, linear_case, seeded  # noqa: F401  (a fixture)
+from test_extension import _C, OPEN, OPS, TAU, linear_case, seeded  # noqa: F401  (a fixture)
+from test_extension_layers import MASKS
 
 
 def test_one_workspace_is_reused():

@@ -1,5 +1,5 @@
-// The forward of a gated convolution on the CPU, for results of few pixels: the pixels under the kernel are packed as
-// the rows of a linear layer, a block of them at a time, and W_t is built anew for each block.
+// The forward of a gated convolution on the CPU: the pixels under the kernel are packed as the rows of a linear layer,
+// a block of them at a time, and W_t is built anew for each block.
 #include <vector>
 
 #include "cpu/packed.h"

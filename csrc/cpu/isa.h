@@ -31,6 +31,7 @@ constexpr int kDotSums = 16;
 // The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of floats, `ld` elements apart,
 // with zeros behind the depth up to a multiple of kFewRowsPadding. fp32, or bf16 with W and Delta in bf16 or fp32.
 using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
+// Up to 16 rows few_rows is the faster one at every size measured, from 32 on the tiles.
 constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 

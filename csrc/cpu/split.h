@@ -4,6 +4,7 @@
 #include <cstdint>
 
 namespace taps::cpu {
+namespace {  // it is also compiled for each instruction set
 
 struct Split {
   int64_t n, parts;
@@ -12,4 +13,5 @@ struct Split {
   int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
 };
 
+}  // namespace
 }  // namespace taps::cpu

@@ -18,7 +18,7 @@ constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
 #endif
 static_assert(kTile <= kMostTile, "what packing makes room for");
 constexpr int kOutputs = 2 * kLanes;
-constexpr int64_t kDepth = 256;  // of a block: a panel of it takes half of L1, or a third
+constexpr int64_t kDepth = 256;  // of a block: 16 KB of a panel with AVX2, 32 with AVX-512
 constexpr int kLine = 64;        // bytes of a line of the cache
 constexpr int kAhead = 4;        // rows of W and Delta that a tile asks for: a line in every fourth step
 
@@ -147,7 +147,7 @@ class Panel {
     }
   }
 
-  // The rows of the block after the one at `at`, shared evenly by its tiles; where there is none, what is in L1 anyway.
+  // The rows of the block after the one at `at`, shared by its tiles, as far as they ask; else what is in L1.
   Ahead ahead(int64_t at, int64_t part, int64_t parts) const {
     const bool more = at + kDepth < p_.inputs, last = !more && output_ + 2 * kOutputs > p_.outputs;
     const int64_t share = (2 * kOutputs + parts - 1) / parts;

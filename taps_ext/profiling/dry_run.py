@@ -20,6 +20,7 @@ from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
 from ..nn.gated import stamp
+from ..rebuilt import one_layout
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -117,40 +118,44 @@ def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
             state.rested[layer] = stamp(part.delta)
 
 
-def _workspace(step: Step, calls: dict[str, tuple[torch.dtype, int]]) -> int:
-    """The largest weight that is rebuilt, or whose gradient is formed, outside of the results."""
+def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:
+    """The largest weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""
     if step.state is None or ops._C is None:
         return 0
-    largest = 0
+    largest, limit = 0, ops._C.workspace_limit()
     for name, part in step.state.gated():
         host = step.model.base.get_submodule(name)
-        weight, call = base_weight(host), calls.get(name)
-        if call is None or part.delta is None or part.merged is not None:
-            continue
-        dtype, rows = call
-        fused = _fused_bytes(host, weight, dtype, rows) if step.phase == "infer" and part.gate else None
-        if fused is not None:
-            largest = max(largest, fused)
+        weight = base_weight(host)
+        if part.delta is None or part.merged is not None:
             continue
         learns = step.phase == "train" and part.score is not None and part.score.requires_grad
-        if part.gate is not False or learns:
-            largest = max(largest, weight.numel() * dtype.itemsize)
-    limit = ops._C.workspace_limit()
-    return min(largest, limit) if limit else largest
+        for dtype, rows in calls.get(name, ()):
+            fused = _fused_bytes(host, part.delta, dtype, rows) if step.phase == "infer" and part.gate else None
+            if fused is not None:
+                largest = max(largest, fused)
+            elif part.gate is not False or learns:
+                whole = weight.numel() * dtype.itemsize
+                largest = max(largest, min(whole, limit) if limit else whole)
+    return largest
 
 
-def _fused_bytes(host: nn.Module, weight: Tensor, dtype: torch.dtype, rows: int) -> int | None:
+def _fused_bytes(host: nn.Module, delta: Tensor, dtype: torch.dtype, rows: int) -> int | None:
     """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
     assert ops._C is not None
-    convolution, narrow = isinstance(host, nn.Conv2d), dtype == torch.bfloat16
-    fusable = weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    fusable = fusable and (isinstance(host, nn.Linear) or (isinstance(host, nn.Conv2d) and host.groups == 1))
+    weight, convolution, narrow = base_weight(host), isinstance(host, nn.Conv2d), dtype == torch.bfloat16
+    known = isinstance(host, nn.Linear) or (
+        isinstance(host, nn.Conv2d) and host.groups == 1 and weight[0, 0].numel() <= ops._C.most_places
+    )
+    fusable = (
+        known and weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and one_layout(weight, delta)
+    )
     emulated = narrow and ops._C.emulates_bfloat16()
     sizes = {"rows": rows, "inputs": weight[0].numel()}
-    kind = {"fusable": fusable, "narrow": narrow, "emulated": emulated, "outputs": weight.shape[0]}
-    if ops._C.choose(open=True, **kind, **sizes) != "fused":
+    packed = int(ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes))
+    if 0 < ops._C.workspace_limit() < packed:
         return None
-    return int(ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes))
+    kind = {"fusable": fusable, "narrow": narrow, "emulated": emulated, "outputs": weight.shape[0]}
+    return packed if ops._C.choose(open=True, **kind, **sizes) == "fused" else None
 
 
 def estimate(
@@ -216,14 +221,15 @@ def estimate(
     return memory
 
 
-def _dtypes(step: Step) -> dict[str, tuple[torch.dtype, int]]:
-    """Name -> the type in which a layer computes and its rows (pixels of its result), filled while it runs."""
-    found: dict[str, tuple[torch.dtype, int]] = {}
+def _dtypes(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
+    """Name -> the types in which a layer computes and its rows (pixels of its result), filled while it runs."""
+    found: dict[str, set[tuple[torch.dtype, int]]] = {}
 
     def watch(name: str, part: GatedLayer) -> None:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                found[name] = output.dtype, output.numel() // max(1, base_weight(module).shape[0])
+                rows = output.numel() // max(1, base_weight(module).shape[0])
+                found.setdefault(name, set()).add((output.dtype, rows))
 
         step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
 
