@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/isa.h"
 #include "device.h"
 #include "panels.h"
 

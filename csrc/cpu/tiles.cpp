@@ -5,6 +5,8 @@
 // weights are read row by row, added, turned and packed in L1; then every tile of rows takes its sums into registers
 // and adds the block, one element of x for all lanes at a time, while what the next block reads of W and Delta is asked
 // for. Every sum is added in the order of the depth, so that it does not depend on the other rows and outputs.
+#include <algorithm>
+
 #include "cpu/split.h"
 #include "cpu/transpose.h"
 

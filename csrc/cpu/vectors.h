@@ -2,7 +2,6 @@
 // there. All of it has internal linkage: each instruction set has its own.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "cpu/isa.h"
