@@ -9,7 +9,7 @@
 namespace taps::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+#if TAPS_LANES == 16
 constexpr int kMostRows = 6;  // 24 sums, 6 of x and a weight in 32 registers
 #else
 constexpr int kMostRows = 3;  // 12 sums, 3 of x and a weight in 16 registers
@@ -75,7 +75,7 @@ struct Panel {
         return multiply<1, kFetch>(x, ld, row, depth, w, d);
       case 2:
         return multiply<2, kFetch>(x, ld, row, depth, w, d);
-#if defined(__AVX512F__)
+#if TAPS_LANES == 16
       case 4:
         return multiply<4, kFetch>(x, ld, row, depth, w, d);
       case 5:

@@ -13,7 +13,7 @@
 namespace taps::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+#if TAPS_LANES == 16
 constexpr int kTile = 12;  // rows: 24 sums, two of W_t and an element of x in 32 registers
 #else
 constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16

@@ -9,13 +9,17 @@
 namespace taps::cpu {
 namespace {
 
+// Of a vector. Sixteen run everywhere, two registers to a vector where they are narrower: tests do so.
+#if !defined(TAPS_LANES)
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+#define TAPS_LANES 16
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+#define TAPS_LANES 8
 #else
-constexpr int kLanes = 4;
+#define TAPS_LANES 4
 #endif
+#endif
+constexpr int kLanes = TAPS_LANES;
 
 using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
