@@ -92,6 +92,7 @@ bench: build
 	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
 
 bench-layers: build
+	$(PY) benchmarks/inference.py --results benchmarks/results/inference.json
 	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers-cpu.json
 	mv build/layers-cpu.json benchmarks/results/layers-cpu.json
 	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
