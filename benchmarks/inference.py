@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 import taps_ext
 from taps_ext.bench.timing import interleaved
-from taps_ext.cli.env import facts
+from taps_ext.cli.env import shareable_facts
 from taps_ext.nn.forward import base_weight
 
 SIZE = 224
@@ -114,7 +114,7 @@ def main() -> None:
             kind = str(dtype).removeprefix("torch.")
             rows.append({"model": name, "images": images, "dtype": kind, "seconds": seconds})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    args.results.write_text(json.dumps({"machine": facts(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    args.results.write_text(json.dumps({"machine": shareable_facts(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

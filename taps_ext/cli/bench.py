@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .. import bench
     from .config import check_device
-    from .env import facts
+    from .env import shareable_facts
 
     check_device(args.device)
     if args.threads is not None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda found: say(f"{found.name}: {found.ratio:.2f} of the stock op"),
     )
     if args.json:
-        emit({"machine": facts(), "results": [result.to_dict() for result in results]})
+        emit({"machine": shareable_facts(), "results": [result.to_dict() for result in results]})
     else:
         print(bench.table(results))
     if args.plot is not None:

@@ -70,6 +70,13 @@ def facts() -> dict[str, Any]:
     }
 
 
+def shareable_facts() -> dict[str, Any]:
+    """:func:`facts` for a file that others read: without where things lie on this machine."""
+    found = facts()
+    found["extension"].pop("file", None)
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     env = facts()
     if args.json:
