@@ -13,6 +13,10 @@ inline const char* name_of(Path path) {
   return path == Path::kStock ? "stock" : path == Path::kFused ? "fused" : "rebuild";
 }
 
+// How torch's own product runs on this CPU: at about the kernels' rate; at half of it or less, because it uses half of
+// each register or has no instruction for the type; or on a unit of its own, faster than any vector.
+enum class Stock { kUsual, kHalved, kEmulated, kMatrixUnit };
+
 // What the choice may depend on.
 struct Problem {
   bool cuda = false;
@@ -20,10 +24,12 @@ struct Problem {
   bool same_dtype = true;  // the weight already has the compute type
   bool fusable = false;    // the fused kernels know its types and layout
   bool narrow = false;     // 16 bits
-  bool emulated = false;   // torch's product of this type is written in plain C++ on this machine
-  long long rows = 0;      // M: rows of the product
-  long long outputs = 0;   // N
-  long long inputs = 0;    // K
+  Stock stock = Stock::kUsual;
+  bool wide = false;      // the CPU's kernels have sixteen lanes
+  bool pairs = false;     // and multiply bf16 in pairs
+  long long rows = 0;     // M: rows of the product
+  long long outputs = 0;  // N
+  long long inputs = 0;   // K
 };
 
 // Up to this many rows W_t is built on its way to the tensor cores. Predicted, not yet measured: at N = K = 4096 with W
@@ -32,42 +38,62 @@ struct Problem {
 // assumed 5.5 TB/s four of them take 73 us, and the rebuild, whose product still waits for memory, 43 us; two take 37.
 constexpr long long kMostFusedRows = 128;
 
-// For these and the following benchmarks/paths.py has measured the fused path by force.
+// On the CPU: benchmarks/paths.py measures both paths by force. Its times over the stock op on merged weights follow as
+// fused (rebuilt); two cores, torch 2.15; "AVX2" on Zen 3, "AVX-512" on Zen 5. Rows are the pixels of a convolution's
+// result.
 //
-// Up to this many rows on the CPU, and from this many weights on: below, they stay in the caches, and to rebuild them
-// costs little. Rows are the pixels of a convolution's result. Times over the stock op on merged weights, two AVX2
-// cores, fp32, fused (torch.add and the stock op): linear 3072 x 768, 8, 64 and 256 rows 0.90 (1.93), 0.86 (1.33), 0.83
-// (1.07); 1024 x 1024 with 256 and 512 rows 1.03 (1.11), 1.07 (1.06); 384 x 384 with 8 and 256 rows 1.2 (1.2), 1.2
-// (1.1). Convolutions, one image: 512 -> 512, 3x3 on 7x7 0.76 (1.40); 2048 -> 512 on 7x7 0.91 (1.39); 256 -> 256, 3x3
-// on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15 (1.11); eight images, 2048 -> 512 on 7x7 1.24 (1.09).
-constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17;
+// Up to this many rows, and from this many weights on: below, they stay in the caches, and to rebuild them costs
+// little. AVX2, fp32: 768 -> 3072 with 8, 64 and 256 rows 0.90 (1.93), 0.86 (1.33), 0.83 (1.07); 1024 -> 1024 with 256
+// rows 1.03 (1.11); 384 -> 384 with 8 and 256 rows 1.2 (1.2), 1.2 (1.1); convolutions, one image: 512 -> 512, 3x3 on
+// 7x7 0.76 (1.40); 2048 -> 512 on 7x7 0.91 (1.39); 256 -> 256, 3x3 on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15
+// (1.11). AVX-512: 512 -> 512, 3x3 on 7x7 0.76 (1.59); 256 -> 256, 3x3 on 14x14 1.13 (1.31); 256 -> 1024 and 1024 ->
+// 256 on 14x14 1.03 (1.29), 1.11 (1.26).
+constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17, kLeastWideWeights = 1 << 18;
 
-// A panel is 16 or 32 outputs wide and one thread's: fewer outputs leave most of it idle. 768 -> 1 with 4096 rows of
-// emulated bf16 took 3.7 times the rebuild.
+// Twice as many for layers whose weights are large. AVX2, eight images: 512 -> 512, 3x3 on 7x7 0.94 (1.10); linear
+// 4096 -> 4096 and 768 -> 3072 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98 (0.97), 0.99 (1.04); 2048 -> 512
+// on 7x7 1.24 (1.09). AVX-512, eight images on 7x7: 512 -> 2048 1.03 (1.22), 2048 -> 512 1.14 (1.24), 512 -> 512, 3x3
+// 1.05 (1.14).
+constexpr long long kMostCpuRowsOfLarge = 512, kLargeCpuWeights = 1 << 21, kLargeWideWeights = 1 << 20;
+
+// A panel is 16 or 32 outputs wide and one thread's: fewer outputs leave most of it idle. AVX-512, 768 -> 1 with 64 and
+// 1576 rows: fp32 6.9 (2.9), 6.9 (1.3); bf16 1.5 (1.4), 8 (1.4).
 constexpr long long kLeastCpuOutputs = 16;
 
-// Twice as many for layers whose weights are large: 512 -> 512, 3x3 on 7x7, eight images 0.94 (1.10),
-// channels_last 1.04 (1.07); linear 4096 x 4096 and 3072 x 768 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98
-// (0.97), 0.99 (1.04).
-constexpr long long kMostCpuRowsOfLarge = 512, kLargeCpuWeights = 1 << 21;
+// In pairs of bf16 torch is as fast, and the bytes decide: few rows are fused whatever the weights, more of them where
+// weights are large. AVX-512, W in bf16 and Delta in fp32: 64 -> 64, 768 -> 768, 4096 -> 4096 with 64 rows 0.73 (1.36),
+// 1.38 (1.41), 1.22 (1.91); with 256 rows 768 -> 768 and 1024 -> 1024 1.23 (1.17), 1.17 (1.24); eight images of 1024 ->
+// 2048 / 2 on 14x14 0.93 (1.19).
+constexpr long long kMostPairedRows = 64, kLeastPairedWeights = 1 << 20, kLargePairedWeights = 1 << 21;
 
-// In 16 bits torch may have instructions for the product that the kernels do not use: there they only save memory
-// traffic, which decides up to about this many rows. Not measured; no such machine has been at hand.
-constexpr long long kMostNarrowRows = 32;
+// On a matrix unit only what memory decides: up to about this many rows. Not measured.
+constexpr long long kMostUnitRows = 32;
 
-// Where torch emulates bf16, the kernels, which multiply in fp32, win from about this much work on: 384 x 384 with 8
-// rows 0.7 (1.3), 3072 x 768 with 64 and 1576 rows 0.17 (1.04), 0.15 (0.99); 64 -> 64, 3x3 on 56x56 0.04 (1.00),
-// channels_last 0.35 (0.99). Under four rows torch has a product of its own for them: 384 x 384 with one 4.0 (2.3).
+// Where torch emulates bf16, the kernels win from about this much work on. AVX2: 384 x 384 with 8 rows 0.7 (1.3), 768
+// -> 3072 with 64 and 1576 rows 0.17 (1.04), 0.15 (0.99); 64 -> 64, 3x3 on 56x56 0.04 (1.00), channels_last 0.35
+// (0.99). AVX-512 held off from its bf16: 384 x 384 with 8 rows 0.8 (1.4), 768 -> 3072 with 64 and 1576 rows 0.47
+// (1.20), 0.40 (1.02). Under four rows torch has a product of its own for them: AVX2, 384 x 384 with one 4.0 (2.3).
 constexpr long long kLeastEmulatedWork = 1 << 20, kLeastEmulatedRows = 4;
+
+// Where its fp32 product has half the rate, from this many weights and this much work on. AVX-512, 1 and 1576 rows:
+// 768 -> 768 0.79 (1.04), 0.57 (1.02); 768 -> 3072 0.79 (1.75), 0.53 (1.03); 4096 -> 4096 1.03 (2.39), 0.59 (1.17);
+// 384 -> 384 with 1, 4 and 1576 rows 1.36 (1.39), 0.91 (1.18), 0.68 (1.04); 128 -> 128 with 1576 rows 1.26 (1.11).
+constexpr long long kLeastHalvedWeights = 1 << 17, kLeastHalvedWork = 1 << 19;
 
 constexpr bool worth_fusing(const Problem& problem) {
   if (problem.cuda) return problem.rows <= kMostFusedRows;
-  const long long weights = problem.outputs * problem.inputs;
   if (problem.outputs < kLeastCpuOutputs) return false;
-  if (problem.emulated && problem.rows >= kLeastEmulatedRows) return problem.rows * weights >= kLeastEmulatedWork;
-  if (weights < kLeastCpuWeights) return false;
-  if (problem.narrow && !problem.emulated) return problem.rows <= kMostNarrowRows;
-  return problem.rows <= (weights >= kLargeCpuWeights ? kMostCpuRowsOfLarge : kMostCpuRows);
+  const long long weights = problem.outputs * problem.inputs, work = problem.rows * weights;
+  if (problem.stock == Stock::kEmulated && problem.rows >= kLeastEmulatedRows) return work >= kLeastEmulatedWork;
+  if (problem.stock == Stock::kHalved && weights >= kLeastHalvedWeights && work >= kLeastHalvedWork) return true;
+  if (problem.stock == Stock::kMatrixUnit) return problem.rows <= kMostUnitRows && weights >= kLeastCpuWeights;
+  if (problem.pairs) {
+    if (problem.rows <= kMostPairedRows) return true;
+    return problem.rows <= kMostCpuRows ? weights >= kLeastPairedWeights
+                                        : problem.rows <= kMostCpuRowsOfLarge && weights >= kLargePairedWeights;
+  }
+  if (problem.rows <= kMostCpuRows) return weights >= (problem.wide ? kLeastWideWeights : kLeastCpuWeights);
+  return problem.rows <= kMostCpuRowsOfLarge && weights >= (problem.wide ? kLargeWideWeights : kLargeCpuWeights);
 }
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.

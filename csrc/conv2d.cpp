@@ -107,8 +107,9 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   int64_t pixels = x.ndim() == 4 ? x.sizes[0] : 1;  // of the result
   for (size_t axis = 0; axis < 2; ++axis) {
     const int64_t size = x.sizes[x.ndim() - 2 + axis];
-    pixels *= g.output_size(size, w.weight.sizes[2 + axis], axis);
-    if (g.output_size(size, w.weight.sizes[2 + axis], axis) < 1) {
+    const int64_t result = g.output_size(size, w.weight.sizes[2 + axis], axis);
+    pixels *= result;
+    if (result < 1) {
       fail("input: expected a padded image no smaller than the kernel, got shape ", shape_string(x.sizes),
            " for a weight of shape ", shape_string(w.weight.sizes));
     }

@@ -130,7 +130,8 @@ Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTen
   return y;
 }
 
-bool fused_fits(Dtype compute, const LinearSizes& sizes) {
+bool fused_fits(Place place, Dtype compute, const LinearSizes& sizes) {
+  if (on_tiles(place)) return true;
   LinearProduct args;
   args.compute = compute;
   args.rows = sizes.rows;
@@ -144,6 +145,7 @@ bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometr
   const Span kernel = w.weight.sizes;
   if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
   Convolution args;
+  args.compute = x.dtype;
   args.rows = pixels;
   args.inputs = w.weight.numel() / kernel[0];
   if (!within_limit(cpu::conv2d_bytes(args))) return false;

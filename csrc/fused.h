@@ -32,8 +32,9 @@ bool fusable_gradient(const GatedWeight& w, Dtype compute);
 bool fusable_activation(const Described& matrix);
 bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
                          bool training);
-// Whether what the CPU's kernel takes of the workspace is within its limit.
-bool fused_fits(Dtype compute, const LinearSizes& sizes);
+// Whether what the kernel takes of the workspace is within its limit: the CPU's packs x; that of tiles are partial
+// sums.
+bool fused_fits(Place place, Dtype compute, const LinearSizes& sizes);
 
 // x [M, K] to y [M, N]; dy [M, N] to dx [M, K].
 Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes);

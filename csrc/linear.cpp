@@ -101,7 +101,7 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   OptionalTensor x2;
   // As a matrix x might be copied: not for rows that are not fused anyway.
   if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training) &&
-      (x.place.cuda || fused_fits(x.dtype, sizes))) {
+      fused_fits(x.place, x.dtype, sizes)) {
     x2 = as_matrix(x, sizes.rows, sizes.inputs);
   }
   const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));

@@ -37,6 +37,14 @@ py::dict build_info() {
   return info;
 }
 
+taps::Stock stock_of(const std::string& name) {
+  if (name == "usual") return taps::Stock::kUsual;
+  if (name == "halved") return taps::Stock::kHalved;
+  if (name == "emulated") return taps::Stock::kEmulated;
+  if (name == "matrix unit") return taps::Stock::kMatrixUnit;
+  throw std::runtime_error("stock: expected usual, halved, emulated or matrix unit, got " + name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rebuild",
       [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows,
-         int64_t outputs) -> py::object {
+         int64_t outputs, bool convolution) -> py::object {
         const auto dense = [](uintptr_t data, int type) {
           return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
         };
@@ -61,7 +69,7 @@ PYBIND11_MODULE(_C, m) {
         {
           const py::gil_scoped_release released;
           lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
-                                static_cast<taps::Dtype>(dtype), rows, outputs);
+                                static_cast<taps::Dtype>(dtype), rows, outputs, convolution);
         }
         if (!lease) return py::none();
         const auto address = reinterpret_cast<uintptr_t>(lease->data());
@@ -80,7 +88,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
   m.attr("most_places") = taps::kMostPlaces;
-  m.def("emulates_bfloat16", &taps::cpu::emulates_bfloat16, "Whether torch's bf16 products are plain C++ here.");
   m.def(
       "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); }, py::arg("name"),
       "Use this instruction set; None returns to the best one. For tests.");
@@ -88,14 +95,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "choose",
       [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable,
-         bool narrow, bool emulated) {
+         bool narrow, bool convolution, std::optional<std::string> stock, std::optional<bool> wide,
+         std::optional<bool> pairs) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
         problem.same_dtype = same_dtype;
         problem.fusable = fusable;
-        problem.narrow = narrow;
-        problem.emulated = emulated;
+        taps::set_product(problem, narrow ? taps::Dtype::kBFloat16 : taps::Dtype::kFloat32, convolution);
+        if (stock) problem.stock = stock_of(*stock);
+        problem.wide = wide.value_or(problem.wide);
+        problem.pairs = pairs.value_or(problem.pairs);
         problem.rows = rows;
         problem.outputs = outputs;
         problem.inputs = inputs;
@@ -103,7 +113,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
       py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("narrow") = false,
-      py::arg("emulated") = false, "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'.");
+      py::arg("convolution") = false, py::arg("stock") = py::none(), py::arg("wide") = py::none(),
+      py::arg("pairs") = py::none(),
+      "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'; what choose.h wants to know of the "
+      "machine is this one's, or what `stock`, `wide` and `pairs` say.");
   m.def(
       "fused_bytes",
       [](bool convolution, bool narrow, int64_t rows, int64_t inputs) {

@@ -22,7 +22,20 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   return scratch;
 }
 
-bool emulated(Dtype compute, bool cuda) { return !cuda && compute == Dtype::kBFloat16 && cpu::emulates_bfloat16(); }
+void set_product(Problem& problem, Dtype compute, bool convolution) {
+  problem.narrow = size_of(compute) == 2;
+  if (problem.cuda) return;
+  const cpu::Tiles& set = cpu::tiles();
+  problem.wide = set.lanes >= 16;
+  problem.pairs = set.pairs && compute == Dtype::kBFloat16;
+  if (compute == Dtype::kBFloat16) {
+    problem.stock = cpu::has_matrix_unit()     ? Stock::kMatrixUnit
+                    : cpu::emulates_bfloat16() ? Stock::kEmulated
+                                               : Stock::kUsual;
+  } else if (compute == Dtype::kFloat32 && !convolution && problem.wide && cpu::halves_matrix_products()) {
+    problem.stock = Stock::kHalved;
+  }
+}
 
 namespace {
 
@@ -32,8 +45,7 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
   problem.open = !w.known_closed();
   problem.fusable = fusable;
   problem.same_dtype = w.weight.dtype == compute;
-  problem.narrow = size_of(compute) == 2;
-  problem.emulated = emulated(compute, problem.cuda);
+  set_product(problem, compute, w.weight.ndim() == 4);
   problem.rows = rows;
   problem.outputs = w.weight.sizes[0];
   problem.inputs = problem.outputs ? w.weight.numel() / problem.outputs : 0;
@@ -43,20 +55,20 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
 }  // namespace
 
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
-                               int64_t outputs) {
+                               int64_t outputs, bool convolution) {
   Problem problem;
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
   problem.fusable = rows >= 0 && cpu_fuses(weight.dtype, delta.dtype, compute);
-  problem.narrow = size_of(compute) == 2;
-  problem.emulated = emulated(compute, false);
+  set_product(problem, compute, convolution);
   problem.rows = rows;
   problem.outputs = outputs;
   problem.inputs = outputs > 0 ? numel / outputs : 0;
   const auto bytes = static_cast<size_t>(numel * size_of(compute));
   const size_t limit = workspace_limit();
   if (cuda::kTilesOnCpu || !weight.data || !delta.data || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
-  if (forced_path() >= 0 || choose(problem) != Path::kRebuild) return nullptr;
+  const int forced = forced_path();
+  if (forced >= 0 ? forced != static_cast<int>(Path::kRebuild) : choose(problem) != Path::kRebuild) return nullptr;
   auto lease = std::make_unique<Lease>(false, 0, nullptr, bytes);
   Reconstruct args;
   args.walk.numel = numel;

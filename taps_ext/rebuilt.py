@@ -81,7 +81,9 @@ def product(
     if code is None or own is None or other is None:
         return None
     numel, outputs = weight.numel(), weight.shape[0]
-    made = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, numel, code, rows, outputs)
+    made = extension.rebuild(
+        weight.data_ptr(), own, delta.data_ptr(), other, numel, code, rows, outputs, weight.dim() == 4
+    )
     if made is None:
         return None
     address, lease = made  # given back when this call returns

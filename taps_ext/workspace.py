@@ -23,9 +23,9 @@ def set_workspace_limit(limit: int | None) -> None:
 
     A layer that would pack more of its input than that, to be fused, is rebuilt. Open layers above the limit work in
     panels of output channels (at least two; never less than a group of a grouped convolution unless it can be cut
-    itself). That costs a few per cent of time in those layers. Sums run in another
-    order, so outputs and gradients may differ in the last bits from those without a limit. Layers whose gate the
-    host knows to be closed stay whole and are bit-equal to the base, in outputs and in their input's gradient.
+    itself). That costs a few per cent of time in those layers. Sums run in another order, so outputs and gradients may
+    differ in the last bits from those without a limit. Layers whose gate the host knows to be closed stay whole and are
+    bit-equal to the base, in outputs and in their input's gradient.
 
     Raises:
         ConfigError: a limit that is not a positive integer; a limit without the compiled extension.

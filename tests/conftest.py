@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused import C, instructions
 
 from taps_ext.cli import main
 
@@ -12,6 +13,13 @@ from taps_ext.cli import main
 def _settings() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=C.isas() if C is not None else [])
+def isa(request: pytest.FixtureRequest):
+    """Each instruction set of this machine in turn."""
+    with instructions(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -142,6 +142,7 @@ def test_the_command(call, tmp_path, monkeypatch) -> None:
     found = json.loads(out)
     assert code == 0 and picture.read_bytes()[:4] == b"\x89PNG" and err.count("of the stock op") == 4
     assert {row["group"] for row in found["results"]} == {"call"} and found["machine"]["torch"] == torch.__version__
+    assert "isa" in found["machine"]["extension"] and "file" not in found["machine"]["extension"]
     code, out, _ = call("bench", "--groups", "call", "--seconds", 1)
     assert code == 0 and "### call" in out and "64 x 64, open, both ways" in out
     code, _, err = call("bench", "--groups", "everything")

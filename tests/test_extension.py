@@ -60,25 +60,49 @@ def test_choice_of_path():
     assert _C.choose(open=True) == "rebuild"
     assert _C.choose(open=False, same_dtype=False) == "rebuild"
     large = {"open": True, "fusable": True, "outputs": 1024, "inputs": 384}
+    narrow = {"stock": "usual", "wide": False, "pairs": False}
+    wide = {**narrow, "wide": True}
+    pairs = {**wide, "pairs": True, "narrow": True}
+    emulated = {**narrow, "stock": "emulated", "narrow": True}
+    halved = {**wide, "stock": "halved"}
+    unit = {**pairs, "stock": "matrix unit"}
     for rows, more, path in (
-        (256, {}, "fused"),
-        (257, {}, "rebuild"),
-        (256, {"inputs": 383}, "rebuild"),
-        (1, {"fusable": False}, "rebuild"),
-        (8, {"outputs": 15, "inputs": 1 << 20}, "rebuild"),
-        (8, {"outputs": 16, "inputs": 1 << 20}, "fused"),
-        (512, {"inputs": 2048}, "fused"),
-        (512, {"inputs": 2047}, "rebuild"),
-        (513, {"inputs": 2048}, "rebuild"),
-        (32, {"narrow": True}, "fused"),
-        (33, {"narrow": True}, "rebuild"),
-        (3, {"narrow": True, "emulated": True, "inputs": 383}, "rebuild"),
-        (4, {"narrow": True, "emulated": True, "inputs": 256}, "fused"),
-        (4, {"narrow": True, "emulated": True, "inputs": 255}, "rebuild"),
-        (10**6, {"narrow": True, "emulated": True}, "fused"),
-        (10**6, {"narrow": True, "emulated": True, "fusable": False}, "rebuild"),
+        (256, narrow, "fused"),
+        (257, narrow, "rebuild"),
+        (256, {**narrow, "inputs": 383}, "rebuild"),
+        (1, {**narrow, "fusable": False}, "rebuild"),
+        (8, {**narrow, "outputs": 15, "inputs": 1 << 20}, "rebuild"),
+        (8, {**narrow, "outputs": 16, "inputs": 1 << 20}, "fused"),
+        (512, {**narrow, "inputs": 2048}, "fused"),
+        (512, {**narrow, "inputs": 2047}, "rebuild"),
+        (513, {**narrow, "inputs": 2048}, "rebuild"),
+        (256, {**wide, "inputs": 256}, "fused"),
+        (256, {**wide, "inputs": 255}, "rebuild"),
+        (512, {**wide, "inputs": 1024}, "fused"),
+        (512, {**wide, "inputs": 1023}, "rebuild"),
+        (513, {**wide, "inputs": 1 << 20}, "rebuild"),
+        (64, {**pairs, "inputs": 1}, "fused"),
+        (65, {**pairs, "inputs": 1023}, "rebuild"),
+        (256, {**pairs, "inputs": 1024}, "fused"),
+        (257, {**pairs, "inputs": 2047}, "rebuild"),
+        (512, {**pairs, "inputs": 2048}, "fused"),
+        (513, {**pairs, "inputs": 2048}, "rebuild"),
+        (3, {**emulated, "inputs": 383}, "rebuild"),
+        (4, {**emulated, "inputs": 256}, "fused"),
+        (4, {**emulated, "inputs": 255}, "rebuild"),
+        (10**6, emulated, "fused"),
+        (10**6, {**emulated, "fusable": False}, "rebuild"),
+        (4, {**halved, "inputs": 128}, "fused"),
+        (3, {**halved, "inputs": 128}, "rebuild"),
+        (10**6, {**halved, "inputs": 128}, "fused"),
+        (10**6, {**halved, "inputs": 127}, "rebuild"),
+        (32, unit, "fused"),
+        (33, unit, "rebuild"),
+        (32, {**unit, "inputs": 383}, "rebuild"),
     ):
         assert _C.choose(rows=rows, **{**large, **more}) == path, (rows, more)
+    with pytest.raises(RuntimeError, match="stock: expected usual, .*, got slow"):
+        _C.choose(open=True, stock="slow")
     assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
     assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"

@@ -5,18 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import BF16, F32, LAST, PLAIN, TYPES, C, draw, fused, instructions, taken
 from tolerance import assert_close
 
 import taps_ext
 from taps_ext import gated_conv2d, ops
 
-C = ops._C
 if C is None:
     pytest.skip("the extension is missing, and with it the kernel", allow_module_level=True)
 
-F32, BF16 = torch.float32, torch.bfloat16
-TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
-PLAIN, LAST = torch.contiguous_format, torch.channels_last
+OPERATOR = torch.ops.taps_ext.gated_conv2d
 # Batch, channels, outputs, kernel, image, stride, padding, dilation.
 SHAPES = (
     (1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1)),
@@ -25,39 +23,9 @@ SHAPES = (
     (1, 40, 16, (1, 1), (9, 8), (2, 3), (0, 0), (1, 1)),
     (2, 29, 20, (3, 3), (7, 7), (2, 1), (1, 2), (1, 2)),
     (1, 6, 37, (2, 5), (11, 9), (1, 2), (3, 0), (2, 1)),
-    (5, 31, 18, (3, 3), (8, 8), (1, 1), (1, 1), (1, 1)),  # more than one block of pixels and of the depth
+    (9, 31, 18, (3, 3), (8, 8), (1, 1), (1, 1), (1, 1)),  # more than one block of pixels and of the depth
     (2, 4, 7, (8, 8), (9, 9), (1, 1), (7, 7), (1, 1)),
 )
-
-
-@pytest.fixture(params=C.isas())
-def isa(request):
-    C.force_isa(request.param)
-    yield request.param
-    C.force_isa(None)
-
-
-def draw(*shape: int, dtype: torch.dtype, layout: torch.memory_format = PLAIN) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=layout)
-
-
-def taken(*args, training: bool = False) -> tuple[torch.Tensor, str | None]:
-    """The operator's output and the path that choose() took."""
-    C.taken_path()
-    with torch.no_grad():
-        output = torch.ops.taps_ext.gated_conv2d(*args, training=training)
-    return output, C.taken_path()
-
-
-def fused(*args) -> torch.Tensor:
-    """The kernel's output, however few the weights are."""
-    C.force_path("fused")
-    try:
-        output, path = taken(*args)
-    finally:
-        C.force_path(None)
-    assert path == "fused"
-    return output
 
 
 def convolved(
@@ -77,7 +45,7 @@ def test_every_geometry(isa, types, layout) -> None:
         x = draw(batch, channels, *image, dtype=kind, layout=layout)
         w, d = (draw(outputs, channels, *kernel, dtype=own, layout=layout) for own in (weight_kind, delta_kind))
         for bias in (None, draw(outputs, dtype=kind)):
-            output = fused(x, w, d, None, bias, *geometry, 1, True, 0.1)
+            output = fused(OPERATOR, x, w, d, None, bias, *geometry, 1, True, 0.1)
             wanted, terms, factors = convolved(x, w, d, bias, *geometry)
             assert output.dtype == kind
             assert_close(output, wanted, kind, terms, *factors)
@@ -92,9 +60,9 @@ def test_the_layout_is_torchs(shape, x_layout, w_layout) -> None:
     w, d = (draw(outputs, channels, *kernel, dtype=F32, layout=w_layout) for _ in range(2))
     with torch.no_grad():
         wanted = F.conv2d(x, w + d, None, *geometry)
-    output = fused(x, w, d, None, None, *geometry, 1, True, 0.1)
+    output = fused(OPERATOR, x, w, d, None, None, *geometry, 1, True, 0.1)
     assert output.stride() == wanted.stride()
-    alone = fused(x[0], w, d, None, None, *geometry, 1, True, 0.1)
+    alone = fused(OPERATOR, x[0], w, d, None, None, *geometry, 1, True, 0.1)
     assert torch.equal(alone, output[0]) and alone.stride() == F.conv2d(x[0], w + d, None, *geometry).stride()
 
 
@@ -108,7 +76,7 @@ def test_the_weight_is_rounded_once(isa, types) -> None:
     d = (0.01 * draw(outputs, channels, 3, 3, dtype=F32)).to(delta_kind)
     x = torch.zeros(channels, channels, 3, 3, dtype=kind)
     x[range(channels), range(channels), 1, 1] = 1
-    output = fused(x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
+    output = fused(OPERATOR, x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
     expected = ops.reconstruct_(torch.empty(w.shape, dtype=kind), w, d, gate=True)
     assert torch.equal(output, expected.transpose(0, 1).flip(2, 3))
 
@@ -121,7 +89,7 @@ def test_images_and_weights_of_any_strides(isa) -> None:
     w, d = draw(11, 10, 3, 3, dtype=F32)[:, 1:9], draw(13, 8, 3, 3, dtype=F32)[2:]
     bias = draw(22, dtype=F32)[::2]
     for own in (x, x[:1].expand(4, 8, 7, 5), x.flip(3)):
-        output = fused(own, w, d, None, bias, *geometry, 1, True, 0.1)
+        output = fused(OPERATOR, own, w, d, None, bias, *geometry, 1, True, 0.1)
         wanted, terms, factors = convolved(own, w, d, bias, *geometry)
         assert_close(output, wanted, F32, terms, *factors)
 
@@ -131,7 +99,7 @@ def test_what_is_not_finite_stays_so(isa, kind) -> None:
     for value in (math.inf, -math.inf, math.nan):
         x, w, d = torch.ones(1, 5, 3, 3, dtype=kind), torch.ones(4, 5, 1, 1, dtype=kind), torch.zeros(4, 5, 1, 1)
         d[1, 4] = value
-        output = fused(x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
+        output = fused(OPERATOR, x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
         assert torch.isfinite(output[:, [0, 2, 3]]).all()
         assert output[:, 1].isnan().all() if math.isnan(value) else (output[:, 1] == value).all()
 
@@ -144,11 +112,11 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(isa) -> None:
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(fused(x, w, d, *settings))
+            found.append(fused(OPERATOR, x, w, d, *settings))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
-    assert torch.equal(fused(x[4:5], w[:9], d[:9], *settings), found[0][4:5, :9])
+    assert torch.equal(fused(OPERATOR, x[4:5], w[:9], d[:9], *settings), found[0][4:5, :9])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +132,6 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(isa) -> None:
         ({"kind": torch.float16}, "rebuild"),
         ({"gate": False}, "stock"),
         ({"batch": 0}, "rebuild"),
-        ({"kind": BF16, "batch": 6}, "fused" if C.emulates_bfloat16() else "rebuild"),
         ({"mixed": True}, "rebuild"),
     ],
     ids=str,
@@ -180,13 +147,24 @@ def test_who_takes_it(change, path) -> None:
     w = draw(setting["outputs"] // groups * groups, 512, kernel, kernel, dtype=kind)
     d = draw(*w.shape, dtype=kind, layout=layout)
     geometry = ((1, 1), (0, 0), (1, 1), groups)
-    output, found = taken(x, w, d, None, None, *geometry, setting["gate"], 0.1)
-    assert found == path
-    with torch.no_grad():
+    with instructions("baseline"), torch.no_grad():
+        output, found = taken(OPERATOR, x, w, d, None, None, *geometry, setting["gate"], 0.1)
         again = gated_conv2d(x, w, d, None, None, *geometry, gate=setting["gate"])
+    assert found == path
     assert C.taken_path() == (None if path == "stock" else path) and torch.equal(output, again)
     if path != "stock":
-        assert taken(x, w, d, None, None, *geometry, True, 0.1, training=True)[1] == "rebuild"
+        assert taken(OPERATOR, x, w, d, None, None, *geometry, True, 0.1, training=True)[1] == "rebuild"
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_they_ask_for_their_own_machine(isa, kind) -> None:
+    for batch, outputs, channels in ((1, 64, 64), (1, 512, 512), (3, 300, 1024), (9, 512, 256)):
+        x = draw(batch, channels, 7, 7, dtype=kind)
+        w, d = (draw(outputs, channels, 1, 1, dtype=kind) for _ in range(2))
+        sizes = {"rows": 49 * batch, "outputs": outputs, "inputs": channels}
+        path = C.choose(open=True, fusable=True, narrow=kind == BF16, convolution=True, **sizes)
+        assert taken(OPERATOR, x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)[1] == path
+        assert taken(gated_conv2d, x, w, d, gate=True)[1] == path
 
 
 def test_training_is_what_it_is_on_whole_weights() -> None:
@@ -231,7 +209,7 @@ def test_the_operator_is_what_its_fake_says(layout) -> None:
     x = draw(1, 512, 7, 7, dtype=F32, layout=layout)
     w, d = (draw(768, 512, 1, 1, dtype=F32, layout=layout) for _ in range(2))
     arguments = (x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)
-    assert taken(*arguments)[1] == "fused"
+    assert taken(OPERATOR, *arguments)[1] == "fused"
     torch.library.opcheck(torch.ops.taps_ext.gated_conv2d.default, arguments)
 
 
@@ -240,7 +218,7 @@ def test_kernels_of_more_than_64_places_are_rebuilt(side, path) -> None:
     torch.manual_seed(7)
     x = draw(1, 96, 12, 12, dtype=F32)
     w, d = (draw(200, 96, side, side, dtype=F32) for _ in range(2))
-    output, found = taken(x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
+    output, found = taken(OPERATOR, x, w, d, None, None, (1, 1), (1, 1), (1, 1), 1, True, 0.1)
     wanted, terms, factors = convolved(x, w, d, None, (1, 1), (1, 1), (1, 1))
     assert found == path
     assert_close(output, wanted, F32, terms, *factors)
@@ -255,7 +233,7 @@ def test_a_limit_on_the_workspace_holds(groups) -> None:
     for limit, path in ((None, "fused" if groups == 1 else "rebuild"), (1 << 20, "rebuild")):
         taps_ext.set_workspace_limit(limit)
         try:
-            output, found = taken(x, w, d, None, None, *geometry, True, 0.1)
+            output, found = taken(OPERATOR, x, w, d, None, None, *geometry, True, 0.1)
             assert found == path and (limit is None or taps_ext.workspace_bytes() <= limit)
         finally:
             taps_ext.set_workspace_limit(None)

@@ -6,48 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import BF16, F32, TYPES, C, draw, fused, instructions, taken
 from tolerance import assert_close
 
 from taps_ext import gated_linear, ops, set_workspace_limit, workspace_bytes
 
-C = ops._C
 if C is None:
     pytest.skip("the extension is missing, and with it the kernel", allow_module_level=True)
 
-F32, BF16 = torch.float32, torch.bfloat16
-TYPES = [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16), (BF16, F32, F32)]  # of x and y, W, Delta
-ROWS = (1, 2, 3, 4, 7, 16, 24, 25, 33, 70, 257)
+OPERATOR = torch.ops.taps_ext.gated_linear
+ROWS = (1, 2, 3, 4, 7, 16, 24, 25, 33, 70, 513)
 SIZES = ((1, 1), (5, 3), (7, 64), (8, 257), (66, 513), (37, 1003))  # outputs, inputs
-
-
-@pytest.fixture(params=C.isas())
-def isa(request):
-    C.force_isa(request.param)
-    yield request.param
-    C.force_isa(None)
-
-
-def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype)
-
-
-def taken(*args) -> tuple[torch.Tensor, str | None]:
-    """The operator's output and the path that choose() took."""
-    C.taken_path()
-    with torch.no_grad():
-        output = torch.ops.taps_ext.gated_linear(*args)
-    return output, C.taken_path()
-
-
-def fused(*args) -> torch.Tensor:
-    """The kernel's output, however few the weights are."""
-    C.force_path("fused")
-    try:
-        output, path = taken(*args)
-    finally:
-        C.force_path(None)
-    assert path == "fused"
-    return output
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
@@ -57,7 +26,7 @@ def test_every_size(isa, types) -> None:
     for rows, (n, k), with_bias in itertools.product(ROWS, SIZES, (True, False)):
         x, w, d = draw(rows, k, dtype=kind), draw(n, k, dtype=weight_kind), draw(n, k, dtype=delta_kind)
         bias = draw(n, dtype=kind) if with_bias else None
-        output = fused(x, w, d, None, bias, True, 0.1)
+        output = fused(OPERATOR, x, w, d, None, bias, True, 0.1)
         assert output.dtype == kind and output.shape == (rows, n)
         terms, wt = x.double(), w.double() + d.double()
         if bias is not None:  # one term more
@@ -75,7 +44,7 @@ def test_the_weight_is_rounded_once(isa, types) -> None:
     expected = ops.reconstruct_(torch.empty(n, k, dtype=kind), w, d, gate=True)
     for first in range(0, k, 32):
         x = torch.eye(k, dtype=kind)[first : first + 32]
-        output = fused(x, w, d, None, None, True, 0.1)
+        output = fused(OPERATOR, x, w, d, None, None, True, 0.1)
         assert torch.equal(output.t(), expected[:, first : first + 32])
 
 
@@ -87,17 +56,17 @@ def test_layouts(isa, kind) -> None:
     x, bias = draw(3, 5, 99, dtype=kind)[..., 7:86], draw(40, dtype=kind)[::2]
     wt = w.double() + d.double()
     many = draw(70, 93, dtype=kind)[:, 2:81]  # more than few rows
-    most = draw(300, 93, dtype=kind)[:, 2:81]  # more than one block of them
+    most = draw(600, 93, dtype=kind)[:, 2:81]  # more than one block of them
     for own in (x, x.transpose(0, 1), x[:, :1], x[0, 0], many, most, x[0, :1].expand(70, 79)):
-        output = fused(own, w, d, None, bias, True, 0.1)
+        output = fused(OPERATOR, own, w, d, None, bias, True, 0.1)
         assert output.shape == (*own.shape[:-1], 20)
         assert_close(output, own.double() @ wt.t() + bias.double(), kind, 80, own, wt)
 
 
 def test_columns_next_to_each_other_are_rebuilt() -> None:
     x, w, d = draw(5, 512, dtype=F32), draw(768, 512, dtype=F32), draw(768, 512, dtype=F32)
-    assert taken(x, w, d, None, None, True, 0.1)[1] == "fused"
-    output, path = taken(x, w.t().contiguous().t(), d, None, None, True, 0.1)
+    assert taken(OPERATOR, x, w, d, None, None, True, 0.1)[1] == "fused"
+    output, path = taken(OPERATOR, x, w.t().contiguous().t(), d, None, None, True, 0.1)
     assert path == "rebuild"
     wt = w.double() + d.double()
     assert_close(output, x.double() @ wt.t(), F32, 512, x, wt)
@@ -108,12 +77,14 @@ def test_what_is_not_finite_stays_so(isa, kind) -> None:
     for value in (math.inf, -math.inf, math.nan):
         x, w, d = torch.ones(2, 40, dtype=kind), torch.ones(3, 40, dtype=kind), torch.zeros(3, 40)
         d[1, 38] = value
-        output = fused(x, w, d, None, None, True, 0.1)
+        output = fused(OPERATOR, x, w, d, None, None, True, 0.1)
         assert torch.isfinite(output[:, [0, 2]]).all()
         wanted = torch.full((2,), value, dtype=kind)
         assert torch.equal(output[:, 1], wanted) or (math.isnan(value) and output[:, 1].isnan().all())
     largest = torch.finfo(kind).max
-    output = fused(torch.ones(1, 1), torch.full((1, 1), largest), torch.full((1, 1), largest), None, None, True, 0.1)
+    output = fused(
+        OPERATOR, torch.ones(1, 1), torch.full((1, 1), largest), torch.full((1, 1), largest), None, None, True, 0.1
+    )
     assert output.item() == math.inf
 
 
@@ -125,11 +96,11 @@ def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(fused(x, w, d, None, None, True, 0.1))
+            found.append(fused(OPERATOR, x, w, d, None, None, True, 0.1))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
-    alone = fused(x, w[:7], d[:7], None, None, True, 0.1)  # nor on which outputs share a panel
+    alone = fused(OPERATOR, x, w[:7], d[:7], None, None, True, 0.1)  # nor on which outputs share a panel
     assert torch.equal(alone, found[0][:, :7])
 
 
@@ -139,7 +110,6 @@ def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
         (256, 768, F32, True, "fused"),
         (257, 768, F32, True, "rebuild"),
         (64, 767, F32, True, "rebuild"),
-        (300, 768, BF16, True, "fused" if C.emulates_bfloat16() else "rebuild"),
         (8, 768, torch.float64, True, "rebuild"),
         (8, 768, torch.float16, True, "rebuild"),
         (8, 768, F32, False, "stock"),
@@ -149,17 +119,27 @@ def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
 def test_who_takes_it(rows, outputs, kind, gate, path) -> None:
     """The operator and the function in front of it, which rebuilds without calling it, agree."""
     x, w, d = draw(rows, 512, dtype=kind), draw(outputs, 512, dtype=kind), draw(outputs, 512, dtype=kind)
-    output, found = taken(x, w, d, None, None, gate, 0.1)
-    assert found == path
-    with torch.no_grad():
+    with instructions("baseline"), torch.no_grad():
+        output, found = taken(OPERATOR, x, w, d, None, None, gate, 0.1)
         again = gated_linear(x, w, d, gate=gate)
+    assert found == path
     assert C.taken_path() == (None if path == "stock" else path) and torch.equal(output, again)
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_they_ask_for_their_own_machine(isa, kind) -> None:
+    for rows, outputs, inputs in ((1, 64, 64), (30, 64, 64), (2, 384, 1024), (100, 512, 256), (300, 768, 512)):
+        x, w, d = draw(rows, inputs, dtype=kind), draw(outputs, inputs, dtype=kind), draw(outputs, inputs, dtype=kind)
+        sizes = {"rows": rows, "outputs": outputs, "inputs": inputs}
+        path = C.choose(open=True, fusable=True, narrow=kind == BF16, **sizes)
+        assert taken(OPERATOR, x, w, d, None, None, True, 0.1)[1] == path
+        assert taken(gated_linear, x, w, d, gate=True)[1] == path
 
 
 @pytest.mark.parametrize("score", [0.05, 0.15])
 def test_the_score_decides(score) -> None:
     x, w, d = draw(4, 512, dtype=F32), draw(768, 512, dtype=F32), draw(768, 512, dtype=F32)
-    output, path = taken(x, w, d, torch.tensor(score), None, None, 0.1)
+    output, path = taken(OPERATOR, x, w, d, torch.tensor(score), None, None, 0.1)
     assert path == ("fused" if score >= 0.1 else "stock")
     wt = w.double() + (d.double() if score >= 0.1 else 0)
     assert_close(output, x.double() @ wt.t(), F32, 512, x, wt)
@@ -200,10 +180,10 @@ def test_a_closed_gate_is_never_forced_to_be_fused(rows) -> None:
 
 def test_a_limit_on_the_workspace_holds() -> None:
     x, w, d = draw(200, 4096, dtype=F32), draw(128, 4096, dtype=F32), draw(128, 4096, dtype=F32)
-    assert taken(x, w, d, None, None, True, 0.1)[1] == "fused"
+    assert taken(OPERATOR, x, w, d, None, None, True, 0.1)[1] == "fused"
     set_workspace_limit(1 << 20)
     try:
-        output, path = taken(x, w, d, None, None, True, 0.1)
+        output, path = taken(OPERATOR, x, w, d, None, None, True, 0.1)
         assert path == "rebuild" and workspace_bytes() <= 1 << 20
     finally:
         set_workspace_limit(None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused import instructions
 from models import settle
 from torch import Tensor, nn
 
@@ -31,6 +32,13 @@ class Head(nn.Module):
 
 def conv(kernel: int, **settings) -> Head:
     return Head(nn.Conv2d(96, 512, kernel, **settings), 512)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_everywhere():
+    """One instruction set, and with it one choice of paths."""
+    with instructions("baseline"):
+        yield
 
 
 CASES = {  # base, inputs, bytes of the workspace

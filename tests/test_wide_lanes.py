@@ -1,21 +1,32 @@
-"""The CPU's fused products with sixteen lanes, which only AVX-512 machines choose, run on this machine: sanitized."""
+"""The CPU's fused products with sixteen lanes, with bf16 in pairs or not, as AVX-512 machines run them: sanitized."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
+import pytest
 from test_host_twin import COMPILER, FLAGS, HERE
 
 CSRC = HERE.parents[1] / "csrc"
 WIDE = ["-DTAPS_LANES=16", "-DTAPS_ISA=wide", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno"]
 
 
-def test_sixteen_lanes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_sixteen_lanes(tmp_path: Path, pairs: int) -> None:
     assert COMPILER, "expected a C++ compiler (CXX, g++ or c++): building the package needs one too"
     binary = tmp_path / "products"
     sources = [HERE / "products.cpp", CSRC / "cpu" / "tiles.cpp", CSRC / "cpu" / "few_rows.cpp"]
-    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *FLAGS["sanitized"], *WIDE]
+    options = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{CSRC}",
+        *FLAGS["sanitized"],
+        *WIDE,
+        f"-DTAPS_PAIRS={pairs}",
+    ]
     built = subprocess.run(
         [COMPILER, *options, *map(str, sources), "-o", str(binary)], capture_output=True, text=True, timeout=600
     )

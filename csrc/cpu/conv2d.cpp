@@ -17,25 +17,37 @@ Pixel pixel_of(const Convolution& args, int64_t row) {
 }
 
 // What R pixels of the result see of the first channel under one place of the kernel; null: padding.
-template <class Element, int R>
+template <class Words, int R>
 struct Seen {
-  const Element* pixels[R];
+  using Part = typename Words::Part;
+  const typename Words::Element* pixels[R];
   bool adjacent;
 
-  void copy(int64_t offset, float* to) const {
+  void copy(int64_t offset, Part* to) const {
+    constexpr int kStep = Words::kInWord;
     for (int r = 0; r < R; ++r) {
-      to[r] = adjacent ? as_float(pixels[0][offset + r]) : pixels[r] ? as_float(pixels[r][offset]) : 0.0f;
+      to[r * kStep] = adjacent    ? Words::part(pixels[0][offset + r])
+                      : pixels[r] ? Words::part(pixels[r][offset])
+                                  : Part{};
     }
   }
 };
 
-// The inputs of R pixels of the result, from pixel `first` on: element k of each next to each other.
-template <class Element, int R>
+// Where element k of the depth of a tile of R rows begins.
+template <class Words, int R>
+typename Words::Part* place_of(float* packed, int64_t k) {
+  constexpr int kInWord = Words::kInWord;
+  return reinterpret_cast<typename Words::Part*>(packed + k / kInWord * R) + k % kInWord;
+}
+
+// The inputs of R pixels of the result, from pixel `first` on: word k of each next to each other.
+template <class Words, int R>
 void pack(const Convolution& args, int64_t first, float* to) {
+  using Element = typename Words::Element;
   const int64_t places = args.kernel[0] * args.kernel[1];
-  Seen<Element, R> seen[kMostPlaces];
+  Seen<Words, R> seen[kMostPlaces];
   for (int64_t place = 0; place < places; ++place) {
-    Seen<Element, R>& own = seen[place];
+    Seen<Words, R>& own = seen[place];
     own.adjacent = true;
     for (int r = 0; r < R; ++r) {
       const Pixel pixel = pixel_of(args, first + r);
@@ -48,19 +60,30 @@ void pack(const Convolution& args, int64_t first, float* to) {
       own.adjacent = own.adjacent && inside && own.pixels[r] == own.pixels[0] + r;
     }
   }
+  int64_t k = 0;
   if (args.channels_inside) {
     for (int64_t place = 0; place < places; ++place) {
-      for (int64_t c = 0; c < args.channels; ++c, to += R) seen[place].copy(c * args.x_strides[1], to);
+      for (int64_t c = 0; c < args.channels; ++c, ++k) {
+        seen[place].copy(c * args.x_strides[1], place_of<Words, R>(to, k));
+      }
     }
   } else {
     for (int64_t c = 0; c < args.channels; ++c) {
-      for (int64_t place = 0; place < places; ++place, to += R) seen[place].copy(c * args.x_strides[1], to);
+      for (int64_t place = 0; place < places; ++place, ++k) {
+        seen[place].copy(c * args.x_strides[1], place_of<Words, R>(to, k));
+      }
     }
+  }
+  for (; k % Words::kInWord != 0; ++k) {
+    for (int r = 0; r < R; ++r) place_of<Words, R>(to, k)[r * Words::kInWord] = {};
   }
 }
 
-template <class Element>
-void run(const Convolution& args) {
+}  // namespace
+
+int64_t conv2d_bytes(const Convolution& args) { return packed_bytes(args); }
+
+void conv2d(const Convolution& args) {
   const Split blocks(args.rows, kTiledRows);
   std::vector<int64_t> begins;
   for (int64_t block = 0; block < blocks.parts; ++block) {
@@ -76,18 +99,11 @@ void run(const Convolution& args) {
     product.result_rows = begins.data();
     product.result_step = args.result_strides[1];
     run_packed(product, static_cast<float*>(args.memory), [&](int64_t row, int64_t rows, float* to) {
-      with_rows(rows, [&](auto count) { pack<Element, count>(args, first + row, to); });
+      with_words(args.compute, [&](auto words) {
+        with_rows(rows, [&](auto count) { pack<decltype(words), count>(args, first + row, to); });
+      });
     });
   }
-}
-
-}  // namespace
-
-int64_t conv2d_bytes(const Convolution& args) { return packed_floats(args.rows, args.inputs) * 4; }
-
-void conv2d(const Convolution& args) {
-  if (args.compute == Dtype::kFloat32) return run<float>(args);
-  run<uint16_t>(args);
 }
 
 }  // namespace taps::cpu

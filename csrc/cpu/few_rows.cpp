@@ -1,10 +1,11 @@
 // y = x W_t^T + bias for few rows of x: W and Delta are read once, and W_t lives in registers and L1. Compiled once per
 // instruction set with TAPS_ISA naming it (isa.h); everything but the table at the end has internal linkage.
 //
-// A thread takes four outputs at a time. Along the depth, block after block, their weights are built in L1 and
-// multiplied by all rows of x, while what the next block reads is asked for. Sums are kept lane by lane in fp32 and
-// added in the end, in an order that the instruction set and the depth alone decide.
-#include "cpu/vectors.h"
+// A thread takes four outputs at a time. Along the depth, block after block, the first rows of x build their weights in
+// registers, keep them in L1 for the other rows, and ask for what the next block reads: memory is read in eight streams
+// while all rows are multiplied. Sums are kept lane by lane in fp32 and added in the end, in an order that the
+// instruction set and the depth alone decide.
+#include "cpu/transpose.h"
 
 namespace taps::cpu {
 namespace {
@@ -15,7 +16,8 @@ constexpr int kMostRows = 6;  // 24 sums, 6 of x and a weight in 32 registers
 constexpr int kMostRows = 3;  // 12 sums, 3 of x and a weight in 16 registers
 #endif
 constexpr int kOutputs = kFewRowsOutputs;
-constexpr int64_t kDepth = 256;  // of a block: four rows of W_t take an eighth of L1
+constexpr int64_t kAloneRows = 2;  // up to which x costs less than streams do: one output at a time
+constexpr int64_t kDepth = 256;    // of a block, in words: four rows of W_t take an eighth of L1
 
 static_assert(kFewRowsPadding % kLanes == 0, "padded rows hold whole vectors");
 
@@ -27,40 +29,48 @@ struct Panel {
   float weights[N * kDepth];  // W_t of the block
   Vec sums[kFewRows][N];
 
-  // All outputs side by side: rows that are read without a break are fetched ahead by the hardware.
-  void build(const W* const* w, const D* const* d, int64_t whole) {
-    int64_t k = 0;
-    for (; k + kLanes <= whole; k += kLanes) {
-      for (int n = 0; n < N; ++n) {
-        const Vec weight = T::weight(T::W::load(w[n] + k), T::D::load(d[n] + k));
-        std::memcpy(weights + n * kDepth + k, &weight, sizeof weight);
-      }
-    }
-    for (int n = 0; n < N && k < whole; ++n) {
-      const Vec weight =
-          T::weight(load_part<typename T::W>(w[n] + k, whole - k), load_part<typename T::D>(d[n] + k, whole - k));
-      std::memcpy(weights + n * kDepth + k, &weight, sizeof weight);
-    }
-  }
+  // Where a block's rows of W and Delta begin, and the next one's; of how many elements it is.
+  struct Block {
+    const W *w[N], *next_w[N];
+    const D *d[N], *next_d[N];
+    int64_t elements;
+  };
 
-  // Adds the products of the block with rows [row, row + M) of x, and asks for what the next block reads of W and
-  // Delta, those rows of it that the first kFetch of `w` and `d` point to.
-  template <int M, int kFetch>
-  void multiply(const float* x, int64_t ld, int row, int64_t depth, const W* const* w, const D* const* d) {
+  enum Pass { kOnly, kFirst, kLater };  // the rows that build the weights; that keep them for others; the others
+
+  // Adds the products of the block with rows [row, row + M) of x.
+  template <int M, Pass kPass>
+  void multiply(const Block& block, const float* x, int64_t ld, int row) {
     Vec sum[N][M];
     for (int m = 0; m < M; ++m) {
       for (int n = 0; n < N; ++n) sum[n][m] = sums[row + m][n];
     }
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      for (int n = 0; n < kFetch; ++n) {  // a line of 16 floats at a time
-        if (kLanes >= 16 || (k & kLanes) == 0) __builtin_prefetch(w[n] + k, 0, 2);
-        if (kLanes >= 16 || (k & kLanes) != 0) __builtin_prefetch(d[n] + k, 0, 2);
-      }
+    const auto step = [&](int64_t k, const auto& weight_of) {  // a word in each lane
       Vec own[M];
       for (int m = 0; m < M; ++m) own[m] = loaded<Vec>(x + (row + m) * ld + k);
+#pragma GCC unroll 4  // all, or sums are kept in memory
       for (int n = 0; n < N; ++n) {
-        const Vec weight = loaded<Vec>(weights + n * kDepth + k);
-        for (int m = 0; m < M; ++m) sum[n][m] += weight * own[m];
+        const Vec weight = weight_of(n);
+        if (kPass == kFirst) store(weights + n * kDepth + k, weight);
+        for (int m = 0; m < M; ++m) sum[n][m] = T::add(sum[n][m], weight, own[m]);
+      }
+    };
+    int64_t k = 0;
+    if (kPass == kLater) {
+      for (; k * T::kInWord < block.elements; k += kLanes) {
+        step(k, [&](int n) { return loaded<Vec>(weights + n * kDepth + k); });
+      }
+    } else {
+      int64_t at = 0;  // in elements
+      for (; at + T::kStep <= block.elements; at += T::kStep, k += kLanes) {
+        step(k, [&](int n) {
+          ask(block.next_w[n], at);
+          ask(block.next_d[n], at);
+          return T::weight(block.w[n] + at, block.d[n] + at);
+        });
+      }
+      if (at < block.elements) {
+        step(k, [&](int n) { return T::weight(block.w[n] + at, block.d[n] + at, block.elements - at); });
       }
     }
     for (int m = 0; m < M; ++m) {
@@ -68,28 +78,68 @@ struct Panel {
     }
   }
 
-  template <int kFetch>
-  void some(int count, const float* x, int64_t ld, int row, int64_t depth, const W* const* w, const D* const* d) {
+  // For the lines that begin in the step of elements `at` lies in.
+  template <class Element>
+  static void ask(const Element* from, int64_t at) {
+    constexpr int64_t kBytes = T::kStep * static_cast<int64_t>(sizeof(Element)), kLine = 64;
+    const char* const bytes = reinterpret_cast<const char*>(from + at);
+    if (kBytes < kLine && at / T::kStep * kBytes % kLine != 0) return;
+    for (int64_t line = 0; line < kBytes; line += kLine) __builtin_prefetch(bytes + line, 0, 3);
+  }
+
+  template <Pass kPass>
+  void some(int count, const Block& block, const float* x, int64_t ld, int row) {
     switch (count) {
       case 1:
-        return multiply<1, kFetch>(x, ld, row, depth, w, d);
+        return multiply<1, kPass>(block, x, ld, row);
       case 2:
-        return multiply<2, kFetch>(x, ld, row, depth, w, d);
+        return multiply<2, kPass>(block, x, ld, row);
 #if TAPS_LANES == 16
       case 4:
-        return multiply<4, kFetch>(x, ld, row, depth, w, d);
+        return multiply<4, kPass>(block, x, ld, row);
       case 5:
-        return multiply<5, kFetch>(x, ld, row, depth, w, d);
+        return multiply<5, kPass>(block, x, ld, row);
       case 6:
-        return multiply<6, kFetch>(x, ld, row, depth, w, d);
+        return multiply<6, kPass>(block, x, ld, row);
 #endif
       default:
-        return multiply<3, kFetch>(x, ld, row, depth, w, d);
+        return multiply<3, kPass>(block, x, ld, row);
     }
   }
 };
 
-// x, as floats, has rows of `ld` elements with zeros behind the depth.
+// Adds up the lanes of all sums, N of them to a row, in order: as many sums at a time as there are lanes.
+template <class T, int N>
+void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
+  static_assert(kLanes % N == 0, "whole rows at a time");
+  Vec bias{};
+  for (int i = 0; i < kLanes && p.bias; ++i) {
+    const int64_t n = output + i % N;
+    if constexpr (T::kRound) bias[i] = widened(static_cast<const uint16_t*>(p.bias)[n]);
+    if constexpr (!T::kRound) bias[i] = static_cast<const float*>(p.bias)[n];
+  }
+  const int64_t count = p.rows * N;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t some = count - first < kLanes ? count - first : kLanes;
+    Vec square[kLanes] = {};
+    for (int64_t i = 0; i < some; ++i) square[i] = sums[first + i];
+    transpose(square);
+    Vec all{};
+    for (const Vec& lane : square) all += lane;
+    all += bias;
+    for (int64_t row = 0; row * N < some; ++row) {
+      const int64_t to = (first / N + row) * p.ld_result + output;
+      if constexpr (T::kRound) {
+        const Halves rounded = narrowed(all);
+        std::memcpy(static_cast<uint16_t*>(p.result) + to, &rounded[0] + row * N, N * sizeof rounded[0]);
+      } else {
+        std::memcpy(static_cast<float*>(p.result) + to, &all[0] + row * N, N * sizeof all[0]);
+      }
+    }
+  }
+}
+
+// x has rows of `ld` words with zeros behind the depth.
 template <class T, int N>
 void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
   using W = typename T::W::Element;
@@ -103,55 +153,41 @@ void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
   const auto d_at = [&](int n, int64_t at) {
     return static_cast<const D*>(p.delta.data) + (output + n) * p.delta.ld + at;
   };
-  for (int64_t at = 0; at < p.inputs; at += kDepth) {
-    const int64_t whole = p.inputs - at < kDepth ? p.inputs - at : kDepth;
-    const int64_t depth = (whole + kLanes - 1) / kLanes * kLanes;
-    const W *own_w[N], *next_w[N];
-    const D *own_d[N], *next_d[N];
+  constexpr int64_t kBlock = kDepth * T::kInWord;  // in elements
+  typename Panel<T, N>::Block block;
+  for (int64_t at = 0; at < p.inputs; at += kBlock) {
+    block.elements = p.inputs - at < kBlock ? p.inputs - at : kBlock;
     for (int n = 0; n < N; ++n) {
-      own_w[n] = w_at(n, at);
-      own_d[n] = d_at(n, at);
-      const bool more = at + kDepth < p.inputs, last = output + N + n >= p.outputs;
-      next_w[n] = more ? w_at(n, at + kDepth) : w_at(last ? n : N + n, 0);
-      next_d[n] = more ? d_at(n, at + kDepth) : d_at(last ? n : N + n, 0);
+      const bool more = at + kBlock < p.inputs, last = output + N + n >= p.outputs;
+      block.w[n] = w_at(n, at);
+      block.d[n] = d_at(n, at);
+      block.next_w[n] = more ? w_at(n, at + kBlock) : w_at(last ? n : N + n, 0);
+      block.next_d[n] = more ? d_at(n, at + kBlock) : d_at(last ? n : N + n, 0);
     }
-    panel.build(own_w, own_d, whole);
+    const float* const own = x + at / T::kInWord;
     int row = 0;
     for (int part = 0; part < parts; ++part) {
       const int count =
           (rows - row + parts - part - 1) / (parts - part);  // shared evenly: few sums wait for each other
-      if (N == kOutputs && part < kOutputs && parts >= kOutputs) {
-        panel.template some<1>(count, x + at, ld, row, depth, next_w + part % N, next_d + part % N);
-      } else if (N == kOutputs && parts >= 2 && part < 2) {
-        panel.template some<2>(count, x + at, ld, row, depth, next_w + part * 2 % N, next_d + part * 2 % N);
+      if (part > 0) {
+        panel.template some<Panel<T, N>::kLater>(count, block, own, ld, row);
+      } else if (parts > 1) {
+        panel.template some<Panel<T, N>::kFirst>(count, block, own, ld, row);
       } else {
-        panel.template some<0>(count, x + at, ld, row, depth, next_w, next_d);
+        panel.template some<Panel<T, N>::kOnly>(count, block, own, ld, row);
       }
       row += count;
     }
   }
-  for (int m = 0; m < rows; ++m) {
-    for (int n = 0; n < N; ++n) {
-      float sum = 0.0f;
-      for (int lane = 0; lane < kLanes; ++lane) sum += panel.sums[m][n][lane];
-      const int64_t to = m * p.ld_result + output + n;
-      if constexpr (!T::kRound) {
-        if (p.bias) sum += static_cast<const float*>(p.bias)[output + n];
-        static_cast<float*>(p.result)[to] = sum;
-      } else {
-        if (p.bias) sum += widened(static_cast<const uint16_t*>(p.bias)[output + n]);
-        Vec all{};
-        all[0] = sum;
-        static_cast<uint16_t*>(p.result)[to] = static_cast<uint16_t>(as<Bits>(to_bfloat16(all))[0] >> 16);
-      }
-    }
-  }
+  finish<T, N>(p, &panel.sums[0][0], output);
 }
 
 template <class T>
 void panels(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, int64_t end) {
   int64_t output = begin;
-  for (; output + kOutputs <= end; output += kOutputs) panel<T, kOutputs>(p, x, ld, output);
+  if (p.rows > kAloneRows) {
+    for (; output + kOutputs <= end; output += kOutputs) panel<T, kOutputs>(p, x, ld, output);
+  }
   for (; output < end; ++output) panel<T, 1>(p, x, ld, output);
 }
 

@@ -1,6 +1,10 @@
 // Chooses the instruction set of the CPU lanes once, from what the machine has.
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
@@ -18,6 +22,14 @@ extern const Tiles tiles_avx2;
 extern const Lanes lanes_avx512;
 extern const FewRows few_rows_avx512;
 extern const Tiles tiles_avx512;
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+}
+#endif
+#ifdef TAPS_HAVE_AVX512BF16
+extern const FewRows few_rows_avx512bf16;
+extern const Tiles tiles_avx512bf16;
 #endif
 
 namespace {
@@ -33,10 +45,12 @@ struct Set {
 // Best first.
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
+#ifdef TAPS_HAVE_AVX512BF16
+      {"avx512bf16", &lanes_avx512, &few_rows_avx512bf16, &tiles_avx512bf16,
+       runs_avx512() && __builtin_cpu_supports("avx512bf16")},
+#endif
 #ifdef TAPS_HAVE_AVX512
-      {"avx512", &lanes_avx512, &few_rows_avx512, &tiles_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c")},
+      {"avx512", &lanes_avx512, &few_rows_avx512, &tiles_avx512, runs_avx512()},
 #endif
 #ifdef TAPS_HAVE_AVX2
       {"avx2", &lanes_avx2, &few_rows_avx2, &tiles_avx2,
@@ -61,15 +75,32 @@ std::atomic<const Set*>& chosen() {
 
 }  // namespace
 
-bool emulates_bfloat16() {
 #if defined(__x86_64__)
-  static const bool emulates =
-      !(__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
-  return emulates;
-#else
-  return false;  // not measured
-#endif
+
+bool has_matrix_unit() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAmxBFloat16 = 1u << 22;
+  static const bool has = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBFloat16) != 0;
+  return has;
 }
+
+bool emulates_bfloat16() {
+  static const bool emulates = !has_matrix_unit() && !__builtin_cpu_supports("avx512bf16");
+  return emulates;
+}
+
+bool halves_matrix_products() {
+  static const bool halves = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
+  return halves;
+}
+
+#else  // not measured
+
+bool has_matrix_unit() { return false; }
+bool emulates_bfloat16() { return false; }
+bool halves_matrix_products() { return false; }
+
+#endif
 
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
 

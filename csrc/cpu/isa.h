@@ -28,15 +28,16 @@ struct Lanes {
 
 constexpr int kDotSums = 16;
 
-// The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of floats, `ld` elements apart,
-// with zeros behind the depth up to a multiple of kFewRowsPadding. fp32, or bf16 with W and Delta in bf16 or fp32.
+// The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of words (word.h), `ld` of them
+// apart, with zeros behind the depth up to a multiple of kFewRowsPadding words. fp32, or bf16 with W and Delta in bf16
+// or fp32.
 using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
 // Up to 16 rows few_rows is the faster one at every size measured, from 32 on the tiles.
 constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
-// y = x W_t^T + bias for x packed tile by tile (Split(rows, Tiles::rows)): element k of row r of a tile of R rows, the
-// first of which is row m of x, is packed[m * inputs + k * R + r].
+// y = x W_t^T + bias for x packed tile by tile (Split(rows, Tiles::rows)): word k of row r of a tile of R rows, the
+// first of which is row m of x, is packed[m * words + k * R + r], where `words` are those of the depth.
 struct TileProduct : LinearProduct {
   const float* packed = nullptr;
   const int64_t* result_rows = nullptr;  // where a row of the result begins; null: ld_result apart
@@ -46,17 +47,23 @@ struct TileProduct : LinearProduct {
 struct Tiles {
   void (*run)(const TileProduct& args, int64_t begin, int64_t end);  // outputs; `begin` a multiple of `outputs`
   int rows, outputs;                                                 // of a tile; of a panel
+  bool pairs;                                                        // a word holds two bf16, here and in few rows
+  int lanes;
 };
 constexpr int kMostTile = 12;    // of any set
-constexpr int kTiledRows = 256;  // the most that `run` takes: 256 of x and 256 of the depth are half of a common L2
+constexpr int kTiledRows = 512;  // the most that `run` takes: 256 of x and 256 of the depth are half of a common L2
 
-// Whether torch's products in bf16 are written in plain C++ on this machine: oneDNN's need AVX-512 there.
+// How torch's products run on this machine. bf16: oneDNN widens it to fp32 where there is no dot product of pairs
+// (and below AVX-512, torch's own loops are in plain C++), and has a product on AMX, which the kernels have not. fp32:
+// the matrix products of MKL keep to AVX2 on AMD's AVX-512 machines; the convolutions are oneDNN's.
 bool emulates_bfloat16();
+bool has_matrix_unit();
+bool halves_matrix_products();
 
 const Lanes& lanes();  // of the chosen set
 FewRows few_rows();
 const Tiles& tiles();
-std::string isa();                        // its name: baseline, avx2, avx512
+std::string isa();                        // its name: baseline, avx2, avx512, avx512bf16
 std::vector<std::string> isas();          // the sets that were compiled and that this machine runs
 std::vector<std::string> isas_built();    // the sets that were compiled
 void force_isa(const std::string& name);  // "" returns to the best one; for tests

@@ -224,9 +224,33 @@ void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride
   }
 }
 
+inline float widened(float value) { return value; }
+inline float widened(uint16_t bits) { return from_bfloat16(bits); }
+
+template <class W, class D>
+void add_to_bfloat16(const W* weight, const D* delta, uint16_t* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(widened(weight[i]) + widened(delta[i]));
+}
+
+// Both, in bf16 or fp32, to bf16: in registers, where most layers of bf16 models are rebuilt.
+void add_to_bfloat16(uint16_t* out, Run weight, Run delta, int64_t n) {
+  const auto with = [&](const auto* w) {
+    if (delta.dtype == Dtype::kFloat32) return add_to_bfloat16(w, static_cast<const float*>(delta.data), out, n);
+    add_to_bfloat16(w, static_cast<const uint16_t*>(delta.data), out, n);
+  };
+  if (weight.dtype == Dtype::kFloat32) return with(static_cast<const float*>(weight.data));
+  with(static_cast<const uint16_t*>(weight.data));
+}
+
 void reconstruct(void* out, Dtype out_dtype, int64_t out_stride, Run weight, Run delta, double scale, bool in_double,
                  int64_t n) {
-  if (in_double) {
+  const auto known = [](Run run) {
+    return run.data && run.stride == 1 && (run.dtype == Dtype::kBFloat16 || run.dtype == Dtype::kFloat32);
+  };
+  if (out_dtype == Dtype::kBFloat16 && out_stride == 1 && scale == 1.0 && known(weight) && known(delta)) {
+    add_to_bfloat16(static_cast<uint16_t*>(out), weight, delta, n);
+  } else if (in_double) {
     reconstruct_as<double>(Dtype::kFloat64, out, out_dtype, out_stride, weight, delta, scale, n);
   } else {
     reconstruct_as<float>(Dtype::kFloat32, out, out_dtype, out_stride, weight, delta, scale, n);

@@ -1,5 +1,5 @@
-// The forward of a gated linear layer on the CPU, block of rows by block of rows: few rows as floats, more of them
-// packed, the outputs shared by the threads. W_t is built anew for each block.
+// The forward of a gated linear layer on the CPU, block of rows by block of rows: few rows as they are or copied,
+// more of them packed, the outputs shared by the threads. W_t is built anew for each block.
 #include <cstring>
 
 #include "cpu/packed.h"
@@ -8,11 +8,11 @@ namespace taps::cpu {
 namespace {
 
 constexpr int64_t kMeetingRows = 4;
-constexpr int64_t kMeeting = 1024;  // floats: 4096 bytes, the sets of L1
+constexpr int64_t kMeeting = 1024;  // words: 4096 bytes, the sets of L1
 
-// Between rows of a copy of x. A power of two would have rows meet in the same sets of L1.
-int64_t padded(int64_t depth) {
-  const int64_t whole = (depth + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding;
+// Words between rows of a copy of x. A power of two would have rows meet in the same sets of L1.
+int64_t padded(int64_t words) {
+  const int64_t whole = (words + kFewRowsPadding - 1) / kFewRowsPadding * kFewRowsPadding;
   return whole % kMeeting == 0 ? whole + kFewRowsPadding : whole;
 }
 
@@ -22,27 +22,39 @@ const char* row_of_x(const LinearProduct& args, int64_t row) {
 
 }  // namespace
 
-// Few fp32 rows of whole vectors are read where they are, unless more of them meet than L1 has room for.
+// Few rows of whole vectors are read where they are if they consist of words, unless more of them meet than L1 has
+// room for.
 int64_t linear_bytes(const LinearProduct& args) {
-  if (args.rows > kFewRows) return packed_floats(args.rows, args.inputs) * 4;
-  const bool whole = args.compute == Dtype::kFloat32 && args.inputs % kFewRowsPadding == 0;
-  if (whole && (args.rows <= kMeetingRows || args.x.ld % kMeeting != 0)) return 0;
-  return args.rows * padded(args.inputs) * 4;
+  if (args.rows > kFewRows) return packed_bytes(args);
+  const int64_t words = words_of(args.compute, args.inputs), in_word = 4 / size_of(args.compute);
+  const bool as_words = words * in_word == args.inputs && (args.rows == 1 || args.x.ld % in_word == 0);
+  if (as_words && words % kFewRowsPadding == 0) {
+    if (args.rows <= kMeetingRows || args.x.ld / in_word % kMeeting != 0) return 0;
+  }
+  return args.rows * padded(words) * 4;
 }
 
 namespace {
 
+// One row as words, with zeros up to `ld` of them.
+void copy_row(const LinearProduct& args, int64_t row, float* to, int64_t ld) {
+  const int64_t words = words_of(args.compute, args.inputs);
+  std::memset(to + words - 1, 0, static_cast<size_t>(ld - words + 1) * 4);  // the last may be half an element's
+  if (args.compute == Dtype::kBFloat16 && !tiles().pairs) {
+    lanes().reconstruct(to, Dtype::kFloat32, 1, {row_of_x(args, row), args.compute, 1}, {nullptr, args.compute, 1}, 1.0,
+                        false, args.inputs);
+  } else {
+    std::memcpy(to, row_of_x(args, row), static_cast<size_t>(args.inputs * size_of(args.compute)));
+  }
+}
+
 void few(const LinearProduct& args) {
   const float* x = static_cast<const float*>(args.x.data);
-  int64_t ld = args.x.ld;
+  int64_t ld = args.x.ld * size_of(args.compute) / 4;
   if (linear_bytes(args) > 0) {
     float* const copy = static_cast<float*>(args.memory);
-    ld = padded(args.inputs);
-    for (int64_t row = 0; row < args.rows; ++row) {
-      lanes().reconstruct(copy + row * ld, Dtype::kFloat32, 1, {row_of_x(args, row), args.compute, 1},
-                          {nullptr, args.compute, 1}, 1.0, false, args.inputs);
-      std::memset(copy + row * ld + args.inputs, 0, static_cast<size_t>(ld - args.inputs) * 4);
-    }
+    ld = padded(words_of(args.compute, args.inputs));
+    for (int64_t row = 0; row < args.rows; ++row) copy_row(args, row, copy + row * ld, ld);
     x = copy;
   }
   const FewRows run = few_rows();
@@ -53,20 +65,35 @@ void few(const LinearProduct& args) {
   });
 }
 
-template <class Element>
+// Rows of x, element by element: word k of row r is to[k * R + r].
+template <class Words, int R>
+void pack(const LinearProduct& args, int64_t row, float* to) {
+  constexpr int kInWord = Words::kInWord;
+  const auto* const from = static_cast<const typename Words::Element*>(args.x.data) + row * args.x.ld;
+  const int64_t whole = args.inputs / kInWord;
+  for (int64_t word = 0; word < whole; ++word, to += R) {
+    for (int r = 0; r < R; ++r) {
+      typename Words::Part parts[kInWord];
+      for (int i = 0; i < kInWord; ++i) parts[i] = Words::part(from[r * args.x.ld + word * kInWord + i]);
+      std::memcpy(to + r, parts, 4);
+    }
+  }
+  for (int r = 0; r < R && whole * kInWord < args.inputs; ++r) {
+    const typename Words::Part last[kInWord] = {Words::part(from[r * args.x.ld + whole * kInWord])};
+    std::memcpy(to + r, last, 4);
+  }
+}
+
 void many(const LinearProduct& args) {
   const Split blocks(args.rows, kTiledRows);
   for (int64_t block = 0; block < blocks.parts; ++block) {
     TileProduct product{args};
     const int64_t first = blocks.begin(block);
     product.rows = blocks.size(block);
-    product.result = static_cast<Element*>(args.result) + first * args.ld_result;
+    product.result = static_cast<char*>(args.result) + first * args.ld_result * size_of(args.compute);
     run_packed(product, static_cast<float*>(args.memory), [&](int64_t row, int64_t rows, float* to) {
-      const Element* const from = static_cast<const Element*>(args.x.data) + (first + row) * args.x.ld;
-      with_rows(rows, [&](auto count) {
-        for (int64_t k = 0; k < args.inputs; ++k) {
-          for (int r = 0; r < count; ++r) to[k * count + r] = as_float(from[r * args.x.ld + k]);
-        }
+      with_words(args.compute, [&](auto words) {
+        with_rows(rows, [&](auto count) { pack<decltype(words), count>(args, first + row, to); });
       });
     });
   }
@@ -76,8 +103,7 @@ void many(const LinearProduct& args) {
 
 void linear(const LinearProduct& args) {
   if (args.rows <= kFewRows) return few(args);
-  if (args.compute == Dtype::kFloat32) return many<float>(args);
-  many<uint16_t>(args);
+  many(args);
 }
 
 }  // namespace taps::cpu

@@ -1,21 +1,26 @@
 // x as the tiles read it (isa.h), and the panels shared by the threads.
 #pragma once
 
-#include <cstring>
 #include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/split.h"
+#include "cpu/word.h"
 
 namespace taps::cpu {
 
-inline float as_float(float value) { return value; }
-inline float as_float(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+// body(how elements of a type become words) for the chosen set.
+template <class F>
+inline void with_words(Dtype compute, const F& body) {
+  if (compute == Dtype::kFloat32) return body(Floats());
+  if (tiles().pairs) return body(PairsOfBFloat16());
+  body(WidenedBFloat16());
+}
+
+// Words of `inputs` elements.
+inline int64_t words_of(Dtype compute, int64_t inputs) {
+  return compute == Dtype::kBFloat16 && tiles().pairs ? (inputs + 1) / 2 : inputs;
 }
 
 // body(number of rows) with a number that the compiler knows.
@@ -30,17 +35,20 @@ inline void with_rows(int64_t rows, const F& body) {
   with_rows(rows, body, std::make_integer_sequence<int, kMostTile>());
 }
 
-// Floats of memory for the largest block of `rows`.
-inline int64_t packed_floats(int64_t rows, int64_t inputs) { return (rows < kTiledRows ? rows : kTiledRows) * inputs; }
+// Of memory for the largest block of rows.
+inline int64_t packed_bytes(const LinearProduct& args) {
+  return (args.rows < kTiledRows ? args.rows : kTiledRows) * words_of(args.compute, args.inputs) * 4;
+}
 
 // Runs `product`, rows packed by pack(first row, rows, to) into `memory`, tile by tile.
 template <class Pack>
 void run_packed(TileProduct product, float* memory, const Pack& pack) {
   const Tiles set = tiles();
+  const int64_t words = words_of(product.compute, product.inputs);
   const Split split(product.rows, set.rows);
   parallel_for(split.parts, 1 + kGrain / (product.inputs * set.rows), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      pack(split.begin(part), split.size(part), memory + split.begin(part) * product.inputs);
+      pack(split.begin(part), split.size(part), memory + split.begin(part) * words);
     }
   });
   product.packed = memory;

@@ -20,17 +20,19 @@ constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
 #endif
 static_assert(kTile <= kMostTile, "what packing makes room for");
 constexpr int kOutputs = 2 * kLanes;
-constexpr int64_t kDepth = 256;  // of a block: 16 KB of a panel with AVX2, 32 with AVX-512
-constexpr int kLine = 64;        // bytes of a line of the cache
-constexpr int kAhead = 4;        // rows of W and Delta that a tile asks for: a line in every fourth step
+constexpr int64_t kDepth = 256;                    // of a block, in words: 16 KB of a panel with AVX2, 32 with AVX-512
+constexpr int kLine = 64;                          // bytes of a line of the cache
+constexpr int kAhead = TAPS_LANES == 16 ? 16 : 4;  // pieces of W and Delta that a tile asks for
+constexpr int kTogether = 16 / kAhead;             // steps to a line
+constexpr int64_t kPiece = kDepth / 16 * kLine;    // bytes
 
 // What a tile asks for: a line of each in turn.
 struct Ahead {
-  const char* rows[kAhead];
+  const char* pieces[kAhead];
 };
 
 // Adds the products of R rows of x with a packed block.
-template <int R>
+template <class T, int R>
 void tile(const float* weights, const float* x, int64_t depth, float* sums, const Ahead& ahead) {
   Vec sum[R][2];
   for (int r = 0; r < R; ++r) {
@@ -39,16 +41,19 @@ void tile(const float* weights, const float* x, int64_t depth, float* sums, cons
   const auto step = [&](int64_t k) {
     const Vec low = loaded<Vec>(weights + k * kOutputs), high = loaded<Vec>(weights + k * kOutputs + kLanes);
     for (int r = 0; r < R; ++r) {
-      const Vec own = x[k * R + r] - Vec{};  // in all lanes; adding a zero would not be free
-      sum[r][0] += low * own;
-      sum[r][1] += high * own;
+      const Vec own = in_all_lanes(x + k * R + r);
+      sum[r][0] = T::add(sum[r][0], low, own);
+      sum[r][1] = T::add(sum[r][1], high, own);
     }
   };
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
-    __builtin_prefetch(ahead.rows[k / 4 % kAhead] + k / (4 * kAhead) * kLine, 0, 2);
+    const char* const* const pieces = ahead.pieces + k / kTogether % kAhead;
 #pragma GCC unroll 2  // more, and sums leave their registers
-    for (int u = 0; u < 4; ++u) step(k + u);
+    for (int u = 0; u < 4; ++u) {
+      if (u % kTogether == 0) __builtin_prefetch(pieces[u / kTogether] + k / 16 * kLine, 0, 2);
+      step(k + u);
+    }
   }
   for (; k < depth; ++k) step(k);
   for (int r = 0; r < R; ++r) {
@@ -58,9 +63,9 @@ void tile(const float* weights, const float* x, int64_t depth, float* sums, cons
 
 using Tile = void (*)(const float*, const float*, int64_t, float*, const Ahead&);
 
-template <int... R>
+template <class T, int... R>
 Tile tile_of(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr Tile kTiles[] = {&tile<R + 1>...};
+  static constexpr Tile kTiles[] = {&tile<T, R + 1>...};
   return kTiles[rows - 1];
 }
 
@@ -82,14 +87,15 @@ class Panel {
 
   void run() {
     const Split tiles(p_.rows, kTile);
-    for (int64_t at = 0; at < p_.inputs; at += kDepth) {
-      const int64_t depth = std::min(p_.inputs - at, kDepth);
-      pack(at, depth);
+    const int64_t words = (p_.inputs + T::kInWord - 1) / T::kInWord;
+    for (int64_t at = 0; at < words; at += kDepth) {
+      const int64_t depth = std::min(words - at, kDepth);
+      pack(at * T::kInWord, std::min(p_.inputs - at * T::kInWord, kBlock));
       for (int64_t part = 0; part < tiles.parts; ++part) {
         const int64_t row = tiles.begin(part), rows = tiles.size(part);
-        const float* const x = p_.packed + row * p_.inputs + rows * at;
-        tile_of(rows, std::make_integer_sequence<int, kTile>())(weights_, x, depth, sums_ + row * kOutputs,
-                                                                ahead(at, part, tiles.parts));
+        const float* const x = p_.packed + row * words + rows * at;
+        tile_of<T>(rows, std::make_integer_sequence<int, kTile>())(weights_, x, depth, sums_ + row * kOutputs,
+                                                                   ahead(at * T::kInWord, part, tiles.parts));
       }
     }
   }
@@ -97,8 +103,14 @@ class Panel {
   void finish() {
     if (p_.result_step == 1) {
       for (int64_t m = 0; m < p_.rows; ++m) {
+        const float* const sums = sums_ + m * kOutputs;
+        if (T::kRound && outputs_ == kOutputs) {
+          const Vec both = to_pairs(loaded<Vec>(sums), loaded<Vec>(sums + kLanes));
+          std::memcpy(static_cast<uint16_t*>(p_.result) + place(m, 0), &both, sizeof both);
+          continue;
+        }
         for (int n = 0; n < outputs_; n += kLanes) {
-          put(place(m, n), loaded<Vec>(sums_ + m * kOutputs + n), std::min<int64_t>(outputs_ - n, kLanes));
+          put(place(m, n), loaded<Vec>(sums + n), std::min<int64_t>(outputs_ - n, kLanes));
         }
       }
       return;
@@ -125,22 +137,20 @@ class Panel {
   using W = typename T::W::Element;
   using D = typename T::D::Element;
   static constexpr int64_t kWidth = kOutputs;
+  static constexpr int64_t kBlock = kDepth * T::kInWord;  // in elements
   static constexpr int64_t kStride = kDepth + kLine / 4;  // not a power of two: rows would meet in the same sets
 
-  void pack(int64_t at, int64_t depth) {
+  void pack(int64_t at, int64_t elements) {
     for (int first = 0; first < kOutputs; first += kLanes) {
       for (int n = 0; n < kLanes; ++n) {
         const W* const w = w_[first + n] + at;
         const D* const d = d_[first + n] + at;
         float* const to = rows_ + n * kStride;
         int64_t k = 0;
-        for (; k + kLanes <= depth; k += kLanes) store(to + k, T::weight(T::W::load(w + k), T::D::load(d + k)));
-        if (k < depth) {
-          const int64_t rest = depth - k;
-          store(to + k, T::weight(load_part<typename T::W>(w + k, rest), load_part<typename T::D>(d + k, rest)));
-        }
+        for (; k + T::kStep <= elements; k += T::kStep) store(to + k / T::kInWord, T::weight(w + k, d + k));
+        if (k < elements) store(to + k / T::kInWord, T::weight(w + k, d + k, elements - k));
       }
-      for (int64_t k = 0; k < depth; k += kLanes) {
+      for (int64_t k = 0; k * T::kInWord < elements; k += kLanes) {
         Vec square[kLanes];
         for (int n = 0; n < kLanes; ++n) square[n] = loaded<Vec>(rows_ + n * kStride + k);
         transpose(square);
@@ -149,19 +159,26 @@ class Panel {
     }
   }
 
-  // The rows of the block after the one at `at`, shared by its tiles, as far as they ask; else what is in L1.
+  // Pieces of the block after the one at `at`, shared by its tiles, as far as they ask; else what is in L1.
   Ahead ahead(int64_t at, int64_t part, int64_t parts) const {
-    const bool more = at + kDepth < p_.inputs, last = !more && output_ + 2 * kOutputs > p_.outputs;
-    const int64_t share = (2 * kOutputs + parts - 1) / parts;
+    constexpr int64_t kOfW = pieces_of(sizeof(W)), kOfRow = kOfW + pieces_of(sizeof(D)), kAll = kOutputs * kOfRow;
+    const bool more = at + kBlock < p_.inputs, last = !more && output_ + 2 * kOutputs > p_.outputs;
+    const int64_t share = last ? 0 : std::min<int64_t>((kAll + parts - 1) / parts, kAhead);
     Ahead result;
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t row = part * share + i, n = row / 2;
-      const W* const w = w_[n % kOutputs] + (more ? at + kDepth : kOutputs * p_.weight.ld);
-      const D* const d = d_[n % kOutputs] + (more ? at + kDepth : kOutputs * p_.delta.ld);
-      const void* const next = row % 2 == 0 ? static_cast<const void*>(w) : static_cast<const void*>(d);
-      result.rows[i] = static_cast<const char*>(last || i >= share || n >= kOutputs ? weights_ : next);
+    for (int64_t i = 0; i < kAhead; ++i) {
+      const int64_t piece = part * share + i, n = piece / kOfRow, of_row = piece % kOfRow;
+      const char* from = reinterpret_cast<const char*>(weights_);
+      if (i < share && piece < kAll) {
+        const auto* const w = reinterpret_cast<const char*>(w_[n] + (more ? at + kBlock : kOutputs * p_.weight.ld));
+        const auto* const d = reinterpret_cast<const char*>(d_[n] + (more ? at + kBlock : kOutputs * p_.delta.ld));
+        from = of_row < kOfW ? w + of_row * kPiece : d + (of_row - kOfW) * kPiece;
+      }
+      result.pieces[i] = from;
     }
     return result;
+  }
+  static constexpr int64_t pieces_of(size_t element) {
+    return (kBlock * static_cast<int64_t>(element) + kPiece - 1) / kPiece;
   }
 
   int64_t place(int64_t m, int64_t n) const {
@@ -170,7 +187,7 @@ class Panel {
 
   void put(int64_t at, Vec value, int64_t count) const {
     if constexpr (T::kRound) {
-      const Halves rounded = __builtin_convertvector(as<Bits>(to_bfloat16(value)) >> 16, Halves);
+      const Halves rounded = narrowed(value);
       std::memcpy(static_cast<uint16_t*>(p_.result) + at, &rounded, static_cast<size_t>(count) * sizeof(uint16_t));
     } else if (count == kLanes) {
       store(static_cast<float*>(p_.result) + at, value);
@@ -203,6 +220,6 @@ void run(const TileProduct& p, int64_t begin, int64_t end) {
 #define TAPS_CONCAT_(a, b) a##b
 #define TAPS_CONCAT(a, b) TAPS_CONCAT_(a, b)
 extern const Tiles TAPS_CONCAT(tiles_, TAPS_ISA);
-const Tiles TAPS_CONCAT(tiles_, TAPS_ISA) = {&run, kTile, kOutputs};
+const Tiles TAPS_CONCAT(tiles_, TAPS_ISA) = {&run, kTile, kOutputs, kPairs, kLanes};
 
 }  // namespace taps::cpu

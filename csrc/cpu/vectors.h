@@ -2,9 +2,12 @@
 // there. All of it has internal linkage: each instruction set has its own.
 #pragma once
 
-#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu/isa.h"
+#include "cpu/word.h"
 
 namespace taps::cpu {
 namespace {
@@ -21,17 +24,20 @@ namespace {
 #endif
 constexpr int kLanes = TAPS_LANES;
 
+// Whether bf16 is multiplied in pairs, as AVX-512's dot product does. Without the instruction it is written out, for
+// tests.
+#if !defined(TAPS_PAIRS)
+#if defined(__AVX512BF16__)
+#define TAPS_PAIRS 1
+#else
+#define TAPS_PAIRS 0
+#endif
+#endif
+constexpr bool kPairs = TAPS_PAIRS;
+
 using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-template <class To, class From>
-inline To as(const From& value) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To result;
-  std::memcpy(&result, &value, sizeof result);
-  return result;
-}
 
 template <class V, class E>
 inline V loaded(const E* from) {
@@ -40,11 +46,12 @@ inline V loaded(const E* from) {
   return result;
 }
 
-inline float widened(uint16_t bfloat16) { return as<float>(static_cast<uint32_t>(bfloat16) << 16); }
-
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
-// Operands by their type: kLanes elements, or the first `count` of them and zeros.
+// 32 bits in all lanes.
+inline Vec in_all_lanes(const float* from) { return as<Vec>(loaded<uint32_t>(from) - Bits{}); }
+
+// kLanes elements by their type.
 struct Float32 {
   using Element = float;
   static inline Vec load(const float* from) { return loaded<Vec>(from); }
@@ -52,16 +59,13 @@ struct Float32 {
 struct BFloat16 {
   using Element = uint16_t;
   static inline Vec load(const uint16_t* from) {
+#if defined(__AVX512F__)  // which gcc 12 would do by halves
+    return as<Vec>(as<Bits>(_mm512_cvtepu16_epi32(loaded<__m256i>(from))) << 16);
+#else
     return as<Vec>(__builtin_convertvector(loaded<Halves>(from), Bits) << 16);
+#endif
   }
 };
-
-template <class Type>
-inline Vec load_part(const typename Type::Element* from, int64_t count) {
-  typename Type::Element part[kLanes] = {};
-  std::memcpy(part, from, static_cast<size_t>(count) * sizeof part[0]);
-  return Type::load(part);
-}
 
 // To bf16 and back: to nearest, ties to even.
 inline Vec to_bfloat16(Vec value) {
@@ -71,13 +75,58 @@ inline Vec to_bfloat16(Vec value) {
   return as<Vec>((not_a_number & 0x7fc00000u) | (~not_a_number & rounded));
 }
 
-// kRound: the weight is rounded to bf16, as it is where x and y have that type.
+inline Halves narrowed(Vec value) { return __builtin_convertvector(as<Bits>(to_bfloat16(value)) >> 16, Halves); }
+
+// 2 * kLanes elements, rounded so, as pairs: two of them in a lane.
+inline Vec to_pairs(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  return as<Vec>(_mm512_cvtne2ps_pbh(as<__m512>(second), as<__m512>(first)));
+#else
+  const Halves halves[2] = {narrowed(first), narrowed(second)};
+  return as<Vec>(halves);
+#endif
+}
+
+// Sums of fp32 and the products of two pairs each, the second elements' first. The instruction takes what is below
+// the least normal number for zero.
+inline Vec add_pairs(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  return as<Vec>(_mm512_dpbf16_ps(as<__m512>(sum), as<__m512bh>(a), as<__m512bh>(b)));
+#else
+  sum += as<Vec>(as<Bits>(a) & 0xffff0000u) * as<Vec>(as<Bits>(b) & 0xffff0000u);
+  return sum + as<Vec>(as<Bits>(a) << 16) * as<Vec>(as<Bits>(b) << 16);
+#endif
+}
+
+// How W_t and x are multiplied. kRound: W_t is rounded to bf16, as it is where x and y have that type. A lane holds a
+// word of the depth (isa.h), so that a vector holds kStep elements.
 template <class W_, class D_, bool kRound_>
 struct Types {
   using W = W_;
   using D = D_;
   static constexpr bool kRound = kRound_;
-  static inline Vec weight(Vec w, Vec d) { return kRound_ ? to_bfloat16(w + d) : w + d; }
+  static constexpr int kInWord = kRound_ && kPairs ? 2 : 1;
+  static constexpr int64_t kStep = kLanes * kInWord;
+
+  static inline Vec weight(const typename W::Element* w, const typename D::Element* d) {
+    const Vec first = W::load(w) + D::load(d);
+    if constexpr (kInWord == 2) return to_pairs(first, W::load(w + kLanes) + D::load(d + kLanes));
+    return kRound ? to_bfloat16(first) : first;
+  }
+
+  // The first `count` elements, and zeros.
+  static inline Vec weight(const typename W::Element* w, const typename D::Element* d, int64_t count) {
+    typename W::Element own_w[kStep] = {};
+    typename D::Element own_d[kStep] = {};
+    std::memcpy(own_w, w, static_cast<size_t>(count) * sizeof own_w[0]);
+    std::memcpy(own_d, d, static_cast<size_t>(count) * sizeof own_d[0]);
+    return weight(own_w, own_d);
+  }
+
+  static inline Vec add(Vec sum, Vec weight, Vec x) {
+    if constexpr (kInWord == 2) return add_pairs(sum, weight, x);
+    return sum + weight * x;
+  }
 };
 
 // body(Types<...>) for a product's types.

@@ -97,24 +97,31 @@ def _linears(full: bool, device: torch.device) -> Iterator[Case]:
             for rows in (1, 4, 7, 8, 16, 32, 37, 64, 256, 1576) if full else (1, 8, 32, 256):
                 if device.type == "cpu" and rows * outputs * inputs > 2**32 and dtype == torch.bfloat16:
                     continue  # seconds each where bf16 is emulated
-                yield Case(
-                    "linear",
-                    f"{outputs} x {inputs}",
-                    rows,
-                    dtype,
-                    _linear_maker(rows, outputs, inputs, dtype, device),
-                    outputs * inputs * (dtype.itemsize + 4) + rows * (outputs + inputs) * dtype.itemsize,
-                    2 * rows * outputs * inputs,
-                )
+                for narrow in (False, True) if dtype != torch.float32 else (False,):
+                    delta = dtype if narrow else torch.float32
+                    yield Case(
+                        "linear",
+                        f"{outputs} x {inputs}{', Delta too' if narrow else ''}",
+                        rows,
+                        dtype,
+                        linear_maker(rows, outputs, inputs, dtype, delta, device),
+                        outputs * inputs * (dtype.itemsize + delta.itemsize)
+                        + rows * (outputs + inputs) * dtype.itemsize,
+                        2 * rows * outputs * inputs,
+                    )
 
 
-def _linear_maker(
-    rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+def linear_maker(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, delta: torch.dtype, device: torch.device
 ) -> Callable[[], dict[str, Variant]]:
+    """An open linear layer's forward, Delta in a type of its own, and what could stand in its place."""
+
     def make() -> dict[str, Variant]:
         x = torch.randn(rows, inputs, device=device).to(dtype)
         layer = _layer((outputs, inputs), dtype, device, torch.contiguous_format)
-        weights, _, narrow, *_ = layer
+        weights, _, narrow, *rest = layer
+        if delta == dtype:
+            layer = (weights, narrow, narrow, *rest)
         n = len(weights)
 
         def accumulated(i: int) -> Tensor:
@@ -159,13 +166,13 @@ def _convolutions(full: bool, device: torch.device) -> Iterator[Case]:
                     f"{inputs} -> {outputs}, {kernel}x{kernel} on {side}x{side}{f' / {stride}' * (stride > 1)}{layout}",
                     batch,
                     torch.float32,
-                    _conv_maker(batch, *case, channels_last, device),
+                    conv2d_maker(batch, *case, channels_last, torch.float32, device),
                     4 * (2 * outputs * inputs * kernel**2 + batch * (inputs * side**2 + outputs * out**2)),
                     2 * batch * out**2 * outputs * inputs * kernel**2,
                 )
 
 
-def _conv_maker(
+def conv2d_maker(
     batch: int,
     outputs: int,
     inputs: int,
@@ -173,8 +180,10 @@ def _conv_maker(
     side: int,
     stride: int,
     channels_last: bool,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], dict[str, Variant]]:
+    """An open convolution's forward, Delta in fp32, and what could stand in its place."""
     format = torch.channels_last if channels_last else torch.contiguous_format
     strides, padding = (stride, stride), (kernel // 2, kernel // 2)
 
@@ -185,9 +194,8 @@ def _conv_maker(
         return F.conv2d(x, weight, None, strides, padding)
 
     def make() -> dict[str, Variant]:
-        x = torch.randn(batch, inputs, side, side, device=device).contiguous(memory_format=format)
-        layer = _layer((outputs, inputs, kernel, kernel), torch.float32, device, format)
-        return _forward(gated, stock, x, layer)
+        x = torch.randn(batch, inputs, side, side, device=device).to(dtype).contiguous(memory_format=format)
+        return _forward(gated, stock, x, _layer((outputs, inputs, kernel, kernel), dtype, device, format))
 
     return make
 

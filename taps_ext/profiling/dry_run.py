@@ -149,13 +149,14 @@ def _fused_bytes(host: nn.Module, delta: Tensor, dtype: torch.dtype, rows: int) 
     fusable = (
         known and weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and one_layout(weight, delta)
     )
-    emulated = narrow and ops._C.emulates_bfloat16()
     sizes = {"rows": rows, "inputs": weight[0].numel()}
-    packed = int(ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes))
+    packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)
     if 0 < ops._C.workspace_limit() < packed:
         return None
-    kind = {"fusable": fusable, "narrow": narrow, "emulated": emulated, "outputs": weight.shape[0]}
-    return packed if ops._C.choose(open=True, **kind, **sizes) == "fused" else None
+    path = ops._C.choose(
+        open=True, fusable=fusable, narrow=narrow, convolution=convolution, outputs=weight.shape[0], **sizes
+    )
+    return packed if path == "fused" else None
 
 
 def estimate(
@@ -204,7 +205,7 @@ def estimate(
         step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)
         memory.inputs = size(step.input_tensors())
         hollow.train(phase == "train")
-        dtypes = _dtypes(step)
+        calls = _calls(step)
         tensors = [*hollow.parameters(), *hollow.buffers(), *merged(hollow), *step.input_tensors()]
         count = _Count(tensors, step.gradients)
         with count:
@@ -217,11 +218,11 @@ def estimate(
         owners = {"optimizer": step.optimizer_state(), "weights": casts(hollow)}
     found = count.peak(owners)
     memory = replace(memory, **{**found, "weights": memory.weights + found["weights"]})
-    memory.workspace = _workspace(step, dtypes)
+    memory.workspace = _workspace(step, calls)
     return memory
 
 
-def _dtypes(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
+def _calls(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
     """Name -> the types in which a layer computes and its rows (pixels of its result), filled while it runs."""
     found: dict[str, set[tuple[torch.dtype, int]]] = {}
 

@@ -1,5 +1,5 @@
-// The CPU's fused products with sixteen lanes, as AVX-512 has them, on any machine: random problems against plain loops
-// in fp64. What is read and written lies in allocations of its exact size.
+// The CPU's fused products with sixteen lanes, as AVX-512 has them, with and without products of pairs, on any machine:
+// random problems against plain loops in fp64. What is read and written lies in allocations of its exact size.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -56,6 +56,17 @@ struct Array {
       std::memcpy(bytes.get() + i * size, dtype == Dtype::kFloat32 ? from : from + 2, size);
     }
   }
+  // As the products read it: a float, or two bf16, the second one zero behind the end.
+  float word(int64_t row, int64_t index, bool pairs, int64_t columns) const {
+    if (!pairs) return values[static_cast<size_t>(row * ld + index)];
+    uint16_t parts[2] = {};
+    for (int64_t i = 0; i < 2 && 2 * index + i < columns; ++i) {
+      std::memcpy(&parts[i], bytes.get() + (row * ld + 2 * index + i) * 2, 2);
+    }
+    float result;
+    std::memcpy(&result, parts, 4);
+    return result;
+  }
   double at(int64_t row, int64_t column) const { return values[static_cast<size_t>(row * ld + column)]; }
   taps::Matrix matrix() const { return {bytes.get(), ld}; }
 };
@@ -81,24 +92,26 @@ bool check(int64_t rows, int64_t outputs, int64_t inputs, int kind, bool tiled) 
   const bool turned = tiled && between(0, 1);  // outputs side by side, or rows, as in an image
   p.ld_result = turned ? 1 : outputs;
   p.result_step = turned ? rows : 1;
+  const bool pairs = kind != 0 && taps::cpu::tiles_wide.pairs;
+  const int64_t words = pairs ? (inputs + 1) / 2 : inputs;
   std::vector<float> own;
   if (tiled) {
-    own.resize(static_cast<size_t>(rows * inputs));
+    own.resize(static_cast<size_t>(rows * words));
     const taps::cpu::Split split(rows, taps::cpu::tiles_wide.rows);
     float* to = own.data();
     for (int64_t part = 0; part < split.parts; ++part) {
-      for (int64_t k = 0; k < inputs; ++k) {
-        for (int64_t r = 0; r < split.size(part); ++r) *to++ = static_cast<float>(x.at(split.begin(part) + r, k));
+      for (int64_t k = 0; k < words; ++k) {
+        for (int64_t r = 0; r < split.size(part); ++r) *to++ = x.word(split.begin(part) + r, k, pairs, inputs);
       }
     }
     p.packed = own.data();
     taps::cpu::tiles_wide.run(p, 0, outputs);
   } else {
     const int64_t ld =
-        (inputs + taps::cpu::kFewRowsPadding - 1) / taps::cpu::kFewRowsPadding * taps::cpu::kFewRowsPadding;
+        (words + taps::cpu::kFewRowsPadding - 1) / taps::cpu::kFewRowsPadding * taps::cpu::kFewRowsPadding;
     own.resize(static_cast<size_t>(rows * ld));
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t k = 0; k < inputs; ++k) own[static_cast<size_t>(m * ld + k)] = static_cast<float>(x.at(m, k));
+      for (int64_t k = 0; k < words; ++k) own[static_cast<size_t>(m * ld + k)] = x.word(m, k, pairs, inputs);
     }
     taps::cpu::few_rows_wide(p, own.data(), ld, 0, outputs);
   }
