@@ -85,16 +85,20 @@ fuzz: build
 twin: build
 	TAPS_THOROUGH=1 $(PY) -m pytest tests/test_host_twin.py tests/test_host_planted.py --durations=0
 
+# Of machines with this one's instruction set; known once it is built.
+OF_MACHINE = benchmarks/results/$(shell $(PY) -c "import torch, taps_ext._C as extension; print(extension.isa())")
 bench: build
+	mkdir -p build $(OF_MACHINE)
 	$(PY) -m pytest benchmarks/test_layers.py -q --benchmark-json build/benchmark.json --benchmark-columns=median,iqr,rounds
-	$(PY) benchmarks/inference.py --results benchmarks/results/inference.json
-	$(PY) benchmarks/training_step.py --json benchmarks/results/training-step.json
+	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
+	$(PY) benchmarks/training_step.py --json $(OF_MACHINE)/training-step.json
 	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
 
 bench-layers: build
-	$(PY) benchmarks/inference.py --results benchmarks/results/inference.json
-	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers-cpu.json
-	mv build/layers-cpu.json benchmarks/results/layers-cpu.json
+	mkdir -p build $(OF_MACHINE)
+	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
+	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers.json
+	mv build/layers.json $(OF_MACHINE)/layers.json
 	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
 
 STUDY := --results benchmarks/results/study-resnet20.jsonl

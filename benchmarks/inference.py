@@ -1,6 +1,6 @@
 """A whole model's forward with its task not merged, over the merged copy's: what it costs to keep one base for many.
 
-    python benchmarks/inference.py --results benchmarks/results/inference.json
+    python benchmarks/inference.py --results benchmarks/results/avx2/inference.json
 
 ResNet-50 and ViT-S/16 without gradients, one image and eight in fp32, one in bf16: the merged copy (plain classes, as
 `merge_and_unload` gives them), the task with all layers open, with the pattern of training_step.py, and what one would

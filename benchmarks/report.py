@@ -19,28 +19,39 @@ from taps_ext.plot.bench import bench_picture
 
 PAGE = """# Benchmarks
 
-Written by `make bench` from `benchmarks/results`; measured on {threads} CPU cores ({isa}), torch {torch}: medians of
-variants that take turns, as do their weights (128 MB of them with their Deltas, at most 512: large layers come from
-memory). `taps bench` measures a part of it on your machine in two minutes; the picture shows that part. The machine was
-shared: the same row measured twice differs by up to 15 %.
+Written by `make bench` from `benchmarks/results`: medians of variants that take turns, as do their weights (128 MB of
+them with their Deltas, at most 512: large layers come from memory). `taps bench` measures a part of it on your machine
+in two minutes; the picture shows that part of the first section. The machines were shared: the same row measured twice
+differs by up to 15 %.
 
 - **/ stock**: time over the stock op on a merged weight (gradients: a plain weight gradient; a step: fine-tuning).
 - **/ best alternative**: time over the fastest of what one would write without this package.
 - **% of limit**: what the bytes and operations need at this machine's measured copy bandwidth and matmul rate, over the
-  time taken. Copying reads and writes, so that a kernel which only reads can pass 100.
+  time taken. Copying reads and writes, so that a kernel which only reads can pass 100; so can one that multiplies
+  faster than torch's matrix product.
+- **Delta too**: in bf16 as the weight; elsewhere Delta is in fp32.
 
 ![ratios](benchmarks.png)
 
+{sections}
+"""
+
+PARTS = ("layers", "training-step", "inference")
+
+SECTION = """## {threads} cores, {isa}
+
+torch {torch}. {stock}
+
 {tables}
 
-## A model's forward, its task not merged
+### A model's forward, its task not merged
 
 Without gradients, over the merged copy (`inference.py`): all gates open; the pattern of the training step below; and
-`W + Delta` on every call, as one would write it. torch emulates bf16 on this machine.
+`W + Delta` on every call, as one would write it.
 
 {forwards}
 
-## A training step
+### A training step
 
 Batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`). Memory is the peak of the
 process above what it had before the model was made. "pattern": ResNet-50 with the layers open that opened in the
@@ -48,8 +59,13 @@ authors' CUB run, ViT-S/16 with the attention of its last eight blocks open, 22 
 `gate_fraction`. "naive": `W + g * Delta` by autograd. "floor": the share of fine-tuning's products that a variant
 cannot do without.
 
-{steps}
-"""
+{steps}"""
+
+# The machines, best first, and what to know of torch's products there.
+MACHINES = {
+    "avx512bf16": "An AMD machine (Zen 5): MKL, which multiplies fp32 matrices, keeps to half of each register there.",
+    "avx2": "An AMD machine (Zen 3): torch emulates bf16 there.",
+}
 
 
 def layers(found: dict[str, Any]) -> list[bench.Result]:
@@ -58,14 +74,17 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
     return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
 
 
-def page(found: dict[str, Any], step: dict[str, Any], forwards: list[dict[str, Any]]) -> str:
+def section(isa: str, folder: Path) -> str:
+    """What was measured on one machine."""
+    found, step, inferred = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS)
     machine = found["machine"]
-    return PAGE.format(
+    return SECTION.format(
         threads=machine["cpu"]["threads"],
-        isa=machine["extension"]["isa"],
+        isa=isa,
         torch=machine["torch"],
+        stock=MACHINES[isa],
         tables=bench.table(layers(found)),
-        forwards=inference.table(forwards),
+        forwards=inference.table(inferred["rows"]),
         batch=step["batch"],
         steps="\n".join([HEADER, *(table(model, part["rows"]) for model, part in step["models"].items())]),
     )
@@ -76,12 +95,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--docs", type=Path, required=True)
     args = parser.parse_args()
-    found = json.loads((args.results / "layers-cpu.json").read_text(encoding="utf-8"))
-    step = json.loads((args.results / "training-step.json").read_text(encoding="utf-8"))
-    forwards = json.loads((args.results / "inference.json").read_text(encoding="utf-8"))["rows"]
-    (args.docs / "benchmarks.md").write_text(page(found, step, forwards), encoding="utf-8")
+    folders = {isa: args.results / isa for isa in MACHINES}
+    folders = {isa: folder for isa, folder in folders.items() if all((folder / f"{p}.json").exists() for p in PARTS)}
+    sections = "\n\n".join(section(isa, folder) for isa, folder in folders.items())
+    (args.docs / "benchmarks.md").write_text(PAGE.format(sections=sections), encoding="utf-8")
+    first = json.loads((next(iter(folders.values())) / "layers.json").read_text(encoding="utf-8"))
     part = {case.name for case in bench.suite()}
-    bench_picture(args.docs / "benchmarks.png", [result for result in layers(found) if result.name in part])
+    bench_picture(args.docs / "benchmarks.png", [result for result in layers(first) if result.name in part])
 
 
 if __name__ == "__main__":

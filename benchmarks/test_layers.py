@@ -1,7 +1,7 @@
 """Speed, asserted: every case of `taps bench` under pytest-benchmark, against alternatives and the committed results.
 
     make bench          # these tests, then a training step, then the pictures and docs/benchmarks.md
-    make bench-layers   # measure benchmarks/results/layers-cpu.json anew
+    make bench-layers   # measure benchmarks/results/<instruction set>/layers.json anew
 
 Variants take turns within one case and ratios of medians are compared, since times mean little on a shared machine,
 where the same case measured twice differs by up to 15 %. So two things are asserted: no case is slower than the best
@@ -22,7 +22,7 @@ import torch
 from taps_ext import bench
 from taps_ext.cli.env import facts
 
-REFERENCE = Path(__file__).parent / "results" / "layers-cpu.json"
+RESULTS = Path(__file__).parent / "results"
 SECONDS = 3.0  # for a case
 MARGIN, DRIFT = 1.15, 1.4
 NARROW = "two products with a Delta that was cast to bf16 read 4 bytes a weight, not 6"
@@ -43,9 +43,12 @@ def alike(machine: dict[str, Any]) -> bool:
 
 def reference() -> dict[str, float]:
     """The committed ratios by name, or none where they are of another machine."""
-    found: dict[str, Any] = json.loads(REFERENCE.read_text(encoding="utf-8"))
-    if not alike(found["machine"]):
-        warnings.warn("the committed results are of another machine: ratios are not compared with them", stacklevel=1)
+    path = RESULTS / facts()["extension"]["isa"] / "layers.json"
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if found is None or not alike(found["machine"]):
+        warnings.warn(
+            "there are no committed results of such a machine: ratios are not compared with them", stacklevel=1
+        )
         return {}
     return {row["name"]: row["ratio"] for row in found["results"]}
 

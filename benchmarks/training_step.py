@@ -1,6 +1,6 @@
 """Peak memory and time of one training step: TAPS against fine-tuning and the naive module, ResNet-50 and ViT-S/16.
 
-    python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/training-step.json
+    python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/avx2/training-step.json
 
 Each variant (step_variants.py) runs in processes of its own, in turn. Memory is the peak resident set less the resident
 set after all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap

@@ -27,6 +27,7 @@ struct Problem {
   Stock stock = Stock::kUsual;
   bool wide = false;      // the CPU's kernels have sixteen lanes
   bool pairs = false;     // and multiply bf16 in pairs
+  long long places = 0;   // of a convolution's kernel, kH * kW; a linear layer has none
   long long rows = 0;     // M: rows of the product
   long long outputs = 0;  // N
   long long inputs = 0;   // K
@@ -46,15 +47,19 @@ constexpr long long kMostFusedRows = 128;
 // little. AVX2, fp32: 768 -> 3072 with 8, 64 and 256 rows 0.90 (1.93), 0.86 (1.33), 0.83 (1.07); 1024 -> 1024 with 256
 // rows 1.03 (1.11); 384 -> 384 with 8 and 256 rows 1.2 (1.2), 1.2 (1.1); convolutions, one image: 512 -> 512, 3x3 on
 // 7x7 0.76 (1.40); 2048 -> 512 on 7x7 0.91 (1.39); 256 -> 256, 3x3 on 14x14 1.08 (1.19); 1024 -> 256 on 14x14 1.15
-// (1.11). AVX-512: 512 -> 512, 3x3 on 7x7 0.76 (1.59); 256 -> 256, 3x3 on 14x14 1.13 (1.31); 256 -> 1024 and 1024 ->
-// 256 on 14x14 1.03 (1.29), 1.11 (1.26).
+// (1.11). AVX-512: 512 -> 512, 3x3 on 7x7 0.98 (1.74); 256 -> 1024 and 1024 -> 256 on 14x14 0.99 (1.12), 1.05 (1.19).
 constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17, kLeastWideWeights = 1 << 18;
 
 // Twice as many for layers whose weights are large. AVX2, eight images: 512 -> 512, 3x3 on 7x7 0.94 (1.10); linear
 // 4096 -> 4096 and 768 -> 3072 with 512 rows 0.96 (1.08), 0.86 (1.00), with 768 0.98 (0.97), 0.99 (1.04); 2048 -> 512
-// on 7x7 1.24 (1.09). AVX-512, eight images on 7x7: 512 -> 2048 1.03 (1.22), 2048 -> 512 1.14 (1.24), 512 -> 512, 3x3
-// 1.05 (1.14).
+// on 7x7 1.24 (1.09). AVX-512, eight images on 7x7: 512 -> 2048 1.07 (1.18), 2048 -> 512 1.14 (1.19).
 constexpr long long kMostCpuRowsOfLarge = 512, kLargeCpuWeights = 1 << 21, kLargeWideWeights = 1 << 20;
+
+// Under a kernel of several places a pixel is packed once for each, which sixteen lanes leave less time for: half as
+// many rows. AVX-512, one image: 256 -> 256, 3x3 on 7x7, 10x10 and 14x14 0.60 (1.14), 0.93 (1.21), 1.20 (1.18),
+// channels_last 0.78 (1.30), 0.93 (1.08), 1.24 (1.07); 512 -> 512, 3x3 on 7x7, four and eight images 1.02 (1.27), 1.15
+// (1.16), channels_last 1.12 (1.27), 1.31 (1.15).
+constexpr int kShareUnderPlaces = 2;
 
 // A panel is 16 or 32 outputs wide and one thread's: fewer outputs leave most of it idle. AVX-512, 768 -> 1 with 64 and
 // 1576 rows: fp32 6.9 (2.9), 6.9 (1.3); bf16 1.5 (1.4), 8 (1.4).
@@ -62,9 +67,10 @@ constexpr long long kLeastCpuOutputs = 16;
 
 // In pairs of bf16 torch is as fast, and the bytes decide: few rows are fused whatever the weights, more of them where
 // weights are large. AVX-512, W in bf16 and Delta in fp32: 64 -> 64, 768 -> 768, 4096 -> 4096 with 64 rows 0.73 (1.36),
-// 1.38 (1.41), 1.22 (1.91); with 256 rows 768 -> 768 and 1024 -> 1024 1.23 (1.17), 1.17 (1.24); eight images of 1024 ->
-// 2048 / 2 on 14x14 0.93 (1.19).
-constexpr long long kMostPairedRows = 64, kLeastPairedWeights = 1 << 20, kLargePairedWeights = 1 << 21;
+// 1.38 (1.41), 1.22 (1.91); with 256 rows 768 -> 768 and 1024 -> 1024 1.23 (1.17), 1.17 (1.24); one image of 256 ->
+// 1024 on 14x14 0.95 (1.20), eight images of 1024 -> 2048 / 2 on 14x14 0.98 (1.22), of 512 -> 512, 3x3 on 7x7 1.33
+// (1.18).
+constexpr long long kMostPairedRows = 64, kLeastPairedWeights = 1 << 18, kLargePairedWeights = 1 << 21;
 
 // On a matrix unit only what memory decides: up to about this many rows. Not measured.
 constexpr long long kMostUnitRows = 32;
@@ -92,8 +98,13 @@ constexpr bool worth_fusing(const Problem& problem) {
     return problem.rows <= kMostCpuRows ? weights >= kLeastPairedWeights
                                         : problem.rows <= kMostCpuRowsOfLarge && weights >= kLargePairedWeights;
   }
-  if (problem.rows <= kMostCpuRows) return weights >= (problem.wide ? kLeastWideWeights : kLeastCpuWeights);
-  return problem.rows <= kMostCpuRowsOfLarge && weights >= (problem.wide ? kLargeWideWeights : kLargeCpuWeights);
+  if (problem.wide) {
+    const long long rows = problem.places > 1 ? kShareUnderPlaces * problem.rows : problem.rows;
+    if (weights >= kLargeWideWeights) return rows <= kMostCpuRowsOfLarge;
+    return weights >= kLeastWideWeights && rows <= kMostCpuRows;
+  }
+  if (weights >= kLargeCpuWeights) return problem.rows <= kMostCpuRowsOfLarge;
+  return weights >= kLeastCpuWeights && problem.rows <= kMostCpuRows;
 }
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.

@@ -61,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rebuild",
       [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows,
-         int64_t outputs, bool convolution) -> py::object {
+         int64_t outputs, int64_t places) -> py::object {
         const auto dense = [](uintptr_t data, int type) {
           return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
         };
@@ -69,7 +69,7 @@ PYBIND11_MODULE(_C, m) {
         {
           const py::gil_scoped_release released;
           lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
-                                static_cast<taps::Dtype>(dtype), rows, outputs, convolution);
+                                static_cast<taps::Dtype>(dtype), rows, outputs, places);
         }
         if (!lease) return py::none();
         const auto address = reinterpret_cast<uintptr_t>(lease->data());
@@ -95,14 +95,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "choose",
       [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable,
-         bool narrow, bool convolution, std::optional<std::string> stock, std::optional<bool> wide,
+         bool narrow, long long places, std::optional<std::string> stock, std::optional<bool> wide,
          std::optional<bool> pairs) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
         problem.same_dtype = same_dtype;
         problem.fusable = fusable;
-        taps::set_product(problem, narrow ? taps::Dtype::kBFloat16 : taps::Dtype::kFloat32, convolution);
+        taps::set_product(problem, narrow ? taps::Dtype::kBFloat16 : taps::Dtype::kFloat32, places);
         if (stock) problem.stock = stock_of(*stock);
         problem.wide = wide.value_or(problem.wide);
         problem.pairs = pairs.value_or(problem.pairs);
@@ -113,8 +113,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
       py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("narrow") = false,
-      py::arg("convolution") = false, py::arg("stock") = py::none(), py::arg("wide") = py::none(),
-      py::arg("pairs") = py::none(),
+      py::arg("places") = 0, py::arg("stock") = py::none(), py::arg("wide") = py::none(), py::arg("pairs") = py::none(),
       "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'; what choose.h wants to know of the "
       "machine is this one's, or what `stock`, `wide` and `pairs` say.");
   m.def(

@@ -22,8 +22,9 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   return scratch;
 }
 
-void set_product(Problem& problem, Dtype compute, bool convolution) {
+void set_product(Problem& problem, Dtype compute, int64_t places) {
   problem.narrow = size_of(compute) == 2;
+  problem.places = places;
   if (problem.cuda) return;
   const cpu::Tiles& set = cpu::tiles();
   problem.wide = set.lanes >= 16;
@@ -32,7 +33,7 @@ void set_product(Problem& problem, Dtype compute, bool convolution) {
     problem.stock = cpu::has_matrix_unit()     ? Stock::kMatrixUnit
                     : cpu::emulates_bfloat16() ? Stock::kEmulated
                                                : Stock::kUsual;
-  } else if (compute == Dtype::kFloat32 && !convolution && problem.wide && cpu::halves_matrix_products()) {
+  } else if (compute == Dtype::kFloat32 && places == 0 && problem.wide && cpu::halves_matrix_products()) {
     problem.stock = Stock::kHalved;
   }
 }
@@ -45,7 +46,7 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
   problem.open = !w.known_closed();
   problem.fusable = fusable;
   problem.same_dtype = w.weight.dtype == compute;
-  set_product(problem, compute, w.weight.ndim() == 4);
+  set_product(problem, compute, w.weight.ndim() == 4 ? w.weight.sizes[2] * w.weight.sizes[3] : 0);
   problem.rows = rows;
   problem.outputs = w.weight.sizes[0];
   problem.inputs = problem.outputs ? w.weight.numel() / problem.outputs : 0;
@@ -55,12 +56,12 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
 }  // namespace
 
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
-                               int64_t outputs, bool convolution) {
+                               int64_t outputs, int64_t places) {
   Problem problem;
   problem.open = true;
   problem.same_dtype = weight.dtype == compute;
   problem.fusable = rows >= 0 && cpu_fuses(weight.dtype, delta.dtype, compute);
-  set_product(problem, compute, convolution);
+  set_product(problem, compute, places);
   problem.rows = rows;
   problem.outputs = outputs;
   problem.inputs = outputs > 0 ? numel / outputs : 0;

@@ -30,7 +30,7 @@ void reconstruct_into(const Described& out, const Described* weight, const Descr
                       double scale = 1.0);
 
 // What the choice depends on of a product's type and kind, on this machine.
-void set_product(Problem& problem, Dtype compute, bool convolution);
+void set_product(Problem& problem, Dtype compute, int64_t places);
 
 // Whether the CPU's fused forward knows these types.
 bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
@@ -41,13 +41,13 @@ bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 // For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate in a leased workspace. Dense
 // operands of one layout, on the CPU. Null where choose() takes another path, or where the weight exceeds the limit:
 // the operator then does what is right. `rows`: of a product that needs no gradient (the pixels of a result); -1
-// where nothing is fused. `outputs`: the rows of the weight, a convolution's or a linear layer's.
+// where nothing is fused. `outputs`: the rows of the weight; `places`: of a convolution's kernel, else 0.
 struct Dense {
   const void* data;
   Dtype dtype;
 };
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
-                               int64_t outputs, bool convolution);
+                               int64_t outputs, int64_t places);
 
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.

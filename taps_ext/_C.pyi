@@ -16,7 +16,7 @@ def rebuild(
     dtype: int,
     rows: int,
     outputs: int,
-    convolution: bool,
+    places: int,
     /,
 ) -> tuple[int, object] | None: ...
 def memory(address: int, bytes: int, /) -> memoryview: ...
@@ -36,7 +36,7 @@ def choose(
     cuda: bool = False,
     fusable: bool = False,
     narrow: bool = False,
-    convolution: bool = False,
+    places: int = 0,
     stock: str | None = None,
     wide: bool | None = None,
     pairs: bool | None = None,

@@ -80,10 +80,9 @@ def product(
     code, own, other = _CODES.get(dtype), _CODES.get(weight.dtype), _CODES.get(delta.dtype)
     if code is None or own is None or other is None:
         return None
-    numel, outputs = weight.numel(), weight.shape[0]
-    made = extension.rebuild(
-        weight.data_ptr(), own, delta.data_ptr(), other, numel, code, rows, outputs, weight.dim() == 4
-    )
+    numel, shape = weight.numel(), weight.shape
+    places = shape[2] * shape[3] if len(shape) == 4 else 0
+    made = extension.rebuild(weight.data_ptr(), own, delta.data_ptr(), other, numel, code, rows, shape[0], places)
     if made is None:
         return None
     address, lease = made  # given back when this call returns

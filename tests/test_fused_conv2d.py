@@ -162,7 +162,7 @@ def test_they_ask_for_their_own_machine(isa, kind) -> None:
         x = draw(batch, channels, 7, 7, dtype=kind)
         w, d = (draw(outputs, channels, 1, 1, dtype=kind) for _ in range(2))
         sizes = {"rows": 49 * batch, "outputs": outputs, "inputs": channels}
-        path = C.choose(open=True, fusable=True, narrow=kind == BF16, convolution=True, **sizes)
+        path = C.choose(open=True, fusable=True, narrow=kind == BF16, places=1, **sizes)
         assert taken(OPERATOR, x, w, d, None, None, (1, 1), (0, 0), (1, 1), 1, True, 0.1)[1] == path
         assert taken(gated_conv2d, x, w, d, gate=True)[1] == path
 

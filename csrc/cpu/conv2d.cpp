@@ -16,66 +16,62 @@ Pixel pixel_of(const Convolution& args, int64_t row) {
   return {row / of_image, row % of_image / width, row % width};
 }
 
-// What R pixels of the result see of the first channel under one place of the kernel; null: padding.
-template <class Words, int R>
+// What R pixels of the result see of the first channel under one place of the kernel. Of padding every channel is the
+// same zero, without a branch.
+template <class Element, int R>
 struct Seen {
-  using Part = typename Words::Part;
-  const typename Words::Element* pixels[R];
-  bool adjacent;
+  const Element* pixels[R];
+  int64_t channels[R];  // all ones, or none
+  bool adjacent = false;
 
-  void copy(int64_t offset, Part* to) const {
-    constexpr int kStep = Words::kInWord;
-    for (int r = 0; r < R; ++r) {
-      to[r * kStep] = adjacent    ? Words::part(pixels[0][offset + r])
-                      : pixels[r] ? Words::part(pixels[r][offset])
-                                  : Part{};
-    }
-  }
+  Element at(int r, int64_t offset) const { return pixels[r][offset & channels[r]]; }
 };
-
-// Where element k of the depth of a tile of R rows begins.
-template <class Words, int R>
-typename Words::Part* place_of(float* packed, int64_t k) {
-  constexpr int kInWord = Words::kInWord;
-  return reinterpret_cast<typename Words::Part*>(packed + k / kInWord * R) + k % kInWord;
-}
 
 // The inputs of R pixels of the result, from pixel `first` on: word k of each next to each other.
 template <class Words, int R>
 void pack(const Convolution& args, int64_t first, float* to) {
   using Element = typename Words::Element;
+  constexpr int kInWord = Words::kInWord;
+  static constexpr Element kZero = 0;
   const int64_t places = args.kernel[0] * args.kernel[1];
-  Seen<Words, R> seen[kMostPlaces];
-  for (int64_t place = 0; place < places; ++place) {
-    Seen<Words, R>& own = seen[place];
-    own.adjacent = true;
+  Seen<Element, R> seen[kMostPlaces + 1];  // the last one for the half of a word behind the depth
+  for (int64_t place = 0; place <= places; ++place) {
+    Seen<Element, R>& own = seen[place < places ? place : kMostPlaces];
+    own.adjacent = place < places;
     for (int r = 0; r < R; ++r) {
       const Pixel pixel = pixel_of(args, first + r);
       const int64_t y = pixel.y * args.stride[0] + place / args.kernel[1] * args.dilation[0] - args.padding[0];
       const int64_t x = pixel.x * args.stride[1] + place % args.kernel[1] * args.dilation[1] - args.padding[1];
-      const bool inside = y >= 0 && y < args.size[0] && x >= 0 && x < args.size[1];
-      own.pixels[r] = !inside ? nullptr
+      const bool inside = place < places && y >= 0 && y < args.size[0] && x >= 0 && x < args.size[1];
+      own.channels[r] = inside ? -1 : 0;
+      own.pixels[r] = !inside ? &kZero
                               : static_cast<const Element*>(args.x.data) + pixel.image * args.x_strides[0] +
                                     y * args.x_strides[2] + x * args.x_strides[3];
       own.adjacent = own.adjacent && inside && own.pixels[r] == own.pixels[0] + r;
     }
   }
-  int64_t k = 0;
-  if (args.channels_inside) {
-    for (int64_t place = 0; place < places; ++place) {
-      for (int64_t c = 0; c < args.channels; ++c, ++k) {
-        seen[place].copy(c * args.x_strides[1], place_of<Words, R>(to, k));
+  const int64_t runs = args.channels_inside ? places : args.channels, of_run = args.inputs / runs;
+  int64_t run = 0, of = 0;  // the next element: its run and its number there
+  for (int64_t k = 0; k < args.inputs; k += kInWord, to += R) {
+    const Seen<Element, R>* own[kInWord];
+    int64_t offset[kInWord];
+    for (int i = 0; i < kInWord; ++i) {
+      own[i] = seen + (k + i >= args.inputs ? kMostPlaces : args.channels_inside ? run : of);
+      offset[i] = (args.channels_inside ? of : run) * args.x_strides[1];
+      if (++of == of_run) {
+        of = 0;
+        ++run;
       }
     }
-  } else {
-    for (int64_t c = 0; c < args.channels; ++c) {
-      for (int64_t place = 0; place < places; ++place, ++k) {
-        seen[place].copy(c * args.x_strides[1], place_of<Words, R>(to, k));
-      }
+    if (kInWord == 1 && own[0]->adjacent) {
+      for (int r = 0; r < R; ++r) to[r] = widened(own[0]->pixels[0][offset[0] + r]);
+      continue;
     }
-  }
-  for (; k % Words::kInWord != 0; ++k) {
-    for (int r = 0; r < R; ++r) place_of<Words, R>(to, k)[r * Words::kInWord] = {};
+    for (int r = 0; r < R; ++r) {
+      Element elements[kInWord];
+      for (int i = 0; i < kInWord; ++i) elements[i] = own[i]->at(r, offset[i]);
+      to[r] = as<float>(Words::word(elements));
+    }
   }
 }
 

@@ -68,19 +68,16 @@ void few(const LinearProduct& args) {
 // Rows of x, element by element: word k of row r is to[k * R + r].
 template <class Words, int R>
 void pack(const LinearProduct& args, int64_t row, float* to) {
+  using Element = typename Words::Element;
   constexpr int kInWord = Words::kInWord;
-  const auto* const from = static_cast<const typename Words::Element*>(args.x.data) + row * args.x.ld;
+  const Element* const from = static_cast<const Element*>(args.x.data) + row * args.x.ld;
   const int64_t whole = args.inputs / kInWord;
   for (int64_t word = 0; word < whole; ++word, to += R) {
-    for (int r = 0; r < R; ++r) {
-      typename Words::Part parts[kInWord];
-      for (int i = 0; i < kInWord; ++i) parts[i] = Words::part(from[r * args.x.ld + word * kInWord + i]);
-      std::memcpy(to + r, parts, 4);
-    }
+    for (int r = 0; r < R; ++r) to[r] = as<float>(Words::word(from + r * args.x.ld + word * kInWord));
   }
   for (int r = 0; r < R && whole * kInWord < args.inputs; ++r) {
-    const typename Words::Part last[kInWord] = {Words::part(from[r * args.x.ld + whole * kInWord])};
-    std::memcpy(to + r, last, 4);
+    const Element last[kInWord] = {from[r * args.x.ld + whole * kInWord]};
+    to[r] = as<float>(Words::word(last));
   }
 }
 

@@ -15,26 +15,26 @@ inline To as(const From& value) {
   return result;
 }
 
+inline float widened(float value) { return value; }
 inline float widened(uint16_t bfloat16) { return as<float>(static_cast<uint32_t>(bfloat16) << 16); }
 
-// How an activation's elements become words: kInWord of them, `Part`s of a word each.
+// How kInWord elements of an activation become a word.
 struct Floats {
   using Element = float;
-  using Part = float;
   static constexpr int kInWord = 1;
-  static inline Part part(float element) { return element; }
+  static uint32_t word(const float* elements) { return as<uint32_t>(elements[0]); }
 };
 struct WidenedBFloat16 {
   using Element = uint16_t;
-  using Part = float;
   static constexpr int kInWord = 1;
-  static inline Part part(uint16_t element) { return widened(element); }
+  static uint32_t word(const uint16_t* elements) { return as<uint32_t>(widened(elements[0])); }
 };
 struct PairsOfBFloat16 {
   using Element = uint16_t;
-  using Part = uint16_t;
   static constexpr int kInWord = 2;
-  static inline Part part(uint16_t element) { return element; }
+  static uint32_t word(const uint16_t* elements) {
+    return elements[0] | static_cast<uint32_t>(elements[1]) << 16;  // as they lie in memory
+  }
 };
 
 }  // namespace

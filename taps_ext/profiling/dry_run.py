@@ -153,9 +153,8 @@ def _fused_bytes(host: nn.Module, delta: Tensor, dtype: torch.dtype, rows: int) 
     packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)
     if 0 < ops._C.workspace_limit() < packed:
         return None
-    path = ops._C.choose(
-        open=True, fusable=fusable, narrow=narrow, convolution=convolution, outputs=weight.shape[0], **sizes
-    )
+    places = weight[0, 0].numel() if convolution else 0
+    path = ops._C.choose(open=True, fusable=fusable, narrow=narrow, places=places, outputs=weight.shape[0], **sizes)
     return packed if path == "fused" else None
 
 
