@@ -32,7 +32,7 @@ constexpr int kDotSums = 16;
 // apart, with zeros behind the depth up to a multiple of kFewRowsPadding words. fp32, or bf16 with W and Delta in bf16
 // or fp32.
 using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, int64_t begin, int64_t end);
-// Up to 16 rows few_rows is the faster one at every size measured, from 32 on the tiles.
+// About where the tiles become the faster ones: rows 24 and 25 of benchmarks/paths.py.
 constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
@@ -51,7 +51,7 @@ struct Tiles {
   int lanes;
 };
 constexpr int kMostTile = 12;    // of any set
-constexpr int kTiledRows = 512;  // the most that `run` takes: 256 of x and 256 of the depth are half of a common L2
+constexpr int kTiledRows = 512;  // the most that `run` takes; what it packs of W_t serves so many
 
 // How torch's products run on this machine. bf16: oneDNN widens it to fp32 where there is no dot product of pairs
 // (and below AVX-512, torch's own loops are in plain C++), and has a product on AMX, which the kernels have not. fp32:
