@@ -2,10 +2,12 @@
 
 import itertools
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taps_ext import gated_conv2d, gated_linear, ops, rebuilt, set_workspace_limit, workspace_bytes
@@ -59,20 +61,32 @@ def test_conv2d_is_the_operator(calls, kind, layout, grouped) -> None:
 
 
 def test_training_takes_it_and_gives_the_same_gradients(calls) -> None:
-    torch.manual_seed(2)
     found = []
-    for forced in (None, "rebuild"):
+    for watch in (nullcontext, BaseTorchFunctionMode):  # under a mode the operator does the work
         torch.manual_seed(2)
         x, d = torch.randn(5, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
         w, score = torch.randn(7, 12), torch.tensor(0.2, requires_grad=True)
-        C.force_path(forced)
-        try:
+        with watch():
             output = gated_linear(x, w, d, score, gate=True)
-            output.square().sum().backward()
-        finally:
-            C.force_path(None)
+        output.square().sum().backward()
         found.append((output.detach(), x.grad, d.grad, score.grad))
     assert all(map(torch.equal, *found)) and calls == [True, False]
+
+
+@pytest.mark.parametrize("path", ["rebuild", "stock"])
+def test_a_forced_path_is_kept(calls, path) -> None:
+    x, w, d = torch.randn(3, 12), torch.randn(8, 12), torch.randn(8, 12)
+    C.force_path(path)
+    try:
+        with torch.no_grad():
+            if path == "rebuild":
+                assert torch.equal(gated_linear(x, w, d, gate=True), F.linear(x, w + d))
+            else:
+                with pytest.raises(RuntimeError, match="stock is forced"):
+                    gated_linear(x, w, d, gate=True)
+    finally:
+        C.force_path(None)
+    assert calls == [path == "rebuild"]
 
 
 def test_what_is_left_to_the_operator(calls) -> None:
