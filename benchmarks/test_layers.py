@@ -5,8 +5,9 @@
 
 Variants take turns within one case and ratios of medians are compared, since times mean little on a shared machine,
 where the same case measured twice differs by up to 15 %. So two things are asserted: no case is slower than the best
-alternative by more than MARGIN, but for those that are known to lose, with their bounds and reasons in LOSES; and no
-ratio to the stock op exceeds the committed one by more than DRIFT, where that was measured on such a machine.
+alternative by more than MARGIN, but for those that are known to lose, with their bounds and reasons in LOSES and
+LOSES_OF; and no ratio to the stock op exceeds the committed one by more than DRIFT, where that was measured on such a
+machine.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ LOSES = {
     "linear: 3072 x 768, 1, bfloat16": (1.6, NARROW),
     "linear: 1024 x 1024, 1, bfloat16": (1.6, NARROW),
     "call: 64 x 64, open, forward, 1, float32": (3.0, CALL),
+}
+FAST = "torch multiplies few rows of bf16 as fast as it reads weights, and its Delta is bf16"
+LOSES_OF = {  # where more or other cases lose on machines with an instruction set
+    "avx512bf16": {
+        "linear: 4096 x 4096, 1, bfloat16": (1.7, FAST),
+        "linear: 3072 x 768, 1, bfloat16": (2.2, FAST),
+        "linear: 3072 x 768, Delta too, 1, bfloat16": (1.5, "two products of torch's stream better than one sum"),
+        "linear: 3072 x 768, 8, bfloat16": (1.5, FAST),
+    }
 }
 
 
@@ -71,5 +81,6 @@ def test_layer(case: bench.Case, benchmark: Any, committed: dict[str, float]) ->
         before = committed[result.name]
         assert result.ratio <= DRIFT * before, f"{result.ratio:.2f} of the stock op, {before:.2f} when committed"
     if result.against is not None:
-        most, why = LOSES.get(result.name, (MARGIN, ""))
+        loses = {**LOSES, **LOSES_OF.get(facts()["extension"]["isa"], {})}
+        most, why = loses.get(result.name, (MARGIN, ""))
         assert result.against <= most, f"{result.against:.2f} of {result.alternative}, {most} allowed {why}"

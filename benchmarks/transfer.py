@@ -14,6 +14,7 @@ study.py's own results (which do not name the layers that opened).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from bases import NAMES, load
 from study import LAMBDAS, TASKS, cut_torn_line, interval, number, read, train
 from study import load as load_task
+from torch import nn
 
 import taps_ext
 from taps_ext.train import TrainConfig
@@ -73,15 +75,26 @@ def wanted(records: list[Record], base: str, task: str) -> list[tuple[int, str]]
     return first + [(seed, name) for seed in SEEDS[1:] for name in (*FIXED, *best)]
 
 
+def digest(base: nn.Module) -> str:
+    """Of a base's values: pretrained anew, on another machine, it is not the same to the bit."""
+    found = hashlib.sha256()
+    for name, tensor in base.state_dict().items():
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: str, epochs: int) -> Record:
     """The record of one (base, task, seed, method)."""
-    base = load(base_name, bases, data).to(memory_format=torch.channels_last)
+    base = load(base_name, bases, data)
+    of_base = digest(base)
+    base = base.to(memory_format=torch.channels_last)
     config, budget = config_of(method)
     result, report = train(
         base, load_task(data, task), task, config, TrainConfig(epochs=epochs, seed=seed, budget=budget)
     )
     return {
         "base": base_name,
+        "digest": of_base,
         "task": task,
         "seed": seed,
         "method": method,

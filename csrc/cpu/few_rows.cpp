@@ -108,7 +108,26 @@ struct Panel {
   }
 };
 
-// Adds up the lanes of all sums, N of them to a row, in order: as many sums at a time as there are lanes.
+// The lanes of up to kLanes sums added in order, each sum's total in a lane: side by side, but for one or two.
+template <int N>
+Vec added(const Vec* sums, int64_t count) {
+  Vec all{};
+  if (N == 1 && count <= kAloneRows) {
+    for (int64_t i = 0; i < count; ++i) {
+      float total = 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) total += sums[i][lane];
+      all[i] = total;
+    }
+    return all;
+  }
+  Vec square[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) square[i] = sums[i];
+  transpose(square);
+  for (const Vec& lane : square) all += lane;
+  return all;
+}
+
+// The results of a panel, N of them to a row.
 template <class T, int N>
 void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
   static_assert(kLanes % N == 0, "whole rows at a time");
@@ -121,12 +140,7 @@ void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
   const int64_t count = p.rows * N;
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t some = count - first < kLanes ? count - first : kLanes;
-    Vec square[kLanes] = {};
-    for (int64_t i = 0; i < some; ++i) square[i] = sums[first + i];
-    transpose(square);
-    Vec all{};
-    for (const Vec& lane : square) all += lane;
-    all += bias;
+    Vec all = added<N>(sums + first, some) + bias;
     for (int64_t row = 0; row * N < some; ++row) {
       const int64_t to = (first / N + row) * p.ld_result + output;
       if constexpr (T::kRound) {
