@@ -130,12 +130,13 @@ Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTen
   return y;
 }
 
-bool fused_fits(Place place, Dtype compute, const LinearSizes& sizes) {
-  if (on_tiles(place)) return true;
+bool fused_fits(const Described& x, const LinearSizes& sizes) {
+  if (on_tiles(x.place)) return true;
   LinearProduct args;
-  args.compute = compute;
+  args.compute = x.dtype;
   args.rows = sizes.rows;
-  args.inputs = args.x.ld = sizes.inputs;
+  args.inputs = sizes.inputs;
+  args.x = matrix_of(x);
   return within_limit(cpu::linear_bytes(args));
 }
 

@@ -34,7 +34,7 @@ bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometr
                          bool training);
 // Whether what the kernel takes of the workspace is within its limit: the CPU's packs x; that of tiles are partial
 // sums.
-bool fused_fits(Place place, Dtype compute, const LinearSizes& sizes);
+bool fused_fits(const Described& x, const LinearSizes& sizes);
 
 // x [M, K] to y [M, N]; dy [M, N] to dx [M, K].
 Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes);

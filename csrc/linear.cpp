@@ -100,11 +100,11 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
   OptionalTensor x2;
   // As a matrix x might be copied: not for rows that are not fused anyway.
-  if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training) &&
-      fused_fits(x.place, x.dtype, sizes)) {
+  if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training)) {
     x2 = as_matrix(x, sizes.rows, sizes.inputs);
   }
-  const Path path = path_for(w, x.dtype, sizes.rows, x2 && fusable_activation(describe(*x2, "input")));
+  const bool fits = x2 && fusable_activation(describe(*x2, "input")) && fused_fits(describe(*x2, "input"), sizes);
+  const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
   }

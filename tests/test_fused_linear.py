@@ -88,10 +88,25 @@ def test_what_is_not_finite_stays_so(isa, kind) -> None:
     assert output.item() == math.inf
 
 
-@pytest.mark.parametrize("rows", [5, 50])
-def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_rows_are_read_where_they_lie(isa, kind) -> None:
+    """Whole words side by side, an odd number of elements apart, from an odd element on, meeting in the same sets."""
+    torch.manual_seed(7)
+    wide = {"even": draw(5, 66, dtype=kind)[:, :64], "odd": draw(5, 65, dtype=kind)[:, :64]}
+    wide |= {"odd start": draw(5, 68, dtype=kind)[:, 1:65], "one": draw(1, 65, dtype=kind)[:, :64]}
+    wide |= {"meeting": draw(6, 2048, dtype=kind), "blocks": draw(3, 1056, dtype=kind)}
+    for x in wide.values():
+        w, d = draw(9, x.shape[1], dtype=kind), draw(9, x.shape[1], dtype=F32)
+        wt = w.double() + d.double()
+        output = fused(OPERATOR, x, w, d, None, None, True, 0.1)
+        assert_close(output, x.double() @ wt.t(), kind, x.shape[1], x, wt)
+
+
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+@pytest.mark.parametrize("rows", [5, 24, 50])
+def test_the_same_bits_whatever_the_threads(isa, rows, kind) -> None:
     torch.manual_seed(3)
-    x, w, d = draw(rows, 700, dtype=F32), draw(403, 700, dtype=F32), draw(403, 700, dtype=F32)
+    x, w, d = draw(rows, 700, dtype=kind), draw(403, 700, dtype=kind), draw(403, 700, dtype=F32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
@@ -102,6 +117,8 @@ def test_the_same_bits_whatever_the_threads(isa, rows) -> None:
     assert all(torch.equal(found[0], other) for other in found)
     alone = fused(OPERATOR, x, w[:7], d[:7], None, None, True, 0.1)  # nor on which outputs share a panel
     assert torch.equal(alone, found[0][:, :7])
+    for some in (1, 2, 4) if rows <= 24 else (25, 37):  # nor on the other rows
+        assert torch.equal(fused(OPERATOR, x[:some], w, d, None, None, True, 0.1), found[0][:some])
 
 
 @pytest.mark.parametrize(
@@ -176,6 +193,18 @@ def test_a_closed_gate_is_never_forced_to_be_fused(rows) -> None:
                 torch.ops.taps_ext.gated_linear(x, w, delta, None, None, False, 0.1)
     finally:
         C.force_path(None)
+
+
+def test_a_limit_on_the_workspace_holds_for_copies(isa) -> None:
+    """Rows that are an odd number of elements apart are copied where they are read as words."""
+    w, d = draw(256, 1024, dtype=BF16), draw(256, 1024, dtype=BF16)
+    set_workspace_limit(16384)
+    try:
+        for x in (draw(24, 1025, dtype=BF16)[:, :1024], draw(24, 1024, dtype=BF16)):
+            taken(OPERATOR, x, w, d, None, None, True, 0.1)
+            assert workspace_bytes() <= 16384
+    finally:
+        set_workspace_limit(None)
 
 
 def test_a_limit_on_the_workspace_holds() -> None:

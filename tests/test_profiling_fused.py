@@ -7,7 +7,7 @@ from models import settle
 from torch import Tensor, nn
 
 import taps_ext
-from taps_ext import TapsConfig, TaskModel, estimate, profile
+from taps_ext import TapsConfig, TaskModel, estimate, ops, profile
 from taps_ext.profiling import Machine
 
 if not taps_ext.ops.HAS_EXTENSION:
@@ -87,3 +87,17 @@ def test_the_workspace(name, limit) -> None:
             assert found.workspace <= pages(expected.workspace) <= pages(limit)
     finally:
         taps_ext.set_workspace_limit(None)
+
+
+@pytest.mark.parametrize("name", ["fused convolution", "few rows", "rows", "odd depth"])
+@pytest.mark.parametrize("instruction_set", ops._C.isas())
+def test_the_workspace_in_bfloat16(name, instruction_set) -> None:
+    """Whatever an instruction set packs, and whatever this machine chooses with it."""
+    cases = {**CASES, "odd depth": (Head(nn.Linear(769, 1024), 1024), [(100, 769)], 0)}
+    base, shapes, _ = cases[name]
+    model = build(base).to(torch.bfloat16)
+    inputs = tuple(torch.randn(*shape).to(torch.bfloat16) for shape in shapes)
+    with instructions(instruction_set):
+        expected = estimate(model, inputs, task="t", phase="infer")
+        found = profile(model, inputs, task="t", phase="infer", machine=ROOFS, steps=1).memory
+    assert found.workspace == pages(expected.workspace)

@@ -21,10 +21,10 @@ Pixel pixel_of(const Convolution& args, int64_t row) {
 template <class Element, int R>
 struct Seen {
   const Element* pixels[R];
-  int64_t channels[R];  // all ones, or none
+  int64_t masks[R];  // of offsets: all ones, or none
   bool adjacent = false;
 
-  Element at(int r, int64_t offset) const { return pixels[r][offset & channels[r]]; }
+  Element at(int r, int64_t offset) const { return pixels[r][offset & masks[r]]; }
 };
 
 // The inputs of R pixels of the result, from pixel `first` on: word k of each next to each other.
@@ -43,7 +43,7 @@ void pack(const Convolution& args, int64_t first, float* to) {
       const int64_t y = pixel.y * args.stride[0] + place / args.kernel[1] * args.dilation[0] - args.padding[0];
       const int64_t x = pixel.x * args.stride[1] + place % args.kernel[1] * args.dilation[1] - args.padding[1];
       const bool inside = place < places && y >= 0 && y < args.size[0] && x >= 0 && x < args.size[1];
-      own.channels[r] = inside ? -1 : 0;
+      own.masks[r] = inside ? -1 : 0;
       own.pixels[r] = !inside ? &kZero
                               : static_cast<const Element*>(args.x.data) + pixel.image * args.x_strides[0] +
                                     y * args.x_strides[2] + x * args.x_strides[3];

@@ -1,10 +1,10 @@
 // y = x W_t^T + bias for few rows of x: W and Delta are read once, and W_t lives in registers and L1. Compiled once per
 // instruction set with TAPS_ISA naming it (isa.h); everything but the table at the end has internal linkage.
 //
-// A thread takes four outputs at a time. Along the depth, block after block, the first rows of x build their weights in
-// registers, keep them in L1 for the other rows, and ask for what the next block reads: memory is read in eight streams
-// while all rows are multiplied. Sums are kept lane by lane in fp32 and added in the end, in an order that the
-// instruction set and the depth alone decide.
+// A thread takes four outputs at a time, or one where there are one or two rows. Along the depth, block after block,
+// the first rows of x build their weights in registers, keep them in L1 for the other rows, and ask for what the next
+// block reads: memory is read in two streams an output while all rows are multiplied. Sums are kept lane by lane in
+// fp32 and added in the end, in an order that the instruction set and the depth alone decide.
 #include "cpu/transpose.h"
 
 namespace taps::cpu {
@@ -108,7 +108,8 @@ struct Panel {
   }
 };
 
-// The lanes of up to kLanes sums added in order, each sum's total in a lane: side by side, but for one or two.
+// The lanes of up to kLanes sums added in order, each sum's total in a lane: side by side, but for those of
+// outputs that are taken alone.
 template <int N>
 Vec added(const Vec* sums, int64_t count) {
   Vec all{};
@@ -127,7 +128,15 @@ Vec added(const Vec* sums, int64_t count) {
   return all;
 }
 
-// The results of a panel, N of them to a row.
+// The first `count` elements of a vector, N to a row.
+template <int N, class V, class E>
+void put(V all, E* to, int64_t ld, int64_t count) {
+  E elements[kLanes];
+  std::memcpy(elements, &all, sizeof elements);
+  for (int64_t row = 0; row * N < count; ++row) std::memcpy(to + row * ld, elements + row * N, N * sizeof(E));
+}
+
+// The results of a panel.
 template <class T, int N>
 void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
   static_assert(kLanes % N == 0, "whole rows at a time");
@@ -141,14 +150,10 @@ void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
   for (int64_t first = 0; first < count; first += kLanes) {
     const int64_t some = count - first < kLanes ? count - first : kLanes;
     Vec all = added<N>(sums + first, some) + bias;
-    for (int64_t row = 0; row * N < some; ++row) {
-      const int64_t to = (first / N + row) * p.ld_result + output;
-      if constexpr (T::kRound) {
-        const Halves rounded = narrowed(all);
-        std::memcpy(static_cast<uint16_t*>(p.result) + to, &rounded[0] + row * N, N * sizeof rounded[0]);
-      } else {
-        std::memcpy(static_cast<float*>(p.result) + to, &all[0] + row * N, N * sizeof all[0]);
-      }
+    if constexpr (T::kRound) {
+      put<N>(narrowed(all), static_cast<uint16_t*>(p.result) + first / N * p.ld_result + output, p.ld_result, some);
+    } else {
+      put<N>(all, static_cast<float*>(p.result) + first / N * p.ld_result + output, p.ld_result, some);
     }
   }
 }

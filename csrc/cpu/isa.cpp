@@ -22,10 +22,6 @@ extern const Tiles tiles_avx2;
 extern const Lanes lanes_avx512;
 extern const FewRows few_rows_avx512;
 extern const Tiles tiles_avx512;
-bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
-}
 #endif
 #ifdef TAPS_HAVE_AVX512BF16
 extern const FewRows few_rows_avx512bf16;
@@ -33,6 +29,13 @@ extern const Tiles tiles_avx512bf16;
 #endif
 
 namespace {
+
+#ifdef TAPS_HAVE_AVX512
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+}
+#endif
 
 struct Set {
   const char* name;

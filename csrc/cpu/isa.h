@@ -66,6 +66,6 @@ const Tiles& tiles();
 std::string isa();                        // its name: baseline, avx2, avx512, avx512bf16
 std::vector<std::string> isas();          // the sets that were compiled and that this machine runs
 std::vector<std::string> isas_built();    // the sets that were compiled
-void force_isa(const std::string& name);  // "" returns to the best one; for tests
+void force_isa(const std::string& name);  // "" returns to the best one; for tests, while nothing runs
 
 }  // namespace taps::cpu

@@ -65,7 +65,7 @@ void few(const LinearProduct& args) {
   });
 }
 
-// Rows of x, element by element: word k of row r is to[k * R + r].
+// A tile of R rows of x: word k of row r is to[k * R + r].
 template <class Words, int R>
 void pack(const LinearProduct& args, int64_t row, float* to) {
   using Element = typename Words::Element;

@@ -77,7 +77,8 @@ inline Vec to_bfloat16(Vec value) {
 
 inline Halves narrowed(Vec value) { return __builtin_convertvector(as<Bits>(to_bfloat16(value)) >> 16, Halves); }
 
-// 2 * kLanes elements, rounded so, as pairs: two of them in a lane.
+// 2 * kLanes elements to bf16 as pairs, two of them in a lane. The instruction makes zeros of subnormals and keeps the
+// bits of a NaN; everything else is rounded as above.
 inline Vec to_pairs(Vec first, Vec second) {
 #if defined(__AVX512BF16__)
   return as<Vec>(_mm512_cvtne2ps_pbh(as<__m512>(second), as<__m512>(first)));
