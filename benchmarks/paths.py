@@ -2,7 +2,8 @@
 
     python benchmarks/paths.py [--isa avx2] [--only bfloat16]
 
-CPU only, without gradients. The machine must be quiet.
+CPU only, without gradients. The machine must be quiet. With `ONEDNN_MAX_CPU_ISA=AVX512_CORE` and `--isa avx512` a
+machine with AVX-512 BF16 is one without.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ LINEAR = (
 # Outputs, inputs, kernel, side, stride.
 CONV2D = (
     *((256, 256, 3, 14, 1), (1024, 256, 1, 14, 1), (256, 1024, 1, 14, 1), (512, 512, 3, 14, 2), (2048, 1024, 1, 14, 2)),
+    *((256, 256, 3, 7, 1), (256, 256, 3, 10, 1)),
     *((512, 512, 3, 7, 1), (2048, 512, 1, 7, 1), (512, 2048, 1, 7, 1), (128, 128, 3, 28, 1), (64, 64, 3, 56, 1)),
 )
 BATCHES = (1, 2, 4, 8)

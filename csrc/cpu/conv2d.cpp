@@ -34,21 +34,26 @@ void pack(const Convolution& args, int64_t first, float* to) {
   constexpr int kInWord = Words::kInWord;
   static constexpr Element kZero = 0;
   const int64_t places = args.kernel[0] * args.kernel[1];
-  Seen<Element, R> seen[kMostPlaces + 1];  // the last one for the half of a word behind the depth
-  for (int64_t place = 0; place <= places; ++place) {
-    Seen<Element, R>& own = seen[place < places ? place : kMostPlaces];
-    own.adjacent = place < places;
+  Pixel pixels[R];
+  for (int r = 0; r < R; ++r) pixels[r] = pixel_of(args, first + r);
+  Seen<Element, R> seen[kMostPlaces], nothing;  // the latter for the half of a word behind the depth
+  for (int64_t place = 0; place < places; ++place) {
+    Seen<Element, R>& own = seen[place];
+    own.adjacent = true;
     for (int r = 0; r < R; ++r) {
-      const Pixel pixel = pixel_of(args, first + r);
-      const int64_t y = pixel.y * args.stride[0] + place / args.kernel[1] * args.dilation[0] - args.padding[0];
-      const int64_t x = pixel.x * args.stride[1] + place % args.kernel[1] * args.dilation[1] - args.padding[1];
-      const bool inside = place < places && y >= 0 && y < args.size[0] && x >= 0 && x < args.size[1];
+      const int64_t y = pixels[r].y * args.stride[0] + place / args.kernel[1] * args.dilation[0] - args.padding[0];
+      const int64_t x = pixels[r].x * args.stride[1] + place % args.kernel[1] * args.dilation[1] - args.padding[1];
+      const bool inside = y >= 0 && y < args.size[0] && x >= 0 && x < args.size[1];
       own.masks[r] = inside ? -1 : 0;
       own.pixels[r] = !inside ? &kZero
-                              : static_cast<const Element*>(args.x.data) + pixel.image * args.x_strides[0] +
+                              : static_cast<const Element*>(args.x.data) + pixels[r].image * args.x_strides[0] +
                                     y * args.x_strides[2] + x * args.x_strides[3];
       own.adjacent = own.adjacent && inside && own.pixels[r] == own.pixels[0] + r;
     }
+  }
+  for (int r = 0; r < R; ++r) {
+    nothing.pixels[r] = &kZero;
+    nothing.masks[r] = 0;
   }
   const int64_t runs = args.channels_inside ? places : args.channels, of_run = args.inputs / runs;
   int64_t run = 0, of = 0;  // the next element: its run and its number there
@@ -56,7 +61,7 @@ void pack(const Convolution& args, int64_t first, float* to) {
     const Seen<Element, R>* own[kInWord];
     int64_t offset[kInWord];
     for (int i = 0; i < kInWord; ++i) {
-      own[i] = seen + (k + i >= args.inputs ? kMostPlaces : args.channels_inside ? run : of);
+      own[i] = k + i >= args.inputs ? &nothing : seen + (args.channels_inside ? run : of);
       offset[i] = (args.channels_inside ? of : run) * args.x_strides[1];
       if (++of == of_run) {
         of = 0;

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/isa.h"
+#include "cpu/word.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -16,19 +17,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+inline uint32_t bits_of(float value) { return as<uint32_t>(value); }
+inline float float_of(uint32_t bits) { return as<float>(bits); }
 
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
@@ -109,7 +99,7 @@ const float* load(const void* data, Dtype dtype, int64_t offset, int64_t n, floa
       return static_cast<const float*>(data) + offset;
     case Dtype::kBFloat16: {
       const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = from_bfloat16(from[i]);
+      for (int64_t i = 0; i < n; ++i) buffer[i] = widened(from[i]);
       return buffer;
     }
     case Dtype::kFloat16:
@@ -223,9 +213,6 @@ void reconstruct_as(Dtype native, void* out, Dtype out_dtype, int64_t out_stride
     }
   }
 }
-
-inline float widened(float value) { return value; }
-inline float widened(uint16_t bits) { return from_bfloat16(bits); }
 
 template <class W, class D>
 void add_to_bfloat16(const W* weight, const D* delta, uint16_t* out, int64_t n) {
