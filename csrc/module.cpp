@@ -45,6 +45,19 @@ taps::Stock stock_of(const std::string& name) {
   throw std::runtime_error("stock: expected usual, halved, emulated or matrix unit, got " + name);
 }
 
+taps::Dense dense(uintptr_t data, int dtype) {
+  return {reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(dtype)};
+}
+
+// The address of a leased workspace and an object that keeps it leased, or None.
+py::object handed_over(std::unique_ptr<taps::Lease> lease) {
+  if (!lease) return py::none();
+  const auto address = reinterpret_cast<uintptr_t>(lease->data());
+  py::capsule owner(lease.get(), [](void* taken) { delete static_cast<taps::Lease*>(taken); });
+  lease.release();
+  return py::make_tuple(address, std::move(owner));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,22 +75,30 @@ PYBIND11_MODULE(_C, m) {
       "rebuild",
       [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows,
          int64_t outputs, int64_t places) -> py::object {
-        const auto dense = [](uintptr_t data, int type) {
-          return taps::Dense{reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(type)};
-        };
         std::unique_ptr<taps::Lease> lease;
         {
           const py::gil_scoped_release released;
           lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
                                 static_cast<taps::Dtype>(dtype), rows, outputs, places);
         }
-        if (!lease) return py::none();
-        const auto address = reinterpret_cast<uintptr_t>(lease->data());
-        py::capsule owner(lease.get(), [](void* taken) { delete static_cast<taps::Lease*>(taken); });
-        lease.release();
-        return py::make_tuple(address, std::move(owner));
+        return handed_over(std::move(lease));
       },
       "W + Delta in a workspace: its address and an object that keeps it leased; None where the operator must do it.");
+  m.def(
+      "gradient_scratch",
+      [](int64_t numel, int dtype) {
+        return handed_over(taps::gradient_scratch(numel, static_cast<taps::Dtype>(dtype)));
+      },
+      "A workspace for a weight's gradient: its address and an object that keeps it leased; None where the operator "
+      "must do it.");
+  m.def(
+      "dot_into",
+      [](uintptr_t score, int score_dtype, uintptr_t a, uintptr_t b, int dtype, int64_t numel) {
+        const py::gil_scoped_release released;
+        return taps::dot_into(reinterpret_cast<void*>(score), static_cast<taps::Dtype>(score_dtype), dense(a, dtype),
+                              dense(b, dtype), numel);
+      },
+      "*score = <a, b>, in the operators' order; whether it is finite.");
   m.def(
       "memory",
       [](uintptr_t address, int64_t bytes) {

@@ -55,6 +55,28 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
 
 }  // namespace
 
+namespace {
+
+// A workspace of so many bytes, unless the operators would not take one.
+std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
+  const auto bytes = static_cast<size_t>(numel * size_of(dtype));
+  const size_t limit = workspace_limit();
+  if (cuda::kTilesOnCpu || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
+  return std::make_unique<Lease>(false, 0, nullptr, bytes);
+}
+
+template <int N>
+Walk<N> flat_walk(int64_t numel) {
+  Walk<N> walk;
+  walk.numel = numel;
+  walk.ndim = 1;
+  walk.sizes[0] = numel;
+  for (auto& stride : walk.strides) stride[0] = 1;
+  return walk;
+}
+
+}  // namespace
+
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
                                int64_t outputs, int64_t places) {
   Problem problem;
@@ -65,17 +87,13 @@ std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t 
   problem.rows = rows;
   problem.outputs = outputs;
   problem.inputs = outputs > 0 ? numel / outputs : 0;
-  const auto bytes = static_cast<size_t>(numel * size_of(compute));
-  const size_t limit = workspace_limit();
-  if (cuda::kTilesOnCpu || !weight.data || !delta.data || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
   const int forced = forced_path();
   if (forced >= 0 ? forced != static_cast<int>(Path::kRebuild) : choose(problem) != Path::kRebuild) return nullptr;
-  auto lease = std::make_unique<Lease>(false, 0, nullptr, bytes);
+  if (!weight.data || !delta.data) return nullptr;
+  auto lease = whole_scratch(numel, compute);
+  if (!lease) return nullptr;
   Reconstruct args;
-  args.walk.numel = numel;
-  args.walk.ndim = 1;
-  args.walk.sizes[0] = numel;
-  for (auto& stride : args.walk.strides) stride[0] = 1;
+  args.walk = flat_walk<3>(numel);
   args.out = lease->data();
   args.out_dtype = compute;
   args.weight = weight.data;
@@ -86,6 +104,30 @@ std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t 
   cpu::reconstruct(args);
   taken_path() = static_cast<int>(Path::kRebuild);
   return lease;
+}
+
+std::unique_ptr<Lease> gradient_scratch(int64_t numel, Dtype dtype) {
+  return forced_path() < 0 ? whole_scratch(numel, dtype) : nullptr;
+}
+
+bool dot_into(void* score, Dtype score_dtype, const Dense& a, const Dense& b, int64_t numel) {
+  Dot args;
+  args.walk = flat_walk<2>(numel);
+  args.a = a.data;
+  args.b = b.data;
+  args.a_dtype = a.dtype;
+  args.b_dtype = b.dtype;
+  args.result = score;
+  args.result_dtype = score_dtype;
+  std::vector<double> partials(static_cast<size_t>(dot_chunks(args.walk)));
+  args.partials = partials.data();
+  cpu::dot(args);
+  return finite_score(score, score_dtype);
+}
+
+bool finite_score(const void* score, Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? std::isfinite(*static_cast<const double*>(score))
+                                  : std::isfinite(*static_cast<const float*>(score));
 }
 
 bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute) {

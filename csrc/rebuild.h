@@ -38,16 +38,25 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
 // Whether so many rows are worth fusing where types and layout allow it.
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 
-// For callers without an operator's costs (taps_ext/rebuilt.py): W_t of an open gate in a leased workspace. Dense
-// operands of one layout, on the CPU. Null where choose() takes another path, or where the weight exceeds the limit:
-// the operator then does what is right. `rows`: of a product that needs no gradient (the pixels of a result); -1
-// where nothing is fused. `outputs`: the rows of the weight; `places`: of a convolution's kernel, else 0.
+// For callers without an operator's costs (taps_ext/rebuilt.py). Dense operands of one layout, on the CPU. Null where a
+// weight exceeds the workspace's limit or another path is to be taken: the operator then does what is right.
 struct Dense {
   const void* data;
   Dtype dtype;
 };
+
+// W_t of an open gate in a leased workspace. `rows`: of a product that needs no gradient (the pixels of a result); -1
+// where nothing is fused. `outputs`: the rows of the weight; `places`: of a convolution's kernel, else 0.
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
                                int64_t outputs, int64_t places);
+
+// A workspace for the gradient of a whole weight.
+std::unique_ptr<Lease> gradient_scratch(int64_t numel, Dtype dtype);
+
+// *score = <a, b>, as dot_like adds it up; true if it is finite.
+bool dot_into(void* score, Dtype score_dtype, const Dense& a, const Dense& b, int64_t numel);
+
+bool finite_score(const void* score, Dtype dtype);  // on the CPU
 
 // A new tensor like `like` (dtype, dense strides) holding scale * from, or 0 where the gate is
 // closed.

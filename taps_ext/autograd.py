@@ -17,11 +17,10 @@ from . import reference
 _INPUT, _WEIGHT, _DELTA, _SCORE, _BIAS = range(5)  # leading arguments of both forward ops
 
 
-def _output_mask(ctx: Any) -> list[bool]:
-    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give (fewer, while it runs, where fewer are asked
-    for); a closed Delta rests."""
-    need = ctx.needs_input_grad
-    return [need[_INPUT], need[_DELTA] and ctx.gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
+def _output_mask(need: tuple[bool, ...], gate: bool | None) -> list[bool]:
+    """Which of (dinput, ddelta, dscore, dbias, dweight) backward must give, of the inputs that need a gradient (fewer,
+    while it runs, where fewer are asked for); a closed Delta rests."""
+    return [need[_INPUT], need[_DELTA] and gate is not False, need[_SCORE], need[_BIAS], need[_WEIGHT]]
 
 
 # Nodes that keep their result for backward, and nodes whose result is another view of their input.
@@ -45,7 +44,7 @@ def _rows_of(input: Tensor, rows: Tensor, ndim: int) -> Tensor:
     return (input.reshape(-1, input.shape[-1]) if ndim == 2 else input).index_select(0, rows)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     """Keep what backward reads: the input only if a weight gradient or gate gradient will be asked for.
 
     `settings`: gate, threshold, rows and their scale.
@@ -54,15 +53,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     holds it anyway.
     """
     input, weight, delta, score, bias = inputs[:5]
-    gate, ctx.threshold, rows, scale = settings
-    ctx.gate = gate
-    dinput, ddelta, dscore, _, dweight = _output_mask(ctx)
+    gate, threshold, rows, scale = settings
+    dinput, ddelta, dscore, _, dweight = _output_mask(ctx.needs_input_grad, gate)
+    picked = True
     if rows is not None and gate is False and dscore and not dweight:
-        ctx.scale, ctx.picked = scale, not _kept_by_its_maker(input)
-        input = _rows_of(input, rows, weight.dim()) if ctx.picked else input
+        picked = not _kept_by_its_maker(input)
+        input = _rows_of(input, rows, weight.dim()) if picked else input
     else:
-        rows, ctx.scale, ctx.picked = None, 1.0, True
-    ctx.bias_dtype = None if bias is None else bias.dtype
+        rows, scale = None, 1.0
+    ctx.kept = gate, threshold, scale, picked, None if bias is None else bias.dtype
     ctx.save_for_backward(
         input if ddelta or dscore or dweight else None,
         weight,
@@ -72,19 +71,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> None:
     )
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What :func:`_save` kept: input (what `rows` picks of it), weight, delta, score, rows."""
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` kept: input (what `rows` picks of it), weight, delta, score, rows; gate, threshold, scale; and
+    what is asked for."""
     input, weight, delta, score, rows = ctx.saved_tensors
-    if not ctx.picked:
+    gate, threshold, scale, picked, _ = ctx.kept
+    if not picked:
         input = _rows_of(input, rows, weight.dim())
-    return input, weight, delta, score, rows
+    return input, weight, delta, score, rows, gate, threshold, scale, _output_mask(ctx.needs_input_grad, gate)
 
 
-def _order(ctx: Any, grads: Any, mask: list[bool]) -> tuple[Tensor | None, ...]:
+def order(ctx: Any, grads: Any, mask: list[bool]) -> tuple[Tensor | None, ...]:
     """Backward results in the order of the forward's arguments; what was not asked for is None."""
     dinput, ddelta, dscore, dbias, dweight = grads
-    if mask[3] and dbias.dtype != ctx.bias_dtype:
-        dbias = dbias.to(ctx.bias_dtype)
+    if mask[3]:
+        dbias = dbias.to(ctx.kept[-1])
     return (
         dinput if mask[0] else None,
         dweight if mask[4] else None,
@@ -124,27 +125,29 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
 
 
 def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _save(ctx, inputs, inputs[5:9])
+    save(ctx, inputs, inputs[5:9])
 
 
 def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows = _saved(ctx)
-    mask = _output_mask(ctx)
+    input, weight, delta, score, rows, gate, threshold, scale, mask = saved(ctx)
     grads = torch.ops.taps_ext.gated_linear_backward.default(
-        grad_output, input, weight, delta, score, ctx.gate, ctx.threshold, mask, rows, ctx.scale
+        grad_output, input, weight, delta, score, gate, threshold, mask, rows, scale
     )
-    return _order(ctx, grads, mask) + (None,) * 5
+    return order(ctx, grads, mask) + (None,) * 5
+
+
+def keep_geometry(ctx: Any, input: Tensor, geometry: tuple[Any, ...]) -> None:
+    ctx.geometry, ctx.input_size = geometry, tuple(input.shape[-2:])
 
 
 def conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.geometry = inputs[5:9]
-    ctx.input_size = tuple(inputs[0].shape[-2:])
-    _save(ctx, inputs, inputs[9:13])
+    keep_geometry(ctx, inputs[0], inputs[5:9])
+    save(ctx, inputs, inputs[9:13])
 
 
-def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows = _saved(ctx)
-    mask = _output_mask(ctx)
+def conv2d_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the tensors that a gated convolution reads."""
+    input, weight, delta, score, rows, gate, threshold, scale, mask = saved(ctx)
     grads = torch.ops.taps_ext.gated_conv2d_backward.default(
         grad_output,
         input,
@@ -152,14 +155,18 @@ def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         weight,
         delta,
         score,
-        ctx.gate,
-        ctx.threshold,
+        gate,
+        threshold,
         *ctx.geometry,
         mask,
         rows,
-        ctx.scale,
+        scale,
     )
-    return _order(ctx, grads, mask) + (None,) * 9
+    return order(ctx, grads, mask)
+
+
+def conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    return conv2d_gradients(ctx, grad_output) + (None,) * 9
 
 
 def effective_weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,8 +1,13 @@
-"""The gated layers as eager calls make them: rebuilt without an operator where that is faster, else the operator."""
+"""The gated layers as eager calls make them: rebuilt without an operator where that is faster, else the operator.
+
+Their settings travel as one tuple, because autograd looks at every argument: (gate, threshold, rows, row_scale,
+training), ahead of them a convolution's (stride, padding, dilation, groups).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,21 +51,16 @@ def run_linear(
     delta: Tensor,
     score: Tensor | None,
     bias: Tensor | None,
-    gate: bool | None,
-    threshold: float,
-    rows: Tensor | None,
-    row_scale: float,
-    training: bool,
+    settings: tuple[Any, ...],
 ) -> Tensor:
-    if gate is True and weight.dim() == 2 and input.dim() and _operands_fit(input, weight, score, bias, rows):
+    gate, _, rows, _, training = settings
+    if gate is not None and weight.dim() == 2 and input.dim() and _operands_fit(input, weight, score, bias, rows):
         count = -1 if training else input.numel() // max(1, input.shape[-1])
-        made = rebuilt.product(C, F.linear, input, weight, delta, count, bias)
+        made = rebuilt.product(C, F.linear, input, weight, delta, gate, count, bias)
         if made is not None:
             return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(
-            input, weight, delta, score, bias, gate, threshold, rows, row_scale, training
-        )
+        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
 
 
 def run_conv2d(
@@ -69,40 +69,44 @@ def run_conv2d(
     delta: Tensor,
     score: Tensor | None,
     bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: list[int],
-    dilation: tuple[int, ...],
-    groups: int,
-    gate: bool | None,
-    threshold: float,
-    rows: Tensor | None,
-    row_scale: float,
-    training: bool,
+    settings: tuple[Any, ...],
 ) -> Tensor:
-    if gate is True and _operands_fit(input, weight, score, bias, rows):
+    stride, padding, dilation, groups, gate, _, rows, _, training = settings
+    if gate is not None and _operands_fit(input, weight, score, bias, rows):
         count = -1 if training or groups != 1 else _pixels(input, weight, stride, padding, dilation)
-        made = rebuilt.product(C, F.conv2d, input, weight, delta, count, bias, stride, padding, dilation, groups)
+        made = rebuilt.product(C, F.conv2d, input, weight, delta, gate, count, bias, stride, padding, dilation, groups)
         if made is not None:
             return made
     with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(
-            input,
-            weight,
-            delta,
-            score,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            gate,
-            threshold,
-            rows,
-            row_scale,
-            training,
-        )
+        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *settings)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    autograd.save(ctx, inputs, inputs[5][:4])
+
+
+def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, delta, score, rows, gate, threshold, scale, mask = autograd.saved(ctx)
+    if gate is not None and rows is None and mask[:3] == [True, gate, True] and not mask[4]:
+        of_bias = ctx.kept[-1] if mask[3] else None
+        made = rebuilt.linear_gradients(C, grad_output, input, weight, delta, score, gate, of_bias)
+        if made is not None:
+            return made
+    grads = torch.ops.taps_ext.gated_linear_backward.default(
+        grad_output, input, weight, delta, score, gate, threshold, mask, rows, scale
+    )
+    return *autograd.order(ctx, grads, mask), None
+
+
+def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    autograd.keep_geometry(ctx, inputs[0], inputs[5][:4])
+    autograd.save(ctx, inputs, inputs[5][4:8])
+
+
+def _conv2d_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    return *autograd.conv2d_gradients(ctx, grad_output), None
 
 
 # The same with gradients.
-linear = autograd.differentiable(run_linear, autograd.linear_setup, autograd.linear_backward)
-conv2d = autograd.differentiable(run_conv2d, autograd.conv2d_setup, autograd.conv2d_backward)
+linear = autograd.differentiable(run_linear, _linear_setup, _linear_backward)
+conv2d = autograd.differentiable(run_conv2d, _conv2d_setup, _conv2d_backward)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.modules.utils import _pair
 
 from . import autograd, composed, eager, fakes, reference
@@ -20,7 +22,7 @@ __all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The autocast type that applies to `input`, or None."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not is_compiling() and not torch._C._is_any_autocast_enabled():
         return None
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.is_floating_point() and input.dtype != torch.float64:
@@ -56,7 +58,7 @@ def _plain(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, g
     One function and its few questions, because of a small layer they are most of the cost.
     """
     return (
-        not torch.compiler.is_compiling()  # what follows would break its graph
+        not is_compiling()  # what follows would break its graph
         and isinstance(input, Tensor)
         and input.dtype == weight.dtype
         and delta.size() == weight.size()
@@ -124,6 +126,20 @@ def gated_linear(
     """
     if delta is None:
         return F.linear(input, weight, bias)
+    if (  # closed, and no gradients: spelled out, because even a call of our own would be dear beside a small layer
+        gate is False
+        and not torch.is_grad_enabled()
+        and not is_compiling()
+        and not torch._C._is_any_autocast_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and delta.shape == weight.shape
+        and (score is None or score.numel() == 1)
+    ):
+        try:
+            return F.linear(input, weight, bias)
+        except (RuntimeError, TypeError):
+            pass  # what is wrong is said below
     if not _plain(input, weight, delta, score, gate):
         input = _check(input, weight, delta, score, gate)
         if composed.transformed(input, weight, delta, score, bias):
@@ -136,10 +152,10 @@ def gated_linear(
             input, weight, delta, score, bias, gate=gate, threshold=threshold, rows=rows, row_scale=row_scale
         )
     training = _differentiable(input, weight, delta, score, bias)
-    arguments = (input, weight, delta, score, bias, gate, threshold, rows, row_scale, training)
-    if torch.compiler.is_compiling():
-        return torch.ops.taps_ext.gated_linear(*arguments)
-    return eager.linear(*arguments) if training else eager.run_linear(*arguments)
+    settings = (gate, threshold, rows, row_scale, training)
+    if is_compiling():
+        return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, *settings)
+    return (eager.linear if training else eager.run_linear)(input, weight, delta, score, bias, settings)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -237,11 +253,10 @@ def gated_conv2d(
     if ahead is not None:
         input = F.pad(input, ahead)
     training = _differentiable(input, weight, delta, score, bias)
-    layer = (input, weight, delta, score, bias, steps, pad, spread, groups)
-    arguments = (*layer, gate, threshold, rows, row_scale, training)
-    if torch.compiler.is_compiling():
-        return torch.ops.taps_ext.gated_conv2d(*arguments)
-    return eager.conv2d(*arguments) if training else eager.run_conv2d(*arguments)
+    settings = (steps, pad, spread, groups, gate, threshold, rows, row_scale, training)
+    if is_compiling():
+        return torch.ops.taps_ext.gated_conv2d(input, weight, delta, score, bias, *settings)
+    return (eager.conv2d if training else eager.run_conv2d)(input, weight, delta, score, bias, settings)
 
 
 # ----------------------------------------------------------------------------------------- reconstruct
@@ -259,7 +274,7 @@ def reconstruct_(
     """Write `round(W + g * Delta)` into `out` (shape of `weight`, any floating dtype) and return it."""
     if HAS_EXTENSION:
         torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
-        if not torch.compiler.is_compiling() and not out.is_inference():
+        if not is_compiling() and not out.is_inference():
             torch.autograd.graph.increment_version(out)
     else:
         out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))

@@ -170,7 +170,7 @@ def test_an_error_gives_the_workspace_back() -> None:
 
     w = torch.ones(8, 12)
     with pytest.raises(Stop):
-        rebuilt.product(C, stop, torch.ones(3, 12), w, w, -1)
+        rebuilt.product(C, stop, torch.ones(3, 12), w, w, True, -1)
     set_workspace_limit(None)
     assert workspace_bytes() == 0
 
@@ -185,3 +185,98 @@ def test_few_views_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 4, requires_grad=True)
     gated_linear(x, torch.ones(8, 4), torch.ones(8, 4), gate=True).sum().backward()
     assert torch.equal(x.grad, torch.full((2, 4), 16.0))
+
+
+def _gradients(x, w, d, score, bias, gate, dy, **more) -> list[torch.Tensor]:
+    """Of the leaves among them, by a fresh graph."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, d, score, bias)]
+    output = gated_linear(leaves[0], w, leaves[1], leaves[2], leaves[3], gate=gate, **more)
+    output.backward(dy)
+    return [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
+
+
+@pytest.fixture
+def backward_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each linear layer's gradients were made here."""
+    made: list[bool] = []
+    gradients = rebuilt.linear_gradients
+
+    def watched(*args):
+        result = gradients(*args)
+        made.append(result is not None)
+        return result
+
+    monkeypatch.setattr(rebuilt, "linear_gradients", watched)
+    return made
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("gate", [True, False], ids=["open", "closed"])
+@pytest.mark.parametrize("leading", [(1,), (7,), (130,), (2, 3), (4, 1), (3, 2, 5), ()], ids=str)
+def test_linear_gradients_are_the_operators(monkeypatch, backward_calls, kind, gate, leading) -> None:
+    torch.manual_seed(4)
+    w, d = torch.randn(9, 20).to(kind), torch.randn(9, 20).to(kind)
+    layouts = {"dense": lambda t: t}
+    if leading:
+        layouts["turned"] = lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)
+        layouts["spread"] = lambda t: torch.stack((t, t), -1)[..., 0]
+    for bias, score in ((None, torch.tensor(0.2)), (torch.randn(9).to(kind), torch.tensor([0.2], dtype=torch.float64))):
+        for laid in layouts.values():
+            x, dy = laid(torch.randn(*leading, 20).to(kind)), laid(torch.randn(*leading, 9).to(kind))
+            here = _gradients(x, w, d, score, bias, gate, dy)
+            with monkeypatch.context() as patch:
+                patch.setattr(rebuilt, "linear_gradients", lambda *_: None)
+                operators = _gradients(x, w, d, score, bias, gate, dy)
+            assert len(here) == 2 + gate + (bias is not None)
+            for a, b in zip(here, operators, strict=True):
+                assert torch.equal(a, b) and a.dtype == b.dtype and a.shape == b.shape
+    assert backward_calls and all(backward_calls)
+
+
+def test_gradients_that_are_left_to_the_operator(backward_calls) -> None:
+    torch.manual_seed(5)
+    x, w, d, dy, score = *(torch.randn(*s) for s in ((5, 12), (8, 12), (8, 12), (5, 8))), torch.tensor(0.2)
+    usual = {gate: _gradients(x, w, d, score, None, gate, dy) for gate in (True, False)}
+    assert backward_calls == [True, True]
+    backward_calls.clear()
+    for gate, expected in usual.items():
+        for limit in (200, None):
+            set_workspace_limit(limit)
+            try:
+                for a, b in zip(_gradients(x, w, d, score, None, gate, dy), expected, strict=True):
+                    torch.testing.assert_close(a, b)
+            finally:
+                set_workspace_limit(None)
+        C.force_path("rebuild")
+        try:
+            for a, b in zip(_gradients(x, w, d, score, None, gate, dy), expected, strict=True):
+                assert torch.equal(a, b)
+        finally:
+            C.force_path(None)
+    assert backward_calls == [False, True, True, False, True, False]
+    backward_calls.clear()
+    _gradients(x, w, d, score, None, False, dy, rows=torch.tensor([0, 3]), row_scale=2.5)  # a sample of them
+    _gradients(x, w, d, score, None, None, dy)  # a gate that only the device knows
+    gated_linear(x, w, d.clone().requires_grad_(), gate=True).backward(dy)  # no score, no gradient of x
+    gated_linear(x.clone().requires_grad_(), w, d, score.clone().requires_grad_(), gate=True).backward(dy)
+    whole = w.clone().requires_grad_()
+    gated_linear(x, whole, d, score.clone().requires_grad_(), gate=True).backward(dy)
+    assert not backward_calls and whole.grad is not None
+    narrow = [t.bfloat16() for t in (x, w, dy)]
+    _gradients(narrow[0], narrow[1], d, score, None, True, narrow[2])  # Delta in another type
+    assert backward_calls == [False]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_closed_delta_that_is_not_finite_is_refused_here_too(backward_calls, bad) -> None:
+    x, w, d = torch.ones(2, 4), torch.ones(3, 4), torch.full((3, 4), bad)
+    with pytest.raises(RuntimeError, match="delta: expected finite values in a closed layer"):
+        _gradients(x, w, d, torch.tensor(0.0), None, False, torch.ones(2, 3))
+    assert backward_calls == [False]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        leaf = x.requires_grad_()
+        output = gated_linear(
+            leaf, w, torch.ones(3, 4, requires_grad=True), torch.tensor(0.2, requires_grad=True), gate=True
+        )
+        (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        first.sum().backward()
