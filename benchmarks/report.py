@@ -1,6 +1,9 @@
 """docs/benchmarks.md and its picture, from the committed results: `make bench` ends with it.
 
 python benchmarks/report.py --results benchmarks/results --docs docs
+
+A section for each machine, the last of the alphabet first: a folder of the results that holds all parts. What is to be
+known of a machine is in its `machine.txt`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ PARTS = ("layers", "training-step", "inference")
 
 SECTION = """## {threads} cores, {isa}
 
-torch {torch}. {stock}
+torch {torch}. {known}
 
 {tables}
 
@@ -61,12 +64,6 @@ cannot do without.
 
 {steps}"""
 
-# The machines, best first, and what to know of torch's products there.
-MACHINES = {
-    "avx512bf16": "An AMD machine (Zen 5): MKL, which multiplies fp32 matrices, keeps to half of each register there.",
-    "avx2": "An AMD machine (Zen 3): torch emulates bf16 there.",
-}
-
 
 def layers(found: dict[str, Any]) -> list[bench.Result]:
     """Results as `taps bench --json` wrote them."""
@@ -74,15 +71,16 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
     return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
 
 
-def section(isa: str, folder: Path) -> str:
+def section(folder: Path) -> str:
     """What was measured on one machine."""
+    known = folder / "machine.txt"
     found, step, inferred = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS)
     machine = found["machine"]
     return SECTION.format(
         threads=machine["cpu"]["threads"],
-        isa=isa,
+        isa=machine["extension"]["isa"],
         torch=machine["torch"],
-        stock=MACHINES[isa],
+        known=known.read_text(encoding="utf-8").strip() if known.exists() else f"{machine['cpu']['model']}.",
         tables=bench.table(layers(found)),
         forwards=inference.table(inferred["rows"]),
         batch=step["batch"],
@@ -95,11 +93,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--docs", type=Path, required=True)
     args = parser.parse_args()
-    folders = {isa: args.results / isa for isa in MACHINES}
-    folders = {isa: folder for isa, folder in folders.items() if all((folder / f"{p}.json").exists() for p in PARTS)}
-    sections = "\n\n".join(section(isa, folder) for isa, folder in folders.items())
+    folders = []
+    for folder in sorted((found.parent for found in args.results.glob("*/layers.json")), reverse=True):
+        missing = [f"{part}.json" for part in PARTS if not (folder / f"{part}.json").exists()]
+        if missing:
+            print(f"{folder}: left out without {', '.join(missing)}; `make bench` measures it")
+        else:
+            folders.append(folder)
+    sections = "\n\n".join(map(section, folders))
     (args.docs / "benchmarks.md").write_text(PAGE.format(sections=sections), encoding="utf-8")
-    first = json.loads((next(iter(folders.values())) / "layers.json").read_text(encoding="utf-8"))
+    first = json.loads((folders[0] / "layers.json").read_text(encoding="utf-8"))
     part = {case.name for case in bench.suite()}
     bench_picture(args.docs / "benchmarks.png", [result for result in layers(first) if result.name in part])
 
