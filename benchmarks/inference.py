@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import taps_ext
+from taps_ext.bench import keep_freed_memory
 from taps_ext.bench.timing import interleaved
 from taps_ext.cli.env import shareable_facts
 from taps_ext.nn.forward import base_weight
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
     args = parser.parse_args()
     rows = []
+    keep_freed_memory()
     for name in args.models:
         for images, dtype in ((1, torch.float32), (8, torch.float32), (1, torch.bfloat16)):
             seconds = measure(name, images, dtype, args.seconds)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from taps_ext import ops
+from taps_ext.bench import keep_freed_memory
 from taps_ext.bench.cases import Variant, conv2d_maker, linear_maker
 from taps_ext.bench.timing import interleaved
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--isa", help="of the kernels; the best one otherwise")
     args = parser.parse_args()
     ops._C.force_isa(args.isa)  # type: ignore[union-attr]
+    keep_freed_memory()
     lines: dict[str, Callable[[], dict[str, Variant]]] = {}
     for dtype, delta in ((F32, F32), (BF16, F32), (BF16, BF16)):
         kind = f"{dtype}{' and Delta' if delta == BF16 else ''}".replace("torch.", "")

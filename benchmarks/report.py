@@ -25,7 +25,8 @@ PAGE = """# Benchmarks
 Written by `make bench` from `benchmarks/results`: medians of variants that take turns, as do their weights (128 MB of
 them with their Deltas, at most 512: large layers come from memory). `taps bench` measures a part of it on your machine
 in two minutes; the picture shows that part of the first section. The machines were shared: the same row measured twice
-differs by up to 15 %.
+differs by up to 15 %. Freed memory stays with the process (`keep_freed_memory`): otherwise page faults of a large
+result fall on one variant or another.
 
 - **/ stock**: time over the stock op on a merged weight (gradients: a plain weight gradient; a step: fine-tuning).
 - **/ best alternative**: time over the fastest of what one would write without this package.

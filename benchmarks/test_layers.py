@@ -65,6 +65,7 @@ def reference() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, float]:
+    bench.keep_freed_memory()
     return reference()
 
 

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     cases = bench.suite(args.groups, full=args.full, device=args.device)
+    bench.keep_freed_memory()
     results = bench.run(
         cases,
         seconds=args.seconds,
