@@ -20,7 +20,7 @@ from .methods import FullConfig, GateSpec, Plan
 from .nn import TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.route import original_class, unroute
-from .scan import inside, scan
+from .scan import inside, names_of, scan
 from .task import TaskState, own_head
 from .taskfile import join
 
@@ -43,14 +43,16 @@ def exact_delta(weight: Tensor, wanted: Tensor) -> Tensor | None:
     return delta if same_bits(made, wanted) else None
 
 
-def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _given(state_dict: Mapping[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the base's names, whatever wrappers' prefixes either of them has."""
     plain: dict[str, Tensor] = {}
+    own = {store.plain_name(name): name for name in base.state_dict()}
     if not isinstance(state_dict, Mapping):
         raise ConfigError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
     for name, tensor in state_dict.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ConfigError(f"state_dict: expected tensors by name, got {type(tensor).__name__} under {name!r}")
-        short = store.plain_name(name)
+        short = own.get(store.plain_name(name), store.plain_name(name))
         if short in plain:
             raise ConfigError(f"state_dict: {name!r} is there twice, with and without a wrapper's prefix")
         plain[short] = tensor.detach()
@@ -105,11 +107,11 @@ def _check_finite(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], pat
                 raise ConfigError(f"state_dict: {full}: expected finite values, got Inf or NaN")
 
 
-def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], path: str | None) -> None:
+def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], heads: list[str]) -> None:
     """Raise if a tensor that the task does not hold differs from the base's, or tied ones from each other."""
     first: dict[int, str] = {}
     for name, tensor in base.state_dict(keep_vars=True).items():
-        if inside(name.rpartition(".")[0], path):
+        if any(inside(name.rpartition(".")[0], head) for head in heads):
             continue
         other = first.setdefault(id(tensor), name)
         if other != name:
@@ -132,10 +134,17 @@ def extract(
     gates: str,
 ) -> TaskState:
     """The task whose model is the checkpoint, bit for bit. `path` names the base's head; see `extract_task`."""
-    given = _plain_names(state_dict)
-    of_head = {n[len(path) + 1 :]: t for n, t in given.items() if path is not None and n.startswith(path + ".")}
-    given = {n: t for n, t in given.items() if not inside(n.rpartition(".")[0], path)}
-    wanted = {n: t for n, t in base.state_dict().items() if not inside(n.rpartition(".")[0], path)}
+    given = _given(state_dict, base)
+    heads = [] if path is None else names_of(base, base.get_submodule(path))
+    of_head, *others = [{n[len(h) + 1 :]: t for n, t in given.items() if n.startswith(h + ".")} for h in heads] or [{}]
+    for again in others:
+        for name, tensor in again.items():
+            if name not in of_head or tensor.shape != of_head[name].shape or not same_bits(tensor, of_head[name]):
+                raise ConfigError(f"state_dict: {name} of the head: expected one value under {' and '.join(heads)}")
+    given, wanted = (
+        {n: t for n, t in tensors.items() if not any(inside(n.rpartition(".")[0], h) for h in heads)}
+        for tensors in (given, base.state_dict())
+    )
     check_state(wanted, given, where="state_dict", what="base")
     _check_finite(wanted, given, None)
     _check_finite({}, of_head, path)
@@ -165,5 +174,5 @@ def extract(
                 for name, tensor in own_part.tensors().items():
                     tensor.copy_(given[join(module, name)])
                     held.add(join(module, name))
-    _check_rest(base, held, given, path)
+    _check_rest(base, held, given, heads)
     return state

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import TapsError
 from .modes import Flags
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.gated import refusing
+from .scan import names_of, shared_tensors
 from .task import TaskState
 
 
@@ -77,6 +80,24 @@ def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
         for key, value in values.items():
             if value is not None:
                 _install(target, key, value.detach())
+    for kind in (TaskNorm, TaskTensors):
+        for name, part in state.owned(kind):
+            part.give_caches(plain.get_submodule(name))
     if head is not None and state.head_path is not None:
-        plain.set_submodule(state.head_path, head)
+        for name in names_of(base, base.get_submodule(state.head_path)):
+            plain.set_submodule(name, head)
     return plain
+
+
+def check_one_value(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a plain checkpoint would need two values for what is one tensor in the base.
+
+    Raises:
+        TapsError: naming both; `merge_and_unload`'s copy holds them.
+    """
+    for one, other in shared_tensors(base):
+        if one in tensors and other in tensors and not torch.equal(tensors[one], tensors[other]):
+            raise TapsError(
+                f"{other}: is one tensor with {one} in the base, and the task has another value for each, which no "
+                "model of the base's architecture can load; save merge_and_unload()'s copy instead"
+            )

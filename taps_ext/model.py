@@ -234,8 +234,13 @@ class TaskModel(TaskSet):
         """A task as a plain checkpoint: the state of `merge_and_unload(name)`, with this model left as it is.
 
         For a task made by :meth:`extract_task` these are the checkpoint's tensors, bit for bit.
+
+        Raises:
+            TapsError: the base shares a tensor between two modules, and the task has another value for each.
         """
-        return {n: t.detach() for n, t in self._plain_copy(name).state_dict().items()}
+        tensors = {n: t.detach() for n, t in self._plain_copy(name).state_dict().items()}
+        merging.check_one_value(self.base, tensors)
+        return tensors
 
     def _plain_copy(self, name: str) -> nn.Module:
         state = self.state(name)

@@ -42,12 +42,17 @@ def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
     """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
     _check_labels(model, name, state, args, kwargs)
+    state.check_hosts()
+    state.follow()
     frame = Frame(state.table, set(), _sample(model, name, state, args, kwargs))
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
-    missed = [module for module in state.table if module not in frame.entered and module not in state.entered]
+    missed = [name for name in state.required() if name not in frame.entered]
+    if not model.training and missed and state.entered.issuperset(missed):
+        state.training_only.update(missed)
+    missed = [name for name in missed if name not in state.entered and name not in state.training_only]
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "

@@ -35,7 +35,7 @@ class Scan:
     """Module names of one base model, in module order.
 
     `gated`: linear and 2-d convolution layers; `norms`; `others`: modules that own further parameters or
-    floating-point buffers; `head`: the head's name, or None.
+    buffers; `head`: the head's name, or None.
     """
 
     gated: dict[str, nn.Module] = field(default_factory=dict)
@@ -131,11 +131,40 @@ def _refusal(name: str, module: nn.Module) -> str | None:
 
 
 def _owns(module: nn.Module) -> bool:
-    """True if the module has direct parameters or floating-point buffers."""
-    buffers = module._buffers.values()
-    return any(p is not None for p in module._parameters.values()) or any(
-        b is not None and b.is_floating_point() for b in buffers
-    )
+    """True if the module has direct parameters or buffers."""
+    return any(tensor is not None for held in (module._parameters, module._buffers) for tensor in held.values())
+
+
+def names_of(base: nn.Module, module: nn.Module) -> list[str]:
+    """All names that a module has in the base, the first one first."""
+    return [name for name, other in base.named_modules(remove_duplicate=False) if other is module]
+
+
+def shared_tensors(base: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of full names of parameters that are one tensor in the base."""
+    first: dict[int, str] = {}
+    pairs = []
+    for name, module in base.named_modules():
+        for key, parameter in module._parameters.items():
+            full = f"{name}.{key}" if name else key
+            if parameter is not None and (other := first.setdefault(id(parameter), full)) != full:
+                pairs.append((other, full))
+    return pairs
+
+
+def check_shared(base: nn.Module, modules: Iterable[str]) -> None:
+    """Raise if two of the modules, which are to have tensors of their own, share a parameter: it would become two.
+
+    Raises:
+        UnsupportedModuleError: naming both.
+    """
+    chosen = set(modules)
+    for one, other in shared_tensors(base):
+        if {one.rpartition(".")[0], other.rpartition(".")[0]} <= chosen:
+            raise UnsupportedModuleError(
+                f"{other}: is one tensor with {one}, which a task would train as two; to leave one of them frozen, "
+                "name its module in exclude_modules"
+            )
 
 
 def scan(
@@ -160,6 +189,7 @@ def scan(
     chosen = [name for name in chosen if not any(inside(name, d) for d in dropped)]
     seen: dict[int, str] = {}
     for name, module in named:
+        left = name in dropped or any(d and inside(name, d) for d in dropped)
         if name in chosen:
             reason = _refusal(name, module)
             if reason is not None:
@@ -171,8 +201,8 @@ def scan(
                 )
             result.gated[name] = module
         elif isinstance(module, NORM_TYPES):
-            if name not in dropped:
+            if not left:
                 result.norms[name] = module
-        elif name not in dropped and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):
+        elif not left and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):
             result.others[name] = module
     return result

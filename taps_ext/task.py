@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import reference
-from .errors import ConfigError, GateError
+from .errors import ConfigError, GateError, TapsError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import base_bias, base_weight
@@ -43,18 +44,37 @@ def _plain(head: nn.Module) -> nn.Module:
     return head
 
 
-def own_head(base: nn.Module, head: nn.Module) -> nn.Module:
-    """Check that a head brought by the user is a module of its own, and make it plain."""
+def own_head(taken: nn.Module, head: nn.Module) -> nn.Module:
+    """Check that a head brought by the user is a module of its own, and make it plain.
+
+    Args:
+        taken: whose tensors it must not share: the base, or the model with all its tasks.
+
+    Raises:
+        ConfigError: not a module, one that shares tensors, or state that no task file holds.
+    """
     if not isinstance(head, nn.Module):
         raise ConfigError(f"head: expected an nn.Module, got {type(head).__name__}")
-    shared = {id(p) for p in base.parameters()}
-    if any(id(p) in shared for p in head.parameters()):
-        raise ConfigError("head: expected a module of its own, got one that shares parameters with the base")
+    shared = {id(t) for held in (taken.parameters(), taken.buffers()) for t in held}
+    if any(id(t) in shared for held in (head.parameters(), head.buffers()) for t in held):
+        raise ConfigError("head: expected a module of its own, got one that shares tensors with the base or a task")
+    for name, module in head.named_modules():
+        if any(is_lazy(tensor) for held in (module._parameters, module._buffers) for tensor in held.values()):
+            raise ConfigError(
+                f"head: {name or type(head).__name__}: expected initialised parameters; run it once first"
+            )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ConfigError(f"head: {name or type(head).__name__}: has extra state, which no task file holds")
     return _plain(head)
 
 
-def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
-    """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own."""
+def make_head(
+    base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None, taken: nn.Module
+) -> nn.Module | None:
+    """The head of a new task: `head`, a fresh `nn.Linear` to `num_classes`, or a copy of the base's own.
+
+    `taken`: as for :func:`own_head`.
+    """
     if head is not None and num_classes is not None:
         raise ConfigError("add_task: expected num_classes or head, got both")
     if num_classes is not None and (
@@ -67,7 +87,7 @@ def make_head(base: nn.Module, path: str | None, num_classes: int | None, head: 
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
     old = base.get_submodule(path)
     if head is not None:
-        return own_head(base, head)
+        return own_head(taken, head)
     if num_classes is None:
         return _plain(copy.deepcopy(old)).requires_grad_(True)
     if not isinstance(old, nn.Linear):
@@ -101,7 +121,9 @@ class TaskState(nn.Module):
         self.table: dict[str, nn.Module] = {}
         self.rested: dict[str, Stamp] = {}
         self.watched = False
-        self.entered: set[str] = set()
+        self.entered: set[str] = set()  # in training
+        self.training_only: set[str] = set()  # entered in training, and not in evaluation
+        self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, parent, its key, module
         self.noted: dict[str, Any] | None = None
         self.changes: dict[int, tuple[int, int]] = {}  # thread: number of its last change, and of its last forward
         for name, spec in plan.gates.items():
@@ -155,6 +177,9 @@ class TaskState(nn.Module):
         self.load_state_dict(other.state_dict())
         for parameter in self.parameters():
             parameter.grad = None  # of the values that are gone
+        for part in self.table.values():
+            if isinstance(part, TaskTensors):
+                part.drop_caches()
         self.refresh(force=True)
         return True
 
@@ -166,6 +191,64 @@ class TaskState(nn.Module):
         for name, part in self.table.items():
             if type(part) is kind:
                 yield name, part
+
+    def required(self) -> list[str]:
+        """The modules whose parts have no effect unless a forward enters them: all but those of buffers alone."""
+        return [
+            n for n, part in self.table.items() if type(part) is not TaskTensors or any(True for _ in part.parameters())
+        ]
+
+    def remember_hosts(self, base: nn.Module) -> None:
+        """The modules that the parts stand in for, once they are routed."""
+        for name in self.table:
+            parent, _, key = name.rpartition(".")
+            if name:
+                self.hosts.append((name, base.get_submodule(parent), key, base.get_submodule(name)))
+
+    @torch.compiler.disable
+    def check_hosts(self) -> None:
+        """Raise if a module that has a part is not in its place any more: the task would be left out there.
+
+        Raises:
+            TapsError: naming it.
+        """
+        for name, parent, key, module in self.hosts:
+            if parent._modules.get(key) is not module:
+                raise TapsError(
+                    f"{name}: another module has taken its place in the base since the task was added, which does not "
+                    "know the task; change the base before it is adapted"
+                )
+
+    def get_extra_state(self) -> Tensor:
+        """The fixed gates, which no other tensor holds: by layer 0 (closed), 1 (open) or -1 (learned)."""
+        return torch.tensor([-1 if part.learn else int(bool(part.gate)) for _, part in self.gated()], dtype=torch.int8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Fix the gates as they were.
+
+        Raises:
+            ConfigError: of another number of layers, or one with a learned gate on one side alone.
+        """
+        layers = list(self.gated())
+        if not isinstance(state, Tensor) or state.shape != (len(layers),):
+            raise ConfigError(f"state_dict: expected the gates of {len(layers)} layers, got {state!r}")
+        for (name, part), gate in zip(layers, state.tolist(), strict=True):
+            if (gate < 0) != part.learn:
+                kinds = ("a learned", "a fixed") if part.learn else ("a fixed", "a learned")
+                raise ConfigError(f"state_dict: {name}: expected {kinds[0]} gate, got {kinds[1]} one")
+            if not part.learn:
+                if gate and part.change is None:
+                    raise ConfigError(
+                        f"state_dict: {name}: expected a closed gate, there being no Delta; got an open one"
+                    )
+                part.fix(bool(gate))
+
+    @torch.compiler.disable
+    def follow(self) -> None:
+        """Bring the copies of base modules up to date with what was set on those."""
+        for part in self.table.values():
+            if isinstance(part, TaskTensors):
+                part.follow()
 
     @property
     def head(self) -> nn.Module | None:

@@ -16,7 +16,7 @@ from .errors import ConfigError, GateError
 from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
-from .scan import inside, scan
+from .scan import inside, names_of, scan
 from .store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
 from .task import TaskState, own_head
 
@@ -29,7 +29,8 @@ def join(module: str, tensor: str) -> str:
 def base_fingerprint(base: nn.Module, head: str | None) -> str:
     """Fingerprint of all parameters and buffers outside the head (non-persistent buffers included)."""
     tensors = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
-    return store.fingerprint({n: t for n, t in tensors if not inside(n.rpartition(".")[0], head)})
+    heads = [] if head is None else names_of(base, base.get_submodule(head))
+    return store.fingerprint({n: t for n, t in tensors if not any(inside(n.rpartition(".")[0], h) for h in heads)})
 
 
 def _head_spec(state: TaskState) -> dict[str, Any] | None:
@@ -81,6 +82,9 @@ def to_record(
         codec = "dense" if part.weight is None else "weight"
         layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=change, codec=codec)
     head = state.head
+    extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
+    if state.training_only:
+        extra["training_only"] = json.dumps(sorted(state.training_only))
     return store.TaskFile(
         method=state.config.to_dict(),
         parent=base_fingerprint(base, state.head_path),
@@ -92,7 +96,7 @@ def to_record(
         head_spec=_head_spec(state),
         labels=None if labels is None else list(labels),
         metrics=None if metrics is None else dict(metrics),
-        extra={} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))},
+        extra=extra,
     )
 
 
@@ -153,7 +157,10 @@ def _make_head(
     if not linear and spec.get("type") != "custom":
         raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     if head is not None:
-        return own_head(base, head)
+        own, kind = own_head(base, head), type(head).__qualname__
+        if kind != ("Linear" if linear else spec.get("class")):
+            raise ConfigError(f"head: {path} holds a {'Linear' if linear else spec.get('class')}, got a {kind}")
+        return own
     if not linear:
         raise ConfigError(f"head: {path} holds a {spec.get('class')}; pass a module of that structure as head=")
     weight = record.head.get("weight")
@@ -240,6 +247,7 @@ def build(
             {prefix + n: t for n, t in stored.items()},
             path=Path(path),
         )
+    state.training_only = _training_only(record, state, path)
     with torch.no_grad():
         for _, wanted, stored in pairs:
             for name, tensor in wanted.items():
@@ -251,6 +259,18 @@ def build(
                 part.take(score.item(), layer)
                 part.gate = None if gates == "device" else part.gate
     return state
+
+
+def _training_only(record: store.TaskFile, state: TaskState, path: Any) -> set[str]:
+    """The modules that only training runs (auxiliary heads), as the file names them."""
+    text = record.extra.get("training_only", "[]")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in state.table for name in names):
+        raise MetadataError(path, f"training_only: expected a JSON list of the task's modules, got {text[:80]!r}")
+    return set(names)
 
 
 def _check_gate(layer: str, score: float, threshold: float, is_open: bool, path: Any) -> None:

@@ -17,7 +17,7 @@ from .nn.forward import GATED_TYPES
 from .nn.mirror import Mirror
 from .nn.own import NORM_TYPES
 from .nn.route import route
-from .scan import head_path, inside, match, scan
+from .scan import check_shared, head_path, inside, match, scan
 from .task import TaskState, make_head, module_key
 
 _Self = TypeVar("_Self", bound="TaskSet")
@@ -135,17 +135,28 @@ class TaskSet(nn.Module):
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         path = self._head if head_module is None else head_path(self.base, head_module)
-        own = make_head(self.base, path, num_classes, head)
+        own = make_head(self.base, path, num_classes, head, self)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
         plan = config.plan(found)
+        inherited = [] if own is None or path is None or num_classes is not None or head is not None else [path]
+        check_shared(
+            self.base,
+            [*(n for n, spec in plan.gates.items() if spec.delta), *plan.norms, *plan.others, *inherited],
+        )
         self._install(name, TaskState(self.base, config, plan, path, own, self.gates))
 
     def _install(self, name: str, state: TaskState) -> None:
         for module in state.table:
             route(self.base.get_submodule(module), module)
+        state.remember_hosts(self.base)
         state.train(self.training)
         self._states[module_key(name)] = state
         self._names[name] = state
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self._merged is not None:
+            raise TapsError(f"load_state_dict: task {self._merged!r} is merged; call unmerge_task() first")
+        super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:
         """Forget a task. The active task becomes the base if it was this one."""

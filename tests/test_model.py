@@ -205,7 +205,7 @@ def test_mistakes_are_named(call, message) -> None:
 
 def test_a_head_that_is_part_of_the_base_is_refused() -> None:
     model = tiny()
-    with pytest.raises(ConfigError, match="shares parameters with the base"):
+    with pytest.raises(ConfigError, match="shares tensors with the base or a task"):
         model.add_task("t", head=model.base.fc)
     model.add_task("t", head=copy.deepcopy(model.base.fc))
     x = images()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,11 @@ class TapsConfig(MethodConfig):
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def plan(self, scan: Scan) -> Plan:
+        if not scan.gated and self.exclude_modules is None:
+            warnings.warn(
+                "TapsConfig: no layer outside the head can be gated (Linear, Conv2d and MultiheadAttention can)",
+                stacklevel=3,
+            )
         plan = Plan()
         settings: dict[str, dict[str, Any]] = {name: {} for name in scan.gated}
         for pattern, override in self.overrides.items():

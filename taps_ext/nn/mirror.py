@@ -7,30 +7,14 @@ checkpointing then recomputes the mirror's modules, which are plain ones.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from .own import ROUTING
+from .rebind import rebind
 from .route import original_class
-
-_ROUTING = ("_taps_class", "_taps_name", "_taps_fused", "_taps_cast")
-
-
-def _mapped(value: Any, clones: dict[int, nn.Module], depth: int = 3) -> Any:
-    """A value of a module with the modules in it, and the owners of methods, replaced by their clones."""
-    if isinstance(value, nn.Module):
-        return clones.get(id(value), value)
-    if isinstance(value, MethodType) and id(value.__self__) in clones:
-        return MethodType(value.__func__, clones[id(value.__self__)])
-    if depth and type(value) in (list, tuple, dict):
-        items = value.values() if isinstance(value, dict) else value
-        mapped = [_mapped(item, clones, depth - 1) for item in items]
-        if all(new is old for new, old in zip(mapped, items, strict=True)):
-            return value
-        return dict(zip(value, mapped, strict=True)) if isinstance(value, dict) else type(value)(mapped)
-    return value
 
 
 class Mirror:
@@ -55,11 +39,11 @@ class Mirror:
                     children = values.setdefault(key, {})
                     if list(children) != list(value):
                         children.clear()
-                    children.update((name, _mapped(child, self.clones)) for name, child in value.items())
+                    children.update((name, self.clones.get(id(child), child)) for name, child in value.items())
                 elif key == "_compiled_call_impl":
                     values[key] = None  # that of the base, with the base's flags
-                elif key not in _ROUTING:
-                    values[key] = _mapped(value, self.clones)
+                elif key not in ROUTING:
+                    values[key] = rebind(value, self.clones, f"{original_class(host).__name__}.{key}")
             values["training"] = False
         return self.clones[id(base)]
 

@@ -18,15 +18,21 @@ from . import forward as _forward
 from . import reads
 from .frame import Frame, running
 from .gated import GatedLayer
-from .own import NORM_TYPES
+from .own import NORM_TYPES, ROUTING, TaskTensors
 
 
 class _Routed(nn.Module):
     """A module whose tensors a task may replace."""
 
+    _always_rests = False  # the base's own is in evaluation mode, also under `.train()`
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
-        return _rebuild, (original_class(self), type(self).__bases__[0]), state
+        return _rebuild, (original_class(self), *type(self)._taps_route), state  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> _Routed:
+        self.__dict__["_taps_mode"] = mode  # what tasks go by
+        return super().train(mode and not self._always_rests)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]
@@ -57,12 +63,18 @@ def _property(key: str, read: Callable[[nn.Module], Any]) -> property:
     """`read` as the attribute `key`; what others set or delete there is the module's own."""
 
     def write(module: nn.Module, value: Any) -> None:
-        module.__dict__[key] = value
+        held: Any = module._parameters if key in module._parameters else module._buffers
+        if key in held and (value is None or isinstance(value, torch.Tensor)):
+            held[key] = value
+        else:
+            module.__dict__[key] = value
 
     def delete(module: nn.Module) -> None:
-        if key not in module.__dict__:
-            raise AttributeError(key)
-        del module.__dict__[key]
+        for held in (module.__dict__, module._parameters, module._buffers):
+            if key in held:
+                del held[key]
+                return
+        raise AttributeError(key)
 
     return property(read, write, delete, doc="The base's own, or during a task's forward the task's.")
 
@@ -134,43 +146,40 @@ class _RoutedLayer(_Readable):
 
 
 class _RoutedNorm(_Routed):
-    """A normalisation layer: the base's own stays in evaluation mode always, also under `.train()`."""
+    """A normalisation layer: the base's own stays in evaluation mode always."""
 
-    def train(self, mode: bool = True) -> _RoutedNorm:
-        return super().train(False)
+    _always_rests = True
 
 
-def _read_affine(key: str, module: nn.Module) -> Any:
-    """A norm's tensor as :func:`_read_weight`; who has read all of them may have done the norm's work."""
+def _read_own(key: str, module: nn.Module) -> Any:
+    """The base's own tensor, or during a task's forward the task's.
+
+    A method that is not forward reads it, or someone else (fused encoder layers, whoever indexes a ParameterList). Who
+    has read all parameters may have done the module's work.
+    """
     name: str = module.__dict__["_taps_name"]
     frame = running(module)
     part = None if frame is None else frame.parts.get(name)
-    if frame is None or part is None:
+    if frame is None or not isinstance(part, TaskTensors):
         return _held(module, key)
     frame.entered.add(f"{name}.{key}")
     if all(f"{name}.{own}" in frame.entered for own, value in module._parameters.items() if value is not None):
         frame.entered.add(name)
-    return part._parameters[key]
+    return part._parameters[key] if key in part._parameters else part._buffers[key]
 
 
-class _RoutedScale(_RoutedNorm):
-    """A norm that is its weight alone, so that who reads it can do its work."""
-
-    weight = _property("weight", functools.partial(_read_affine, "weight"))
-
-
-class _RoutedAffine(_RoutedScale):
-    """A norm that is its weight and bias alone: fused encoder layers read them."""
-
-    bias = _property("bias", functools.partial(_read_affine, "bias"))
+def _own_tensors(module: nn.Module, router: Any) -> tuple[str, ...]:
+    """The tensors that are to be read through :func:`_read_own`: all that no other class attribute stands for."""
+    if router not in (_Routed, _RoutedNorm) or isinstance(module, _forward.GATED_TYPES):
+        return ()
+    held = (*module._parameters, *module._buffers)
+    return tuple(key for key in held if not hasattr(type(module), key))
 
 
 def _router(module: nn.Module) -> Any:
     """The routing class for a module, by what it is and by where it keeps its weights."""
     held = module._parameters
     plain = not parametrize.is_parametrized(module)
-    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) and plain and "weight" in held:
-        return _RoutedAffine if "bias" in held else _RoutedScale
     if isinstance(module, NORM_TYPES):
         return _RoutedNorm
     if not isinstance(module, _forward.GATED_TYPES) or not plain:
@@ -187,8 +196,9 @@ def _router(module: nn.Module) -> Any:
 
 
 @functools.cache
-def _routed_class(cls: Any, router: Any) -> type[nn.Module]:
-    return type(cls.__name__, (router, cls), {"__module__": cls.__module__})
+def _routed_class(cls: Any, router: Any, keys: tuple[str, ...]) -> type[nn.Module]:
+    reads = {key: _property(key, functools.partial(_read_own, key)) for key in keys}
+    return type(cls.__name__, (router, cls), {"__module__": cls.__module__, "_taps_route": (router, keys), **reads})
 
 
 def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
@@ -198,13 +208,14 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
     """
     if not isinstance(module, _Routed):
         kind: Any = type(module)
-        cls = _routed_class(kind, _router(module))
+        router = _router(module)
+        cls = _routed_class(kind, router, _own_tensors(module, router))
         module.__dict__["_taps_class"] = kind
         module.__dict__["_taps_name"] = name
         if fused:
             module.__dict__["_taps_fused"] = True
         module.__class__ = cls
-        if isinstance(module, _RoutedNorm):
+        if isinstance(module, _Routed) and module._always_rests:
             module.training = False
 
 
@@ -213,9 +224,9 @@ def is_routed(module: nn.Module) -> bool:
     return isinstance(module, _Routed)
 
 
-def _rebuild(cls: Any, router: Any) -> nn.Module:
+def _rebuild(cls: Any, router: Any, keys: tuple[str, ...]) -> nn.Module:
     """An empty routed module, for copying and pickling."""
-    module: nn.Module = object.__new__(_routed_class(cls, router))
+    module: nn.Module = object.__new__(_routed_class(cls, router, keys))
     return module
 
 
@@ -227,7 +238,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def unroute(module: nn.Module) -> None:
     """Undo `route`, leaving nothing behind."""
     if isinstance(module, _Routed):
-        module.__class__ = module.__dict__.pop("_taps_class")
-        module.__dict__.pop("_taps_name")
-        module.__dict__.pop("_taps_cast", None)
-        module.__dict__.pop("_taps_fused", None)
+        module.__class__ = module.__dict__["_taps_class"]
+        for key in ROUTING:
+            module.__dict__.pop(key, None)
