@@ -26,11 +26,14 @@ def main() -> None:
 
     torch.manual_seed(0)
     base = timm.create_model(args.model, pretrained=args.pretrained)
-    data = open_source(args.data, size=args.size, channels=3)
+    normalize = (base.pretrained_cfg["mean"], base.pretrained_cfg["std"])  # of the images that it was trained on
+    data = open_source(args.data, size=args.size, channels=3, normalize=normalize)
 
     model = taps_ext.TaskModel(base, taps_ext.TapsConfig(lam=0.5))
     model.add_task("mine", num_classes=data.num_classes)
-    task = taps_ext.Task(train=data.train, val=data.val, test=data.test, labels=data.classes)
+    task = taps_ext.Task(
+        train=data.train, val=data.val, test=data.test, labels=data.classes, preprocessing=data.preprocessing
+    )
 
     config = taps_ext.TrainConfig(epochs=args.epochs, lr=0.02, warmup_epochs=1, out=args.out)
     result = taps_ext.Trainer(model, {"mine": task}, config).fit()["mine"]

@@ -27,12 +27,16 @@ def main() -> None:
 
     torch.manual_seed(0)
     base = torchvision.models.get_model(args.model, weights=args.weights)
-    data = open_source(args.data, size=args.size, channels=3)
+    # The images that the weights were trained on were normalised so.
+    made = None if args.weights is None else torchvision.models.get_model_weights(args.model)[args.weights].transforms()
+    normalize = None if made is None else (made.mean, made.std)
+    data = open_source(args.data, size=args.size, channels=3, normalize=normalize)
     augment = v2.Compose([v2.RandomAffine(10, translate=(0.1, 0.1)), v2.RandomErasing(p=0.2)])
 
     model = taps_ext.TaskModel(base, taps_ext.TapsConfig(lam=0.5, penalty="size"))
     model.add_task("mine", num_classes=data.num_classes)
-    task = taps_ext.Task(train=data.train, val=data.val, test=data.test, labels=data.classes, augment=augment)
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    task = taps_ext.Task(**splits, labels=data.classes, augment=augment, preprocessing=data.preprocessing)
     config = taps_ext.TrainConfig(
         epochs=args.epochs, lr=0.02, warmup_epochs=1, label_smoothing=0.1, ema=0.99, patience=10, out=args.out
     )

@@ -8,7 +8,7 @@
 import argparse
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 import taps_ext
 from taps_ext.data import open_source
@@ -25,7 +25,10 @@ def main() -> None:
     torch.manual_seed(0)
     if args.source:
         base = ViTForImageClassification.from_pretrained(args.source)
+        images = AutoImageProcessor.from_pretrained(args.source)
+        normalize = (images.image_mean, images.image_std)  # of the images that it was trained on
     else:
+        normalize = None
         small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
         base = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=10, **small))
     # Trades time for memory; the task that is recomputed in backward is the one that ran.
@@ -34,12 +37,16 @@ def main() -> None:
     model = taps_ext.TaskModel(base, taps_ext.TapsConfig(lam=0.2))
     tasks = {}
     for spec in args.tasks:
-        data = open_source(spec, size=base.config.image_size, channels=3)
+        data = open_source(spec, size=base.config.image_size, channels=3, normalize=normalize)
         name = spec.rpartition(":")[2]
         model.add_task(name, num_classes=data.num_classes)
-        tasks[name] = taps_ext.Task(train=data.train, val=data.val, test=data.test, labels=data.classes)
+        tasks[name] = taps_ext.Task(
+            train=data.train, val=data.val, test=data.test, labels=data.classes, preprocessing=data.preprocessing
+        )
 
-    config = taps_ext.TrainConfig(epochs=args.epochs, optimizer="adamw", lr=1e-3, score_lr=1e-2, out=args.out)
+    config = taps_ext.TrainConfig(
+        epochs=args.epochs, optimizer="adamw", lr=1e-3, score_lr=1e-2, warmup_epochs=1, out=args.out
+    )
     for name, result in taps_ext.Trainer(model, tasks, config).fit().items():
         print(f"{name}: test accuracy {100 * result.test['accuracy']:.1f} %, {result.layers_open} layers open")
     output = model(torch.zeros(1, 3, base.config.image_size, base.config.image_size), task=name)

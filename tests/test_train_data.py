@@ -145,7 +145,7 @@ def test_a_test_split_that_cannot_be_read_costs_no_training(tmp_path) -> None:
     task["loss"] = never = mock.Mock(wraps=F.cross_entropy)
     never.__module__, never.__qualname__ = F.cross_entropy.__module__, F.cross_entropy.__qualname__
     result = fit(fresh, out=str(tmp_path), task=task)
-    assert {call.args[0].shape[0] for call in never.call_args_list} == {32}  # the test split, no training batch
+    assert len(never.call_args_list) == 2  # the test split's batches, none of the training's
     assert result.test["accuracy"] > 0.5 and equal(tensors(fresh), tensors(model))
     again = fit(fresh, out=str(tmp_path), task=task)
     assert again.test == result.test

@@ -202,9 +202,10 @@ def test_a_killed_run_leaves_a_state(tmp_path, monkeypatch) -> None:
         return 0.5
 
     with pytest.raises(RuntimeError, match="no such metric"):
-        fit(build(), out=str(tmp_path), task={"metrics": {"m": broken}})
+        fit(build(), out=str(tmp_path), task={"metrics": {"m": broken}}, eval_batch_size=256)
     assert (tmp_path / "t.state").exists()
-    assert len(fit(build(), out=str(tmp_path), task={"metrics": {"m": broken}}).history) == 4
+    resumed = fit(build(), out=str(tmp_path), task={"metrics": {"m": broken}}, eval_batch_size=256)
+    assert len(resumed.history) == 4
     assert len(calls) == 3 + 2 + 1  # two epochs were kept, two are validated now, then the test split
 
 

@@ -282,12 +282,14 @@ def test_transforms_resume_bit_equal(where: str, kind: str, tmp_path) -> None:
         v2 = pytest.importorskip("torchvision.transforms.v2")
         transform = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8, padding=1), v2.RandomErasing(p=0.3)])
     val = data(32, 5)
-    steps = []
+    steps, stop = [], []
 
-    def task(stop_at: int) -> dict:
+    def task(*stop_at: int) -> dict:
+        stop[:] = stop_at
+
         def watch(outputs: Tensor, targets: Tensor) -> Tensor:
             steps.append(1)
-            if len(steps) == stop_at:
+            if len(steps) in stop:
                 os.kill(os.getpid(), signal.SIGINT)
             return F.cross_entropy(outputs, targets)
 
@@ -296,7 +298,7 @@ def test_transforms_resume_bit_equal(where: str, kind: str, tmp_path) -> None:
         return {"train": data(), "val": val, "augment": transform, "loss": watch}
 
     whole = build()
-    fit(whole, task=task(-1))
+    fit(whole, task=task())
     want = tensors(whole)
     steps.clear()
     with pytest.raises(TrainingInterrupted):
@@ -305,7 +307,7 @@ def test_transforms_resume_bit_equal(where: str, kind: str, tmp_path) -> None:
     fresh.add_task("t", num_classes=4)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(99)  # another process has other numbers
-    fit(fresh, task=task(-1), out=str(tmp_path))
+    fit(fresh, task=task(), out=str(tmp_path))
     assert equal(tensors(fresh), want)
     plain = build()
     fit(plain, task={"train": data(), "val": val})

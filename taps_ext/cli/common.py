@@ -6,7 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from ..errors import ConfigError
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # that matplotlib writes
 
 
 def count(low: int) -> Callable[[str], int]:
@@ -32,6 +37,24 @@ def emit(value: Any) -> None:
 def say(message: str) -> None:
     """Progress, for the person watching."""
     print(message, file=sys.stderr, flush=True)
+
+
+def check_out(out: str, *inputs: Any) -> None:
+    """Raise ConfigError if what is to be written is one of the files that are read (None and other values are not)."""
+    for given in inputs:
+        there = isinstance(given, (str, Path)) and Path(out).exists() and Path(given).exists()
+        if there and Path(out).samefile(given):
+            raise ConfigError(f"out: expected a file of its own, got {out}, which is read")
+
+
+def check_picture(path: str | None) -> None:
+    """Raise ConfigError unless a picture can be written there, before there is work to lose."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() not in PICTURES:
+        raise ConfigError(f"plot: expected a name that ends in {', '.join(PICTURES)}, got {path}")
+    if not Path(path).resolve().parent.is_dir():
+        raise ConfigError(f"plot: expected a folder that exists, got {path}")
 
 
 def size(count: int) -> str:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TapsError
 from .common import count, emit, say, size, table
-from .images import geometry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -179,7 +178,7 @@ def adapt(
                 val=parts["val"],
                 test=parts["test"],
                 labels=list(source.classes),
-                preprocessing=geometry(source),
+                preprocessing=source.preprocessing,
             )
             try:
                 result = Trainer(model, {name: task}, settings, quiet=True).fit(resume=False)[name]

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_device, check_input, load_config
-from .images import check_geometry, geometry
+from .images import check_geometry
 
 PURPOSE = "Measure task files on the test split of their data."
 EXAMPLE = "taps eval runs/signs/*.taps --config signs.toml"
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if labels is not None and tuple(labels[: source.num_classes]) != source.classes:
             raise ConfigError(f"source: {source.name} has other classes than {file} was trained on")
         check_input(base, data[0][0], source.name)
-        check_geometry(header, geometry(source))
+        check_geometry(header, source.preprocessing)
         name = model.load_task(file)
         trainer = Trainer(model, {name: Task(train=data)}, TrainConfig(), quiet=True)
         metrics = trainer.evaluate(name, data)

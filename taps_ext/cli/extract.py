@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .common import emit, size
+from .common import check_out, emit, size
 from .evaluate import add_model_arguments, config_from
 
 if TYPE_CHECKING:
@@ -33,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
-    import pickle
-
     import torch
 
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file of anything else makes the reader of pickles raise whatever it meets
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"checkpoint: {path}: expected a file of tensors by torch.save, got {reason}") from None
     known = (
@@ -88,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import FullConfig, TaskModel
 
     config = config_from(args)
+    check_out(args.out, args.checkpoint, args.labels, config.base_section.get("weights"))
     tensors = read_checkpoint(args.checkpoint, args.key)
     model = TaskModel(config.base(), head_module=config.head_module)
     name = args.name or Path(args.out).stem

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .common import say
 
 if TYPE_CHECKING:
-    from ..data import Source
     from ..store import FileHeader
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -28,6 +28,9 @@ def statistics(setting: Any, base: Mapping[str, Any]) -> Any:
         if setting not in ("imagenet", "none"):
             raise ConfigError(f"data.normalize: expected 'base', 'imagenet', 'none' or [mean, std], got {setting!r}")
         return IMAGENET if setting == "imagenet" else None
+    from ..data.source import check_normalize
+
+    check_normalize(setting)
     return setting
 
 
@@ -45,13 +48,6 @@ def _of_base(base: Mapping[str, Any]) -> Any:
         return None
     mean, std = getattr(found, "mean", None), getattr(found, "std", None)
     return None if mean is None or std is None else (tuple(mean), tuple(std))
-
-
-def geometry(source: Source) -> dict[str, Any]:
-    """A source's image shape and normalisation, as kept in a task file under "preprocessing"."""
-    channels, height, width = source.shape
-    normalize = None if source.normalize is None else [list(part) for part in source.normalize]
-    return {"channels": channels, "height": height, "width": width, "normalize": normalize}
 
 
 def stored_geometry(header: FileHeader) -> dict[str, Any] | None:
@@ -72,6 +68,10 @@ def check_geometry(header: FileHeader, now: Mapping[str, Any]) -> None:
     """Raise ConfigError if images would be made otherwise than those that the task was trained on."""
     before = stored_geometry(header)
     if before is None:
+        say(
+            f"{header.path} does not say how its images were made: taken are {now['channels']} channels, "
+            f"{now['height']} x {now['width']}, normalised by {now['normalize']}"
+        )
         return
     for key in ("channels", "height", "width", "normalize"):
         if before[key] != now[key]:

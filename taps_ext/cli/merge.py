@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import emit, size
+from .common import check_out, emit, size
 from .evaluate import add_model_arguments, config_from
 
 PURPOSE = "Write the base with a task in place as a plain safetensors checkpoint, which needs no taps_ext."
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import TaskModel, store
 
     config = config_from(args)
+    check_out(args.out, args.file, config.base_section.get("weights"))
     store.read_header(args.file)  # a bad file is told before the base is built
     model = TaskModel(config.base(), head_module=config.head_module)
     name = model.load_task(args.file)

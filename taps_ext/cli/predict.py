@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_input
 from .evaluate import add_base_arguments, config_from
-from .images import geometry, stored_geometry
+from .images import stored_geometry
 
 if TYPE_CHECKING:
     from ..store import FileHeader
@@ -31,7 +31,7 @@ def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
     """(size, channels, statistics) of the task's images, from the file, its data, or the configuration."""
     stored, name = stored_geometry(header), header.metadata.name
     if stored is None and name in config.tasks:
-        stored = geometry(config.source(name))
+        stored = config.source(name).preprocessing
     if stored is None:
         size, channels = config.data.get("size"), config.data.get("channels")
         if size is None or channels is None:

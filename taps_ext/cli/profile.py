@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .common import count, emit, say
+from ..errors import ConfigError
+from .common import check_picture, count, emit, say
 from .costs import add_step_arguments, step_model
 
 PURPOSE = "Measure a training step or a forward: each layer against this machine's limits, and memory by its parts."
@@ -26,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
     from .config import check_device
 
     check_device(args.device)
+    check_picture(args.plot)
+    if args.device == "meta":
+        raise ConfigError("device: expected one that computes, got 'meta'; `taps estimate` runs nothing")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model, task = step_model(args)

@@ -10,7 +10,6 @@ from typing import Any
 from ..errors import ConfigError
 from .common import emit, say, size, table
 from .config import check_input, load_config
-from .images import geometry
 
 PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
 EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             val=source.val,
             test=source.test,
             labels=labels,
-            preprocessing=geometry(source),
+            preprocessing=source.preprocessing,
         )
     trainer = Trainer(model, tasks, settings, quiet=args.quiet)
     results = trainer.fit(resume=False if args.restart else "auto")

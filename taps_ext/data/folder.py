@@ -1,12 +1,14 @@
 """`imagefolder:DIR`: image files in one folder per class, read with Pillow when they are asked for.
 
 DIR/train, DIR/val and DIR/test each hold the class folders; with train and val alone, val is the test set.
-Otherwise DIR holds the class folders itself and 15 % of each class validate, 15 % test: a fixed split by file
-name, whatever the seed. Copies of one image under two names are not detected.
+Otherwise DIR holds the class folders itself and 15 % of each class validate, 15 % test: those whose names have the
+lowest hashes, whatever the seed, so that an image more or less moves one or two others of its class. Copies of one
+image under two names are not detected.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +109,8 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[dict[str, list[Pa
     return found, others
 
 
-def stratified(found: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
-    """Three splits of each class, 70 % / 15 % / 15 % and at least one image in each, in a fixed shuffle.
+def stratified(root: Path, found: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
+    """Three splits of each class, 70 % / 15 % / 15 % and at least one image in each, by hashes of their names.
 
     Raises:
         SourceError: a class with fewer than 3 images.
@@ -117,12 +119,16 @@ def stratified(found: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]
     for name, paths in found.items():
         if len(paths) < 3:
             raise SourceError(f"{paths[0].parent}: class {name!r} has {len(paths)} images, a split needs 3")
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
+        order = sorted(paths, key=lambda path: _hash(path.relative_to(root)))
         held = max(1, round(0.15 * len(paths)))
-        splits["val"][name] = sorted(paths[i] for i in order[:held])
-        splits["test"][name] = sorted(paths[i] for i in order[held : 2 * held])
-        splits["train"][name] = sorted(paths[i] for i in order[2 * held :])
+        splits["test"][name] = sorted(order[:held])
+        splits["val"][name] = sorted(order[held : 2 * held])
+        splits["train"][name] = sorted(order[2 * held :])
     return splits
+
+
+def _hash(path: Path) -> bytes:
+    return hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest()
 
 
 def open_folder(rest: str, options: Options) -> Source:
@@ -153,7 +159,7 @@ def open_folder(rest: str, options: Options) -> Source:
             text += " (there is no test folder: val is the test set)"
     else:
         found, others = list_images(root, classes)
-        splits = stratified(found)
+        splits = stratified(root, found)
         text = f"image files of {root.name}, fixed stratified split 70/15/15 by file name"
     if others:
         text += f"; {others} other files left out"

@@ -167,6 +167,13 @@ class Source:
         """Shape (C, H, W) of one image."""
         return tuple(self.train[0][0].shape)
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How the images are made, as a task file keeps it: channels, height, width, and [mean, std] or None."""
+        channels, height, width = self.shape
+        normalize = None if self.normalize is None else [list(part) for part in self.normalize]
+        return {"channels": channels, "height": height, "width": width, "normalize": normalize}
+
     def summary(self) -> str:
         """One line: name, images per split, classes, image shape."""
         sizes = " / ".join(f"{len(data)} {name}" for name, data in self.splits().items())

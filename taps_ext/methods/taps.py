@@ -59,6 +59,9 @@ class TapsConfig(MethodConfig):
             for key in ("threshold", "score_init"):
                 if key in override:
                     number(override[key], f"overrides[{pattern!r}].{key}", 0.0, open_low=True)
+            for key in ("learn", "open"):
+                if not isinstance(override.get(key, True), bool):
+                    raise ConfigError(f"overrides[{pattern!r}].{key}: expected True or False, got {override[key]!r}")
         plain = json.loads(json.dumps({k: dict(v) for k, v in self.overrides.items()}))
         object.__setattr__(self, "overrides", plain)
         for pattern, settings in plain.items():

@@ -71,16 +71,13 @@ def curves(path: str | PathLike[str], metrics: str | PathLike[str]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def gates(
-    path: str | PathLike[str], metrics: str | PathLike[str], task: str | None = None, *, threshold: float = 0.1
-) -> None:
+def gates(path: str | PathLike[str], metrics: str | PathLike[str], task: str | None = None) -> None:
     """The learned scores of one task by layer (rows, the input at the top) and epoch (columns), into a PNG.
 
-    Cells at or above the threshold are open and coloured; closed ones are grey.
+    Cells of open layers are coloured; closed ones are grey.
 
     Args:
         task: whose scores; may be left out where the file holds one task.
-        threshold: tau of the task's method.
 
     Raises:
         ConfigError: matplotlib is not installed; an unknown task, or one without learned gates.
@@ -94,12 +91,19 @@ def gates(
     layers = [layer for layer, score in epochs[-1].get("scores", {}).items() if score is not None]
     if not layers:
         raise ConfigError(f"task: {task!r} has no learned gates to draw")
+    if any("open" not in entry for entry in epochs):
+        raise ConfigError(f"metrics: {metrics}: expected the open layers of every epoch; an earlier version wrote it")
     table = [[entry["scores"].get(layer) for entry in epochs] for layer in layers]
     figure = new_figure(3.2 + 0.16 * len(epochs), 1.3 + 0.19 * len(layers))
     axes = figure.add_subplot()
-    shown = [[score if score is not None and score >= threshold else float("nan") for score in row] for row in table]
+    opened = [set(entry["open"]) for entry in epochs]
+    shown = [
+        [score if score is not None and layer in now else float("nan") for score, now in zip(row, opened, strict=True)]
+        for layer, row in zip(layers, table, strict=True)
+    ]
+    lowest = min((score for row in shown for score in row if score == score), default=0.0)
     axes.set_facecolor("#ededed")
-    image = axes.imshow(shown, cmap="YlGnBu", vmin=threshold, aspect="auto", interpolation="nearest")
+    image = axes.imshow(shown, cmap="YlGnBu", vmin=lowest, aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(layers)), layers, fontsize=6)
     step = max(1, len(epochs) // 10)
     axes.set_xticks(range(0, len(epochs), step), [epochs[i]["epoch"] for i in range(0, len(epochs), step)])

@@ -18,6 +18,7 @@ class TrainConfig:
 
     Attributes:
         epochs, batch_size: passes over the training data, samples in one forward.
+        eval_batch_size: samples in one forward of validation and test (None: batch_size).
         optimizer: "sgd" (with momentum) or "adamw" (with betas).
         lr, score_lr: learning rates of everything and of the scores (None: lr).
         schedule: "cosine" to zero over the run, "step" (times step_gamma every step_epochs), "constant".
@@ -46,6 +47,7 @@ class TrainConfig:
 
     epochs: int = 30
     batch_size: int = 32
+    eval_batch_size: int | None = None
     optimizer: str = "sgd"
     lr: float = 0.01
     score_lr: float | None = None
@@ -75,6 +77,7 @@ class TrainConfig:
         for name, low in (
             ("epochs", 1),
             ("batch_size", 1),
+            ("eval_batch_size", 1),
             ("accumulate", 1),
             ("step_epochs", 1),
             ("warmup_epochs", 0),
@@ -82,7 +85,7 @@ class TrainConfig:
             ("freeze_after", 1),
         ):
             value = getattr(self, name)
-            if name in ("patience", "freeze_after") and value is None:
+            if name in ("patience", "freeze_after", "eval_batch_size") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected an int >= {low}, got {value!r}")
@@ -108,6 +111,8 @@ class TrainConfig:
             raise ConfigError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in betas:
             number(beta, "betas", 0.0, 1.0)
+            if beta == 1:
+                raise ConfigError(f"betas: expected numbers below 1, got {self.betas!r}")
         object.__setattr__(self, "betas", betas)
         if not isinstance(self.tensorboard, bool):
             raise ConfigError(f"tensorboard: expected True or False, got {self.tensorboard!r}")

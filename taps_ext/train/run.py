@@ -193,7 +193,11 @@ class Run:
                 "layers_open": report.layers_open,
                 "reopened": progress.reopened if self.model.gates == "host" else None,
             }
-            log.event("epoch", {"scores": {row.layer: row.score for row in report.rows}}, **entry)
+            detail = {
+                "scores": {row.layer: row.score for row in report.rows},
+                "open": [row.layer for row in report.rows if row.open],
+            }
+            log.event("epoch", detail, **entry)
             progress.history.append(entry)
             within = config.budget is None or report.share <= config.budget
             rank = self._rank(metrics, report.share, within)

@@ -78,6 +78,8 @@ def save_run(
 
 def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the first setting in which an earlier run differs."""
+    if not isinstance(before, Mapping):
+        raise ConfigError(f"resume: {path}: expected the settings of a run, got {str(before)[:60]!r}")
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
             raise ConfigError(

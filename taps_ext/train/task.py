@@ -70,6 +70,8 @@ class Task:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
         if self.augment is not None and not callable(self.augment):
             raise ConfigError(f"augment: expected a function or a transform, got {type(self.augment).__name__}")
+        if type(self.augment).__name__ in ("MixUp", "CutMix"):
+            raise ConfigError(f"augment: {type(self.augment).__name__} mixes labels too, and gets samples here")
         if self.labels is not None and not all(isinstance(label, str) for label in self.labels):
             raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
 
@@ -81,21 +83,36 @@ def augmented(augment: Any, inputs: Any, seed: int) -> Any:
     with forked():
         seed_host(seed)
         if _takes_samples(augment):
-            return torch.stack([augment(sample) for sample in inputs])
+            return _samples_augmented(augment, inputs)
         return augment(inputs, torch.Generator().manual_seed(seed))
 
 
+def _samples_augmented(augment: Any, inputs: Any) -> Tensor:
+    made = [augment(sample) for sample in inputs]
+    for sample in made:
+        if not isinstance(sample, Tensor):
+            raise ConfigError(f"augment: expected a tensor of each sample, got {type(sample).__name__}")
+        if sample.shape != made[0].shape:
+            raise ConfigError(
+                f"augment: expected samples of one shape, got {list(made[0].shape)} and {list(sample.shape)}"
+            )
+    return torch.stack(made)
+
+
 def _takes_samples(augment: Any) -> bool:
-    """True for a transform: a module, or what cannot be called with two arguments."""
+    """True for a transform: a module, or what needs one argument. A function of a batch needs two, or calls the second
+    one `generator`."""
     if isinstance(augment, nn.Module):
         return True
     try:
-        inspect.signature(augment).bind(None, None)
+        signature = inspect.signature(augment)
+        signature.bind(None, None)
     except TypeError:
         return True
     except ValueError:  # a builtin tells no signature
         return False
-    return False
+    second = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:2]
+    return bool(second) and second[0].default is not second[0].empty and second[0].name != "generator"
 
 
 def as_dataset(data: Any, argument: str) -> Dataset[Any]:
@@ -177,32 +194,6 @@ def identity(data: Any, argument: str) -> list[Any] | None:
     elif (targets := targets_of(dataset)) is not None:
         content = fingerprint({"y": targets})
     return [type(dataset).__name__, len(cast(Sized, dataset)), content]
-
-
-def function_name(function: Any, depth: int = 6) -> Any:
-    """What tells one function from another as a setting, JSON-ready: its qualified name; an object's values too."""
-    if function is None:
-        return None
-    if hasattr(function, "__qualname__"):
-        return f"{function.__module__}.{function.__qualname__}"
-    name = f"{type(function).__module__}.{type(function).__qualname__}"
-    if not depth or not hasattr(function, "__dict__"):
-        return name
-    values = {key: _plain(value, depth - 1) for key, value in vars(function).items() if key != "training"}
-    return [name, {key: value for key, value in values.items() if value not in (None, {}, [])}]
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """A value of a transform as JSON: numbers, text and containers as they are, tensors by their digest."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item, depth) for item in value]
-    if isinstance(value, Tensor):
-        return fingerprint({"": value})
-    return function_name(value, depth)
 
 
 class Batches:

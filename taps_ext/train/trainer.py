@@ -22,11 +22,12 @@ from ..model import TaskModel
 from . import randomness
 from .checks import check_sample, check_targets
 from .config import TrainConfig
+from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .log import Log
 from .run import Progress, Run
 from .state import same_settings
-from .task import Batches, Task, as_dataset, function_name, identity, predictions, split_off, targets_of
+from .task import Batches, Task, as_dataset, identity, predictions, split_off, targets_of
 
 SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
@@ -164,9 +165,9 @@ class Trainer:
         splits = ("train", "val")
         data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
         functions = {
-            "loss": function_name(task.loss),
-            "metrics": {key: function_name(metric) for key, metric in task.metrics.items()},
-            "augment": function_name(task.augment),
+            "loss": describe(task.loss),
+            "metrics": {key: describe(metric) for key, metric in task.metrics.items()},
+            "augment": describe(task.augment),
             "maximize": task.maximize,
             "labels": task.labels,
         }
@@ -187,6 +188,7 @@ class Trainer:
             val = as_dataset(task.val, f"tasks[{name!r}].val")
         else:
             train, val = split_off(train, config.val_fraction, config.seed)
+        self._check_penalty(name)
         batches = Batches(train, config.batch_size, config.seed, train=True)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
@@ -195,6 +197,17 @@ class Trainer:
             return self._run(run, task, settings, resume, stop)
         finally:
             run.release()
+
+    def _check_penalty(self, name: str) -> None:
+        """Say so where lambda would have no effect."""
+        config, state = self.config, self.model.state(name)
+        moving = config.epochs if config.rest_epoch is None else config.rest_epoch + 1
+        if getattr(state.config, "lam", 0.0) and state.learned() and moving <= config.warmup_epochs:
+            warnings.warn(
+                f"task {name!r}: the penalty never acts: gates move for {moving} epochs, all of them warm-up "
+                f"(warmup_epochs = {config.warmup_epochs})",
+                stacklevel=5,
+            )
 
     def _run(self, run: Run, task: Task, settings: dict[str, Any], resume: str | bool, stop: Stop) -> Result:
         config, name = self.config, run.name
@@ -254,7 +267,9 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
-        batches = Batches(as_dataset(data, "data"), max(256, self.config.batch_size), 0, train=False)
+        batches = Batches(
+            as_dataset(data, "data"), self.config.eval_batch_size or self.config.batch_size, 0, train=False
+        )
         amp = self.config.amp is not None
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
