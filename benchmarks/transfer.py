@@ -83,6 +83,17 @@ def digest(base: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
+def check_digest(records: list[Record], record: Record) -> None:
+    """Raise SystemExit if a seed's runs would begin at two bases: they are compared with each other."""
+    key = ("base", "task", "seed")
+    others = [r for r in records if all(r[k] == record[k] for k in key) and r.get("digest") != record["digest"]]
+    if others and record["base"] != "resnet20":  # whose weights are given
+        raise SystemExit(
+            f"{record['base']} {record['task']}: seed {record['seed']} began at {others[0].get('digest')}, "
+            f"this base is {record['digest']}; take that one, or drop those records"
+        )
+
+
 def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: str, epochs: int) -> Record:
     """The record of one (base, task, seed, method)."""
     base = load(base_name, bases, data)
@@ -129,6 +140,8 @@ def run(args: argparse.Namespace) -> None:
                 if not missing:
                     break
                 seed, method = missing[0]
+                here = {"base": base, "task": task, "seed": seed, "digest": digest(load(base, args.bases, args.data))}
+                check_digest(records, here)
                 record = one(args.bases, args.data, base, task, seed, method, EPOCHS[base])
                 with args.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")

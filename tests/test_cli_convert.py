@@ -106,3 +106,28 @@ def test_refusals(call, folder: Path, tmp_path: Path, tuned) -> None:  # noqa: F
     refused(call("merge", plain, *config, "--out", tmp_path / "m.safetensors"), "not a task file")
     refused(call("merge", folder / "out/parity.taps", "--out", tmp_path / "m.safetensors"), "--config", "--base")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_what_is_read_is_not_written_over(call, folder: Path, tmp_path: Path, tuned) -> None:  # noqa: F811
+    source, file = tmp_path / "tuned.safetensors", tmp_path / "birds.taps"
+    store.write_safetensors(source, tuned.state_dict())
+    config = ["--config", folder / "c.toml"]
+    assert call("extract", source, *config, "--out", file)[0] == 0
+    kept = {path: path.read_bytes() for path in (source, file, folder / "base.safetensors")}
+    (tmp_path / "again.safetensors").symlink_to(folder / "base.safetensors")
+    for words in (
+        ("merge", file, *config, "--out", folder / "base.safetensors"),
+        ("merge", file, *config, "--out", tmp_path / "again.safetensors"),
+        ("merge", file, *config, "--out", file),
+        ("extract", source, *config, "--out", source),
+        ("extract", source, *config, "--out", folder / "base.safetensors"),
+    ):
+        code, _, err = call(*words)
+        assert code == 2 and "out: expected a file of its own" in err
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_a_text_file_is_no_checkpoint(call, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "x.pth").write_text("hello")
+    code, _, err = call("extract", tmp_path / "x.pth", "--config", folder / "c.toml", "--out", tmp_path / "x.taps")
+    assert code == 2 and "expected a file of tensors by torch.save" in err

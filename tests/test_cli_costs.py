@@ -71,6 +71,19 @@ def test_a_task_file_gives_the_gates(call, tmp_path) -> None:
     assert (code, out) == (2, "") and "open: expected none beside a task file" in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--plot", "p.foo"), "plot: expected a name that ends in .png"),
+        (("--plot", "nowhere/p.png"), "plot: expected a folder that exists"),
+        (("--device", "meta"), "device: expected one that computes"),
+    ],
+)
+def test_a_profile_is_refused_before_it_is_measured(call, words, message) -> None:
+    code, out, error = call("profile", *SMALL, *words)
+    assert code == 2 and out == "" and message in error
+
+
 @pytest.mark.parametrize("command", ["profile", "estimate"])
 @pytest.mark.parametrize(
     ("words", "message"),

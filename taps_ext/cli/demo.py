@@ -221,7 +221,7 @@ def prove(out: Path, expected: dict[str, str], quick: bool) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One thread: images this small gain little from more, and sums then come out alike on every machine."""
+    """One thread: images this small gain little from more, and sums then do not depend on how many there are."""
     import torch
 
     threads = torch.get_num_threads()
