@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import ConfigError, UnsupportedModuleError, suggestion
 from .nn.forward import GATED_TYPES, base_weight, bias_name, weight_name
-from .nn.own import NORM_TYPES
+from .nn.own import is_norm
 from .nn.route import original_class
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
@@ -200,7 +200,7 @@ def scan(
                     f"{name}: shares its weight with {other}; to leave it frozen, name it in exclude_modules"
                 )
             result.gated[name] = module
-        elif isinstance(module, NORM_TYPES):
+        elif is_norm(module):
             if not left:
                 result.norms[name] = module
         elif not left and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .errors import ConfigError, GateError
+from .errors import ConfigError, GateError, TapsError
 from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
@@ -60,6 +60,25 @@ def _values(state: TaskState) -> dict[str, Tensor]:
     return {**biases, **_owned(state, TaskTensors)}
 
 
+def _check_kept(state: TaskState) -> None:
+    """Raise if a module of the task holds what no file keeps, so that another model would be loaded.
+
+    Raises:
+        TapsError: extra state, or a non-persistent buffer that is not the base's any more, naming it.
+    """
+    for kind in (TaskNorm, TaskTensors):
+        for module, part in state.owned(kind):
+            host = part.host
+            if original_class(host).get_extra_state is not nn.Module.get_extra_state:
+                raise TapsError(f"{module}: has extra state, which no task file holds; name it in exclude_modules")
+            for key in host._non_persistent_buffers_set:
+                own, base = part._buffers[key], host._buffers[key]
+                if own is not None and base is not None and not torch.equal(own, base):
+                    raise TapsError(
+                        f"{module}: its buffer {key} is not persistent and has changed; no task file holds it"
+                    )
+
+
 def to_record(
     name: str,
     state: TaskState,
@@ -81,6 +100,7 @@ def to_record(
         score = part.score.detach() if part.learn and part.score is not None else None
         codec = "dense" if part.weight is None else "weight"
         layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=change, codec=codec)
+    _check_kept(state)
     head = state.head
     extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
     if state.training_only:

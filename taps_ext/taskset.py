@@ -18,9 +18,21 @@ from .nn.mirror import Mirror
 from .nn.own import NORM_TYPES
 from .nn.route import route
 from .scan import check_shared, head_path, inside, match, scan
+from .store import tensor_digest
+from .store.errors import UnsupportedTensorError
 from .task import TaskState, make_head, module_key
 
 _Self = TypeVar("_Self", bound="TaskSet")
+
+
+def _digest(buffer: Tensor) -> str | None:
+    """Of a tensor with bytes of its own."""
+    if type(buffer) is not Tensor or buffer.is_meta:
+        return None
+    try:
+        return tensor_digest(buffer)
+    except UnsupportedTensorError:
+        return None
 
 
 class TaskSet(nn.Module):
@@ -58,12 +70,36 @@ class TaskSet(nn.Module):
         self._mirror = Mirror()
         own(base, self, self._flags)
         base.requires_grad_(False)
+        self._note_buffers()
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
         encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
         fused = {part for encoder in encoders for part in encoder.modules()}
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        self._note_buffers()
+        return result
+
+    def _note_buffers(self) -> None:
+        """What the base's buffers hold now."""
+        self._buffers_held: dict[str, str | None] = {name: _digest(b) for name, b in self.base.named_buffers()}
+
+    def _check_buffers(self) -> None:
+        """Raise if a forward wrote to the base's buffers unseen (`.data`): tasks would belong to no base that exists.
+
+        Raises:
+            TapsError: naming the buffer.
+        """
+        for name, buffer in self.base.named_buffers():
+            held = self._buffers_held.get(name)
+            if held is not None and held != _digest(buffer):
+                raise TapsError(
+                    f"the base's buffer {name} has changed since the base was adapted; give it to the task "
+                    '(others="task") or freeze the module that writes it'
+                )
 
     # -- tasks
 
@@ -131,6 +167,8 @@ class TaskSet(nn.Module):
         """
         self._loaded()
         name = self._new_name(name)
+        if not self._names:
+            self._note_buffers()  # anew: the base's tensors may have been loaded since
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
@@ -156,6 +194,7 @@ class TaskSet(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         if self._merged is not None:
             raise TapsError(f"load_state_dict: task {self._merged!r} is merged; call unmerge_task() first")
+        self._buffers_held = {}  # the base's own may come with it
         super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:
@@ -196,7 +235,10 @@ class TaskSet(nn.Module):
     # -- gates
 
     def refresh_gates(self) -> None:
-        """Read all scores again, for writes that leave no trace (`.data`, graph replay). Checks for NaN."""
+        """Read all scores again, and forget weights cast under autocast, for writes that leave no trace (`.data`, graph
+        replay). Checks for NaN."""
+        for module in self.modules():
+            module.__dict__.pop("_taps_cast", None)
         for state in self._names.values():
             state.refresh(force=True)
 

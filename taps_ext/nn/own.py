@@ -9,6 +9,7 @@ of tensors are its own.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ NORM_TYPES: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
+
+
+_NORM_NAME = re.compile(r"Norm(\d+d|Act(\d+d)?)?$")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True for torch's normalisation layers and those that are called so and hold vectors alone (LlamaRMSNorm)."""
+    if isinstance(module, NORM_TYPES):
+        return True
+    held = [tensor for tensor in module._parameters.values() if tensor is not None]
+    called = _NORM_NAME.search(type(module).__name__) is not None
+    return called and bool(held) and not module._modules and all(tensor.ndim == 1 for tensor in held)
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:
@@ -76,6 +89,12 @@ class TaskTensors(nn.Module):
         self.__dict__.update(host=host, clone=clone, seen={})
         self.follow()
         self.drop_caches()
+
+    @property
+    def host(self) -> nn.Module:
+        """The base's module."""
+        host: nn.Module = self.__dict__["host"]
+        return host
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["clone"].forward(*args, **kwargs)
@@ -130,10 +149,10 @@ class TaskNorm(TaskTensors):
     """A task's own normalisation: affine parameters and running statistics (if the module keeps any).
 
     Raises:
-        UnsupportedModuleError: `host` is not a batch, instance, layer, group or RMS norm.
+        UnsupportedModuleError: `host` is no normalisation layer.
     """
 
     def __init__(self, host: nn.Module, cls: type[nn.Module] | None = None) -> None:
-        if not isinstance(host, NORM_TYPES):
+        if not is_norm(host):
             raise UnsupportedModuleError(f"host: expected a normalisation layer, got {type(host).__name__}")
         super().__init__(host, cls)
