@@ -348,11 +348,12 @@ def _step_maker(batch: int, closed: bool, fraction: float, device: torch.device)
 
             return step
 
-        stock, naive = base(), base()
+        stock, naive, written_out = base(), base(), []
         for name, module in list(naive.named_modules()):
             if isinstance(module, nn.Conv2d):
                 parent, _, leaf = name.rpartition(".")
-                setattr(naive.get_submodule(parent), leaf, _Naive(module))
+                written_out.append(_Naive(module))
+                setattr(naive.get_submodule(parent), leaf, written_out[-1])
         model = TaskModel(base(), TapsConfig(lam=0.5, gate_fraction=fraction))
         model.add_task("task", num_classes=10)
         if closed:
@@ -364,7 +365,11 @@ def _step_maker(batch: int, closed: bool, fraction: float, device: torch.device)
         return {
             "stock": stepped(stock, stock.parameters()),
             "taps": stepped(model, model.parameter_groups("task", lr=0.0), model.sparsity_loss),
-            "by autograd": stepped(naive, [p for p in naive.parameters() if p.requires_grad]),
+            "by autograd": stepped(
+                naive,
+                [p for p in naive.parameters() if p.requires_grad],
+                lambda: 0.5 * torch.stack([layer.score for layer in written_out]).abs().mean(),
+            ),
         }
 
     return make

@@ -52,7 +52,9 @@ class Task:
         labels: class names, one for each output of a linear head; kept in the task file.
         preprocessing: how inputs are made from files, JSON-ready; kept in the task file.
 
-    Data is read in the process that trains; a slow dataset slows it down.
+    Data is read in the process that trains; a slow dataset slows it down. A run in `out` is taken up only for the same
+    data: tensors and image folders count by their content, a dataset class of yours by its type, length and labels, and
+    by what its method `identity()` returns (JSON-ready) if it has one.
     """
 
     train: Any
