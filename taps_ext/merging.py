@@ -14,6 +14,7 @@ from .modes import Flags
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.gated import refusing
+from .nn.rebind import rebind
 from .scan import names_of, shared_tensors
 from .task import TaskState
 
@@ -75,6 +76,9 @@ def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
     tensors = task_tensors(state, base)
     plain, head = copy.deepcopy((base, state.head))
     flags.restore_copy(plain, base)
+    clones = {id(module): own for module, own in zip(base.modules(), plain.modules(), strict=True)}
+    for own in plain.modules():  # functions are not copied, nor what they close over
+        own.__dict__.update({key: rebind(value, clones) for key, value in own.__dict__.items()})
     for name, values in tensors.items():
         target = plain.get_submodule(name)
         for key, value in values.items():

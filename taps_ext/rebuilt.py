@@ -135,6 +135,7 @@ def linear_gradients(
         extension is None
         or code is None
         or own is None
+        or not weight.numel()
         or not input.dtype == weight.dtype == delta.dtype == dtype
         or type(input) not in _PLAIN
         or not _usual(grad_output, weight, delta)

@@ -131,8 +131,11 @@ def _refusal(name: str, module: nn.Module) -> str | None:
 
 
 def _owns(module: nn.Module) -> bool:
-    """True if the module has direct parameters or buffers."""
-    return any(tensor is not None for held in (module._parameters, module._buffers) for tensor in held.values())
+    """True if the module has direct parameters, floating-point buffers, or others that its state holds."""
+    lasting = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return any(p is not None for p in (*module._parameters.values(), *lasting.values())) or any(
+        b is not None and b.is_floating_point() for b in module._buffers.values()
+    )
 
 
 def names_of(base: nn.Module, module: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.gated import Stamp, same_stamp, stamp
+from .nn.own import shared_dicts
 from .nn.route import original_class, unroute
 
 
@@ -145,10 +146,11 @@ class TaskState(nn.Module):
             if spec.learn and gates == "device":
                 part.gate = None
             self._add(name, part)
+        shared = shared_dicts(base)
         for names, kind in ((plan.norms, TaskNorm), (plan.others, TaskTensors)):
             for name in names:
                 host = base.get_submodule(name)
-                self._add(name, kind(host, original_class(host)))
+                self._add(name, kind(host, original_class(host), shared))
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
@@ -213,7 +215,8 @@ class TaskState(nn.Module):
             TapsError: naming it.
         """
         for name, parent, key, module in self.hosts:
-            if parent._modules.get(key) is not module:
+            found = parent._modules.get(key)
+            if found is not module and (found is None or all(inner is not module for inner in found.modules())):
                 raise TapsError(
                     f"{name}: another module has taken its place in the base since the task was added, which does not "
                     "know the task; change the base before it is adapted"
@@ -241,7 +244,8 @@ class TaskState(nn.Module):
                     raise ConfigError(
                         f"state_dict: {name}: expected a closed gate, there being no Delta; got an open one"
                     )
-                part.fix(bool(gate))
+                if bool(gate) != bool(part.gate):
+                    part.fix(bool(gate))
 
     @torch.compiler.disable
     def follow(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .errors import ConfigError, GateError, TapsError
+from .errors import ConfigError, GateError
 from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
@@ -60,23 +61,19 @@ def _values(state: TaskState) -> dict[str, Tensor]:
     return {**biases, **_owned(state, TaskTensors)}
 
 
-def _check_kept(state: TaskState) -> None:
-    """Raise if a module of the task holds what no file keeps, so that another model would be loaded.
-
-    Raises:
-        TapsError: extra state, or a non-persistent buffer that is not the base's any more, naming it.
-    """
+def _say_what_is_lost(state: TaskState) -> None:
+    """Warn where a module of the task holds what no file keeps, so that another model might be loaded."""
     for kind in (TaskNorm, TaskTensors):
         for module, part in state.owned(kind):
-            host = part.host
-            if original_class(host).get_extra_state is not nn.Module.get_extra_state:
-                raise TapsError(f"{module}: has extra state, which no task file holds; name it in exclude_modules")
-            for key in host._non_persistent_buffers_set:
-                own, base = part._buffers[key], host._buffers[key]
+            lost = []
+            if original_class(part.host).get_extra_state is not nn.Module.get_extra_state:
+                lost.append("extra state")
+            for key in part._non_persistent_buffers_set:
+                own, base = part._buffers.get(key), part.host._buffers.get(key)
                 if own is not None and base is not None and not torch.equal(own, base):
-                    raise TapsError(
-                        f"{module}: its buffer {key} is not persistent and has changed; no task file holds it"
-                    )
+                    lost.append(f"a buffer {key} that is not persistent and has changed")
+            if lost:
+                warnings.warn(f"{module}: has {' and '.join(lost)}, which the task's file does not hold", stacklevel=5)
 
 
 def to_record(
@@ -100,7 +97,7 @@ def to_record(
         score = part.score.detach() if part.learn and part.score is not None else None
         codec = "dense" if part.weight is None else "weight"
         layers[layer] = store.LayerRecord(learn=part.learn, open=is_open, score=score, delta=change, codec=codec)
-    _check_kept(state)
+    _say_what_is_lost(state)
     head = state.head
     extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
     if state.training_only:
@@ -178,7 +175,8 @@ def _make_head(
         raise MetadataError(path, f"taps.head: expected a linear or custom head, got {spec!r}")
     if head is not None:
         own, kind = own_head(base, head), type(head).__qualname__
-        if kind != ("Linear" if linear else spec.get("class")):
+        fits = type(head).forward is nn.Linear.forward if linear else kind == spec.get("class")
+        if not fits:
             raise ConfigError(f"head: {path} holds a {'Linear' if linear else spec.get('class')}, got a {kind}")
         return own
     if not linear:

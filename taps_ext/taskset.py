@@ -94,7 +94,7 @@ class TaskSet(nn.Module):
             TapsError: naming the buffer.
         """
         for name, buffer in self.base.named_buffers():
-            held = self._buffers_held.get(name)
+            held = None if inside(name, self._head) else self._buffers_held.get(name)
             if held is not None and held != _digest(buffer):
                 raise TapsError(
                     f"the base's buffer {name} has changed since the base was adapted; give it to the task "
@@ -167,8 +167,6 @@ class TaskSet(nn.Module):
         """
         self._loaded()
         name = self._new_name(name)
-        if not self._names:
-            self._note_buffers()  # anew: the base's tensors may have been loaded since
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
@@ -184,6 +182,8 @@ class TaskSet(nn.Module):
         self._install(name, TaskState(self.base, config, plan, path, own, self.gates))
 
     def _install(self, name: str, state: TaskState) -> None:
+        if not self._names:
+            self._note_buffers()  # anew: the base's tensors may have been loaded since
         for module in state.table:
             route(self.base.get_submodule(module), module)
         state.remember_hosts(self.base)

@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -12,7 +15,6 @@ from taps_ext import (
     FullConfig,
     TapsConfig,
     TaskModel,
-    UnsupportedModuleError,
 )
 
 
@@ -87,7 +89,7 @@ class Scale(nn.Module):
             "method": self.scaled,
             "partial": functools.partial(self.scaled, twice=True),
             "list": [self.scaled],
-            "closure": lambda x: x * self.gamma,
+            "closure": lambda x: self.scaled(x) * self.gamma,
         }[how]
 
     def scaled(self, x: Tensor, twice: bool = False) -> Tensor:
@@ -97,7 +99,7 @@ class Scale(nn.Module):
         return (self.run[0] if isinstance(self.run, list) else self.run)(x)
 
 
-@pytest.mark.parametrize("how", ["method", "partial", "list"])
+@pytest.mark.parametrize("how", ["method", "partial", "list", "closure"])
 def test_stored_methods_are_the_tasks(how) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 4), Scale(how), nn.Linear(4, 3)).eval()
@@ -112,30 +114,23 @@ def test_stored_methods_are_the_tasks(how) -> None:
         torch.testing.assert_close(model.merge_and_unload("t")(x), output)
 
 
-def test_a_closure_over_a_module_is_refused() -> None:
-    base = nn.Sequential(nn.Linear(4, 4), Scale("closure"), nn.Linear(4, 3))
-    model = TaskModel(base, FullConfig())
-    with pytest.raises(UnsupportedModuleError, match=r"Scale\.run: expected a method, got a function that closes over"):
-        model.add_task("t")
-    assert model.tasks == []
-    model.add_task("t", config=FullConfig(exclude_modules=["1"]))
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 3)
+        self.run = lambda x: self.fc(self.drop(x))
+        self.twice = functools.partial(lambda f, x: f(f(x)), lambda x: self.drop(x))
 
-    class Dropping(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop, self.fc = nn.Dropout(0.5), nn.Linear(4, 3)
-            self.run = lambda x: self.fc(self.drop(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.twice(x))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.run(x)
 
-    model = TaskModel(Dropping(), TapsConfig(lam=0.0))
+def test_a_base_that_closes_over_itself_is_in_evaluation_mode() -> None:
+    model, x = TaskModel(Dropping(), TapsConfig(lam=0.0)), torch.randn(5, 4)
     model.add_task("t")
-    x = torch.randn(5, 4)
     before = model.eval()(x, task=None)
-    with pytest.raises(UnsupportedModuleError, match=r"Dropping\.run"):  # dropout would be alive in the base
-        model.train()(x, task=None)
-    assert torch.equal(model.eval()(x, task=None), before)
+    assert torch.equal(model.train()(x, task=None), before)
+    assert not torch.equal(model(x, task="t"), model(x, task="t"))  # the task's dropout is alive
 
 
 def test_what_is_set_later_is_the_tasks_too() -> None:
@@ -250,3 +245,155 @@ def test_a_weight_written_past_its_version_is_read_again() -> None:
         model.base[0].weight.data.mul_(2.0)
         model.refresh_gates()
         assert not torch.equal(model(x, task="t"), before)
+
+
+class Derived(nn.Module):
+    """Keeps what it made of its parameter in attributes: in forward, or when its mode changes."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.weight, self.when, self.made, self.merged = nn.Parameter(torch.randn(4)), when, None, False
+
+    def train(self, mode: bool = True) -> "Derived":
+        super().train(mode)
+        if self.when == "mode":
+            self.made = None if mode else self.weight.detach().exp()
+        if self.when == "merge" and self.merged == mode:  # as loralib: its weight is another one in evaluation
+            with torch.no_grad():
+                self.weight += -1.0 if mode else 1.0
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.when == "merge":
+            return x * (self.weight if self.merged else self.weight + 1.0)
+        if self.made is None:
+            return x * self.weight.exp() if self.when == "mode" else self.keep(x)
+        return x * self.made
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.made = self.weight.detach().exp()
+        return x * self.made
+
+
+@pytest.mark.parametrize("when", ["forward", "mode", "merge"])
+def test_what_a_module_derives_from_its_tensors_stays_with_them(when) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        TaskModel(nn.Sequential(nn.Linear(4, 4), Derived(when), nn.Linear(4, 3)), FullConfig()),
+        torch.randn(5, 4),
+    )
+    for name in "ab":
+        model.add_task(name)
+    with torch.no_grad():
+        base = model.train()(x, task=None)
+        shaken(model, "a")
+        found = [model(x, task=name) for name in "ab"]
+        model.eval()
+        for _ in range(2):
+            torch.testing.assert_close(model(x, task=None), base)
+            for name, output in zip("ab", found, strict=True):
+                torch.testing.assert_close(model(x, task=name), output)
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload("a")(x), found[0])
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x, task="a"), found[0])
+
+
+class Freezing(nn.Module):
+    """Keeps a child in evaluation mode, as many backbones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.body = nn.Parameter(torch.zeros(4)), nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+        self.fc = nn.Linear(4, 3)
+
+    def train(self, mode: bool = True) -> "Freezing":
+        super().train(mode)
+        self.body[1].eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x + self.token))
+
+
+def test_a_train_of_the_modules_own_may_touch_its_children() -> None:
+    base = Freezing()
+    model, x = task_on(base), torch.randn(5, 4)
+    model.extract_task("copy", copy.deepcopy(base).state_dict())
+    model.train()
+    assert base.body.training and not base.body[1].training
+    assert torch.equal(model(x, task="t"), model(x, task="t"))
+    model.state("t").eval()
+    assert base.body.training  # a task's mode is its own
+
+
+class Sink(nn.Module):
+    def __init__(self, losses: list, named: dict) -> None:
+        super().__init__()
+        self.scale, self.losses, self.named = nn.Parameter(torch.ones(4)), losses, named
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses.append((x * self.scale).square().mean())
+        self.named["last"] = self.losses[-1]
+        return x * self.scale
+
+
+class Collecting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses, self.named = [], {}
+        self.body, self.sink, self.fc = nn.Linear(4, 4), Sink(self.losses, self.named), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.losses.clear()
+        output = self.fc(self.sink(self.body(x)))
+        return output, sum(self.losses) + self.named["last"]
+
+
+def test_containers_that_modules_share_stay_shared() -> None:
+    model = task_on(Collecting())
+    model(torch.randn(5, 4), task="t")[1].backward()
+    assert model.state("t").table["sink"].scale.grad.abs().sum() > 0.0
+
+
+def test_a_wrapper_around_a_module_is_no_replacement() -> None:
+    model, x = task_on(nn.Sequential(nn.Linear(4, 4), Scale("method"), nn.Linear(4, 3))), torch.randn(5, 4)
+    want = model(x, task="t")
+    model.base[0] = nn.Sequential(model.base[0], nn.Identity())
+    model.base[1] = nn.Sequential(model.base[1])
+    assert torch.equal(model(x, task="t"), want)
+
+
+def test_threads_may_write_to_a_module_while_it_is_followed() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = x
+            y = x * self.weight
+            self.__dict__.pop("kept", None)
+            return y
+
+    model = task_on(nn.Sequential(nn.Linear(4, 4), Keeps(), nn.Linear(4, 3))).eval()
+    x, wrong = torch.randn(2, 4), []
+
+    def work(task: str | None) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(400):
+                    model(x, task=task)
+        except RuntimeError as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(task,)) for task in ("t", None, "t")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong

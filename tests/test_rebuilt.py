@@ -280,3 +280,11 @@ def test_a_closed_delta_that_is_not_finite_is_refused_here_too(backward_calls, b
         )
         (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
         first.sum().backward()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 0), (0, 4)])
+@pytest.mark.parametrize("gate", [True, False])
+def test_gradients_of_layers_without_weights(outputs, inputs, gate) -> None:
+    w, d, score = torch.randn(outputs, inputs), torch.zeros(outputs, inputs), torch.tensor(0.2)
+    x_grad, *_ = _gradients(torch.randn(2, 3, inputs), w, d, score, None, gate, torch.ones(2, 3, outputs))
+    assert x_grad.shape == (2, 3, inputs)

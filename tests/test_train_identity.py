@@ -29,14 +29,6 @@ def _plus(inputs: Tensor, generator: torch.Generator, scale: float = 1.0) -> Ten
     return inputs + scale
 
 
-class _Owner:
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def add(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        return inputs + self.scale
-
-
 class _Module(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -52,7 +44,6 @@ class _Module(nn.Module):
         lambda scale: _loss_of(scale),
         lambda scale: functools.partial(_plus, scale=scale),
         lambda scale: functools.partial(F.cross_entropy, weight=torch.tensor([1.0, scale])),
-        lambda scale: _Owner(scale).add,
         _Module,
         np.float32,
         lambda scale: (lambda x: x + 1.0) if scale == 1.0 else (lambda x: x * 2.0),

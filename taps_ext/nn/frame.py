@@ -32,6 +32,7 @@ class Frame(NamedTuple):
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
+current = _frame.get
 enter = _frame.set
 leave = _frame.reset
 

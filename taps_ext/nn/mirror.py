@@ -43,7 +43,7 @@ class Mirror:
                 elif key == "_compiled_call_impl":
                     values[key] = None  # that of the base, with the base's flags
                 elif key not in ROUTING:
-                    values[key] = rebind(value, self.clones, f"{original_class(host).__name__}.{key}")
+                    values[key] = rebind(value, self.clones)
             values["training"] = False
         return self.clones[id(base)]
 

@@ -1,15 +1,16 @@
 """TaskTensors: run a module's original forward on a task's own parameters and buffers.
 
 A shallow copy of the host shares its submodules and settings and differs only in its direct tensors, so that
-any class with any forward (BatchNormAct2d, LayerNorm2d, a ViT's class token) keeps working, in any thread. What is set
-on the host later is set on the copy too; what forward sets stays with the copy, and containers that may be a cache
-of tensors are its own.
+any class with any forward (BatchNormAct2d, LayerNorm2d, a ViT's class token) keeps working, in any thread. What a user
+sets on the host later is set on the copy too; what forward and train set stays with the copy, and dictionaries that may
+be a cache of tensors are its own.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import UnsupportedModuleError
 from .rebind import rebind
 
 # Attributes of a host that mean nothing to its copy: the rest of what `route` leaves there is its own.
-ROUTING = ("_taps_class", "_taps_name", "_taps_fused", "_taps_cast", "_taps_mode")
+ROUTING = ("_taps_class", "_taps_name", "_taps_fused", "_taps_cast", "_taps_mode", "_taps_set", "_taps_sets")
 _MACHINERY = frozenset(nn.Module().__dict__)
 _UNSEEN = object()
 
@@ -49,22 +50,32 @@ def _copied(tensor: Tensor | None) -> Tensor | None:
 
 
 def _may_be_cache(value: Any) -> bool:
-    """True for a container that holds tensors alone, or nothing yet."""
-    held = value.values() if type(value) is dict else value if type(value) in (list, set) else None
-    return held is not None and all(isinstance(item, Tensor) for item in held)
+    """True for a dictionary that holds tensors alone, or nothing yet."""
+    return type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
 
 
-def drop_caches(module: nn.Module) -> None:
-    """What a module's class does about its caches when it begins to train, where it does something."""
+def shared_dicts(base: nn.Module) -> frozenset[int]:
+    """The dictionaries (by id) that several modules of the base hold, to speak to each other."""
+    found: Counter[int] = Counter()
+    for module in base.modules():
+        found.update({id(v) for key, v in module.__dict__.items() if type(v) is dict and key not in _MACHINERY})
+    return frozenset(one for one, count in found.items() if count > 1)
+
+
+def _let_train(module: nn.Module, *modes: bool) -> None:
+    """What a module's class does when its mode changes (it drops caches, merges weights), but nothing to its children:
+    stand-ins take their place."""
     if type(module).train is nn.Module.train:
         return
-    children, mode = module.__dict__["_modules"], module.__dict__["training"]
-    module.__dict__["_modules"] = {}  # not theirs
-    try:
-        module.train(True)
-        module.train(mode)
-    finally:
-        module.__dict__["_modules"] = children
+    from .mirror import Mirror
+
+    stand_in = Mirror().of(module)
+    before = dict(stand_in.__dict__)
+    for mode in modes:
+        stand_in.train(mode)
+    for key, value in stand_in.__dict__.items():
+        if key not in _MACHINERY and before.get(key, _UNSEEN) is not value:
+            module.__dict__[key] = value
 
 
 class TaskTensors(nn.Module):
@@ -73,9 +84,12 @@ class TaskTensors(nn.Module):
     Args:
         host: the base module. Its tensors are copied in value; it is never changed.
         cls: the class whose forward runs (the host's class before it was routed).
+        shared: :func:`shared_dicts` of the base, which stay shared.
     """
 
-    def __init__(self, host: nn.Module, cls: type[nn.Module] | None = None) -> None:
+    def __init__(
+        self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         for name, parameter in host._parameters.items():
             own = _copied(parameter)
@@ -84,11 +98,18 @@ class TaskTensors(nn.Module):
         for name, buffer in host._buffers.items():
             self.register_buffer(name, _copied(buffer), name not in host._non_persistent_buffers_set)
         clone = object.__new__(cls or type(host))
-        clone.__dict__.update(_parameters=self._parameters, _buffers=self._buffers)
         # Not submodules: the children of both belong to the base.
-        self.__dict__.update(host=host, clone=clone, seen={})
-        self.follow()
-        self.drop_caches()
+        self.__dict__.update(host=host, clone=clone, followed=host.__dict__.get("_taps_sets", 0))
+        for key, value in host.__dict__.items():
+            if key not in ROUTING:
+                clone.__dict__[key] = self._own(key, value, shared)
+        clone.__dict__.update(
+            _parameters=self._parameters,
+            _buffers=self._buffers,
+            _non_persistent_buffers_set=self._non_persistent_buffers_set,
+        )
+        self._take_mode()
+        _let_train(clone, True, clone.training)
 
     @property
     def host(self) -> nn.Module:
@@ -101,43 +122,42 @@ class TaskTensors(nn.Module):
 
     @torch.compiler.disable
     def follow(self) -> None:
-        """Set on the copy what was set on the host since: settings, children, and the mode (training only if both are
-        asked to train)."""
-        host, clone, seen = self.__dict__["host"], self.__dict__["clone"], self.__dict__["seen"]
-        for key, value in host.__dict__.items():
-            if seen.get(key, _UNSEEN) is value:
-                continue
-            seen[key] = value
-            if key not in ROUTING and key not in ("_parameters", "_buffers", "training"):
-                clone.__dict__[key] = self._own(key, value)
-        if len(seen) > len(host.__dict__):
-            for key in [key for key in seen if key not in host.__dict__]:
-                del seen[key]
-                clone.__dict__.pop(key, None)
-        clone.__dict__["training"] = self.training and host.__dict__.get("_taps_mode", True)
+        """Set on the copy what was set on the host since, by its user, and take its mode."""
+        sets = self.host.__dict__.get("_taps_sets", 0)
+        if sets != self.__dict__["followed"]:
+            self.__dict__["followed"] = sets
+            for key in list(self.host.__dict__.get("_taps_set", ())):
+                if key in self.host.__dict__:
+                    self.__dict__["clone"].__dict__[key] = self._own(key, self.host.__dict__[key])
+            self._take_mode()
 
-    def _own(self, key: str, value: Any) -> Any:
+    def _take_mode(self) -> None:
+        """Training only if the task and the host are both asked to train."""
+        self.__dict__["clone"].__dict__["training"] = self.training and self.host.__dict__.get("_taps_mode", True)
+
+    def _own(self, key: str, value: Any, shared: frozenset[int] = frozenset()) -> Any:
         if key in _MACHINERY:
             return value
-        host, clone = self.__dict__["host"], self.__dict__["clone"]
-        own = rebind(value, {id(host): clone}, f"{type(clone).__name__}.{key}")
-        return copy.copy(own) if _may_be_cache(own) else own
+        own = rebind(value, {id(self.host): self.__dict__["clone"]})
+        return dict(own) if _may_be_cache(own) and id(value) not in shared else own
 
     def drop_caches(self) -> None:
-        drop_caches(self.__dict__["clone"])
+        """After values were loaded: what is kept was made of others."""
+        clone = self.__dict__["clone"]
+        _let_train(clone, True, clone.training)
 
     def give_caches(self, plain: nn.Module) -> None:
-        """A plain module with this task's tensors gets this task's caches, not the base's."""
+        """A plain module with this task's tensors gets what this task made of them, not what the base did."""
         for key, value in self.__dict__["clone"].__dict__.items():
-            if key not in _MACHINERY and _may_be_cache(value):
+            kept = isinstance(value, (bool, int, float, str, Tensor)) or value is None or _may_be_cache(value)
+            if kept and key not in _MACHINERY and key != "training":
                 plain.__dict__[key] = copy.copy(value)
-        drop_caches(plain)
 
     def train(self, mode: bool = True) -> TaskTensors:
         super().train(mode)
-        self.follow()
-        if mode:
-            self.drop_caches()
+        self._take_mode()
+        clone = self.__dict__["clone"]
+        _let_train(clone, clone.training)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
@@ -152,7 +172,9 @@ class TaskNorm(TaskTensors):
         UnsupportedModuleError: `host` is no normalisation layer.
     """
 
-    def __init__(self, host: nn.Module, cls: type[nn.Module] | None = None) -> None:
+    def __init__(
+        self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()
+    ) -> None:
         if not is_norm(host):
             raise UnsupportedModuleError(f"host: expected a normalisation layer, got {type(host).__name__}")
-        super().__init__(host, cls)
+        super().__init__(host, cls, shared)

@@ -4,52 +4,58 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModuleError
 
-_CONTAINERS = (list, tuple, dict)
-
-
-def rebind(value: Any, clones: Mapping[int, nn.Module], where: str, depth: int = 3) -> Any:
+def rebind(value: Any, clones: Mapping[int, nn.Module], depth: int = 3) -> Any:
     """A module's attribute with modules, and the owners of methods, replaced by their clones (by id).
 
-    Args:
-        where: the attribute, for the error.
-
-    Raises:
-        UnsupportedModuleError: a function that closes over such a module: it would go on with the module itself.
+    Also in containers, in partials, and in what functions close over.
     """
     if isinstance(value, nn.Module):
         return clones.get(id(value), value)
     if isinstance(value, MethodType):
         owner = clones.get(id(value.__self__))
         return value if owner is None else MethodType(value.__func__, owner)
-    if isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                held = cell.cell_contents
-            except ValueError:  # empty
-                continue
-            if isinstance(held, nn.Module) and id(held) in clones:
-                raise UnsupportedModuleError(
-                    f"{where}: expected a method, got a function that closes over {type(held).__name__}, so that it "
-                    "reads that module's tensors whatever task runs; make it a method, or name the module in "
-                    "exclude_modules"
-                )
+    if not depth:
         return value
-    if isinstance(value, functools.partial) and type(value) is functools.partial:
+    if isinstance(value, FunctionType):
+        return _function(value, clones, depth - 1)
+    if type(value) is functools.partial:
         parts = (value.func, value.args, value.keywords)
-        func, args, keywords = (rebind(part, clones, where, depth) for part in parts)
+        func, args, keywords = (rebind(part, clones, depth - 1) for part in parts)
         same = func is value.func and args is value.args and keywords is value.keywords
         return value if same else functools.partial(func, *args, **keywords)
-    if depth and type(value) in _CONTAINERS:
-        items = value.values() if isinstance(value, dict) else value
-        mapped = [rebind(item, clones, where, depth - 1) for item in items]
+    if type(value) in (list, tuple, dict):
+        items = list(value.values() if isinstance(value, dict) else value)
+        mapped = [rebind(item, clones, depth - 1) for item in items]
         if all(new is old for new, old in zip(mapped, items, strict=True)):
             return value
         return dict(zip(value, mapped, strict=True)) if isinstance(value, dict) else type(value)(mapped)
     return value
+
+
+def _function(function: FunctionType, clones: Mapping[int, nn.Module], depth: int) -> FunctionType:
+    """The function itself, or one of the same code that closes over the clones."""
+    cells = function.__closure__ or ()
+    rebound = [_cell(cell, clones, depth) for cell in cells]
+    if all(new is old for new, old in zip(rebound, cells, strict=True)):
+        return function
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(rebound)
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _cell(cell: CellType, clones: Mapping[int, nn.Module], depth: int) -> CellType:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    new = rebind(held, clones, depth)
+    return cell if new is held else CellType(new)

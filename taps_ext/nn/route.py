@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,9 +17,17 @@ from torch.nn.utils import parametrize
 
 from . import forward as _forward
 from . import reads
-from .frame import Frame, running
+from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskTensors
+
+# Set while a module's own train() runs, whose settings are not its user's.
+_own_code: ContextVar[bool] = ContextVar("taps_ext_own_code", default=False)
+
+
+def _set_by_user() -> bool:
+    """True outside of forwards, backwards and train()."""
+    return not _own_code.get() and current() is None and not in_backward()
 
 
 class _Routed(nn.Module):
@@ -32,7 +41,18 @@ class _Routed(nn.Module):
 
     def train(self, mode: bool = True) -> _Routed:
         self.__dict__["_taps_mode"] = mode  # what tasks go by
-        return super().train(mode and not self._always_rests)
+        self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
+        token = _own_code.set(True)
+        try:
+            return super().train(mode and not self._always_rests)
+        finally:
+            _own_code.reset(token)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__ and name != "training" and not torch.compiler.is_compiling() and _set_by_user():
+            self.__dict__["_taps_set"] = {**self.__dict__.get("_taps_set", {}), name: None}
+            self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         name: str = self.__dict__["_taps_name"]

@@ -19,9 +19,10 @@ from ..store import fingerprint
 
 def describe(value: Any, depth: int = 6) -> Any:
     """A setting as JSON: numbers and text as they are, tensors and arrays by their digest, functions and objects by
-    their qualified name and what they hold (arguments of a partial, an owner, closures, attributes).
+    their qualified name and what they hold (arguments of a partial, closures, attributes).
 
-    Of a function made on the spot (a lambda, a local one) the code and what it closes over count too.
+    Of a function made on the spot (a lambda, a local one) the code and what it closes over count too; of a method only
+    its name, since its owner may be the experiment itself.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -50,8 +51,6 @@ def _object(value: Any, depth: int) -> Any:
         return name
     if isinstance(value, functools.partial):
         held: dict[str, Any] = {"func": value.func, "args": value.args, "keywords": value.keywords}
-    elif isinstance(value, MethodType):
-        held = {"self": value.__self__}
     elif isinstance(value, FunctionType) and "<" in value.__qualname__:
         code = hashlib.sha256(value.__code__.co_code).hexdigest()
         named = [code, value.__code__.co_names, value.__code__.co_consts]

@@ -76,6 +76,11 @@ def save_run(
     store.save(path, record)
 
 
+def _short(value: Any, most: int = 300) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the first setting in which an earlier run differs."""
     if not isinstance(before, Mapping):
@@ -83,7 +88,7 @@ def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"resume: {path} was started with {key} = {before.get(key)!r}, got {now.get(key)!r}; "
+                f"resume: {path} was started with {key} = {_short(before.get(key))}, got {_short(now.get(key))}; "
                 "use the same settings, another out, or resume=False (--restart) to start over"
             )
 
