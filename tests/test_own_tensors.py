@@ -4,7 +4,7 @@ import copy
 import functools
 import pickle
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -149,6 +149,7 @@ def test_what_is_set_later_is_the_tasks_too() -> None:
     torch.testing.assert_close(output, want.train()(x))
     assert want[1].eps == 1.0 and want[2].limit == 0.25
     base[1].momentum = 0.5
+    assert copy.deepcopy(model).merge_and_unload("t")[1].momentum == 0.5
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.eval()  # as many do to keep the statistics
@@ -350,9 +351,13 @@ class Collecting(nn.Module):
 
 
 def test_containers_that_modules_share_stay_shared() -> None:
-    model = task_on(Collecting())
-    model(torch.randn(5, 4), task="t")[1].backward()
+    model, x = task_on(Collecting()), torch.randn(5, 4)
+    model(x, task="t")[1].backward()
     assert model.state("t").table["sink"].scale.grad.abs().sum() > 0.0
+    with torch.no_grad():
+        want = shaken(model)(x, task="t")[1]
+        merged = model.merge_and_unload("t")
+        assert merged.named is merged.sink.named and torch.equal(merged(x)[1], want)
 
 
 def test_a_wrapper_around_a_module_is_no_replacement() -> None:
@@ -389,11 +394,8 @@ def test_threads_may_write_to_a_module_while_it_is_followed() -> None:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        threads = [threading.Thread(target=work, args=(task,)) for task in ("t", None, "t")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, ("t", None, "t")))
     finally:
         sys.setswitchinterval(before)
     assert not wrong

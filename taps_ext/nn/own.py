@@ -148,9 +148,10 @@ class TaskTensors(nn.Module):
 
     def give_caches(self, plain: nn.Module) -> None:
         """A plain module with this task's tensors gets what this task made of them, not what the base did."""
+        self.follow()
         for key, value in self.__dict__["clone"].__dict__.items():
             kept = isinstance(value, (bool, int, float, str, Tensor)) or value is None or _may_be_cache(value)
-            if kept and key not in _MACHINERY and key != "training":
+            if kept and key not in _MACHINERY and value is not self.host.__dict__.get(key, _UNSEEN):
                 plain.__dict__[key] = copy.copy(value)
 
     def train(self, mode: bool = True) -> TaskTensors:
