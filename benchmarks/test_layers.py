@@ -63,9 +63,13 @@ def reference() -> dict[str, float]:
     return {row["name"]: row["ratio"] for row in found["results"]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heap() -> None:
+    bench.keep_freed_memory()
+
+
 @pytest.fixture(scope="module")
 def committed() -> dict[str, float]:
-    bench.keep_freed_memory()
     return reference()
 
 

@@ -94,10 +94,11 @@ def check_digest(records: list[Record], record: Record) -> None:
         )
 
 
-def one(bases: Path, data: Path, base_name: str, task: str, seed: int, method: str, epochs: int) -> Record:
-    """The record of one (base, task, seed, method)."""
-    base = load(base_name, bases, data)
+def one(records: list[Record], bases: Path, data: Path, base_name: str, task: str, seed: int, method: str) -> Record:
+    """The record of one (base, task, seed, method). `records`: those that there are."""
+    base, epochs = load(base_name, bases, data), EPOCHS[base_name]
     of_base = digest(base)
+    check_digest(records, {"base": base_name, "task": task, "seed": seed, "digest": of_base})
     base = base.to(memory_format=torch.channels_last)
     config, budget = config_of(method)
     result, report = train(
@@ -140,9 +141,7 @@ def run(args: argparse.Namespace) -> None:
                 if not missing:
                     break
                 seed, method = missing[0]
-                here = {"base": base, "task": task, "seed": seed, "digest": digest(load(base, args.bases, args.data))}
-                check_digest(records, here)
-                record = one(args.bases, args.data, base, task, seed, method, EPOCHS[base])
+                record = one(records, args.bases, args.data, base, task, seed, method)
                 with args.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 print(

@@ -128,12 +128,17 @@ def linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     save(ctx, inputs, inputs[5:9])
 
 
-def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows, gate, threshold, scale, mask = saved(ctx)
+def linear_gradients(ctx: Any, grad_output: Tensor, kept: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Of the tensors that a gated linear layer reads. `kept`: :func:`saved`."""
+    input, weight, delta, score, rows, gate, threshold, scale, mask = kept
     grads = torch.ops.taps_ext.gated_linear_backward.default(
         grad_output, input, weight, delta, score, gate, threshold, mask, rows, scale
     )
-    return order(ctx, grads, mask) + (None,) * 5
+    return order(ctx, grads, mask)
+
+
+def linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    return linear_gradients(ctx, grad_output, saved(ctx)) + (None,) * 5
 
 
 def keep_geometry(ctx: Any, input: Tensor, geometry: tuple[Any, ...]) -> None:

@@ -86,16 +86,14 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, delta, score, rows, gate, threshold, scale, mask = autograd.saved(ctx)
+    kept = autograd.saved(ctx)
+    input, weight, delta, score, rows, gate, _, _, mask = kept
     if gate is not None and rows is None and mask[:3] == [True, gate, True] and not mask[4]:
         of_bias = ctx.kept[-1] if mask[3] else None
         made = rebuilt.linear_gradients(C, grad_output, input, weight, delta, score, gate, of_bias)
         if made is not None:
             return made
-    grads = torch.ops.taps_ext.gated_linear_backward.default(
-        grad_output, input, weight, delta, score, gate, threshold, mask, rows, scale
-    )
-    return *autograd.order(ctx, grads, mask), None
+    return *autograd.linear_gradients(ctx, grad_output, kept), None
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -49,7 +49,7 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
-    missed = [name for name in state.required() if name not in frame.entered]
+    missed = [name for name in state.required if name not in frame.entered]
     if not model.training and missed and state.entered.issuperset(missed):
         state.training_only.update(missed)
     missed = [name for name in missed if name not in state.entered and name not in state.training_only]

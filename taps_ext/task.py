@@ -122,6 +122,7 @@ class TaskState(nn.Module):
         self.table: dict[str, nn.Module] = {}
         self.rested: dict[str, Stamp] = {}
         self.watched = False
+        self.required: list[str] = []  # no effect unless a forward enters them: all but those of buffers alone
         self.entered: set[str] = set()  # in training
         self.training_only: set[str] = set()  # entered in training, and not in evaluation
         self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, parent, its key, module
@@ -157,6 +158,8 @@ class TaskState(nn.Module):
     def _add(self, name: str, part: nn.Module) -> None:
         self.parts[module_key(name)] = part
         self.table[name] = part
+        if type(part) is not TaskTensors or any(True for _ in part.parameters()):
+            self.required.append(name)
 
     # -- what there is
 
@@ -193,12 +196,6 @@ class TaskState(nn.Module):
         for name, part in self.table.items():
             if type(part) is kind:
                 yield name, part
-
-    def required(self) -> list[str]:
-        """The modules whose parts have no effect unless a forward enters them: all but those of buffers alone."""
-        return [
-            n for n, part in self.table.items() if type(part) is not TaskTensors or any(True for _ in part.parameters())
-        ]
 
     def remember_hosts(self, base: nn.Module) -> None:
         """The modules that the parts stand in for, once they are routed."""

@@ -283,3 +283,12 @@ def test_the_bare_base_and_training_do_not_meet_across_threads() -> None:
         for thread in threads:
             thread.join()
     assert wrong == [] and seen.count(True) == 80 and seen.count(False) == 80
+
+
+def test_flags_come_back_to_parameters_that_were_loaded() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    base[1].bias.requires_grad_(False)
+    model = TaskModel(base, TapsConfig(lam=0.0))
+    model.add_task("t")
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert [p.requires_grad for p in model.unload().parameters()] == [True, True, True, False]

@@ -19,19 +19,24 @@ if C is None:
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each product was made here."""
+def watch(monkeypatch: pytest.MonkeyPatch, name: str) -> list[bool]:
+    """Whether each call of a function of `rebuilt` did the work."""
     made: list[bool] = []
-    product = rebuilt.product
+    function = getattr(rebuilt, name)
 
     def watched(*args):
-        result = product(*args)
+        result = function(*args)
         made.append(result is not None)
         return result
 
-    monkeypatch.setattr(rebuilt, "product", watched)
+    monkeypatch.setattr(rebuilt, name, watched)
     return made
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each product was made here."""
+    return watch(monkeypatch, "product")
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -198,16 +203,7 @@ def _gradients(x, w, d, score, bias, gate, dy, **more) -> list[torch.Tensor]:
 @pytest.fixture
 def backward_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each linear layer's gradients were made here."""
-    made: list[bool] = []
-    gradients = rebuilt.linear_gradients
-
-    def watched(*args):
-        result = gradients(*args)
-        made.append(result is not None)
-        return result
-
-    monkeypatch.setattr(rebuilt, "linear_gradients", watched)
-    return made
+    return watch(monkeypatch, "linear_gradients")
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)

@@ -209,3 +209,16 @@ def test_use_task_survives_deletion() -> None:
     with model.use_task(None):
         model.delete_task("t")
     assert model.active_task is None and model(images()).shape == (3, 4)
+
+
+def test_a_weight_written_past_its_version_is_read_again() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3)), TapsConfig(lam=0.0))
+    model.add_task("t")
+    model.eval()
+    x = torch.randn(5, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.set_gates("t", open=[])
+        before = model(x, task="t")
+        model.base[0].weight.data.mul_(2.0)
+        model.refresh_gates()
+        assert not torch.equal(model(x, task="t"), before)
