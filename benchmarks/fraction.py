@@ -24,7 +24,7 @@ from bases import load
 from scipy.stats import t as student
 from study import TASKS, cut_torn_line, interval, number, read, train
 from study import load as load_task
-from transfer import EPOCHS, SEEDS
+from transfer import EPOCHS, SEEDS, check_digest, digest
 
 import taps_ext
 from taps_ext.train import TrainConfig
@@ -36,16 +36,20 @@ POINTS, WEIGHTS = 0.7, 5.0  # margins of equivalence: per cent of the test image
 Record = dict[str, Any]
 
 
-def one(bases: Path, data: Path, base: str, task: str, seed: int, fraction: float) -> Record:
-    """The record of one run."""
+def one(records: list[Record], bases: Path, data: Path, base: str, task: str, seed: int, fraction: float) -> Record:
+    """The record of one run. `records`: those that there are."""
     config = taps_ext.TapsConfig(lam=LAMBDA, penalty=PENALTY, gate_fraction=fraction)
-    model = load(base, bases, data).to(memory_format=torch.channels_last)
+    model = load(base, bases, data)
+    of_base = digest(model)
+    check_digest(records, {"base": base, "task": task, "seed": seed, "digest": of_base})
+    model = model.to(memory_format=torch.channels_last)
     result, report = train(model, load_task(data, task), task, config, TrainConfig(epochs=EPOCHS[base], seed=seed))
     return {
         "base": base,
         "task": task,
         "seed": seed,
         "fraction": fraction,
+        "digest": of_base,
         "val": result.val["accuracy"],
         "test": result.test["accuracy"],
         "share": result.share,
@@ -60,14 +64,16 @@ def one(bases: Path, data: Path, base: str, task: str, seed: int, fraction: floa
 def run(args: argparse.Namespace) -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     cut_torn_line(args.results)
-    done = {(r["base"], r["task"], r["seed"], r["fraction"]) for r in read(args.results)}
+    records = read(args.results)
+    done = {(r["base"], r["task"], r["seed"], r["fraction"]) for r in records}
     for seed in args.seeds:
         for base in args.only:
             for task in args.tasks:
                 for fraction in FRACTIONS:
                     if (base, task, seed, fraction) in done:
                         continue
-                    record = one(args.bases, args.data, base, task, seed, fraction)
+                    record = one(records, args.bases, args.data, base, task, seed, fraction)
+                    records.append(record)
                     with args.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(record) + "\n")
                     print(f"{base} {task} {seed} f {fraction}: {record['test']:.4f} {record['share']:.3f}", flush=True)
