@@ -66,8 +66,8 @@ def check_base(base: nn.Module) -> None:
     clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
     if clash:
         raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")
-    for name, parameter in base.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        if is_lazy(tensor):
             raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
     _take_over(base)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ from .modes import Flags
 from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.gated import refusing
+from .nn.own import HOOKS
 from .nn.rebind import rebind
 from .scan import names_of, shared_tensors
 from .task import TaskState
@@ -88,9 +90,20 @@ def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
         for name, part in state.owned(kind):
             part.give_caches(plain.get_submodule(name))
     if head is not None and state.head_path is not None:
+        _take_hooks(head, plain.get_submodule(state.head_path))
         for name in names_of(base, base.get_submodule(state.head_path)):
             plain.set_submodule(name, head)
     return plain
+
+
+def _take_hooks(head: nn.Module, replaced: nn.Module) -> None:
+    """The hooks of the head that is replaced go on running: around those of the new one."""
+    for key in HOOKS:
+        outer, inner = replaced.__dict__[key], head.__dict__[key]
+        both = (outer, inner) if "pre" in key else (inner, outer)
+        head.__dict__[key] = OrderedDict(item for hooks in both for item in hooks.items())
+    if head._is_full_backward_hook is None:
+        head._is_full_backward_hook = replaced._is_full_backward_hook
 
 
 def check_one_value(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -147,7 +147,7 @@ class TaskModel(TaskSet):
         outputs = getattr(state.head, "out_features", None)
         if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
             raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
-        self._check_buffers()
+        self._check_base()
         notes = {"labels": labels, "metrics": metrics, "preprocessing": preprocessing}
         return taskfile.save(name, state, self.base, path, **notes)
 

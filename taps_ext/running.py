@@ -42,6 +42,8 @@ def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
 def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
     """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
     _check_labels(model, name, state, args, kwargs)
+    if model._guard.held is None:
+        model._guard.note(model.base)
     state.check_hosts()
     state.follow()
     frame = Frame(state.table, set(), _sample(model, name, state, args, kwargs))
@@ -90,14 +92,25 @@ def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: An
 
 
 def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
-    """The first forward in training mode, which proves that it leaves the base's buffers alone."""
-    before = {n: (b, b._version) for n, b in model.base.named_buffers() if not b.is_inference()}
+    """The first forward in training mode, which proves that it leaves the base's tensors alone."""
+
+    def versions() -> dict[str, tuple[torch.Tensor, int]]:
+        kinds = {"parameter": model.base.named_parameters(), "buffer": model.base.named_buffers()}
+        held = ((f"{kind} {n}", t) for kind, tensors in kinds.items() for n, t in tensors)
+        return {n: (t, t._version) for n, t in held if not t.is_inference()}
+
+    before = versions()
     output = _run(model, name, frame, args, kwargs)
-    for buffer, now in model.base.named_buffers():
-        was = before.get(buffer)
-        if was is not None and (was[0] is not now or was[1] != now._version):
+    for tensor, now in versions().items():
+        was = before.get(tensor)
+        if was is None:
             raise TapsError(
-                f"task {name!r}: training wrote to the base's buffer {buffer}, which no task owns; "
+                f"task {name!r}: training gave the base the {tensor}, which a fresh base has not; run the base once "
+                "before it is adapted"
+            )
+        if was[0] is not now[0] or was[1] != now[1]:
+            raise TapsError(
+                f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
                 'give it to the task (others="task") or freeze the module that writes it'
             )
     state.watched = True

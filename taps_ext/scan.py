@@ -170,6 +170,26 @@ def check_shared(base: nn.Module, modules: Iterable[str]) -> None:
             )
 
 
+def check_kept(base: nn.Module, layers: Iterable[str]) -> None:
+    """Raise if a module keeps a gated weight beside its parameters: what it reads there is the base's, never a task's.
+
+    Raises:
+        UnsupportedModuleError: naming both.
+    """
+    weights = {id(base_weight(base.get_submodule(name))): name for name in layers}
+    for name, module in base.named_modules():
+        for key, value in module.__dict__.items():
+            items = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
+            for item in items if key != "_parameters" else ():
+                if isinstance(item, nn.Parameter) and id(item) in weights:
+                    raise UnsupportedModuleError(
+                        f"{weights[id(item)]}: its weight is kept in {name or 'the base'}.{key} too, where no task is "
+                        "seen; name the layer in exclude_modules"
+                    )
+
+
 def scan(
     base: nn.Module,
     head: str | None,

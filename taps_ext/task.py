@@ -8,34 +8,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import reference
-from .errors import ConfigError, GateError, TapsError
+from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.gated import Stamp, same_stamp, stamp
-from .nn.own import shared_dicts
+from .nn.own import HOOKS, TaskHead, shared_containers
 from .nn.route import original_class, unroute
 
 
 def module_key(name: str) -> str:
     """A dotted module or task name as a key that nn.ModuleDict accepts and has no attribute of."""
     return "/" + name.replace(".", "/")
-
-
-class TaskHead(nn.Module):
-    """A task's own head, called in the place of the base's."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 def _plain(head: nn.Module) -> nn.Module:
@@ -69,6 +59,17 @@ def own_head(taken: nn.Module, head: nn.Module) -> nn.Module:
     return _plain(head)
 
 
+def _copied(old: nn.Module, path: str) -> nn.Module:
+    """A copy of the base's head without its hooks: they run where it is called, whoever's head answers."""
+    try:
+        head = _plain(copy.deepcopy(old)).requires_grad_(True)
+    except RuntimeError as error:
+        raise ConfigError(f"head: {path} cannot be copied ({error}); give num_classes or a head") from None
+    for key in HOOKS:
+        head.__dict__[key] = type(head.__dict__[key])()
+    return head
+
+
 def make_head(
     base: nn.Module, path: str | None, num_classes: int | None, head: nn.Module | None, taken: nn.Module
 ) -> nn.Module | None:
@@ -90,7 +91,7 @@ def make_head(
     if head is not None:
         return own_head(taken, head)
     if num_classes is None:
-        return _plain(copy.deepcopy(old)).requires_grad_(True)
+        return _copied(old, path)
     if not isinstance(old, nn.Linear):
         raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
     return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
@@ -147,16 +148,29 @@ class TaskState(nn.Module):
             if spec.learn and gates == "device":
                 part.gate = None
             self._add(name, part)
-        shared = shared_dicts(base)
+        shared = shared_containers(base)
         for names, kind in ((plan.norms, TaskNorm), (plan.others, TaskTensors)):
             for name in names:
                 host = base.get_submodule(name)
+                if isinstance(host, torch.fx.GraphModule):
+                    raise UnsupportedModuleError(
+                        f"{name or 'the base'}: a traced module that holds {[*host._parameters, *host._buffers]}; "
+                        "adapt the model that it was traced from"
+                    )
+                if any(p is not None and p.is_complex() for p in host._parameters.values()):
+                    raise UnsupportedModuleError(
+                        f"{name}: holds complex parameters, which no task trains; to leave them frozen, name it in "
+                        "exclude_modules"
+                    )
                 self._add(name, kind(host, original_class(host), shared))
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
     def _add(self, name: str, part: nn.Module) -> None:
-        self.parts[module_key(name)] = part
+        key = module_key(name)
+        if key in self.parts:
+            raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
+        self.parts[key] = part
         self.table[name] = part
         if type(part) is not TaskTensors or any(True for _ in part.parameters()):
             self.required.append(name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import store
-from .errors import ConfigError, GateError
+from .errors import ConfigError, GateError, TapsError
 from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
@@ -66,6 +66,13 @@ def _say_what_is_lost(state: TaskState) -> None:
     for kind in (TaskNorm, TaskTensors):
         for module, part in state.owned(kind):
             lost = []
+            for key, buffer in part._buffers.items():
+                lasting = key not in part._non_persistent_buffers_set
+                if lasting and buffer is not None and part.host._buffers.get(key) is None:
+                    raise TapsError(
+                        f"{module}: its buffer {key} was None when the task was added, so that a fresh base has no "
+                        "place for it; run the base once before it is adapted"
+                    )
             if original_class(part.host).get_extra_state is not nn.Module.get_extra_state:
                 lost.append("extra state")
             for key in part._non_persistent_buffers_set:

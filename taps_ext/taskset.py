@@ -12,27 +12,16 @@ from torch import Tensor, nn
 from . import groups, merging, modes
 from .checks import check_base, own
 from .errors import ConfigError, TapsError, suggestion
+from .guard import Guard
 from .methods import MethodConfig
 from .nn.forward import GATED_TYPES
 from .nn.mirror import Mirror
 from .nn.own import NORM_TYPES
 from .nn.route import route
-from .scan import check_shared, head_path, inside, match, scan
-from .store import tensor_digest
-from .store.errors import UnsupportedTensorError
+from .scan import check_kept, check_shared, head_path, inside, match, scan
 from .task import TaskState, make_head, module_key
 
 _Self = TypeVar("_Self", bound="TaskSet")
-
-
-def _digest(buffer: Tensor) -> str | None:
-    """Of a tensor with bytes of its own."""
-    if type(buffer) is not Tensor or buffer.is_meta:
-        return None
-    try:
-        return tensor_digest(buffer)
-    except UnsupportedTensorError:
-        return None
 
 
 class TaskSet(nn.Module):
@@ -70,36 +59,32 @@ class TaskSet(nn.Module):
         self._mirror = Mirror()
         own(base, self, self._flags)
         base.requires_grad_(False)
-        self._note_buffers()
+        self._guard = Guard()
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
         encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
         fused = {part for encoder in encoders for part in encoder.modules()}
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+        self.training = base.training  # without touching the modules, each of which has a mode of its own
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self._names:
+            self._guard.forget(self.base, self._head)
         result = super()._apply(*args, **kwargs)
-        self._note_buffers()
+        if self._merged is not None:  # of what the weights are now
+            merging.merge(self.state(self._merged), self.base)
         return result
 
-    def _note_buffers(self) -> None:
-        """What the base's buffers hold now."""
-        self._buffers_held: dict[str, str | None] = {name: _digest(b) for name, b in self.base.named_buffers()}
-
-    def _check_buffers(self) -> None:
-        """Raise if a forward wrote to the base's buffers unseen (`.data`): tasks would belong to no base that exists.
+    def _check_base(self) -> None:
+        """Raise if something wrote to the base unseen: tasks would belong to no base that exists.
 
         Raises:
-            TapsError: naming the buffer.
+            TapsError: naming the tensor.
         """
-        for name, buffer in self.base.named_buffers():
-            held = None if inside(name, self._head) else self._buffers_held.get(name)
-            if held is not None and held != _digest(buffer):
-                raise TapsError(
-                    f"the base's buffer {name} has changed since the base was adapted; give it to the task "
-                    '(others="task") or freeze the module that writes it'
-                )
+        problem = self._guard.check(self.base, self._head)
+        if problem is not None:
+            raise TapsError(problem)
 
     # -- tasks
 
@@ -174,6 +159,7 @@ class TaskSet(nn.Module):
         own = make_head(self.base, path, num_classes, head, self)
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
         plan = config.plan(found)
+        check_kept(self.base, plan.gates)
         inherited = [] if own is None or path is None or num_classes is not None or head is not None else [path]
         check_shared(
             self.base,
@@ -183,7 +169,8 @@ class TaskSet(nn.Module):
 
     def _install(self, name: str, state: TaskState) -> None:
         if not self._names:
-            self._note_buffers()  # anew: the base's tensors may have been loaded since
+            self._guard = Guard()  # the base's tensors may have been loaded since
+            self._guard.note(self.base)
         for module in state.table:
             route(self.base.get_submodule(module), module)
         state.remember_hosts(self.base)
@@ -194,7 +181,7 @@ class TaskSet(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         if self._merged is not None:
             raise TapsError(f"load_state_dict: task {self._merged!r} is merged; call unmerge_task() first")
-        self._buffers_held = {}  # the base's own may come with it
+        self._guard = Guard()  # the base's own may come with it
         super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .rebind import rebind
 # Attributes of a host that mean nothing to its copy: the rest of what `route` leaves there is its own.
 ROUTING = ("_taps_class", "_taps_name", "_taps_fused", "_taps_cast", "_taps_mode", "_taps_set", "_taps_sets")
 _MACHINERY = frozenset(nn.Module().__dict__)
+HOOKS = tuple(sorted(key for key in _MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
 _UNSEEN = object()
 
 NORM_TYPES: tuple[type[nn.Module], ...] = (
@@ -50,15 +51,18 @@ def _copied(tensor: Tensor | None) -> Tensor | None:
 
 
 def _may_be_cache(value: Any) -> bool:
-    """True for a dictionary that holds tensors alone, or nothing yet."""
-    return type(value) is dict and all(isinstance(item, Tensor) for item in value.values())
+    """True for a container that holds tensors (or tuples of them) alone, or nothing yet."""
+    if type(value) not in (dict, OrderedDict, defaultdict, list, deque):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return all(isinstance(leaf, Tensor) for item in items for leaf in (item if type(item) is tuple else (item,)))
 
 
-def shared_dicts(base: nn.Module) -> frozenset[int]:
-    """The dictionaries (by id) that several modules of the base hold, to speak to each other."""
+def shared_containers(base: nn.Module) -> frozenset[int]:
+    """The containers (by id) that several modules of the base hold, to speak to each other."""
     found: Counter[int] = Counter()
     for module in base.modules():
-        found.update({id(v) for key, v in module.__dict__.items() if type(v) is dict and key not in _MACHINERY})
+        found.update({id(v) for key, v in module.__dict__.items() if _may_be_cache(v) and key not in _MACHINERY})
     return frozenset(one for one, count in found.items() if count > 1)
 
 
@@ -78,13 +82,38 @@ def _let_train(module: nn.Module, *modes: bool) -> None:
             module.__dict__[key] = value
 
 
+class TaskHead(nn.Module):
+    """A task's own head, called in the place of the base's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def read(self, key: str) -> Any:
+        """The head's tensor in the place of the base's.
+
+        Raises:
+            UnsupportedModuleError: it has none of that name.
+        """
+        found = getattr(self.module, key, self)
+        if found is self:
+            raise UnsupportedModuleError(
+                f"head: expected one with {key!r}, which the base reads outside of its head's forward, "
+                f"got a {type(self.module).__name__}"
+            )
+        return found
+
+
 class TaskTensors(nn.Module):
     """A task's own copies of one module's direct parameters and buffers, used in its original forward.
 
     Args:
         host: the base module. Its tensors are copied in value; it is never changed.
         cls: the class whose forward runs (the host's class before it was routed).
-        shared: :func:`shared_dicts` of the base, which stay shared.
+        shared: :func:`shared_containers` of the base, which stay shared.
     """
 
     def __init__(
@@ -108,7 +137,7 @@ class TaskTensors(nn.Module):
             _buffers=self._buffers,
             _non_persistent_buffers_set=self._non_persistent_buffers_set,
         )
-        self._take_mode()
+        self.take_mode()
         _let_train(clone, True, clone.training)
 
     @property
@@ -129,17 +158,24 @@ class TaskTensors(nn.Module):
             for key in list(self.host.__dict__.get("_taps_set", ())):
                 if key in self.host.__dict__:
                     self.__dict__["clone"].__dict__[key] = self._own(key, self.host.__dict__[key])
-            self._take_mode()
+            self.take_mode()
 
-    def _take_mode(self) -> None:
+    def set(self, key: str, value: Any) -> None:
+        """An attribute that another module, or a hook, sets on the host while this task runs."""
+        setattr(self.__dict__["clone"], key, value)
+
+    def take_mode(self) -> None:
         """Training only if the task and the host are both asked to train."""
         self.__dict__["clone"].__dict__["training"] = self.training and self.host.__dict__.get("_taps_mode", True)
 
     def _own(self, key: str, value: Any, shared: frozenset[int] = frozenset()) -> Any:
         if key in _MACHINERY:
             return value
-        own = rebind(value, {id(self.host): self.__dict__["clone"]})
-        return dict(own) if _may_be_cache(own) and id(value) not in shared else own
+        held = {**self.host._parameters, **self.host._buffers}
+        mine = {**self._parameters, **self._buffers}
+        clones = {id(tensor): mine[key] for key, tensor in held.items() if tensor is not None}
+        own = rebind(value, {**clones, id(self.host): self.__dict__["clone"]})
+        return copy.copy(own) if _may_be_cache(own) and id(value) not in shared else own
 
     def drop_caches(self) -> None:
         """After values were loaded: what is kept was made of others."""
@@ -156,7 +192,7 @@ class TaskTensors(nn.Module):
 
     def train(self, mode: bool = True) -> TaskTensors:
         super().train(mode)
-        self._take_mode()
+        self.take_mode()
         clone = self.__dict__["clone"]
         _let_train(clone, clone.training)
         return self

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import composed, ops
+from ..errors import UnsupportedModuleError
 from . import sampling
 from .forward import base_weight, resting_weight, whole_weight
 from .sampling import Sample
@@ -63,6 +64,9 @@ _FACTS: frozenset[Callable[..., Any]] = frozenset(
         *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "__len__")),
         *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "ndimension")),
     ]
+)
+_IN_PLACE = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "div", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
 )
 # What takes size and type alone from some other tensor.
 _LIKES: frozenset[Callable[..., Any]] = frozenset(
@@ -114,11 +118,22 @@ class TaskWeight(Tensor):
         tensors = (input, weight, layer.delta, layer.score, bias)
         return sampling.run(op, trailing, self._sample, *tensors, *geometry, gate=gate, threshold=threshold)
 
+    @staticmethod
+    def _name_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        weight = next(value for value in (*args, kwargs.get("out")) if isinstance(value, TaskWeight))
+        name: str = weight._host.__dict__.get("_taps_name", type(weight._host).__name__)
+        return name
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _writes(func, args, kwargs):
+            raise UnsupportedModuleError(
+                f"{cls._name_of(args, kwargs)}: its weight is written to in the model's forward ({func.__name__}), "
+                "which would change the base, not the task; write to it outside, or name the layer in exclude_modules"
+            )
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS or (func in _LIKES and _asks(func, args)):
                 return func(*args, **kwargs)
@@ -127,6 +142,15 @@ class TaskWeight(Tensor):
             if func is F.conv2d:
                 return _conv2d(*args, **kwargs)
         return func(*_plain(args), **_plain(kwargs))
+
+
+def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if `func` writes to a TaskWeight: the first argument of what ends in one underscore, or `out`."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    writes = in_place or name in _IN_PLACE or name in ("__setitem__", "__set__")
+    target = args[0] if args and writes else kwargs.get("out")
+    return isinstance(target, TaskWeight)
 
 
 def _asks(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def rebind(value: Any, clones: Mapping[int, nn.Module], depth: int = 3) -> Any:
-    """A module's attribute with modules, and the owners of methods, replaced by their clones (by id).
+def rebind(value: Any, clones: Mapping[int, Any], depth: int = 3) -> Any:
+    """A module's attribute with modules and tensors, and the owners of methods, replaced by their clones (by id).
 
     Also in containers, in partials, and in what functions close over.
     """
-    if isinstance(value, nn.Module):
+    if isinstance(value, (nn.Module, Tensor)):
         return clones.get(id(value), value)
     if isinstance(value, MethodType):
         owner = clones.get(id(value.__self__))
@@ -38,7 +38,7 @@ def rebind(value: Any, clones: Mapping[int, nn.Module], depth: int = 3) -> Any:
     return value
 
 
-def _function(function: FunctionType, clones: Mapping[int, nn.Module], depth: int) -> FunctionType:
+def _function(function: FunctionType, clones: Mapping[int, Any], depth: int) -> FunctionType:
     """The function itself, or one of the same code that closes over the clones."""
     cells = function.__closure__ or ()
     rebound = [_cell(cell, clones, depth) for cell in cells]
@@ -52,7 +52,7 @@ def _function(function: FunctionType, clones: Mapping[int, nn.Module], depth: in
     return made
 
 
-def _cell(cell: CellType, clones: Mapping[int, nn.Module], depth: int) -> CellType:
+def _cell(cell: CellType, clones: Mapping[int, Any], depth: int) -> CellType:
     try:
         held = cell.cell_contents
     except ValueError:  # empty

@@ -19,7 +19,7 @@ from . import forward as _forward
 from . import reads
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
-from .own import NORM_TYPES, ROUTING, TaskTensors
+from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
 
 # Set while a module's own train() runs, whose settings are not its user's.
 _own_code: ContextVar[bool] = ContextVar("taps_ext_own_code", default=False)
@@ -30,8 +30,18 @@ def _set_by_user() -> bool:
     return not _own_code.get() and current() is None and not in_backward()
 
 
+def _own_part(module: nn.Module) -> TaskTensors | None:
+    """The running task's own tensors of a routed module."""
+    frame = running(module)
+    part = None if frame is None else frame.parts.get(module.__dict__.get("_taps_name", ""))
+    return part if isinstance(part, TaskTensors) else None
+
+
 class _Routed(nn.Module):
     """A module whose tensors a task may replace."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What a module's class keeps of its subclasses does not hear of the routed one."""
 
     _always_rests = False  # the base's own is in evaluation mode, also under `.train()`
 
@@ -47,10 +57,18 @@ class _Routed(nn.Module):
             return super().train(mode and not self._always_rests)
         finally:
             _own_code.reset(token)
+            part = _own_part(self)
+            if part is not None:
+                part.take_mode()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.__dict__ and name != "training" and not torch.compiler.is_compiling() and _set_by_user():
+        if name not in self.__dict__ or name == "training":
+            return
+        part = _own_part(self)
+        if part is not None:  # a forward of its own would set it on the task's copy
+            part.set(name, value)
+        elif not torch.compiler.is_compiling() and _set_by_user():
             self.__dict__["_taps_set"] = {**self.__dict__.get("_taps_set", {}), name: None}
             self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
 
@@ -66,10 +84,10 @@ class _Routed(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def _part_and_frame(module: nn.Module) -> tuple[GatedLayer | None, Frame | None]:
+def _part_and_frame(module: nn.Module) -> tuple[GatedLayer | TaskHead | None, Frame | None]:
     frame = running(module)
     part = None if frame is None else frame.parts.get(module.__dict__["_taps_name"])
-    return (part, frame) if isinstance(part, GatedLayer) else (None, None)
+    return (part, frame) if isinstance(part, (GatedLayer, TaskHead)) else (None, None)
 
 
 def _held(module: nn.Module, key: str) -> Any:
@@ -104,6 +122,9 @@ def _read_weight(module: nn.Module) -> Any:
     part, frame = _part_and_frame(module)
     if part is None or frame is None:
         return _held(module, _forward.weight_name(module))
+    if isinstance(part, TaskHead):
+        frame.entered.add(module.__dict__["_taps_name"])
+        return part.read(_forward.weight_name(module))
     enter = functools.partial(frame.entered.add, module.__dict__["_taps_name"])
     fused = "_taps_fused" in module.__dict__ and not torch.is_grad_enabled()
     special = type(_forward.base_weight(module)) not in (torch.Tensor, nn.Parameter)  # a subclass takes no other
@@ -116,6 +137,8 @@ def _read_weight(module: nn.Module) -> Any:
 def _read_bias(module: nn.Module) -> Any:
     """The base's bias, or during a task's forward the task's own, if it has one."""
     part, _ = _part_and_frame(module)
+    if isinstance(part, TaskHead):
+        return part.read(_forward.bias_name(module))
     own = None if part is None else part.bias
     return _held(module, _forward.bias_name(module)) if own is None else own
 
@@ -132,7 +155,7 @@ class _Reads(_Routed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         part, _ = _part_and_frame(self)
-        if part is None:
+        if not isinstance(part, GatedLayer):
             return super().forward(*args, **kwargs)
         return super(_Routed, self).forward(*args, **kwargs)
 
@@ -180,6 +203,8 @@ def _read_own(key: str, module: nn.Module) -> Any:
     name: str = module.__dict__["_taps_name"]
     frame = running(module)
     part = None if frame is None else frame.parts.get(name)
+    if isinstance(part, TaskHead):
+        return part.read(key)
     if frame is None or not isinstance(part, TaskTensors):
         return _held(module, key)
     frame.entered.add(f"{name}.{key}")
