@@ -12,6 +12,8 @@
 #                      make study-table prints it
 #   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
 #                      make transfer-table prints it
+#   make fraction      does a task learn the same from sampled score gradients (four hours, after the bases of make
+#                      transfer), resumable; make fraction-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
@@ -66,7 +68,8 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz twin bench bench-layers study study-table transfer transfer-table architectures memory gpu
+.PHONY: demo test lint fuzz twin bench bench-layers study study-table transfer transfer-table fraction fraction-table \
+  architectures memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -116,6 +119,13 @@ transfer: build
 
 transfer-table: build
 	$(PY) benchmarks/transfer.py table $(TRANSFER)
+
+FRACTION := --results benchmarks/results/fraction.jsonl
+fraction: build
+	$(PY) benchmarks/fraction.py run --data ../shared/data --bases runs/bases $(FRACTION)
+
+fraction-table: build
+	$(PY) benchmarks/fraction.py table $(FRACTION)
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json

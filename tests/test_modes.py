@@ -239,13 +239,21 @@ class Ema(nn.Module):
         return x - self.mean
 
 
-def test_training_that_writes_to_the_base_is_an_error_or_the_tasks_own() -> None:
-    model = TaskModel(nn.Sequential(nn.Linear(3, 3), Ema(), nn.Linear(3, 2)), TapsConfig(lam=1.0))
+class EmaAnew(Ema):
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+@pytest.mark.parametrize("kind", [Ema, EmaAnew])
+def test_training_that_writes_to_the_base_is_an_error_or_the_tasks_own(kind) -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(3, 3), kind(), nn.Linear(3, 2)), TapsConfig(lam=1.0))
     model.add_task("t", num_classes=2)
     model.train()
     with pytest.raises(TapsError, match="training wrote to the base's buffer 1.mean"):
         model(torch.ones(4, 3), task="t")
-    base = nn.Sequential(nn.Linear(3, 3), Ema(), nn.Linear(3, 2))
+    base = nn.Sequential(nn.Linear(3, 3), kind(), nn.Linear(3, 2))
     model = TaskModel(base, FullConfig())
     model.add_task("t", num_classes=2)
     model.train()
@@ -292,3 +300,37 @@ def test_flags_come_back_to_parameters_that_were_loaded() -> None:
     model.add_task("t")
     model.load_state_dict(model.state_dict(), assign=True)
     assert [p.requires_grad for p in model.unload().parameters()] == [True, True, True, False]
+
+
+class Branches(nn.Module):
+    """Runs whatever children and scale it has now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+        self.factor, self.fc = 2.0, nn.Linear(3, 2)
+
+    def forward(self, x):
+        for layer in self.body.values():
+            x = layer(x)
+        return self.fc(x * getattr(self, "factor", 1.0))
+
+
+def test_the_bare_base_in_training_is_the_base_as_it_is_now() -> None:
+    """Children and attributes that were removed, renamed or put in another order since its first forward."""
+    model = TaskModel(Branches(), TapsConfig(lam=1.0)).train()
+    base, x = model.base, torch.randn(4, 3)
+
+    def same() -> None:
+        assert torch.equal(model(x, task=None), base(x))
+
+    same()
+    base.body["a"] = base.body.pop("a")
+    assert list(base.body) == ["b", "a"]
+    same()
+    del base.body["b"]
+    same()
+    base.body["c"] = base.body.pop("a")
+    same()
+    del base.factor
+    same()

@@ -59,7 +59,11 @@ class TwoNames(nn.Module):
 
 
 def test_a_head_with_two_names_is_replaced_under_both() -> None:
-    model, x = task_on(TwoNames(), num_classes=5).eval(), torch.randn(6, 4)
+    base = TwoNames()
+    other = copy.deepcopy(base)
+    nn.init.ones_(other.fc.weight)
+    assert TaskModel(other).fingerprint() == TaskModel(copy.deepcopy(base)).fingerprint()
+    model, x = task_on(base, num_classes=5).eval(), torch.randn(6, 4)
     checkpoint = model.task_state_dict("t")
     assert torch.equal(checkpoint["fc.weight"], checkpoint["out.weight"])
     with torch.no_grad():

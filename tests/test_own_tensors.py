@@ -90,7 +90,7 @@ class Scale(nn.Module):
             "method": self.scaled,
             "partial": functools.partial(self.scaled, twice=True),
             "list": [self.scaled],
-            "closure": lambda x: self.scaled(x) * self.gamma,
+            "closure": lambda x, *, power=1.0: self.scaled(x) * self.gamma**power,
         }[how]
 
     def scaled(self, x: Tensor, twice: bool = False) -> Tensor:
