@@ -85,7 +85,18 @@ def _take_over(base: nn.Module) -> None:
     elif any(is_routed(module) for module in base.modules()):
         if owner is not None and flags is not None:
             _owners[base] = owner, flags
+        elif not _is_adapted(base):  # a copy of a base that was: nobody is to give it back
+            for module in base.modules():
+                unroute(module)
+            return
         raise ConfigError("base: expected a model of its own, got one that another TaskModel adapts; unload() that")
+
+
+def _is_adapted(base: nn.Module) -> bool:
+    """True if modules of `base` are those of another base with a TaskModel that is still there."""
+    mine = {id(module) for module in base.modules() if is_routed(module)}
+    alive = [other for other, (owner, _) in list(_owners.items()) if owner() is not None]
+    return any(id(module) in mine for other in alive for module in other.modules())
 
 
 def own(base: nn.Module, model: Any, flags: Flags) -> None:

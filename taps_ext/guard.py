@@ -66,8 +66,11 @@ class Guard:
                     "run the base once before it is adapted"
                 )
             elif None not in (held, now) and held != now:
+                advice = 'give it to the task (others="task") or freeze what writes to it'
+                if name.startswith("parameter"):
+                    advice = "put its values back (load_state_dict), and freeze what writes to it"
                 self.problem = (
                     f"the base's {name} has changed since the base was adapted, so that tasks would belong to no base "
-                    'that exists; give it to the task (others="task") or freeze what writes to it'
+                    f"that exists; {advice}"
                 )
         return self.problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,18 @@ def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
         _take_hooks(head, plain.get_submodule(state.head_path))
         for name in names_of(base, base.get_submodule(state.head_path)):
             plain.set_submodule(name, head)
+        _tell_config(plain, head)
     return plain
+
+
+def _tell_config(model: Any, head: nn.Module) -> None:
+    """A transformers model computes its loss by the number of classes in its config, and is loaded by that."""
+    config, outputs = getattr(model, "config", None), getattr(head, "out_features", None)
+    known = getattr(config, "num_labels", None)
+    if config is not None and isinstance(known, int) and isinstance(outputs, int) and known != outputs:
+        config.num_labels = outputs
+        if isinstance(getattr(model, "num_labels", None), int):
+            model.num_labels = outputs
 
 
 def _take_hooks(head: nn.Module, replaced: nn.Module) -> None:

@@ -68,6 +68,12 @@ class TaskSet(nn.Module):
                 route(module, name, fused=module in fused)
         self.training = base.training  # without touching the modules, each of which has a mode of its own
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy adapts a base of its own."""
+        super().__setstate__(state)
+        if self._flags is not None:
+            own(self.base, self, self._flags)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
             self._guard.forget(self.base, self._head)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import taps_ext
-from taps_ext import TapsConfig, Task, TaskModel, TrainConfig, Trainer
+from taps_ext import ConfigError, TapsConfig, Task, TaskModel, TrainConfig, Trainer
 from taps_ext.convert import same_bits
 
 
@@ -126,3 +126,25 @@ def test_regression(tmp_path) -> None:
     result = Trainer(model, {"product": task}, config, quiet=True).fit()["product"]
     errors = [epoch["val_error"] for epoch in result.history]
     assert result.val["error"] == min(errors) and result.val["error"] < 0.2 * y.var().item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics", "outputs", "message"),
+    [
+        (F.mse_loss, None, 1, "expected int64 labels, of which accuracy can be told"),
+        (
+            F.cross_entropy,
+            {},
+            1,
+            "expected probabilities of several classes for cross-entropy, got a head of one output",
+        ),
+        (F.cross_entropy, {}, 3, "expected probabilities of several classes for cross-entropy, got values down to -"),
+    ],
+)
+def test_targets_that_a_loss_or_accuracy_misreads_are_refused(loss, metrics, outputs, message) -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), TapsConfig(lam=0.001))
+    model.add_task("t", num_classes=outputs)
+    kept = {} if metrics is None else {"metrics": metrics}
+    task = Task(train=(torch.randn(64, 6), torch.randn(64, outputs)), loss=loss, **kept)
+    with pytest.raises(ConfigError, match=rf"^tasks\['t'\]\.train: {message}"):
+        Trainer(model, {"t": task}, TrainConfig(epochs=2, warmup_epochs=0), quiet=True).fit()

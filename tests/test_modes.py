@@ -54,8 +54,10 @@ def test_one_base_has_one_task_model() -> None:
     first.add_task("t", num_classes=2)
     with pytest.raises(ConfigError, match="another TaskModel adapts"):
         TaskModel(base, TapsConfig(lam=1.0))
-    with pytest.raises(ConfigError, match="another TaskModel adapts"):
-        TaskModel(copy.deepcopy(first).base)
+    for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        with pytest.raises(ConfigError, match="another TaskModel adapts"):
+            TaskModel(twin.base)
+        assert twin(images(), task="t").shape == (3, 2)
     assert first(images(), task="t").shape == (3, 2)
     first.delete_task("t")
     second = TaskModel(base, TapsConfig(lam=1.0))  # one without tasks makes way

@@ -357,3 +357,23 @@ def test_bases_that_cannot_be_adapted_are_named() -> None:
     )
     with pytest.raises(UnsupportedModuleError, match=r"^a\.b: has the name of another module"):
         task_on(clash, TAPS)
+
+
+def test_a_copy_of_an_adapted_base_is_nobodys() -> None:
+    base, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(5, 8)
+    model = task_on(base, TAPS, num_classes=2)
+    copied = copy.deepcopy(base)
+    with pytest.raises(ConfigError, match="one that another TaskModel adapts"):
+        TaskModel(nn.Sequential(base[0], nn.Linear(8, 2)), TAPS)
+    other = task_on(copied, TAPS, num_classes=4).eval()
+    assert other(x, task="t").shape == (5, 4) and torch.equal(other(x, task=None), model(x, task=None))
+    assert all(
+        type(module) is kind
+        for module, kind in zip(other.unload(), (nn.Linear, nn.BatchNorm1d, nn.Linear), strict=True)
+    )
+
+
+def test_a_linear_head_takes_what_the_bases_takes() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TAPS)
+    with pytest.raises(ConfigError, match="head: expected 8 inputs as the base's has, got 9"):
+        model.add_task("t", head=nn.Linear(9, 3))

@@ -100,6 +100,18 @@ def test_labels_of_another_number_of_classes_are_refused() -> None:
     assert torch.equal(output.loss, F.cross_entropy(output.logits, y))
 
 
+def test_a_merged_copy_computes_its_loss_and_loads_back(tmp_path) -> None:
+    base, x, y = vit(), pictures(), torch.tensor([0, 1, 6, 2])
+    model = TaskModel(base, TapsConfig(lam=0.5)).eval()
+    model.add_task("seven", num_classes=7)
+    merged = model.merge_and_unload("seven")
+    output = merged(x, labels=y)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, y))
+    assert base.config.num_labels == base.num_labels == 5
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(type(base).from_pretrained(tmp_path).eval()(x).logits, output.logits)
+
+
 @pytest.mark.parametrize("config", [TapsConfig(lam=0.5), FullConfig()])
 def test_gradient_checkpointing_changes_no_gradient(config) -> None:
     x = pictures()

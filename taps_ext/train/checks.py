@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from .task import Task, accuracy
 
 _IGNORED = -100  # what F.cross_entropy leaves out
 
@@ -33,20 +34,35 @@ def check_sample(data: Any, argument: str) -> None:
         raise ConfigError(f"{argument}: expected a number or tensor as the target of an item, got {target!r}")
 
 
-def check_targets(loss: Any, targets: Tensor, classes: int | None, argument: str, outputs: Any = None) -> None:
-    """Raise ConfigError unless `F.cross_entropy` takes these targets.
+def check_targets(task: Task, targets: Tensor, classes: int | None, argument: str, outputs: Any = None) -> None:
+    """Raise ConfigError unless the task's loss and metrics take these targets, as far as they are known.
 
     Args:
         classes: outputs of the task's linear head (None: not known).
         outputs: the model's, where they are known already; only `[B, classes]` says what targets must be like.
     """
-    if loss is not F.cross_entropy or classes is None or targets.is_cuda:
+    _check_loss(task, targets, classes, argument, outputs)
+    if targets.is_floating_point() and accuracy in task.metrics.values():
+        raise ConfigError(
+            f"{argument}: expected int64 labels, of which accuracy can be told, got {targets.dtype} "
+            f"{list(targets.shape)}; give the task metrics of its own, or metrics={{}} to select by the loss"
+        )
+
+
+def _check_loss(task: Task, targets: Tensor, classes: int | None, argument: str, outputs: Any) -> None:
+    if task.loss is not F.cross_entropy or classes is None or targets.is_cuda:
         return
     flat = isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] == classes
     got = f"{targets.dtype} {list(targets.shape)}"
     if targets.is_floating_point():
         if flat and tuple(targets.shape) != tuple(outputs.shape):
             raise ConfigError(f"{argument}: expected int64 labels [B] or probabilities [B, {classes}], got {got}")
+        if classes == 1 or (targets.numel() and bool((targets < 0).any())):
+            got = "a head of one output" if classes == 1 else f"values down to {float(targets.min()):.3g}"
+            raise ConfigError(
+                f"{argument}: expected probabilities of several classes for cross-entropy, got {got}; give the task "
+                "another loss, such as F.mse_loss"
+            )
         return
     if flat and (targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1):
         raise ConfigError(f"{argument}: expected int64 labels [B], got {got}")

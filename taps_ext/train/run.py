@@ -175,7 +175,7 @@ class Run:
             outputs = predictions(self.model(torch.as_tensor(inputs).to(self.device), task=self.name))
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
-            check_targets(self.task.loss, targets, self.outputs, f"tasks[{self.name!r}].train", outputs)
+            check_targets(self.task, targets, self.outputs, f"tasks[{self.name!r}].train", outputs)
             return self.loss(outputs, targets.to(self.device))
 
     def close_epoch(self, log: Log) -> None:

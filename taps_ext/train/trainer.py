@@ -257,7 +257,7 @@ class Trainer:
             check_sample(dataset, argument)
             targets = targets_of(dataset)
             if targets is not None:
-                check_targets(task.loss, targets, outputs, argument)
+                check_targets(task, targets, outputs, argument)
         if task.labels is not None and isinstance(outputs, int) and len(task.labels) != outputs:
             raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
@@ -279,7 +279,7 @@ class Trainer:
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                         outputs = predictions(self.model(torch.as_tensor(inputs).to(device), task=name))
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
-                    check_targets(task.loss, targets, outputs_of_head, f"task {name!r}", outputs)
+                    check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
                     targets = targets.to(device)
                     totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
                     for key, metric in task.metrics.items():
