@@ -59,6 +59,8 @@ def check_base(base: nn.Module) -> None:
         raise ConfigError("base: expected the bare model, got a TaskModel; add further tasks to that")
     if isinstance(base, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConfigError(f"base: expected the bare model, got {type(base).__name__}")
+    if isinstance(base, torch._dynamo.OptimizedModule):
+        raise ConfigError("base: expected the bare model, got a compiled one; compile the TaskModel instead")
     for name, module in base.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = name or "base"

@@ -89,9 +89,10 @@ def make_head(
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
     old = base.get_submodule(path)
     if head is not None:
-        if isinstance(old, nn.Linear) and isinstance(head, nn.Linear) and head.in_features != old.in_features:
-            raise ConfigError(f"head: expected {old.in_features} inputs as the base's has, got {head.in_features}")
-        return own_head(taken, head)
+        own = own_head(taken, head)
+        if isinstance(old, nn.Linear) and isinstance(own, nn.Linear) and own.in_features != old.in_features:
+            raise ConfigError(f"head: expected {old.in_features} inputs as the base's has, got {own.in_features}")
+        return own
     if num_classes is None:
         return _copied(old, path)
     if not isinstance(old, nn.Linear):

@@ -115,7 +115,7 @@ class TaskSet(nn.Module):
 
     def _new_name(self, name: str) -> str:
         if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or len(name) > 255:
-            raise ConfigError(f"name: expected a printable name without '/', got {name!r}")
+            raise ConfigError(f"name: expected a printable name of up to 255 characters without '/', got {name!r}")
         if name in self._names or module_key(name) in self._states:
             raise ConfigError(f"name: a task called {name!r} exists already")
         return name
@@ -273,7 +273,12 @@ class TaskSet(nn.Module):
         Args:
             tasks: which tasks; by default the active one.
             scale: 0 during warm-up.
+
+        Raises:
+            ConfigError: none is named and none is active.
         """
+        if tasks is None and self._active is None and self._names:
+            raise ConfigError("tasks: no task is active; name those whose penalty is meant")
         chosen = tasks if tasks is not None else [] if self._active is None else [self._active]
         terms = [term for state in self._states_for(chosen) if (term := state.sparsity_loss()) is not None]
         if not terms:

@@ -10,6 +10,7 @@ from torch import nn
 import taps_ext
 from taps_ext import ConfigError, TapsConfig, Task, TaskModel, TrainConfig, Trainer
 from taps_ext.convert import same_bits
+from taps_ext.train import accuracy
 
 
 class Segmenter(nn.Module):
@@ -148,3 +149,27 @@ def test_targets_that_a_loss_or_accuracy_misreads_are_refused(loss, metrics, out
     task = Task(train=(torch.randn(64, 6), torch.randn(64, outputs)), loss=loss, **kept)
     with pytest.raises(ConfigError, match=rf"^tasks\['t'\]\.train: {message}"):
         Trainer(model, {"t": task}, TrainConfig(epochs=2, warmup_epochs=0), quiet=True).fit()
+
+
+def test_accuracy_is_of_classes_where_cross_entropy_has_them() -> None:
+    outputs, targets = torch.randn(8, 8, 8, 8), torch.randint(0, 8, (8, 8, 8))
+    assert accuracy(outputs, targets) == (outputs.argmax(1) == targets).double().mean().item()
+    assert accuracy(outputs[..., 0, 0], targets[..., 0, 0]) == (
+        (outputs[..., 0, 0].argmax(1) == targets[..., 0, 0]).double().mean().item()
+    )
+    with pytest.raises(ConfigError, match=r"accuracy: expected targets \[8, 8, 8\] for outputs .*, got \[8\]"):
+        accuracy(outputs, targets[:, 0, 0])
+
+
+def test_a_penalty_of_no_task_is_refused() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), TapsConfig(lam=0.5))
+    assert model.sparsity_loss() == 0.0
+    model.add_task("t")
+    assert model.sparsity_loss("t") > 0.0
+    with pytest.raises(ConfigError, match="tasks: no task is active"):
+        model.sparsity_loss()
+
+
+def test_a_compiled_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match="base: expected the bare model, got a compiled one; compile the TaskModel"):
+        TaskModel(torch.compile(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))), TapsConfig(lam=0.5))

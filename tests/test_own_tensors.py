@@ -90,6 +90,8 @@ class Scale(nn.Module):
             "method": self.scaled,
             "partial": functools.partial(self.scaled, twice=True),
             "list": [self.scaled],
+            "default": lambda x, own=self: own.scaled(x) * own.gamma,
+            "keyword": lambda x, *, own=self: own.scaled(x) * own.gamma,
             "closure": lambda x, *, power=1.0: self.scaled(x) * self.gamma**power,
         }[how]
 
@@ -100,7 +102,7 @@ class Scale(nn.Module):
         return (self.run[0] if isinstance(self.run, list) else self.run)(x)
 
 
-@pytest.mark.parametrize("how", ["method", "partial", "list", "closure"])
+@pytest.mark.parametrize("how", ["method", "partial", "list", "default", "keyword", "closure"])
 def test_stored_methods_are_the_tasks(how) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(4, 4), Scale(how), nn.Linear(4, 3)).eval()

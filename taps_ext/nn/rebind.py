@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def rebind(value: Any, clones: Mapping[int, Any], depth: int = 3) -> Any:
     """A module's attribute with modules and tensors, and the owners of methods, replaced by their clones (by id).
 
-    Also in containers, in partials, and in what functions close over.
+    Also in containers, in partials, and in what functions close over or have as defaults.
     """
     if isinstance(value, (nn.Module, Tensor)):
         return clones.get(id(value), value)
@@ -40,14 +40,13 @@ def rebind(value: Any, clones: Mapping[int, Any], depth: int = 3) -> Any:
 
 def _function(function: FunctionType, clones: Mapping[int, Any], depth: int) -> FunctionType:
     """The function itself, or one of the same code that closes over the clones."""
-    cells = function.__closure__ or ()
-    rebound = [_cell(cell, clones, depth) for cell in cells]
-    if all(new is old for new, old in zip(rebound, cells, strict=True)):
+    cells, defaults, named = function.__closure__ or (), function.__defaults__, function.__kwdefaults__
+    rebound = tuple(_cell(cell, clones, depth) for cell in cells)
+    values, keywords = rebind(defaults, clones, depth), rebind(named, clones, depth)
+    if all(new is old for new, old in zip(rebound, cells, strict=True)) and values is defaults and keywords is named:
         return function
-    made = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(rebound)
-    )
-    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, values, rebound)
+    made.__kwdefaults__, made.__qualname__ = keywords, function.__qualname__
     made.__dict__.update(function.__dict__)
     return made
 

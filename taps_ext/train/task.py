@@ -30,8 +30,21 @@ def predictions(outputs: Any) -> Any:
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of rows whose largest output is the target: `[B, C]` and `[B]`, in [0, 1]."""
-    return (outputs.argmax(dim=-1) == targets).float().mean().item()
+    """Share of targets that are the largest output, in [0, 1].
+
+    Args:
+        outputs: `[B, C]`, or `[B, C, ...]` as `F.cross_entropy` takes it. targets: `[B]`, or `[B, ...]`.
+
+    Raises:
+        ConfigError: other shapes.
+    """
+    labels = outputs.argmax(dim=min(1, outputs.dim() - 1))
+    if labels.shape != targets.shape:
+        raise ConfigError(
+            f"accuracy: expected targets {list(labels.shape)} for outputs {list(outputs.shape)}, got "
+            f"{list(targets.shape)}; give the task metrics of its own"
+        )
+    return (labels == targets).float().mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +57,8 @@ class Task:
         test: like `train`; evaluated once at the end, never used to choose anything.
         loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
             transformers `ModelOutput` it is the logits.
-        metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects.
+        metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects, or the loss
+            if there is none. By default :func:`accuracy`.
         maximize: False if less of the first metric is better.
         augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision (any
             `nn.Module` or function of one argument), which is given one sample at a time; or None. Random numbers of
