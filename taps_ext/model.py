@@ -17,7 +17,7 @@ from .errors import ConfigError, TapsError
 from .methods import FullConfig
 from .nn.frame import in_backward, recomputed_call, running_node
 from .nn.mirror import Mirror
-from .nn.route import unroute
+from .nn.route import unroute, whole_model
 from .report import Report, make_report
 from .running import run_base, run_task
 from .scan import head_path
@@ -110,7 +110,8 @@ class TaskModel(TaskSet):
 
     def train(self, mode: bool = True) -> TaskModel:
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
-        super().train(mode)
+        with whole_model(mode):
+            super().train(mode)
         return self
 
     # -- reports and files

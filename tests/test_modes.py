@@ -336,3 +336,20 @@ def test_the_bare_base_in_training_is_the_base_as_it_is_now() -> None:
     same()
     del base.factor
     same()
+
+
+def test_modes_that_are_assigned_are_modes() -> None:
+    """As training loops do that note the mode of every module, evaluate, and assign what they noted."""
+    model = TaskModel(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), TapsConfig(lam=1.0)).train()
+    model.add_task("t")
+    own = model.state("t").table["1"]
+    for steps in (1, 2):
+        noted = {module: module.training for module in model.modules()}
+        model.eval()(torch.randn(4, 3), task="t")
+        for module, mode in noted.items():
+            module.training = mode
+        model(torch.randn(4, 3), task="t")
+        assert own.num_batches_tracked == steps
+    model.base[1].eval()  # one that its user freezes rests
+    model(torch.randn(4, 3), task="t")
+    assert own.num_batches_tracked == 2

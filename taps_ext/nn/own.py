@@ -158,7 +158,7 @@ class TaskTensors(nn.Module):
             for key in list(self.host.__dict__.get("_taps_set", ())):
                 if key in self.host.__dict__:
                     self.__dict__["clone"].__dict__[key] = self._own(key, self.host.__dict__[key])
-            self.take_mode()
+        self.take_mode()  # which may have been assigned, here or there
 
     def set(self, key: str, value: Any) -> None:
         """An attribute that another module, or a hook, sets on the host while this task runs."""

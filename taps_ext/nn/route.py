@@ -7,7 +7,8 @@ unloading is the identity. `frame.py` says which task that is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +24,20 @@ from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
 
 # Set while a module's own train() runs, whose settings are not its user's.
 _own_code: ContextVar[bool] = ContextVar("taps_ext_own_code", default=False)
+
+
+# Set while a whole TaskModel goes into evaluation mode, which its tasks' parts know by themselves.
+_resting: ContextVar[bool] = ContextVar("taps_ext_resting", default=False)
+
+
+@contextmanager
+def whole_model(mode: bool) -> Iterator[None]:
+    """Around `train(mode)` of a TaskModel: in evaluation no module of its base is asked to differ from it."""
+    token = _resting.set(not mode)
+    try:
+        yield
+    finally:
+        _resting.reset(token)
 
 
 def _set_by_user() -> bool:
@@ -50,7 +65,7 @@ class _Routed(nn.Module):
         return _rebuild, (original_class(self), *type(self)._taps_route), state  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> _Routed:
-        self.__dict__["_taps_mode"] = mode  # what tasks go by
+        self.__dict__["_taps_mode"] = mode or _resting.get()  # whether its tasks may train
         self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
         token = _own_code.set(True)
         try:
