@@ -179,6 +179,8 @@ class TaskSet(nn.Module):
             self._guard.note(self.base)
         for module in state.table:
             route(self.base.get_submodule(module), module)
+        for layer, _ in state.gated():
+            self.base.get_submodule(layer).__dict__["_taps_gated"] = True
         state.remember_hosts(self.base)
         state.train(self.training)
         self._states[module_key(name)] = state

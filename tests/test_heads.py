@@ -173,3 +173,9 @@ def test_a_penalty_of_no_task_is_refused() -> None:
 def test_a_compiled_base_is_refused() -> None:
     with pytest.raises(ConfigError, match="base: expected the bare model, got a compiled one; compile the TaskModel"):
         TaskModel(torch.compile(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))), TapsConfig(lam=0.5))
+
+
+def test_a_linear_head_takes_what_the_bases_takes() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TapsConfig(lam=0.5))
+    with pytest.raises(ConfigError, match="head: expected 8 inputs as the base's has, got 9"):
+        model.add_task("t", head=nn.Linear(9, 3))

@@ -219,16 +219,6 @@ def test_a_base_that_was_loaded_is_the_base(tmp_path) -> None:
         model.save_task("t", tmp_path / "t.taps")
 
 
-def test_merged_weights_are_of_the_type_that_the_model_was_cast_to() -> None:
-    model, x = shaken(task_on(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TAPS)).eval(), torch.randn(5, 8)
-    model.merge_task("t")
-    model.bfloat16()
-    with torch.no_grad():
-        merged = model(x.bfloat16(), task="t")
-        model.unmerge_task()
-        assert torch.equal(model(x.bfloat16(), task="t"), merged)
-
-
 class Keeps(nn.Module):
     """Keeps a list of weights beside its modules."""
 
@@ -373,7 +363,26 @@ def test_a_copy_of_an_adapted_base_is_nobodys() -> None:
     )
 
 
-def test_a_linear_head_takes_what_the_bases_takes() -> None:
-    model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TAPS)
-    with pytest.raises(ConfigError, match="head: expected 8 inputs as the base's has, got 9"):
-        model.add_task("t", head=nn.Linear(9, 3))
+class Fuses(nn.Module):
+    """Makes one weight of two for evaluation, as RepVGG does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fused = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), None
+
+    def train(self, mode: bool = True) -> "Fuses":
+        self.fused = None if mode else (self.a.weight + self.b.weight).detach()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if self.fused is None else F.linear(x, self.fused)
+
+
+def test_weights_that_are_fused_when_the_mode_changes_are_named() -> None:
+    model, x = TaskModel(nn.Sequential(Fuses(), nn.Linear(8, 3)), TAPS), torch.randn(5, 8)
+    model.add_task("t", config=TapsConfig(lam=0.0, exclude_modules=["0.*"]))
+    torch.testing.assert_close(model.eval()(x, task="t"), model.train()(x, task="t"))
+    model.add_task("u")
+    with pytest.raises(UnsupportedModuleError, match=r"^0\.a: its weight is read when the model's mode changes"):
+        model.eval()
+    assert "_taps_gated" not in model.unload()[0].a.__dict__

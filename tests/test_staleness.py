@@ -222,3 +222,18 @@ def test_a_weight_written_past_its_version_is_read_again() -> None:
         model.base[0].weight.data.mul_(2.0)
         model.refresh_gates()
         assert not torch.equal(model(x, task="t"), before)
+
+
+def test_merged_weights_are_of_the_type_that_the_model_was_cast_to() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3)), TapsConfig(lam=0.0)).eval()
+    model.add_task("t")
+    with torch.no_grad():
+        for parameter in model.state("t").parameters():
+            parameter.add_(torch.rand_like(parameter))
+        model.refresh_gates()
+        model.merge_task("t")
+        model.bfloat16()
+        x = torch.randn(5, 64, dtype=torch.bfloat16)
+        merged = model(x, task="t")
+        model.unmerge_task()
+        assert torch.equal(model(x, task="t"), merged)

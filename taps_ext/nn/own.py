@@ -20,7 +20,16 @@ from ..errors import UnsupportedModuleError
 from .rebind import rebind
 
 # Attributes of a host that mean nothing to its copy: the rest of what `route` leaves there is its own.
-ROUTING = ("_taps_class", "_taps_name", "_taps_fused", "_taps_cast", "_taps_mode", "_taps_set", "_taps_sets")
+ROUTING = (
+    "_taps_class",
+    "_taps_name",
+    "_taps_fused",
+    "_taps_gated",
+    "_taps_cast",
+    "_taps_mode",
+    "_taps_set",
+    "_taps_sets",
+)
 _MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in _MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
 _UNSEEN = object()

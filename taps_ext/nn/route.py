@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..errors import UnsupportedModuleError
 from . import forward as _forward
 from . import reads
 from .frame import Frame, current, in_backward, running
@@ -26,18 +27,18 @@ from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
 _own_code: ContextVar[bool] = ContextVar("taps_ext_own_code", default=False)
 
 
-# Set while a whole TaskModel goes into evaluation mode, which its tasks' parts know by themselves.
-_resting: ContextVar[bool] = ContextVar("taps_ext_resting", default=False)
+# The mode that a whole TaskModel is changing to, or None.
+_mode: ContextVar[bool | None] = ContextVar("taps_ext_mode", default=None)
 
 
 @contextmanager
 def whole_model(mode: bool) -> Iterator[None]:
-    """Around `train(mode)` of a TaskModel: in evaluation no module of its base is asked to differ from it."""
-    token = _resting.set(not mode)
+    """Around `train(mode)` of a TaskModel."""
+    token = _mode.set(mode)
     try:
         yield
     finally:
-        _resting.reset(token)
+        _mode.reset(token)
 
 
 def _set_by_user() -> bool:
@@ -65,7 +66,8 @@ class _Routed(nn.Module):
         return _rebuild, (original_class(self), *type(self)._taps_route), state  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> _Routed:
-        self.__dict__["_taps_mode"] = mode or _resting.get()  # whether its tasks may train
+        # Whether its tasks may train. When the whole model rests, their parts know that by themselves.
+        self.__dict__["_taps_mode"] = mode or _mode.get() is False
         self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
         token = _own_code.set(True)
         try:
@@ -136,6 +138,11 @@ def _read_weight(module: nn.Module) -> Any:
     """The base's weight, or during a task's forward the task's (`reads.TaskWeight`)."""
     part, frame = _part_and_frame(module)
     if part is None or frame is None:
+        if _mode.get() is not None and "_taps_gated" in module.__dict__:
+            raise UnsupportedModuleError(
+                f"{module.__dict__['_taps_name']}: its weight is read when the model's mode changes, where no task "
+                "runs: what is made of it there would serve all tasks; name the layer in exclude_modules"
+            )
         return _held(module, _forward.weight_name(module))
     if isinstance(part, TaskHead):
         frame.entered.add(module.__dict__["_taps_name"])
