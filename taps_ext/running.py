@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import BypassedLayerError, ConfigError, TapsError
+from .guard import tensors
 from .nn.frame import Call, Frame, enter, leave, sequence_number
 from .nn.sampling import Sample, batch_size, draw
 
@@ -95,9 +96,7 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
     """The first forward in training mode, which proves that it leaves the base's tensors alone."""
 
     def versions() -> dict[str, tuple[torch.Tensor, int]]:
-        kinds = {"parameter": model.base.named_parameters(), "buffer": model.base.named_buffers()}
-        held = ((f"{kind} {n}", t) for kind, tensors in kinds.items() for n, t in tensors)
-        return {n: (t, t._version) for n, t in held if not t.is_inference()}
+        return {name: (t, t._version) for name, t in tensors(model.base) if not t.is_inference()}
 
     before = versions()
     output = _run(model, name, frame, args, kwargs)

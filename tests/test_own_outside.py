@@ -206,6 +206,16 @@ def test_a_base_that_was_written_to_is_found_after_it_was_moved(move, tmp_path) 
         model.save_task("t", tmp_path / "t.taps")
 
 
+def test_a_base_whose_values_were_put_back_is_the_base(tmp_path) -> None:
+    model = task_on(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TAPS)
+    values = copy.deepcopy(model.base.state_dict())
+    model.base[0].weight.data.mul_(2.0)
+    with pytest.raises(TapsError, match="put its values back"):
+        model.save_task("t", tmp_path / "t.taps")
+    model.base.load_state_dict(values)
+    model.save_task("t", tmp_path / "t.taps")
+
+
 def test_a_base_that_was_loaded_is_the_base(tmp_path) -> None:
     def made() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))

@@ -2,7 +2,7 @@
 
 A shallow copy of the host shares its submodules and settings and differs only in its direct tensors, so that
 any class with any forward (BatchNormAct2d, LayerNorm2d, a ViT's class token) keeps working, in any thread. What a user
-sets on the host later is set on the copy too; what forward and train set stays with the copy, and dictionaries that may
+sets on the host later is set on the copy too; what forward and train set stays with the copy, and containers that may
 be a cache of tensors are its own.
 """
 
@@ -180,9 +180,9 @@ class TaskTensors(nn.Module):
     def _own(self, key: str, value: Any, shared: frozenset[int] = frozenset()) -> Any:
         if key in _MACHINERY:
             return value
-        held = {**self.host._parameters, **self.host._buffers}
         mine = {**self._parameters, **self._buffers}
-        clones = {id(tensor): mine[key] for key, tensor in held.items() if tensor is not None}
+        held = {**self.host._parameters, **self.host._buffers}
+        clones: dict[int, Any] = {id(tensor): mine[name] for name, tensor in held.items() if tensor is not None}
         own = rebind(value, {**clones, id(self.host): self.__dict__["clone"]})
         return copy.copy(own) if _may_be_cache(own) and id(value) not in shared else own
 
