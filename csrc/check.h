@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "device.h"
 #include "tensor.h"
 
 namespace taps {
@@ -41,7 +42,7 @@ inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described
     return resolved;
   }
   if (!score) fail("gate: expected a bool, or a score to read it from, got None for both");
-  if (score->place.cuda) {
+  if (cuda::runs(score->place.cuda)) {
     resolved.score = score->data();
     resolved.score_dtype = score->dtype;
     return resolved;

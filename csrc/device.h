@@ -24,9 +24,10 @@ constexpr bool kCompiled = false;
 }
 inline void* current_stream(int) { absent(); }
 inline bool is_capturing(void*) { absent(); }
-inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
-inline void dot(const Dot&, int, void*) { absent(); }
 #ifndef TAPS_WITH_TWIN
+inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
+inline void foreach_reconstruct(const ForeachReconstruct&, int, void*) { absent(); }
+inline void dot(const Dot&, int, void*) { absent(); }
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
 #endif
@@ -34,9 +35,12 @@ inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
 #endif
 
 #ifdef TAPS_WITH_TWIN
-constexpr bool kTilesOnCpu = true;
+constexpr bool kTwin = true;
 #else
-constexpr bool kTilesOnCpu = false;
+constexpr bool kTwin = false;
 #endif
+
+// Whether device kernels run there: on a GPU, and in the twin's build everywhere.
+constexpr bool runs(bool on_cuda) { return on_cuda || kTwin; }
 
 }  // namespace taps::cuda

@@ -8,8 +8,8 @@
 namespace taps {
 namespace {
 
-// Whether tile kernels run there: on a GPU, and in the twin's build everywhere. The CPU's own kernel is cpu/linear.cpp.
-bool on_tiles(Place place) { return place.cuda || cuda::kTilesOnCpu; }
+// Whether tile kernels run there. The CPU's own kernels are cpu/linear.cpp and cpu/conv2d.cpp.
+bool on_tiles(Place place) { return cuda::runs(place.cuda); }
 
 // Elements of a row next to each other in memory; for the tile kernels rows that can be read in words.
 bool readable(const Described& matrix) {

@@ -51,9 +51,7 @@ struct Gate {
 
 // out = scale * (weight + (gate ? delta : 0)), computed in fp32 (fp64 where an operand is fp64)
 // and rounded once. A null weight or delta counts as 0; a closed gate never reads the delta.
-// `out` may be `weight` or `delta` itself when the walk is flat.
-struct Reconstruct {
-  Walk<3> walk;  // out, weight, delta
+struct Rebuild {
   void* out = nullptr;
   const void* weight = nullptr;
   const void* delta = nullptr;
@@ -68,6 +66,21 @@ struct Reconstruct {
            (delta && delta_dtype == Dtype::kFloat64);
   }
 };
+
+// Of a tensor. `out` may be `weight` or `delta` itself when the walk is flat.
+struct Reconstruct : Rebuild {
+  Walk<3> walk;  // out, weight, delta
+};
+
+// Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
+struct ForeachReconstruct {
+  static constexpr int kMost = 40;
+  Rebuild items[kMost];
+  int64_t numel[kMost];
+  int32_t end[kMost];  // of each item's blocks; the launch sets them
+  int count = 0;
+};
+static_assert(sizeof(ForeachReconstruct) <= 4096, "the arguments of a kernel");
 
 // result = scale * sum(a * b), products and sums in fp64. The order is fixed by the sizes alone:
 // chunks of kDotChunk elements, whose sums are added in sequence.
@@ -153,16 +166,12 @@ int64_t conv2d_bytes(const Convolution& args);
 void conv2d(const Convolution& args);
 }  // namespace cpu
 
-#ifdef TAPS_WITH_CUDA
-namespace cuda {
-void reconstruct(const Reconstruct& args, int device, void* stream);
-void dot(const Dot& args, int device, void* stream);
-}  // namespace cuda
-#endif
-
-// The tile kernels: on CUDA, or in a build for tests on the CPU, by the host twin (tests/host).
+// On CUDA, or in a build for tests on the CPU, by the host twin (tests/host).
 #if defined(TAPS_WITH_CUDA) || defined(TAPS_WITH_TWIN)
 namespace cuda {
+void reconstruct(const Reconstruct& args, int device, void* stream);
+void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);  // all of them in fp64, or none
+void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);
 void linear(Product product, LinearProduct args, int device, void* stream);

@@ -10,6 +10,10 @@ using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // input, del
 void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                  std::optional<bool> gate, double threshold);
 
+void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tensor>& weights,
+                         const std::vector<OptionalTensor>& deltas, const std::vector<OptionalTensor>& scores,
+                         const Ints& gates, double threshold);
+
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold,
                     const OptionalTensor& rows = std::nullopt, double row_scale = 1.0, bool training = false);

@@ -61,7 +61,7 @@ namespace {
 std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
   const auto bytes = static_cast<size_t>(numel * size_of(dtype));
   const size_t limit = workspace_limit();
-  if (cuda::kTilesOnCpu || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
+  if (cuda::kTwin || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
   return std::make_unique<Lease>(false, 0, nullptr, bytes);
 }
 
@@ -155,12 +155,12 @@ Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scr
   return *scratch.tensor;
 }
 
-void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
-                      double scale) {
+Reconstruct reconstruction(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
+                           double scale) {
   Reconstruct args;
   args.walk = make_walk<3>(out.sizes,
                            {out.strides, weight ? weight->strides : out.strides, delta ? delta->strides : out.strides});
-  if (args.walk.numel == 0) return;
+  if (args.walk.numel == 0) return args;
   args.out = out.data();
   args.out_dtype = out.dtype;
   if (weight) {
@@ -173,7 +173,14 @@ void reconstruct_into(const Described& out, const Described* weight, const Descr
   }
   args.gate = gate;
   args.scale = scale;
-  if (out.place.cuda) {
+  return args;
+}
+
+void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
+                      double scale) {
+  const Reconstruct args = reconstruction(out, weight, delta, gate, scale);
+  if (args.walk.numel == 0) return;
+  if (cuda::runs(out.place.cuda)) {
     cuda::reconstruct(args, out.place.index, stream_of(out.place));
   } else {
     cpu::reconstruct(args);
@@ -198,7 +205,7 @@ Tensor dot_like(const Described& score, const Described& a, const Described& b, 
   args.result = result.data_ptr();
   args.result_dtype = score.dtype;
   const int64_t chunks = dot_chunks(args.walk);
-  if (a.place.cuda) {
+  if (cuda::runs(a.place.cuda)) {
     const int64_t size = chunks, stride = 1;
     const Tensor partials = empty_strided(Span(&size, 1), Span(&stride, 1), Dtype::kFloat64, a.place);
     args.partials = static_cast<double*>(partials.data_ptr());

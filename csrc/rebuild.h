@@ -25,7 +25,9 @@ Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scr
 Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable = false);
 Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable);
 
-// out = scale * (weight + (gate ? delta : 0)); a missing operand counts as 0.
+// out = scale * (weight + (gate ? delta : 0)); a missing operand counts as 0. The kernels' arguments, and the call.
+Reconstruct reconstruction(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
+                           double scale = 1.0);
 void reconstruct_into(const Described& out, const Described* weight, const Described* delta, const Gate& gate,
                       double scale = 1.0);
 

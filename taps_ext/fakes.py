@@ -118,6 +118,7 @@ def register() -> None:
     """Tell torch about all fakes; the extension must be loaded."""
     fake = torch.library.register_fake
     fake("taps_ext::reconstruct", lambda out, weight, delta, score, gate, threshold: None)
+    fake("taps_ext::foreach_reconstruct", lambda outs, weights, deltas, scores, gates, threshold: None)
     fake("taps_ext::gated_linear", _fake_linear)
     fake("taps_ext::gated_linear_backward", _fake_linear_backward)
     fake("taps_ext::gated_conv2d", _fake_conv2d)

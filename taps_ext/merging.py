@@ -24,14 +24,18 @@ from .task import TaskState
 
 def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
     """round(W + Delta) in the weight's dtype, or the task's own weight, for every open layer."""
-    merged = {}
+    merged: dict[str, Tensor] = {}
+    outs, weights, deltas = [], [], []
     opened = set(state.open_layers())
     for layer, part in state.gated():
         if layer in opened and part.weight is not None:
             merged[layer] = part.weight.detach().clone(memory_format=torch.preserve_format)
         elif layer in opened and part.delta is not None:
-            weight = base_weight(base.get_submodule(layer)).detach()
-            merged[layer] = ops.reconstruct_(torch.empty_like(weight), weight, part.delta.detach(), gate=True)
+            weights.append(base_weight(base.get_submodule(layer)).detach())
+            deltas.append(part.delta.detach())
+            outs.append(torch.empty_like(weights[-1]))
+            merged[layer] = outs[-1]
+    ops.foreach_reconstruct_(outs, weights, deltas, gates=[True] * len(outs))
     return merged
 
 

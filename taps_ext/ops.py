@@ -17,7 +17,15 @@ from .extension import C as _C
 
 HAS_EXTENSION: bool = _C is not None
 
-__all__ = ["HAS_EXTENSION", "effective_weight", "gated_conv2d", "gated_linear", "reconstruct_", "unread_weight"]
+__all__ = [
+    "HAS_EXTENSION",
+    "effective_weight",
+    "foreach_reconstruct_",
+    "gated_conv2d",
+    "gated_linear",
+    "reconstruct_",
+    "unread_weight",
+]
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -279,6 +287,39 @@ def reconstruct_(
     else:
         out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
     return out
+
+
+def foreach_reconstruct_(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    scores: Sequence[Tensor | None] | None = None,
+    *,
+    gates: Sequence[bool | None] | None = None,
+    threshold: float = 0.1,
+) -> None:
+    """:func:`reconstruct_` for every entry of the lists; on a GPU one launch serves up to 40 dense tensors.
+
+    `scores` and `gates`: one for each tensor, or None for all; a gate of None is read from its score.
+
+    Raises:
+        RuntimeError: naming the entry, for lists of different lengths, for what :func:`reconstruct_` refuses, and for
+            an entry of `outs` that shares memory with another one or with another entry's weight or delta. Nothing is
+            written then.
+    """
+    count = len(outs)
+    if not outs and not weights:
+        return
+    scores = [None] * count if scores is None else scores
+    gates = [None] * count if gates is None else gates
+    if HAS_EXTENSION:
+        known = [-1 if gate is None else int(gate) for gate in gates]
+        torch.ops.taps_ext.foreach_reconstruct(outs, weights, deltas, scores, known, threshold)
+        if not is_compiling():
+            torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
+    else:
+        for out, weight, delta, score, gate in zip(outs, weights, deltas, scores, gates, strict=True):
+            reconstruct_(out, weight, delta, score, gate=gate, threshold=threshold)
 
 
 def effective_weight(

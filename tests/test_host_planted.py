@@ -1,4 +1,4 @@
-"""Mistakes planted in the tile kernels, one at a time: each is found on the CPU, most with the line that shows it.
+"""Mistakes planted in the kernels, one at a time: each is found on the CPU, most with the line that shows it.
 
 Their source is changed as text, and a small program is compiled against it with AddressSanitizer.
 """
@@ -19,7 +19,7 @@ from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = {
     name: (CSRC / "cuda" / name).read_text(encoding="utf-8")
-    for name in ("stream.cuh", "operands.cuh", "tile.cuh", "linear.cuh")
+    for name in ("stream.cuh", "operands.cuh", "tile.cuh", "linear.cuh", "elements.cuh", "reconstruct.cuh", "dot.cuh")
 }
 QUICK = ["-O0", *(flag for flag in FLAGS["sanitized"] if flag.startswith("-f"))]  # compiling takes longer than running
 WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1, next);\n"
@@ -127,6 +127,45 @@ PLANTED = {
     "a lane short": Plant("mask = 16;", "mask = 8;", WRONG),
     "closed, but its gradient leaves": Plant("open ? scale * first", "true ? scale * first", WRONG),
     "scale forgotten": Plant("open ? scale * second", "open ? second", WRONG),
+    # W_t as a tensor, and the dot product
+    "a vector too many": Plant("vectors ? count / kVector : 0", "vectors ? (count + 7) / kVector : 0", BEYOND),
+    "an element too many": Plant("i < count; i += step", "i <= count; i += step", BEYOND),
+    "an element too few": Plant("i < count; i += step", "i < count - 1; i += step", WRONG),
+    "vectors where rows are misaligned": Plant(
+        "reinterpret_cast<uintptr_t>(data) % 16 == 0", "true", r"misaligned at ([\w.]+):(\d+)", ("gld16_once", "gst16")
+    ),
+    "an open Delta is not added": Plant("(open ? weight + delta : weight)", "weight", WRONG),
+    "a closed Delta is taken alone": Plant(
+        "bool open = args.delta && is_open(args.gate);\n  const int64_t count",
+        "bool open = args.delta;\n  const int64_t count",
+        WRONG,
+    ),
+    "scale of a rebuild forgotten": Plant("scale == T(1) ? sum : sum * scale", "sum", WRONG),
+    "halves of a word exchanged": Plant("(i % 2 * 16)", "((i + 1) % 2 * 16)", WRONG),
+    "words of a double exchanged": Plant("{{low_of(first), high_of(first),", "{{high_of(first), low_of(first),", WRONG),
+    "the next tensor's block": Plant("block < args.end[middle]", "block <= args.end[middle]", f"{WRONG}|{BEYOND}"),
+    "a tensor's first chunk": Plant("item > 0 ? args.end[item - 1] : 0", "0", f"{WRONG}|{BEYOND}"),
+    "a chunk beyond its tensor": Plant("left < kForeachChunk ? left : kForeachChunk", "kForeachChunk", BEYOND),
+    "another operand's strides": Plant(
+        "position * walk.strides[k][dim]", "position * walk.strides[0][dim]", f"{WRONG}|{BEYOND}"
+    ),
+    "products of a chunk beyond the end": Plant(
+        "begin + (left < kDotChunk ? left : kDotChunk)", "begin + kDotChunk", BEYOND
+    ),
+    "tail of the products forgotten": Plant("i = done + tid(); i < end", "i = done + tid(); i < done", WRONG),
+    "a step of the tree short": Plant("width = kThreads / 2;", "width = kThreads / 4;", WRONG),
+    "the tree without a barrier": Plant(
+        "ld(sums, tid() + width));\n    block_sync();",
+        "ld(sums, tid() + width));",
+        r"race at ([\w.]+):(\d+)",
+        ("sums",),
+    ),
+    "the tree before its leaves": Plant(
+        "st(sums, tid(), value);\n  block_sync();",
+        "st(sums, tid(), value);",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("sums",),
+    ),
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 HERE = Path(__file__).parent / "host"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 RUNTIME = ["fiber", "twin", "primitives"]
-PROGRAMS = ["misuse", "conformance", "linear", "linear_weight"]
+PROGRAMS = ["misuse", "conformance", "elementwise", "linear", "linear_weight"]
 FLAGS = {"plain": ["-O2"], "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]}
 
 

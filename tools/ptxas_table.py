@@ -1,26 +1,37 @@
-"""Turn the output of `ptxas -v` into one line per kernel and architecture; spills fail."""
+"""Turn the output of `ptxas -v` into one line per kernel and architecture; spills and stacks fail.
+
+A kernel whose shared memory is dynamic has its size as the last argument of its template.
+"""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-text = Path(sys.argv[1]).read_text()
-pattern = re.compile(
+PATTERN = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-kernels = [match.groupdict() for match in pattern.finditer(text)]
+NOISE = re.compile(r"\(anonymous namespace\)::|taps::(cuda|dev)::|^void |\((taps|double const).*")
+
+kernels = [match.groupdict() for match in PATTERN.finditer(Path(sys.argv[1]).read_text())]
 names = subprocess.run(
     ["c++filt"], input="\n".join(k["name"] for k in kernels), check=True, text=True, stdout=subprocess.PIPE
 ).stdout.splitlines()
-spilled = 0
+bad = 0
 for kernel, name in sorted(zip(kernels, names, strict=True), key=lambda pair: (pair[1], pair[0]["arch"])):
-    short = re.sub(r"\(anonymous namespace\)::|taps::cuda::|void |\(taps.*|\(double const.*", "", name)
-    spills = int(kernel["stores"]) + int(kernel["loads"])
-    spilled += spills > 0
-    print(f"{short:32} {kernel['arch']:8} {kernel['registers']:>4} registers  {spills:>3} bytes spilled")
-print(f"{len(kernels)} kernels compiled, {spilled} with spills")
-sys.exit(1 if spilled or not kernels else 0)
+    short = NOISE.sub("", name)
+    shared = re.search(r"(?:, |<)(\d+)u>$", short)
+    if shared:
+        short = short[: shared.start()] + ("" if short[shared.start()] == "<" else ">")
+    spills, stack = int(kernel["stores"]) + int(kernel["loads"]), int(kernel["stack"])
+    bad += spills > 0 or stack > 0
+    print(
+        f"{short:78} {kernel['arch']:8} {kernel['registers']:>3} registers {shared.group(1) if shared else 0:>6} bytes "
+        f"shared  {spills} spilled  {stack} stack"
+    )
+architectures = len({kernel["arch"] for kernel in kernels})
+print(f"{len(set(names))} kernels x {architectures} architectures: {len(kernels)}, {bad} with spills or a stack")
+sys.exit(1 if bad or not kernels else 0)

@@ -23,6 +23,7 @@ enum Conformance : unsigned {
   kPairs,
   kNamedBarrier,
   kRounding,
+  kWords,
   kConformanceChecks
 };
 
@@ -198,6 +199,16 @@ TAPS_DEVICE bool check_rounding() {
   return good;
 }
 
+// 16 bytes of global memory, doubles in words, and the grid, of one block.
+TAPS_DEVICE bool check_words(const float* source) {
+  const Vec16 v = gld16_once(source + 4 * tid());
+  bool good = nblocks_x() == 1;
+  for (unsigned i = 0; i < 4; ++i) good = good && float_of(v.word[i]) == static_cast<float>(4 * tid() + i);
+  const double x = 1.5 + 0x1p-40;
+  good = good && low_of(x) == 0x1000u && high_of(x) == 0x3ff80000u && double_of(low_of(x), high_of(x)) == x;
+  return all_lanes(good);
+}
+
 TAPS_DEVICE void conformance(const float* source, unsigned* good) {
   const bool results[kConformanceChecks] = {check_shuffles(),
                                             ballot(lane() % 3 == 0) == 0x49249249u,
@@ -211,7 +222,8 @@ TAPS_DEVICE void conformance(const float* source, unsigned* good) {
                                             check_copies_of_words(source),
                                             check_pairs(),
                                             check_named_barrier(),
-                                            check_rounding()};
+                                            check_rounding(),
+                                            check_words(source)};
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
     if (!results[i]) good[i] = 0;
   }

@@ -1,5 +1,6 @@
 // Launches of the gated linear layer's three products (linear.cuh): the type instances, shared memory, grids.
 #include "cuda/device.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/linear.cuh"
 
 namespace taps::cuda {
@@ -7,9 +8,11 @@ namespace {
 
 using dev::bf16;
 using dev::f16;
+using dev::kThreads;
 
-// Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills.
-template <class Body>
+// Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills. The shared memory is in
+// the kernel's name, for tools/ptxas_table.py.
+template <class Body, unsigned kShared>
 __global__ void __launch_bounds__(Body::Tile::kThreads, 2) product(LinearProduct args) {
   Body::run(args);
 }
@@ -27,11 +30,12 @@ void launch(const LinearProduct& args, const dev::Grid& grid, cudaStream_t strea
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   if (kShared > 48 * 1024 && prepared != device) {
-    check(cudaFuncSetAttribute(product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kShared)),
+    check(cudaFuncSetAttribute(product<Body, kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kShared)),
           "shared memory of a gated product");
     prepared = device;
   }
-  product<Body><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, kShared, stream>>>(args);
+  product<Body, kShared><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, kShared, stream>>>(args);
   check(cudaGetLastError(), "gated product");
 }
 

@@ -36,6 +36,7 @@ TAPS_DEVICE unsigned nthreads() { return blockDim.x; }
 TAPS_DEVICE unsigned bid_x() { return blockIdx.x; }
 TAPS_DEVICE unsigned bid_y() { return blockIdx.y; }
 TAPS_DEVICE unsigned bid_z() { return blockIdx.z; }
+TAPS_DEVICE unsigned nblocks_x() { return gridDim.x; }
 
 // The block's shared memory, 128-byte aligned; the launch gives its size.
 TAPS_DEVICE sh<unsigned char> arena() {
@@ -81,6 +82,12 @@ TAPS_DEVICE uint32_t pack<f16>(float low, float high) {
 }
 TAPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 TAPS_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
+// A double of its two words, the lower half first.
+TAPS_DEVICE double double_of(uint32_t low, uint32_t high) {
+  return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
+}
+TAPS_DEVICE uint32_t low_of(double x) { return static_cast<uint32_t>(__double2loint(x)); }
+TAPS_DEVICE uint32_t high_of(double x) { return static_cast<uint32_t>(__double2hiint(x)); }
 // fp32 rounded to tf32 (10 bits of mantissa, ties away from zero, as cvt.rna does).
 TAPS_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
@@ -111,8 +118,11 @@ template <class T>
 TAPS_DEVICE void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
   *reinterpret_cast<Vec16*>(p + i) = value;
 }
-// Global memory, 16-byte aligned.
-TAPS_DEVICE Vec16 gld16(const void* p) { return *static_cast<const Vec16*>(p); }
+// Global memory, 16-byte aligned. What is read once leaves the caches first.
+TAPS_DEVICE Vec16 gld16_once(const void* p) {
+  const uint4 v = __ldcs(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
 TAPS_DEVICE void gst16(void* p, Vec16 value) { *static_cast<Vec16*>(p) = value; }
 
 // 16 or 4 bytes (both sides aligned to that) from global to shared memory, of which the first `bytes` are read and

@@ -1,19 +1,23 @@
-// The launches of csrc/cuda/linear.cu on the twin, for a build of the extension whose operators run the tile kernels on
+// The launches of csrc/cuda/*.cu on the twin, for a build of the extension whose operators run the device's kernels on
 // the CPU (TAPS_TWIN). A finding is an error.
 #include <stdexcept>
 
+#include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
+#include "cuda/reconstruct.cuh"
 
 namespace taps::cuda {
 namespace {
 
 using dev::bf16;
 using dev::f16;
+using dev::kDotShared;
+using dev::kThreads;
 
 constexpr int kMultiprocessors = 8;
 
-void run(const dev::Grid& grid, unsigned threads, unsigned shared, const std::function<void()>& body) {
-  const auto found = twin::launch({grid.tiles, grid.splits, 1}, threads, shared, body);
+void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<void()>& body) {
+  const auto found = twin::launch(grid, threads, shared, body);
   if (found.empty()) return;
   throw std::runtime_error(found[0].kind + " at " + found[0].file + ":" + std::to_string(found[0].line) + ": " +
                            found[0].text);
@@ -23,16 +27,70 @@ template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
   dev::with_instance<T>(kind, args, [&](auto instance) {
     using Body = typename decltype(instance)::type;
-    run(grid, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
+    run({grid.tiles, grid.splits}, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
   });
   if (grid.splits == 1) return;
   const int64_t columns = kind == Product::kForward ? args.outputs : args.inputs;
-  dev::Grid flat;
-  flat.tiles = static_cast<unsigned>((args.rows * columns + 255) / 256);
-  run(flat, 256, 0, [&] { dev::add_splits<T>(args, args.rows, columns); });
+  const auto blocks = static_cast<unsigned>((args.rows * columns + kThreads - 1) / kThreads);
+  run({blocks}, kThreads, 0, [&] { dev::add_splits<T>(args, args.rows, columns); });
+}
+
+void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype) {
+  run({1}, kThreads, kDotShared, [&] { dev::dot_finish(values, count, scale, result, dtype); });
+}
+
+template <class T>
+void launch_reconstruct(const Reconstruct& args) {
+  run({dev::reconstruct_blocks(args, kMultiprocessors)}, kThreads, 0, [&] {
+    if (args.walk.flat()) {
+      dev::reconstruct_flat<T>(args, dev::takes_vectors(args));
+    } else {
+      dev::reconstruct_strided<T>(args);
+    }
+  });
 }
 
 }  // namespace
+
+void reconstruct(const Reconstruct& args, int, void*) {
+  if (args.walk.numel == 0) return;
+  if (args.in_double()) {
+    launch_reconstruct<double>(args);
+  } else {
+    launch_reconstruct<float>(args);
+  }
+}
+
+void foreach_reconstruct(ForeachReconstruct args, int, void*) {
+  const unsigned blocks = dev::plan_foreach(args);
+  if (blocks == 0) return;
+  const bool in_double = args.items[0].in_double();
+  run({blocks}, kThreads, 0, [&] {
+    if (in_double) {
+      dev::foreach_reconstruct<double>(args);
+    } else {
+      dev::foreach_reconstruct<float>(args);
+    }
+  });
+}
+
+void dot(const Dot& args, int, void*) {
+  const int64_t chunks = dot_chunks(args.walk);
+  const bool in_double = args.a_dtype == Dtype::kFloat64 || args.b_dtype == Dtype::kFloat64;
+  const bool vectors = dev::aligned(args.a) && dev::aligned(args.b);
+  if (chunks > 0) {
+    run({static_cast<unsigned>(chunks)}, kThreads, kDotShared, [&] {
+      if (!args.walk.flat()) {
+        dev::dot_strided(args, (args.walk.numel + chunks - 1) / chunks);
+      } else if (in_double) {
+        dev::dot_flat<double>(args, vectors);
+      } else {
+        dev::dot_flat<float>(args, vectors);
+      }
+    });
+  }
+  add_up(args.partials, chunks, args.scale, args.result, args.result_dtype);
+}
 
 int64_t linear_bytes(Product kind, const LinearProduct& args, int) {
   return dev::plan(kind, args, kMultiprocessors).bytes;
@@ -47,14 +105,8 @@ void linear(Product kind, LinearProduct args, int, void*) {
   } else {
     launch_compute<f16>(kind, args, grid);
   }
-  if (kind != Product::kWeightGradient || !args.score_gradient) return;
-  double sum = 0.0;
-  for (unsigned i = 0; i < grid.tiles; ++i) sum += static_cast<const double*>(args.memory)[i];
-  sum *= args.scale;
-  if (args.score_dtype == Dtype::kFloat64) {
-    *static_cast<double*>(args.score_gradient) = sum;
-  } else {
-    *static_cast<float*>(args.score_gradient) = static_cast<float>(sum);
+  if (kind == Product::kWeightGradient && args.score_gradient) {
+    add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype);
   }
 }
 

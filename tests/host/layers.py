@@ -1,4 +1,4 @@
-"""The operators on tile kernels that the twin runs: every gate, type and layout against float64.
+"""The operators on the device's kernels, which the twin runs: every gate, type and layout against float64.
 
     python tests/host/layers.py PATH_OF_C
 
@@ -27,6 +27,7 @@ from taps_ext import gated_linear, ops, reference  # noqa: E402
 
 OPS = torch.ops.taps_ext
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+GATES = (True, False, None)
 
 
 def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -34,10 +35,11 @@ def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def layer(shape: tuple[int, ...], k: int, n: int, dtype: torch.dtype, delta: torch.dtype, gate: bool | None) -> None:
-    """Forward and backward through autograd; a gate read from the score is read on the host here."""
+    """Forward and backward through autograd; a gate that the host does not know is read by the kernels."""
     rows = math.prod(shape)
     for value in (0.05, 0.15):
-        host = [draw(*shape, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, k, dtype=delta), torch.tensor(value)]
+        score = torch.tensor(value, dtype=torch.float64 if dtype == torch.float64 else F32)
+        host = [draw(*shape, k, dtype=dtype), draw(n, k, dtype=dtype), draw(n, k, dtype=delta), score]
         host.append(draw(n, dtype=dtype))
         got = [t.clone().requires_grad_(i != 1) for i, t in enumerate(host)]
         want = [t.double().requires_grad_(i != 1) for i, t in enumerate(host)]
@@ -79,6 +81,33 @@ def layouts(offset: int, padding: int, kind: torch.dtype) -> None:
     assert_close(found[3], grad.double().sum((0, 1)), BF16, 30, grad)
 
 
+def rebuilt() -> int:
+    """W_t and many of them, in every type, by the device's kernels: to the bit torch's sum, rounded once."""
+    kinds = [F32, torch.float64, BF16, F16]
+    lists: tuple[list, list, list, list, list] = ([], [], [], [], [])
+    for out, weight, delta in itertools.product(kinds, repeat=3):
+        for gate, value in ((True, 0.05), (False, 0.15), (None, 0.15), (None, 0.05)):
+            w, d = draw(5, 7, dtype=weight), draw(5, 7, dtype=delta)
+            if len(lists[0]) % 5 == 0:  # rows apart
+                w = draw(5, 9, dtype=weight)[:, :7]
+            score = torch.tensor(value)
+            kind = torch.float64 if torch.float64 in (out, weight, delta) else F32
+            is_open = value >= 0.1 if gate is None else gate
+            want = (w.to(kind) + d.to(kind) if is_open else w.to(kind)).to(out)
+            got = torch.full((5, 7), math.nan, dtype=out)
+            OPS.reconstruct(got, w, d, score, gate, 0.1)
+            assert torch.equal(got, want), (out, weight, delta, gate, value)
+            for column, entry in zip(lists, (got, w, d, score, gate), strict=True):
+                column.append(entry)
+    outs, weights, deltas, scores, gates = lists
+    wanted = [out.clone() for out in outs]
+    for out in outs:
+        out.fill_(math.nan)
+    ops.foreach_reconstruct_(outs, weights, deltas, scores, gates=gates)
+    assert all(torch.equal(out, want) for out, want in zip(outs, wanted, strict=True))
+    return len(outs)
+
+
 def refused(x: torch.Tensor, w: torch.Tensor, d: torch.Tensor) -> None:
     try:
         OPS.gated_linear(x, w, d, None, None, True, 0.1)
@@ -95,7 +124,7 @@ def main() -> None:
     _C.force_path("fused")
     shapes = [((1,), 64, 64), ((7,), 34, 18), ((3, 40), 130, 66), ((2, 3, 5), 16, 8), ((3,), 2100, 12)]
     types = [(BF16, BF16), (BF16, F32), (F16, F32), (F16, F16)]
-    for (shape, k, n), (dtype, delta), gate in itertools.product(shapes, types, (True, False, None)):
+    for (shape, k, n), (dtype, delta), gate in itertools.product(shapes, types, GATES):
         layer(shape, k, n, dtype, delta, gate)
         cases += 1
     for (offset, padding), kind in itertools.product([(0, 0), (2, 2), (8, 8), (2, 8)], [BF16, F32]):
@@ -110,6 +139,11 @@ def main() -> None:
     _C.force_path(None)
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
         layer((rows,), k, 8, BF16, F32, True)
+        cases += 1
+    cases += rebuilt()
+    _C.force_path("rebuild")  # torch's products, and gradients selected, scaled and multiplied with Delta
+    for (dtype, delta), gate in itertools.product([*types, (F32, F32), (torch.float64, torch.float64)], GATES):
+        layer((3, 5), 40, 24, dtype, delta, gate)
         cases += 1
     print(f"{cases} cases")
 

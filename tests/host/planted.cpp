@@ -1,5 +1,6 @@
 // A few cases of small tiles, to be compiled against csrc/cuda with a mistake planted in it: the test that does so
 // expects a finding or a wrong result, and this program to pass without one.
+#include "elementwise_case.h"
 #include "linear_case.h"
 
 using namespace host;  // NOLINT
@@ -60,6 +61,27 @@ TAPS_CASE(weight_gradient) {
     if (!wrong.empty()) return wrong;
   }
   return "";
+}
+
+TAPS_CASE(elementwise) {
+  std::string wrong;
+  for (const How how : {How::kOpen, How::kReadClosed, How::kClosed}) {
+    if (wrong.empty()) wrong = check_flat(Dtype::kBFloat16, Dtype::kFloat32, Dtype::kBFloat16, 2061, 0, how);
+    if (wrong.empty())
+      wrong = check_flat(Dtype::kFloat64, Dtype::kFloat16, Dtype::kFloat64, 29, how == How::kOpen ? 0 : 1, how);
+  }
+  if (wrong.empty())
+    wrong = check_flat(Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat16, 16384 + 5, 0, How::kReadOpen, 2.5, true);
+  if (wrong.empty()) wrong = check_strided(Dtype::kFloat16, 37, 67, How::kOpen);
+  if (wrong.empty()) wrong = check_foreach({16384, 5, 0, 16391, 8}, false, 1);
+  return wrong;
+}
+
+TAPS_CASE(products) {
+  std::string wrong = check_dot(Dtype::kFloat32, Dtype::kBFloat16, 1, 16391, 0, 0);
+  if (wrong.empty()) wrong = check_dot(Dtype::kFloat64, Dtype::kFloat16, 1, 77, 0, 1);
+  if (wrong.empty()) wrong = check_dot(Dtype::kFloat32, Dtype::kFloat32, 300, 70, 3, 0);
+  return wrong;
 }
 
 int main() { return run_all(); }

@@ -27,7 +27,7 @@ uint16_t float_to_half(float x) {
   return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
 }
 
-Vec16 gld16(const void* p, const char* file, int line) {
+Vec16 gld16_once(const void* p, const char* file, int line) {
   const twin::Where where{file, line};
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) twin::report("misaligned", "a load of 16 bytes", where);
   Vec16 value;

@@ -64,7 +64,7 @@ struct Warp {
 };
 
 struct Block {
-  Dim index;
+  Dim index, grid;
   unsigned size = 0;
   std::vector<unsigned char> memory;
   std::vector<Cell> cells;
@@ -241,6 +241,7 @@ void run(Block& block, const std::function<void()>& body, uint64_t seed) {
 std::vector<Finding> launch(Dim grid, unsigned threads, std::size_t shared_bytes, const std::function<void()>& body,
                             uint64_t seed) {
   Block block;
+  block.grid = grid;
   block.size = threads;
   block.cells.resize(shared_bytes / kGrain + 8);
   block.threads.resize(threads);
@@ -275,6 +276,7 @@ void report(const char* kind, const std::string& text, Where where) { found(kind
 unsigned thread() { return block_->current; }
 unsigned threads() { return block_->size; }
 Dim block() { return block_->index; }
+Dim grid() { return block_->grid; }
 
 void read(uint32_t at, void* out, uint32_t bytes, Where where) {
   std::memset(out, 0xff, bytes);

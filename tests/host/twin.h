@@ -50,6 +50,7 @@ void report(const char* kind, const std::string& text, Where where);
 unsigned thread();
 unsigned threads();
 Dim block();
+Dim grid();
 void read(uint32_t at, void* out, uint32_t bytes, Where where);
 void write(uint32_t at, const void* in, uint32_t bytes, Where where);
 void copy_async(uint32_t at, const void* source, uint32_t size, uint32_t bytes, Where where);
@@ -84,6 +85,7 @@ inline unsigned nthreads() { return twin::threads(); }
 inline unsigned bid_x() { return twin::block().x; }
 inline unsigned bid_y() { return twin::block().y; }
 inline unsigned bid_z() { return twin::block().z; }
+inline unsigned nblocks_x() { return twin::grid().x; }
 inline sh<unsigned char> arena() { return {}; }
 template <class T>
 sh<T> as(sh<unsigned char> base, unsigned bytes) {
@@ -101,6 +103,22 @@ inline float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+inline double double_of(uint32_t low, uint32_t high) {
+  const uint64_t bits = static_cast<uint64_t>(high) << 32 | low;
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+inline uint32_t low_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return static_cast<uint32_t>(bits);
+}
+inline uint32_t high_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return static_cast<uint32_t>(bits >> 32);
 }
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
@@ -162,7 +180,7 @@ template <class T>
 void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
   twin::write((p + i).at, &value, 16, {file, line});
 }
-Vec16 gld16(const void* p, TAPS_LINE);
+Vec16 gld16_once(const void* p, TAPS_LINE);
 void gst16(void* p, Vec16 value, TAPS_LINE);
 template <int kBytes, class T>
 void cp_async(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {

@@ -1,0 +1,243 @@
+// One rebuild, many, or a dot product on the twin, against plain loops: operands in allocations of their exact size.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+
+#include "check.h"
+#include "cuda/dot.cuh"
+#include "cuda/reconstruct.cuh"
+
+namespace host {
+
+using namespace taps::dev;  // NOLINT
+using taps::Dot;
+using taps::Dtype;
+using taps::ForeachReconstruct;
+using taps::Rebuild;
+using taps::Reconstruct;
+using taps::Walk;
+
+constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
+
+// `count` elements from an element `offset` on, in an allocation that begins on 16 bytes and ends with them.
+struct Array {
+  std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+  Dtype dtype;
+  int64_t count;
+  char* data;
+
+  Array(Dtype dtype, int64_t count, int64_t offset = 0) : dtype(dtype), count(count) {
+    const auto bytes = static_cast<std::size_t>((offset + count) * size_of(dtype));
+    void* place = nullptr;
+    if (posix_memalign(&place, 16, bytes + (bytes == 0)) != 0) std::abort();
+    memory.reset(place);
+    std::memset(place, 0xff, bytes);  // NaN
+    data = static_cast<char*>(place) + offset * size_of(dtype);
+  }
+  Array& draw(std::mt19937& random) {
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < count; ++i) store_one(data, dtype, i, normal(random));
+    return *this;
+  }
+  double operator[](int64_t i) const { return load_one<double>(data, dtype, i); }
+  bool same(int64_t i, double value) const {  // to the bit
+    Array one(dtype, 1);
+    store_one(one.data, dtype, 0, value);
+    return std::memcmp(one.data, data + i * size_of(dtype), static_cast<std::size_t>(size_of(dtype))) == 0;
+  }
+};
+
+template <int N>
+Walk<N> flat(int64_t count) {
+  Walk<N> walk;
+  walk.numel = count;
+  walk.ndim = 1;
+  walk.sizes[0] = count;
+  for (auto& strides : walk.strides) strides[0] = 1;
+  return walk;
+}
+
+// A sum as the kernels make it: in fp32 unless an operand is fp64, then rounded to the result's type. The sum of two
+// floats in fp64 loses nothing that its rounding to fp32 would keep.
+inline double rebuilt(const Rebuild& args, double weight, double delta, bool open) {
+  const double sum = args.weight ? (open ? weight + delta : weight) : (open ? delta : 0.0);
+  if (args.in_double()) return sum * args.scale;
+  const auto rounded = static_cast<float>(sum);
+  return args.scale == 1.0 ? rounded : rounded * static_cast<float>(args.scale);
+}
+
+enum class How { kClosed, kOpen, kReadClosed, kReadOpen };  // the gate
+
+struct Elements {
+  std::mt19937 random{5};
+  Array out, weight, delta;
+  float score;
+  Rebuild args;
+  bool open;
+
+  Elements(Dtype out_dtype, Dtype weight_dtype, Dtype delta_dtype, int64_t count, int64_t offset, How how)
+      : out(out_dtype, count, offset),
+        weight(weight_dtype, count, offset),
+        delta(delta_dtype, count, offset),
+        score(how == How::kReadOpen ? 0.2f : 0.05f),
+        open(how == How::kOpen || how == How::kReadOpen) {
+    weight.draw(random);
+    if (open) delta.draw(random);  // else NaN, which must not be seen
+    args.out = out.data, args.weight = weight.data, args.delta = how == How::kClosed ? nullptr : delta.data;
+    args.out_dtype = out_dtype, args.weight_dtype = weight_dtype, args.delta_dtype = delta_dtype;
+    args.gate.open = how == How::kOpen;
+    args.gate.threshold = 0.1;
+    if (how == How::kReadClosed || how == How::kReadOpen) args.gate.score = &score;
+  }
+  std::string differs() const {
+    for (int64_t i = 0; i < out.count; ++i) {
+      if (!out.same(i, rebuilt(args, weight[i], open ? delta[i] : 0.0, open)))
+        return "expected " + std::to_string(rebuilt(args, weight[i], open ? delta[i] : 0.0, open)) + " at " +
+               std::to_string(i) + " of " + std::to_string(out.count) + ", got " + std::to_string(out[i]);
+    }
+    return "";
+  }
+};
+
+// Runs a walk as reconstruct.cu launches it.
+inline std::string run(const Reconstruct& args, uint64_t seed = 0, int multiprocessors = 1) {
+  return none(twin::launch(
+      {reconstruct_blocks(args, multiprocessors)}, kThreads, 0,
+      [&] {
+        if (!args.walk.flat()) {
+          args.in_double() ? reconstruct_strided<double>(args) : reconstruct_strided<float>(args);
+        } else if (args.in_double()) {
+          reconstruct_flat<double>(args, takes_vectors(args));
+        } else {
+          reconstruct_flat<float>(args, takes_vectors(args));
+        }
+      },
+      seed));
+}
+
+inline std::string check_flat(Dtype out, Dtype weight, Dtype delta, int64_t count, int64_t offset, How how,
+                              double scale = 1.0, bool select = false) {
+  Elements e(out, weight, delta, count, offset, how);
+  e.args.scale = scale;
+  if (select) e.args.weight = nullptr;
+  Reconstruct args;
+  static_cast<Rebuild&>(args) = e.args;
+  args.walk = flat<3>(count);
+  std::string wrong = run(args, static_cast<uint64_t>(count % 3));
+  return wrong.empty() ? e.differs() : wrong;
+}
+
+// Three operands of one shape [rows, columns], of which each row is followed by a gap of its own.
+inline std::string check_strided(Dtype dtype, int64_t rows, int64_t columns, How how) {
+  Reconstruct args;
+  const int64_t gaps[] = {0, 3, 1};
+  args.walk.ndim = 2, args.walk.numel = rows * columns, args.walk.sizes[0] = rows, args.walk.sizes[1] = columns;
+  for (int k = 0; k < 3; ++k) args.walk.strides[k][0] = columns + gaps[k], args.walk.strides[k][1] = 1;
+  const auto extent = [&](int k) { return (rows - 1) * (columns + gaps[k]) + columns; };
+  std::mt19937 random(3);
+  Array out(Dtype::kBFloat16, extent(0)), weight(dtype, extent(1)), delta(Dtype::kFloat32, extent(2));
+  weight.draw(random), delta.draw(random);
+  const bool open = how == How::kOpen || how == How::kReadOpen;
+  const double score = open ? 0.2 : 0.05;
+  args.out = out.data, args.weight = weight.data, args.delta = delta.data;
+  args.out_dtype = out.dtype, args.weight_dtype = dtype, args.delta_dtype = delta.dtype;
+  args.gate.open = how == How::kOpen, args.gate.threshold = 0.1;
+  if (how == How::kReadClosed || how == How::kReadOpen)
+    args.gate.score = &score, args.gate.score_dtype = Dtype::kFloat64;
+  if (std::string wrong = run(args, 1); !wrong.empty()) return wrong;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const double w = weight[r * (columns + gaps[1]) + c], d = delta[r * (columns + gaps[2]) + c];
+      if (!out.same(r * columns + c, rebuilt(args, w, d, open))) return "expected W_t, got another value";
+    }
+  }
+  return "";
+}
+
+// Items of the given sizes, types and offsets in turn.
+inline std::string check_foreach(const std::vector<int64_t>& counts, bool in_double, uint64_t seed) {
+  std::vector<std::unique_ptr<Elements>> items;
+  ForeachReconstruct batch;
+  for (const int64_t count : counts) {
+    const std::size_t i = items.size();
+    const Dtype kind = in_double ? Dtype::kFloat64 : kDtypes[i % 3 == 0 ? 0 : i % 3 + 1];
+    items.push_back(std::make_unique<Elements>(kind, kDtypes[i % 2 * 2], Dtype::kFloat32, count,
+                                               static_cast<int64_t>(i % 4 == 3), static_cast<How>(i % 4)));
+    batch.items[batch.count] = items.back()->args;
+    batch.numel[batch.count++] = count;
+  }
+  const unsigned blocks = plan_foreach(batch);
+  std::string wrong = none(twin::launch(
+      {blocks}, kThreads, 0,
+      [&] { in_double ? foreach_reconstruct<double>(batch) : foreach_reconstruct<float>(batch); }, seed));
+  for (std::size_t i = 0; i < items.size() && wrong.empty(); ++i) {
+    wrong = items[i]->differs();
+    if (!wrong.empty()) wrong += " (item " + std::to_string(i) + ")";
+  }
+  return wrong;
+}
+
+// `rows` of `columns` elements; with a gap the walk is strided. Twice, in two orders of the threads: the same bits.
+inline std::string check_dot(Dtype first, Dtype second, int64_t rows, int64_t columns, int64_t gap, int64_t offset) {
+  std::mt19937 random(11);
+  const int64_t extent = rows > 0 ? (rows - 1) * (columns + gap) + columns : 0;
+  Array a(first, extent, offset), b(second, rows * columns, offset);
+  a.draw(random), b.draw(random);
+  Dot args;
+  args.walk = flat<2>(rows * columns);
+  if (gap > 0) {
+    args.walk.ndim = 2, args.walk.sizes[0] = rows, args.walk.sizes[1] = columns;
+    args.walk.strides[0][0] = columns + gap, args.walk.strides[1][0] = columns;
+    args.walk.strides[0][1] = args.walk.strides[1][1] = 1;
+  }
+  double result = std::numeric_limits<double>::quiet_NaN();
+  args.a = a.data, args.b = b.data, args.a_dtype = first, args.b_dtype = second, args.scale = 2.5;
+  args.result = &result, args.result_dtype = Dtype::kFloat64;
+  const int64_t chunks = dot_chunks(args.walk);
+  const bool in_double = first == Dtype::kFloat64 || second == Dtype::kFloat64;
+  const bool vectors = aligned(args.a) && aligned(args.b);
+  double earlier = 0.0;
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    std::vector<double> partials(static_cast<std::size_t>(chunks), std::numeric_limits<double>::quiet_NaN());
+    args.partials = partials.data();
+    std::string wrong;
+    if (chunks > 0) {
+      wrong = none(twin::launch(
+          {static_cast<unsigned>(chunks)}, kThreads, kDotShared,
+          [&] {
+            if (!args.walk.flat()) {
+              dot_strided(args, (args.walk.numel + chunks - 1) / chunks);
+            } else if (in_double) {
+              dot_flat<double>(args, vectors);
+            } else {
+              dot_flat<float>(args, vectors);
+            }
+          },
+          seed));
+    }
+    if (wrong.empty()) {
+      wrong = none(twin::launch(
+          {1}, kThreads, kDotShared,
+          [&] { dot_finish(args.partials, chunks, args.scale, args.result, args.result_dtype); }, seed));
+    }
+    if (!wrong.empty()) return wrong;
+    if (seed > 0 && std::memcmp(&earlier, &result, 8) != 0) return "expected the same bits in another order";
+    earlier = result;
+  }
+  double want = 0.0, size = 0.0;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const double product = a[i / columns * (columns + gap) + i % columns] * b[i];
+    want += product;
+    size += std::fabs(product);
+  }
+  // Every product, addition and the scale err by at most half a unit of what has been summed, here and there.
+  const double bound = 2.5 * size * static_cast<double>(2 * rows * columns + 2) * 0x1p-53;
+  if (std::fabs(result - 2.5 * want) <= bound) return "";
+  return "expected " + std::to_string(2.5 * want) + ", got " + std::to_string(result);
+}
+
+}  // namespace host

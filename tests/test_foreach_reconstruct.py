@@ -1,0 +1,125 @@
+"""Many weights rebuilt by one call: to the bit what one call each gives, and refused before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from taps_ext import TapsConfig, TaskModel, ops
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+KINDS = [F32, F64, BF16, F16]
+
+
+def entries(count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[bool | None]]:
+    """Tensors of every type and of several shapes, dense, with gaps and channels_last, with every kind of gate."""
+    torch.manual_seed(0)
+    outs, weights, deltas, scores, gates = [], [], [], [], []
+    for index in range(count):
+        shape = [(3, 5), (40, 130), (6, 4, 3, 3), (0, 4), ()][index % 5]
+        weight, delta = torch.randn(shape).to(KINDS[index % 4]), torch.randn(shape)
+        if index % 5 == 1:
+            weight = torch.randn(40, 133).to(KINDS[index % 4])[:, 1:131]
+        if index % 5 == 2:
+            weight = weight.to(memory_format=torch.channels_last)
+        outs.append(torch.full_like(weight, float("nan"), dtype=KINDS[index // 4 % 4]))
+        weights.append(weight)
+        deltas.append(delta)
+        scores.append(torch.tensor(0.15 if index % 2 else 0.05, dtype=[F32, F64][index % 2]))
+        gates.append([True, False, None][index % 3])
+    return outs, weights, deltas, scores, gates
+
+
+def test_equal_to_one_by_one() -> None:
+    outs, weights, deltas, scores, gates = entries(97)
+    versions = [out._version for out in outs]
+    ops.foreach_reconstruct_(outs, weights, deltas, scores, gates=gates)
+    for index, out in enumerate(outs):
+        want = torch.full_like(out, float("nan"))
+        ops.reconstruct_(want, weights[index], deltas[index], scores[index], gate=gates[index])
+        assert torch.equal(out, want) and out._version > versions[index], index
+
+
+def test_defaults_and_nothing_to_do() -> None:
+    ops.foreach_reconstruct_([], [], [])
+    with pytest.raises(RuntimeError, match="weights: expected 0 entries like outs, got 1"):
+        ops.foreach_reconstruct_([], [torch.ones(3)], [])
+    out, weight = torch.empty(3), torch.ones(3)
+    ops.foreach_reconstruct_([out], [weight], [None], gates=[True])
+    assert torch.equal(out, weight)
+    ops.foreach_reconstruct_([out], [weight], [weight], [torch.tensor(0.3)], threshold=0.4)
+    assert torch.equal(out, weight)
+    ops.foreach_reconstruct_([weight, out], [weight, out], [torch.ones(3), torch.ones(3)], gates=[True, False])
+    assert weight.tolist() == [2, 2, 2] and out.tolist() == [1, 1, 1]  # an entry may be written in place
+
+
+def three() -> list[list[Tensor]]:
+    return [[torch.full((4, 6), float(10 * kind + i)) for i in range(3)] for kind in range(3)]
+
+
+def test_refused_before_anything_is_written() -> None:
+    outs, weights, deltas = three()
+    before = [out.clone() for out in outs]
+
+    def refused(message: str, *, o=outs, w=weights, d=deltas, scores=None, gates=(True,) * 3) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            ops.foreach_reconstruct_(o, w, d, scores, gates=gates)
+        assert all(torch.equal(a, b) for a, b in zip(outs, before, strict=True))
+
+    refused("weights: expected 3 entries like outs, got 2", w=weights[:2])
+    refused("deltas: expected 3 entries like outs, got 2", d=deltas[:2])
+    refused("scores: expected 3 entries like outs, got 1", scores=[None])
+    refused("gates: expected 3 entries like outs, got 1", gates=[True])
+    refused(r"item 2: out: expected shape \[4, 6\]", o=[*outs[:2], torch.empty(5)])
+    refused("item 1: gate: expected a bool", gates=(True, None, False))
+    refused("item 0: delta: expected", d=[torch.ones(4, 7), *deltas[1:]])
+    refused("item 1: weight: expected", w=[weights[0], torch.ones(4, 6, dtype=torch.int32), weights[2]])
+    shared = torch.zeros(8, 6)
+    refused(r"outs\[2\]: expected memory of its own, got some of outs\[0\]", o=[shared[:4], outs[1], shared[3:7]])
+    refused(
+        r"weights\[1\]: expected memory that no other item writes, got some of outs\[0\]",
+        w=[weights[0], outs[0], weights[2]],
+    )
+    refused(r"deltas\[0\]: expected memory that no other item writes, got some of outs\[2\]", d=[outs[2], *deltas[1:]])
+    assert not shared.any()
+
+
+def test_neighbours_in_one_tensor_are_apart() -> None:
+    whole = torch.zeros(9, 6)
+    _, weights, deltas = three()
+    ops.foreach_reconstruct_([whole[:4], whole[4:8]], weights[:2], deltas[:2], gates=[True, True])
+    assert torch.equal(whole[:8], torch.cat([weights[0] + deltas[0], weights[1] + deltas[1]])) and not whole[8:].any()
+
+
+def test_opcheck() -> None:
+    outs, weights, deltas = three()
+    torch.library.opcheck(
+        torch.ops.taps_ext.foreach_reconstruct.default, (outs, weights, deltas, [None] * 3, [1, 0, 1], 0.1)
+    )
+
+
+def test_merging_takes_one_call(monkeypatch) -> None:
+    """All open layers of a task at once, with the bits of a call for each."""
+    torch.manual_seed(0)
+    model = TaskModel(
+        torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)], torch.nn.Linear(8, 2)), TapsConfig(lam=1.0)
+    )
+    model.add_task("t", num_classes=3)
+    parts = dict(model.state("t").gated())
+    with torch.no_grad():
+        for part in parts.values():
+            part.delta.normal_()
+        parts["1"].score.fill_(0.0)
+    model.refresh_gates()
+    calls: list[int] = []
+    real = ops.foreach_reconstruct_
+    monkeypatch.setattr(
+        ops, "foreach_reconstruct_", lambda outs, *a, **k: (calls.append(len(outs)), real(outs, *a, **k))
+    )
+    model.merge_task("t")
+    assert calls == [3]
+    for name, part in parts.items():
+        weight = model.base.get_submodule(name).weight
+        want = weight if name == "1" else ops.reconstruct_(torch.empty_like(weight), weight, part.delta, gate=True)
+        assert torch.equal(part.merged, want)
