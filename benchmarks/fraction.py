@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,35 +105,53 @@ def ninety(values: list[float]) -> tuple[float, float]:
     return mean, float(student.ppf(0.95, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def groups(records: list[Record]) -> Iterator[tuple[str, str, dict[float, dict[int, Record]]]]:
+    """(base, task, its records by f and seed), for those that have some."""
+    for base in BASES:
+        for task in TASKS:
+            mine = [r for r in records if (r["base"], r["task"]) == (base, task) and r["seed"] in SEEDS]
+            if mine:
+                yield base, task, {f: {r["seed"]: r for r in mine if r["fraction"] == f} for f in FRACTIONS}
+
+
+def compared(found: dict[float, dict[int, Record]], fraction: float, key: str) -> tuple[list[str], list[float]]:
+    """Cells: the values' mean, the differences' mean; and the differences."""
+    pairs = [] if fraction == 1.0 else paired(found, fraction, key)
+    values = number(interval([100 * r[key] for r in found[fraction].values()]))
+    return [values, number(ninety(pairs)) if pairs else ""], pairs
+
+
 def table(records: list[Record]) -> str:
     """The results in Markdown: 95 % intervals of the values, 90 % ones of the differences.
 
     "not shown" is not "different": with five seeds a true equivalence may fail. No correction is made for the eight
-    comparisons.
+    comparisons. The second table, of the last epoch instead of the one that validation chose, decides nothing.
     """
     lines = [
         "| base | task | f | seeds | test | minus f = 1 | weights open | minus f = 1 | gates reopened | equivalent |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for base in BASES:
-        for task in TASKS:
-            mine = [r for r in records if (r["base"], r["task"]) == (base, task) and r["seed"] in SEEDS]
-            found = {f: {r["seed"]: r for r in mine if r["fraction"] == f} for f in FRACTIONS}
-            for fraction, group in found.items():
-                if not group:
-                    continue
-                cells = [base, task, f"1/{round(1 / fraction)}" if fraction < 1 else "1", str(len(group))]
-                verdict = []
-                for key, margin in (("test", POINTS), ("share", WEIGHTS)):
-                    cells.append(number(interval([100 * r[key] for r in group.values()])))
-                    pairs = [] if fraction == 1.0 else paired(found, fraction, key)
-                    cells.append(number(ninety(pairs)) if pairs else "")
-                    verdict.append(equivalent(pairs, margin))
-                cells.append(f"{statistics.fmean(r['reopened'] for r in group.values()):.1f}")
-                known = fraction < 1.0 and None not in verdict
-                cells.append(("yes" if all(verdict) else "not shown") if known else "")
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    last = [
+        "| base | task | f | last epoch: validation | minus f = 1 | weights open | minus f = 1 | epoch chosen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for base, task, found in groups(records):
+        for fraction, group in found.items():
+            if not group:
+                continue
+            name = [base, task, f"1/{round(1 / fraction)}" if fraction < 1 else "1"]
+            tests, of_test = compared(found, fraction, "test")
+            shares, of_share = compared(found, fraction, "share")
+            verdict = [equivalent(of_test, POINTS), equivalent(of_share, WEIGHTS)]
+            known = fraction < 1.0 and None not in verdict
+            cells = [*name, str(len(group)), *tests, *shares]
+            cells.append(f"{statistics.fmean(r['reopened'] for r in group.values()):.1f}")
+            cells.append(("yes" if all(verdict) else "not shown") if known else "")
+            lines.append(f"| {' | '.join(cells)} |")
+            cells = [*name, *compared(found, fraction, "last_val")[0], *compared(found, fraction, "last_share")[0]]
+            cells.append(", ".join(str(group[seed]["epoch"]) for seed in sorted(group)))
+            last.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *last])
 
 
 def main() -> None:
