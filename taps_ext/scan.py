@@ -95,8 +95,10 @@ def head_path(base: nn.Module, name: str | None = None) -> str | None:
     name = find_head(base) if name is None else name
     if name is None:
         return None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"head_module: expected a module's name such as 'fc', got {name!r}")
     known = dict(base.named_modules(remove_duplicate=False))
-    if name not in known or not name:
+    if name not in known:
         raise ConfigError(f"head_module: the base has no module {name!r}{suggestion(name, known)}")
     return next(first for first, module in base.named_modules() if module is known[name])
 

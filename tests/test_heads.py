@@ -179,3 +179,9 @@ def test_a_linear_head_takes_what_the_bases_takes() -> None:
     model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), TapsConfig(lam=0.5))
     with pytest.raises(ConfigError, match="head: expected 8 inputs as the base's has, got 9"):
         model.add_task("t", head=nn.Linear(9, 3))
+
+
+@pytest.mark.parametrize("name", ["", 5])
+def test_a_name_that_is_none(name) -> None:
+    with pytest.raises(ConfigError, match=rf"head_module: expected a module's name such as 'fc', got {name!r}"):
+        TaskModel(nn.Linear(3, 4), TapsConfig(lam=0.1), head_module=name)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from models import TinyNet, settle
 
 from taps_ext import ConfigError, FullConfig, ProbeConfig, TapsConfig, TapsError, TaskModel
+from taps_ext.store import TaskFileError
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.task import Batches, as_dataset, split_off
 
@@ -181,6 +182,8 @@ def test_mistakes_are_found_before_the_first_step() -> None:
         Trainer(build(), {"t": Task(train=(x, y), val=(x, y.clone().fill_(9)))}, quiet=True).fit()
     for arguments, message in [
         ({"labels": [0, 1]}, "labels: expected a list of strings"),
+        ({"labels": "abcd"}, "labels: expected a list of strings, got 'abcd'"),
+        ({"labels": ["a", "b", "a", "c"]}, "labels: expected different names, got 'a' twice"),
         ({"metrics": {"loss": lambda o, t: 0.0}}, "metrics: expected names other than 'loss'"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -281,6 +284,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path) -> None:
         fit(build(), task={"loss": loss}, out=str(tmp_path))
     with pytest.raises(ConfigError, match="started with epochs = 4, got 5"):
         fit(build(), out=str(tmp_path), epochs=5)
+    (state,) = tmp_path.glob("*.state")
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(TaskFileError, match=r"\.state: .*; another out, or resume=False \(--restart\), starts over"):
+        fit(build(), out=str(tmp_path))
     with pytest.raises(TrainingInterrupted, match="nothing was saved"):
         fit(build(), task={"loss": loss})
 

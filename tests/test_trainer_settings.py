@@ -192,6 +192,7 @@ def test_averages_of_half_precision_move() -> None:
         ({"ema": 1}, "ema: expected a number below 1"),
         ({"patience": 0}, "patience: expected an int >= 1"),
         ({"patience": 2.5}, "patience: expected an int >= 1"),
+        ({"out": 5}, "out: expected a folder's path or None, got 5"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,8 @@ class TrainConfig:
             if beta == 1:
                 raise ConfigError(f"betas: expected numbers below 1, got {self.betas!r}")
         object.__setattr__(self, "betas", betas)
+        if self.out is not None and not isinstance(self.out, (str, os.PathLike)):
+            raise ConfigError(f"out: expected a folder's path or None, got {self.out!r}")
         if not isinstance(self.tensorboard, bool):
             raise ConfigError(f"tensorboard: expected True or False, got {self.tensorboard!r}")
         if self.tensorboard and self.out is None:

@@ -102,7 +102,11 @@ def load_run(
         TaskFileError: a damaged file or another base.
         ConfigError: `expected` (the settings) differ from those the run was started with, naming the first.
     """
-    record = store.load(path)
+    try:
+        record = store.load(path)
+    except store.TaskFileError as error:
+        hint = "another out, or resume=False (--restart), starts over"
+        raise type(error)(error.path, f"{error.problem}; {hint}") from error
     store.check_parent(parent, record.parent, path=path)
     if record.method != {"method": "trainer-state"}:
         raise ConfigError(f"resume: expected a trainer state in {path}, got {record.method.get('method')!r}")

@@ -88,8 +88,13 @@ class Task:
             raise ConfigError(f"augment: expected a function or a transform, got {type(self.augment).__name__}")
         if type(self.augment).__name__ in ("MixUp", "CutMix"):
             raise ConfigError(f"augment: {type(self.augment).__name__} mixes labels too, and gets samples here")
-        if self.labels is not None and not all(isinstance(label, str) for label in self.labels):
-            raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
+        if self.labels is not None:
+            listed = isinstance(self.labels, (list, tuple)) and all(isinstance(label, str) for label in self.labels)
+            if not listed:
+                raise ConfigError(f"labels: expected a list of strings, got {self.labels!r}")
+            twice = [label for index, label in enumerate(self.labels) if label in self.labels[:index]]
+            if twice:
+                raise ConfigError(f"labels: expected different names, got {twice[0]!r} twice")
 
 
 def augmented(augment: Any, inputs: Any, seed: int) -> Any:
