@@ -17,7 +17,8 @@
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
-#                      (STAGE="tests memcheck" reruns some, REHEARSE=1 goes through it without a device)
+#                      (STAGE="tests memcheck" reruns some, STAGE=rest what has not passed, GPU_SECONDS=540 is its
+#                      time limit, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
 #   make abi           one wheel, run under torch 2.11, a CPU-only 2.13 and the newest
 #   make cuda-compile  CUDA sources with registers and spills (RELEASE=1: all architectures)
@@ -133,10 +134,14 @@ architectures: build
 memory: build
 	$(PY) benchmarks/memory.py --json benchmarks/results/memory.json
 
-# No environment of its own: the machine's python3 has torch, the build tools and pytest.
-GPU_OUT ?= $(if $(REHEARSE),build/gpu-rehearsal,benchmarks/results/gpu)
+# No environment of its own: the machine's python3 has torch, the build tools and pytest. The extension is compiled in
+# place, for that device alone: the next `make build` compiles it anew.
+GPU_SECONDS := 540
+GPU_OUT ?= $(if $(filter 1,$(REHEARSE)),build/gpu-rehearsal,benchmarks/results/gpu)
 gpu:
-	$(PYTHON) tools/gpu.py --out $(GPU_OUT) $(if $(STAGE),--stage $(STAGE)) $(if $(REHEARSE),--rehearse)
+	rm -f $(VENV)/.built
+	$(PYTHON) tools/gpu.py --out $(GPU_OUT) --seconds $(GPU_SECONDS) $(if $(STAGE),--stage $(STAGE)) \
+	  $(if $(filter 1,$(REHEARSE)),--rehearse)
 
 # --- wheels -------------------------------------------------------------------------------------
 

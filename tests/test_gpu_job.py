@@ -28,7 +28,7 @@ def python(code: str) -> list[str]:
 
 
 def run(job, monkeypatch, tmp_path, stages, *options: str) -> tuple[int, dict]:
-    monkeypatch.setattr(job, "stages", lambda out: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(job, "stages", lambda out, capability: [job.Stage(*stage) for stage in stages])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *options])
     code = job.main()
     return code, json.loads((tmp_path / "gpu.json").read_text())
@@ -57,7 +57,7 @@ def test_a_late_failure_loses_nothing(job, monkeypatch, tmp_path, capsys) -> Non
     assert not state.exists() or state.read_text().split()[2] == "Z"
     assert "/no/such/program" in found["absent"]["tail"][0]
     assert found["last"]["tail"] == ["4"]  # the file was there, with all stages before it
-    assert "2 stages fine, 3 not: tests, sleeps, absent" in capsys.readouterr().out
+    assert "2 stages passed, 0 skipped, 3 not fine: tests, sleeps, absent" in capsys.readouterr().out
 
 
 def test_nothing_runs_after_a_failed_build(job, monkeypatch, tmp_path) -> None:
@@ -76,7 +76,7 @@ def test_tests_that_all_skip_have_not_passed(job, monkeypatch, tmp_path) -> None
 
 def test_the_sanitizer_must_find_the_planted_bug(job, monkeypatch, tmp_path) -> None:
     """Only its error code is a pass: a sanitizer that did not run, or found nothing, is a failure."""
-    monkeypatch.setattr(job, "build_planted_bug", lambda out: None)
+    monkeypatch.setattr(job, "build_planted_bug", lambda out, capability: None)
     for code, status in ((9, "passed"), (0, "failed"), (1, "failed")):
         _, report = run(job, monkeypatch, tmp_path, [("planted-bug", python(f"raise SystemExit({code})"), 60)])
         assert report["stages"][0]["status"] == status
@@ -99,14 +99,50 @@ def test_some_stages_alone(job, monkeypatch, tmp_path, capsys) -> None:
     assert [r["stage"] for r in report["stages"]] == ["one"]
     with pytest.raises(SystemExit):
         run(job, monkeypatch, tmp_path, stages, "--stage", "three")
-    assert "expected some of ['build', 'one', 'two'], got 'three'" in capsys.readouterr().err
+    assert "expected rest or some of ['build', 'one', 'two'], got 'three'" in capsys.readouterr().err
+
+
+def test_nothing_is_lost(job, monkeypatch, tmp_path, capsys) -> None:
+    """Results of another commit, or a file that cannot be read, move aside; an edit in the tree does not."""
+    stages = [(name, python(f"print('{name}')"), 60) for name in ("build", "one", "two")]
+    run(job, monkeypatch, tmp_path, stages)
+    before = job.facts()
+    monkeypatch.setattr(job, "facts", lambda: {**before, "dirty": True})
+    _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "one")
+    assert sorted(r["stage"] for r in report["stages"]) == ["build", "one", "two"] and report["facts"]["dirty"]
+    monkeypatch.setattr(job, "facts", lambda: {**before, "commit": "another"})
+    run(job, monkeypatch, tmp_path, stages, "--stage", "one")
+    (aside,) = tmp_path.glob("earlier-*-gpu.json")
+    assert len(json.loads(aside.read_text())["stages"]) == 3 and len(list(tmp_path.glob("earlier-*-log.txt"))) == 1
+    aside.unlink()
+    (tmp_path / "gpu.json").write_text("{")
+    run(job, monkeypatch, tmp_path, stages)
+    (aside,) = tmp_path.glob("earlier-*-gpu.json")
+    assert aside.read_text() == "{" and "is kept as earlier-" in capsys.readouterr().out
+    monkeypatch.setattr(job, "facts", lambda: {"device": False, "torch": None})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert job.main() == 2 and "cannot import torch" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_the_rest_after_the_time_was_over(job, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(job, "LEAST", 1)
+    stages = [("build", python(""), 60), ("slow", python("import time; time.sleep(30)"), 60), ("last", python(""), 60)]
+    code, report = run(job, monkeypatch, tmp_path, stages, "--seconds", "3")
+    assert code == 1 and [r["status"] for r in report["stages"]] == ["passed", "timed out", "not reached"]
+    assert report["stages"][1]["limit"] < 4 and report["stages"][2]["limit"] == 60
+    stages[1] = ("slow", python(""), 60)
+    code, report = run(job, monkeypatch, tmp_path, stages, "--stage", "rest")
+    assert code == 0 and [r["stage"] for r in report["stages"]] == ["build", "slow", "last"]
+    assert (tmp_path / "log.txt").read_text().count("==== build") == 1
 
 
 def test_without_a_device(job, monkeypatch, tmp_path, capsys) -> None:
     """Refused; rehearsed, what needs one is skipped and says why."""
-    monkeypatch.setattr(job, "facts", lambda: {"device": False})
+    monkeypatch.setattr(job, "facts", lambda: {"device": False, "torch": "2.11.0"})
     stages = [("build", python(""), 60, False), ("conformance", python("raise SystemExit(1)"), 60)]
-    monkeypatch.setattr(job, "stages", lambda out: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(job, "stages", lambda out, capability: [job.Stage(*stage) for stage in stages])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     assert job.main() == 2 and "no CUDA device here" in capsys.readouterr().err
     code, report = run(job, monkeypatch, tmp_path, stages, "--rehearse")
@@ -124,8 +160,10 @@ def test_the_package_is_found(job, monkeypatch, tmp_path) -> None:
 
 
 def test_the_real_stages(job, tmp_path) -> None:
-    """Names are unique, every file they run is there, and all of them fit into the time that the job may take."""
-    stages = job.stages(tmp_path)
+    """Names are unique, every file they run is there, and they are compiled for the device."""
+    stages = job.stages(tmp_path, "90")
+    assert "90a-real" in stages[0].command and "80-real" in job.stages(tmp_path, "80")[0].command
+    assert "-arch=sm_80" in job.stages(tmp_path, "80")[1].command
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names) and names[0] == "build" and names.index("conformance") < names.index("tests")
     for stage in stages:

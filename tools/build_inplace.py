@@ -1,4 +1,4 @@
-"""Compile the extension into taps_ext/ with CMake and ninja, for machines where nothing may be installed."""
+"""Compile the extension into taps_ext/ with CMake and ninja, on all cores, where nothing may be installed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """The GPU job: build from source, test, sanitize, measure, and write one JSON file; `make gpu`.
 
-    python tools/gpu.py --out results [--stage NAME ...] [--list] [--rehearse]
+    python tools/gpu.py --out results [--stage NAME ...] [--seconds S] [--list] [--rehearse]
 
 Every stage runs in a process of its own under its own time limit, and the JSON is rewritten after each, so that a
-late failure loses nothing; stages that are run alone take the place of their earlier results of the same commit. The
-output of all of them is in `log.txt`. `--rehearse` runs the whole job without a device: the tests skip by name and the
-sanitizer and the measurements are noted as skipped, which proves the stages, the limits and the file.
+late failure loses nothing; stages that the job's own limit leaves no time for are noted as not reached, and
+`--stage rest` runs what has not passed yet. Stages that are run alone take the place of their earlier results of the
+same commit, device and versions; results of others are moved aside. The output of all stages is in `log.txt`.
+`--rehearse` runs the whole job without a device: the tests skip by name and the sanitizer and the measurements are
+noted as skipped, which proves the stages, the limits and the file.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+LEAST = 5  # seconds: less is not worth beginning a stage
+# What has to be the same for results to stand in one file.
+IDENTITY = ("commit", "gpu", "driver", "torch", "torch_cuda", "nvcc", "python", "capability")
 SUBSET = (
     "test_empty or (test_linear and 7-33-17 and None and float32) or (test_linear and 7-34-18 and fused and bfloat16) "
     "or (test_reconstruct and 1- and float32-torch.float32)"
@@ -44,42 +49,35 @@ class Stage:
     sanitized: bool = False
 
 
-def stages(out: Path) -> list[Stage]:
-    python = sys.executable
+def stages(out: Path, capability: str | None = None) -> list[Stage]:
+    """In the order of what would be missed most. `capability`: of the device, such as "90"; without one Hopper's."""
+    python, architecture = sys.executable, capability or "90"
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
     pytest = [python, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
-    nvcc = ["nvcc", "-std=c++17", "-O2", "-arch=sm_90", "-Icsrc", "-o"]
+    nvcc = ["nvcc", "-std=c++17", "-O2", f"-arch=sm_{architecture}", "-Icsrc", "-o"]
+    built_for = "90a-real" if architecture == "90" else f"{architecture}-real"
+    checked = [sanitizer, "--error-exitcode", "9", "--tool"]
+    build = [python, "tools/build_inplace.py", "--cuda", "ON", "--architectures", built_for]
     found = [
-        Stage("build", [python, "tools/build_inplace.py", "--cuda", "ON"], 300, device=False),
+        Stage("build", build, 300, device=False),
         Stage("conformance-build", [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"], 120, device=False),
         Stage("conformance", [f"{out}/conformance"], 60),
         Stage("tests", [*pytest, "tests/cuda", f"--junitxml={out}/cuda-tests.xml"], 240),
-        Stage("planted-bug", [sanitizer, "--error-exitcode", "9", str(out / "planted")], 60),
+        Stage("planted-bug", [*checked, "memcheck", str(out / "planted")], 60),
     ]
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [
-            sanitizer,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            *pytest,
-            "tests/cuda/test_ops_cuda.py",
-            "-k",
-            SUBSET,
-        ]
-        found.append(Stage(tool, command, 120, sanitized=True))
     for tool in ("memcheck", "racecheck"):  # allocations of exact sizes, nothing of torch's around them
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", f"{out}/conformance"]
-        found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True))
+        found.append(Stage(f"{tool}-conformance", [*checked, tool, f"{out}/conformance"], 120, sanitized=True))
     for name, limit in (("reconstruct", 60), ("linear", 240)):
         found.append(
             Stage(f"bench-{name}", [python, f"benchmarks/gpu_{name}.py", "--json", f"{out}/{name}.json"], limit)
         )
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        command = [*checked, tool, *pytest, "tests/cuda/test_ops_cuda.py", "-k", SUBSET]
+        found.append(Stage(tool, command, 120, sanitized=True))
     return found
 
 
-def build_planted_bug(out: Path) -> None:
+def build_planted_bug(out: Path, capability: str | None = None) -> None:
     """Compile a kernel that writes one element past its buffer: unless this is found, the sanitizer never ran."""
     source = out / "planted.cu"
     source.write_text(
@@ -87,7 +85,7 @@ def build_planted_bug(out: Path) -> None:
         "int main() { float* p; cudaMalloc(&p, 1024); planted<<<1, 1>>>(p, 256);\n"
         "  return cudaDeviceSynchronize() != cudaSuccess; }\n"
     )
-    subprocess.run(["nvcc", "-arch=sm_90", "-o", str(out / "planted"), str(source)], check=True)
+    subprocess.run(["nvcc", f"-arch=sm_{capability or '90'}", "-o", str(out / "planted"), str(source)], check=True)
 
 
 def facts() -> dict[str, Any]:
@@ -100,8 +98,12 @@ def facts() -> dict[str, Any]:
             return None
         return done.stdout.strip() or None
 
-    code = "import torch, json; print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.is_available()]))"
-    torch_facts = json.loads(ask(sys.executable, "-c", code) or "[null, null, false]")
+    code = (
+        "import torch, json; there = torch.cuda.is_available(); "
+        "capability = '%d%d' % torch.cuda.get_device_capability() if there else None; "
+        "print(json.dumps([torch.__version__, torch.version.cuda, there, capability]))"
+    )
+    torch_facts = json.loads(ask(sys.executable, "-c", code) or "[null, null, false, null]")
     nvcc = ask("nvcc", "--version")
     release = re.search(r"release ([\d.]+), V([\d.]+)", nvcc or "")
     return {
@@ -112,21 +114,27 @@ def facts() -> dict[str, Any]:
         "torch": torch_facts[0],
         "torch_cuda": torch_facts[1],
         "device": torch_facts[2],
+        "capability": torch_facts[3],
         "nvcc": release.group(2) if release else None,
         "python": platform.python_version(),
     }
 
 
-def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
-    """Run one stage; what it prints goes to `<out>/log.txt`, the end of it into the result."""
+def run(stage: Stage, out: Path, facts: dict[str, Any], left: float) -> dict[str, Any]:
+    """Run one stage, for `left` seconds at most; what it prints goes to `<out>/log.txt`, the end into the result."""
+    have_device = bool(facts["device"])
+    limit = min(stage.limit, int(left))
+    result: dict[str, Any] = {"stage": stage.name, "limit": stage.limit}
     if stage.device and not have_device and stage.name != "tests":
-        return {"stage": stage.name, "status": "skipped", "why": "no CUDA device", "limit": stage.limit}
+        return {**result, "status": "skipped", "why": "no CUDA device"}
+    if left < LEAST:
+        return {**result, "status": "not reached", "why": "the job's time was over"}
     log = out / "stage.log"
     log.unlink(missing_ok=True)
     start = time.monotonic()
     try:
         if stage.name == "planted-bug":
-            build_planted_bug(out)
+            build_planted_bug(out, facts.get("capability"))
         if stage.name == "conformance-build":
             (out / "conformance").unlink(missing_ok=True)  # a failed build must not leave the last one's
         with log.open("w", encoding="utf-8") as file:
@@ -144,7 +152,7 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
                 start_new_session=True,
             )
             try:
-                code: int | None = process.wait(stage.limit)
+                code: int | None = process.wait(limit)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -161,12 +169,11 @@ def run(stage: Stage, out: Path, have_device: bool) -> dict[str, Any]:
     tail = text.splitlines()[-15:]
     wanted = 9 if stage.name == "planted-bug" else 0
     status = "timed out" if code is None else "passed" if code == wanted else "failed"
-    seconds = round(time.monotonic() - start, 1)
-    result = {"stage": stage.name, "status": status, "code": code, "seconds": seconds, "limit": stage.limit}
+    result |= {"status": status, "code": code, "seconds": round(time.monotonic() - start, 1), "limit": limit}
     if stage.name == "tests":
         result["counts"] = counts(out / "cuda-tests.xml")
         if status == "passed" and result["counts"].get("tests") == result["counts"].get("skipped"):
-            result["status"] = "skipped"
+            result |= {"status": "skipped", "why": "every test skipped: no CUDA device, or no kernels for it"}
     return {**result, "tail": tail}
 
 
@@ -179,45 +186,71 @@ def counts(path: Path) -> dict[str, int]:
     return {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
 
 
+def write(report: dict[str, Any], out: Path) -> None:
+    """Replace `gpu.json` at once: there is never half of one."""
+    part = out / "gpu.json.part"
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, out / "gpu.json")
+
+
+def opened(out: Path, now: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """The report to go on with: with `keep` the earlier one, if it is of the same things; else a new one.
+
+    An earlier report that is not gone on with moves aside, its log with it.
+    """
+    path = out / "gpu.json"
+    earlier: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    facts = earlier.get("facts", {})
+    if keep and earlier and all(facts.get(key) == now.get(key) for key in IDENTITY):
+        earlier["facts"] = {**now, "dirty": bool(facts.get("dirty") or now.get("dirty"))}
+        return earlier
+    for name in ("gpu.json", "log.txt"):
+        if (out / name).exists():
+            aside = out / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+            os.replace(out / name, aside)
+            print(f"make gpu: {name} of another run is kept as {aside.name}")
+    return {"facts": now, "stages": []}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
-    parser.add_argument("--stage", nargs="*", default=[], help="run only these stages")
+    parser.add_argument(
+        "--stage", nargs="*", default=[], help='run only these stages; "rest": all that have not passed'
+    )
+    parser.add_argument("--seconds", type=float, default=540.0, help="for all stages together")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="run without a device")
     args = parser.parse_args()
+    begun = time.monotonic()
     out = args.out.resolve()
-    every = stages(out)
+    now = facts()
+    every = stages(out, now.get("capability"))
     names = [stage.name for stage in every]
-    unknown = [name for name in args.stage if name not in names]
+    unknown = [name for name in args.stage if name not in [*names, "rest"]]
     if unknown:
-        parser.error(f"--stage: expected some of {names}, got {unknown[0]!r}")
+        parser.error(f"--stage: expected rest or some of {names}, got {unknown[0]!r}")
     if args.list:
-        print("\n".join(f"{stage.name:18} {stage.limit:4} s" for stage in every))
+        print("\n".join(f"{stage.name:22} {stage.limit:4} s" for stage in every))
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"facts": facts(), "stages": []}
-    earlier = json.loads((out / "gpu.json").read_text(encoding="utf-8")) if (out / "gpu.json").exists() else None
-    if args.stage and earlier is not None and earlier["facts"] == report["facts"]:
-        report = earlier
-    else:
-        (out / "log.txt").unlink(missing_ok=True)
-    have_device = bool(report["facts"]["device"])
-    if not have_device and not args.rehearse:
-        print(
-            "make gpu: no CUDA device here; `make gpu REHEARSE=1` runs what can be run without one",
-            file=sys.stderr,
-        )
+    if not now["device"] and not args.rehearse:
+        missing = f"{sys.executable} cannot import torch" if now.get("torch") is None else "no CUDA device here"
+        print(f"make gpu: {missing}; `make gpu REHEARSE=1` runs what can be run without one", file=sys.stderr)
         return 2
+    out.mkdir(parents=True, exist_ok=True)
+    report = opened(out, now, keep=bool(args.stage))
+    passed = [r["stage"] for r in report["stages"] if r["status"] == "passed"]
+    wanted = [name for name in names if name not in passed] if "rest" in args.stage else args.stage or names
     for stage in every:
-        if args.stage and stage.name not in args.stage:
+        if stage.name not in wanted:
             continue
-        result = run(stage, out, have_device)
+        result = run(stage, out, now, args.seconds - (time.monotonic() - begun))
         report["stages"] = [r for r in report["stages"] if r["stage"] != stage.name] + [result]
-        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(report, out)
         print(
-            f"{stage.name:18} {result['status']:9} {result.get('seconds', 0):6.1f} s of {stage.limit}",
-            flush=True,
+            f"{stage.name:22} {result['status']:11} {result.get('seconds', 0):6.1f} s of {result['limit']}", flush=True
         )
         if result["status"] in ("failed", "timed out"):
             print("\n".join(f"    {line}" for line in result["tail"]), flush=True)
@@ -225,9 +258,11 @@ def main() -> int:
             break
     (out / "planted").unlink(missing_ok=True)
     (out / "planted.cu").unlink(missing_ok=True)
-    bad = [r["stage"] for r in report["stages"] if r["status"] in ("failed", "timed out")]
+    by = {kind: [r["stage"] for r in report["stages"] if r["status"] == kind] for kind in ("passed", "skipped")}
+    bad = [r["stage"] for r in report["stages"] if r["status"] not in by]
     print(
-        f"gpu.json: {len(report['stages']) - len(bad)} stages fine, {len(bad)} not{': ' if bad else ''}{', '.join(bad)}"
+        f"{out.name}/gpu.json: {len(by['passed'])} stages passed, {len(by['skipped'])} skipped, {len(bad)} not fine"
+        + (f": {', '.join(bad)}" if bad else "")
     )
     return 1 if bad else 0
 
