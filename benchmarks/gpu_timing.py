@@ -17,6 +17,7 @@ def median_us(call: Callable[[int], Any], calls: int, repeat: int = 15) -> float
     Python and launches are outside: a replay before the timed one keeps the device busy while the host launches.
     """
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for i in range(min(calls, 3)):
             call(i)

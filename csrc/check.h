@@ -42,6 +42,7 @@ inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described
     return resolved;
   }
   if (!score) fail("gate: expected a bool, or a score to read it from, got None for both");
+  if (std::isnan(threshold)) fail("threshold: expected a number, got NaN");
   if (cuda::runs(score->place.cuda)) {
     resolved.score = score->data();
     resolved.score_dtype = score->dtype;
@@ -124,7 +125,7 @@ inline void check_rows(const OptionalTensor& rows, const Described& activation, 
   check_torch(aoti_torch_get_dtype(rows->get(), &dtype), "rows");
   check_torch(aoti_torch_get_device_type(rows->get(), &device_type), "rows");
   if (ndim != 1 || dtype != aoti_torch_dtype_int64()) {
-    fail("rows: expected int64 indices of shape [R]");
+    fail("rows: expected int64 indices of shape [R], got ", ndim, " dimensions of dtype ", name_of_dtype(dtype));
   }
   const bool cuda = device_type == aoti_torch_device_type_cuda();
   if (cuda != activation.place.cuda) {

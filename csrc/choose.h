@@ -156,7 +156,9 @@ inline Path checked_path(const Problem& problem) {
     throw std::runtime_error("path: stock is forced, but the gate is open or the weight needs a cast");
   }
   if (forced == static_cast<int>(Path::kFused) && !problem.fusable) {
-    throw std::runtime_error("path: fused is forced, but the kernels do not know this layer's types or layout");
+    throw std::runtime_error(
+        "path: fused is forced, but this layer cannot be: its types or layout, gradients, no rows, or the workspace's "
+        "limit");
   }
   return static_cast<Path>(forced);
 }
@@ -178,7 +180,8 @@ inline Path chosen_gradient_path(const Problem& problem) {
   if (forced < 0) return choose_gradient(problem);
   if (forced != static_cast<int>(Path::kFused)) return Path::kRebuild;
   if (!problem.fusable) {
-    throw std::runtime_error("path: fused is forced, but the kernels do not know this gradient's types or layout");
+    throw std::runtime_error(
+        "path: fused is forced, but this gradient cannot be: its types or layout, or a gradient of W");
   }
   return Path::kFused;
 }

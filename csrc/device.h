@@ -11,7 +11,6 @@ namespace taps::cuda {
 
 constexpr bool kCompiled = true;
 void* current_stream(int device);
-bool is_capturing(void* stream);
 
 #else
 
@@ -23,7 +22,6 @@ constexpr bool kCompiled = false;
       "build it with TAPS_CUDA=ON to use tensors on a GPU");
 }
 inline void* current_stream(int) { absent(); }
-inline bool is_capturing(void*) { absent(); }
 #ifndef TAPS_WITH_TWIN
 inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
 inline void foreach_reconstruct(const ForeachReconstruct&, int, void*) { absent(); }

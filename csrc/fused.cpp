@@ -85,13 +85,13 @@ bool within_limit(int64_t bytes) {
 
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
-    const Lease memory(false, 0, nullptr, static_cast<size_t>(cpu::linear_bytes(args)));
+    const Lease memory(false, 0, static_cast<size_t>(cpu::linear_bytes(args)));
     args.memory = memory.data();
     return cpu::linear(args);
   }
   void* const stream = stream_of(place);
   const auto bytes = static_cast<size_t>(cuda::linear_bytes(product, args, place.index));
-  const Lease memory(place.cuda, place.index, stream, bytes);
+  const Lease memory(place.cuda, place.index, bytes);
   args.memory = memory.data();
   cuda::linear(product, args, place.index, stream);
 }
@@ -187,7 +187,7 @@ Tensor fused_convolution(const GatedWeight& w, const Described& x, const Optiona
   args.result = y.data_ptr();
   set_weight(args, w, x.dtype);
   const OptionalTensor dense = set_bias(args, bias);
-  const Lease memory(false, 0, nullptr, static_cast<size_t>(cpu::conv2d_bytes(args)));
+  const Lease memory(false, 0, static_cast<size_t>(cpu::conv2d_bytes(args)));
   args.memory = memory.data();
   cpu::conv2d(args);
   return y;

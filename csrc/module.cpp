@@ -64,7 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of taps_ext; importing it registers torch.ops.taps_ext.*";
   m.def("build_info", &build_info, "What this binary was built from and what it selected here.");
 
-  m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces on all devices.");
+  m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
 
   m.def("workspace_limit", &taps::workspace_limit, "Most bytes of W_t at a time; 0 for no limit.");
@@ -130,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
         problem.rows = rows;
         problem.outputs = outputs;
         problem.inputs = inputs;
-        return std::string(taps::name_of(taps::chosen_path(problem)));
+        return std::string(taps::name_of(taps::checked_path(problem)));
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
       py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("narrow") = false,

@@ -11,7 +11,7 @@ Scratch scratch_like(const Described& weight, Dtype dtype) {
   Scratch scratch;
   const Place place = weight.place;
   const size_t bytes = static_cast<size_t>(weight.numel() * size_of(dtype));
-  scratch.lease = Lease(place.cuda, place.index, stream_of(place), bytes);
+  scratch.lease = Lease(place.cuda, place.index, bytes);
   const Ints strides = dense_strides(weight);
   AtenTensorHandle handle = nullptr;
   check_torch(aoti_torch_create_tensor_from_blob(
@@ -62,7 +62,7 @@ std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
   const auto bytes = static_cast<size_t>(numel * size_of(dtype));
   const size_t limit = workspace_limit();
   if (cuda::kTwin || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
-  return std::make_unique<Lease>(false, 0, nullptr, bytes);
+  return std::make_unique<Lease>(false, 0, bytes);
 }
 
 template <int N>

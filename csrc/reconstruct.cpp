@@ -11,6 +11,41 @@ struct Item {
   GatedWeight w;
 };
 
+// The memory from a tensor's first element to its last.
+struct Extent {
+  const char* begin;
+  const char* end;
+  bool dense;  // nothing else lies between them
+
+  explicit Extent(const Described& tensor) : dense(is_dense(tensor.sizes, tensor.strides)) {
+    int64_t elements = 1;  // strides are not negative
+    for (size_t dim = 0; dim < tensor.sizes.size(); ++dim) elements += (tensor.sizes[dim] - 1) * tensor.strides[dim];
+    begin = static_cast<const char*>(tensor.data());
+    end = begin + (tensor.numel() == 0 ? 0 : elements * size_of(tensor.dtype));
+  }
+  // As far as is easily told, as torch does: tensors with gaps may lie in each other's, unless they begin together.
+  bool meets(const Extent& other) const {
+    if (begin >= other.end || other.begin >= end) return false;
+    return (dense && other.dense) || begin == other.begin;
+  }
+};
+
+bool same_elements(const Described& a, const Described& b) {
+  if (a.data() != b.data() || a.dtype != b.dtype) return false;
+  for (size_t dim = 0; dim < a.sizes.size(); ++dim) {
+    if (a.sizes[dim] > 1 && a.strides[dim] != b.strides[dim]) return false;
+  }
+  return true;
+}
+
+// Every operand that a kernel reads, with its name.
+template <class Each>
+void for_operands(const GatedWeight& w, const Each& each) {
+  each(w.weight, "weight");
+  if (w.delta) each(*w.delta, "delta");
+  if (w.gate.on_device()) each(*w.score, "score");
+}
+
 Item check_item(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                 std::optional<bool> gate, double threshold) {
   Item item{{}, check_weight(weight, delta, score, gate, threshold, 0)};
@@ -21,8 +56,13 @@ Item check_item(const Tensor& out, const Tensor& weight, const OptionalTensor& d
   expect_shape(item.out, "out", item.w.weight.sizes);
   expect_place(item.out, "out", item.w.weight, "weight");
   if (overlaps(item.out.sizes, item.out.strides)) {
-    fail("out: expected distinct memory for every element, got an expanded tensor");
+    fail("out: expected distinct memory for every element, got strides that share some");
   }
+  for_operands(item.w, [&](const Described& operand, const char* name) {
+    if (Extent(item.out).meets(Extent(operand)) && !same_elements(item.out, operand)) {
+      fail("out: expected memory of its own, or all of ", name, " element by element, got some of it");
+    }
+  });
   return item;
 }
 
@@ -30,47 +70,34 @@ void run(const Item& item) {
   reconstruct_into(item.out, &item.w.weight, item.w.delta ? &*item.w.delta : nullptr, item.w.gate);
 }
 
-// The memory between a tensor's first element and its last.
-struct Extent {
-  const char* begin;
-  const char* end;
-  size_t item;
-
-  Extent(const Described& tensor, size_t item) : item(item) {
-    int64_t elements = 1;  // strides are not negative
-    for (size_t dim = 0; dim < tensor.sizes.size(); ++dim) elements += (tensor.sizes[dim] - 1) * tensor.strides[dim];
-    begin = static_cast<const char*>(tensor.data());
-    end = begin + (tensor.numel() == 0 ? 0 : elements * size_of(tensor.dtype));
-  }
-};
-
 // Raises where an item writes what another one reads or writes: they run in no order.
 void expect_apart(const std::vector<Item>& items) {
-  std::vector<Extent> outs;
-  for (size_t i = 0; i < items.size(); ++i) outs.emplace_back(items[i].out, i);
-  outs.erase(std::remove_if(outs.begin(), outs.end(), [](const Extent& out) { return out.begin == out.end; }),
-             outs.end());
-  std::sort(outs.begin(), outs.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < outs.size(); ++i) {
-    if (outs[i].begin < outs[i - 1].end) {
-      fail("outs[", std::max(outs[i - 1].item, outs[i].item), "]: expected memory of its own, got some of outs[",
-           std::min(outs[i - 1].item, outs[i].item), "]'s");
-    }
+  struct Out : Extent {
+    size_t item;
+    const char* last;  // where the ones up to this end
+  };
+  std::vector<Out> outs;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const Extent extent(items[i].out);
+    if (extent.begin != extent.end) outs.push_back({extent, i, nullptr});
   }
-  const auto check = [&](const Described& operand, size_t item, const char* name) {
-    const Extent read(operand, item);
-    // The outs lie apart and in order: so do their ends.
-    auto out = std::upper_bound(outs.begin(), outs.end(), read.begin,
-                                [](const char* begin, const Extent& one) { return begin < one.end; });
-    for (; out != outs.end() && out->begin < read.end; ++out) {
-      if (out->item != item) {
+  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin < b.begin; });
+  for (size_t i = 0; i < outs.size(); ++i) outs[i].last = i > 0 ? std::max(outs[i - 1].last, outs[i].end) : outs[i].end;
+  const auto check = [&](const Extent& extent, size_t item, const char* name) {
+    // The outs that begin before it ends, from the last of them back to where all have ended before it begins.
+    auto out = std::lower_bound(outs.begin(), outs.end(), extent.end,
+                                [](const Out& one, const char* end) { return one.begin < end; });
+    while (out != outs.begin() && (--out)->last > extent.begin) {
+      if (out->item != item && out->meets(extent)) {
         fail(name, "[", item, "]: expected memory that no other item writes, got some of outs[", out->item, "]'s");
       }
     }
   };
   for (size_t i = 0; i < items.size(); ++i) {
-    check(items[i].w.weight, i, "weights");
-    if (items[i].w.delta) check(*items[i].w.delta, i, "deltas");
+    check(Extent(items[i].out), i, "outs");
+    for_operands(items[i].w, [&](const Described& operand, const char* name) {
+      check(Extent(operand), i, (std::string(name) + "s").c_str());
+    });
   }
 }
 

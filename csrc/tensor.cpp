@@ -52,6 +52,19 @@ int32_t torch_dtype(Dtype dtype) {
   return -1;
 }
 
+std::string name_of_dtype(int32_t dtype) {
+  const std::pair<int32_t, const char*> others[] = {
+      {aoti_torch_dtype_int64(), "int64"},         {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"},
+  };
+  for (const auto& [code, name] : others) {
+    if (code == dtype) return name;
+  }
+  return "another one";
+}
+
 Described describe(const Tensor& tensor, const char* name) {
   Described described;
   described.tensor = &tensor;
@@ -75,10 +88,15 @@ Described describe(const Tensor& tensor, const char* name) {
       if (!described.place.cuda && device_type != aoti_torch_device_type_cpu()) {
         fail(name, ": expected a tensor on the CPU or a CUDA device");
       }
+      check_torch(aoti_torch_get_data_ptr(handle, &described.pointer), name);
+      if (!described.pointer && described.numel() > 0) {
+        fail(name, ": expected a tensor of shape ", shape_string(described.sizes), " with memory, got one whose ",
+             "storage has been freed");
+      }
       return described;
     }
   }
-  fail(name, ": expected dtype float32, float64, bfloat16 or float16, got another one");
+  fail(name, ": expected dtype float32, float64, bfloat16 or float16, got ", name_of_dtype(dtype));
 }
 
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place) {

@@ -78,6 +78,7 @@ struct Place {
 
 std::string to_string(Place place);
 std::string to_string(Dtype dtype);
+std::string name_of_dtype(int32_t torch_dtype);
 std::string shape_string(Span sizes);
 
 int32_t torch_dtype(Dtype dtype);
@@ -89,6 +90,7 @@ struct Described {
   Span strides;
   Dtype dtype = Dtype::kFloat32;
   Place place;
+  void* pointer = nullptr;  // of its first element
 
   int64_t ndim() const { return static_cast<int64_t>(sizes.size()); }
   int64_t numel() const {
@@ -96,14 +98,11 @@ struct Described {
     for (const int64_t size : sizes) n *= size;
     return n;
   }
-  void* data() const {
-    void* pointer = nullptr;
-    check_torch(aoti_torch_get_data_ptr(tensor->get(), &pointer), "data pointer");
-    return pointer;
-  }
+  void* data() const { return pointer; }
 };
 
-// Raises where the dtype is not a floating-point one that the kernels know, naming the argument.
+// Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind the
+// elements, naming the argument.
 Described describe(const Tensor& tensor, const char* name);
 
 // --- allocation ---------------------------------------------------------------------------------

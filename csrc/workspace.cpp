@@ -4,29 +4,25 @@
 
 #include <atomic>
 #include <cstdint>
-#include <map>
 #include <mutex>
-#include <tuple>
+#include <optional>
 #include <utility>
 #include <vector>
 
-#include "device.h"
 #include "tensor.h"
 
 namespace taps {
-
-using Key = std::tuple<bool, int, void*>;
 
 // CPU memory is our own mapping: page aligned, in huge pages where the kernel gives them (a fresh
 // buffer costs up to five times the multiplication in page faults otherwise). CUDA memory is a
 // tensor of torch's caching allocator.
 struct Buffer {
-  Buffer(const Key& where, size_t size) : key(where), bytes(size) {
-    if (std::get<0>(key)) {
+  Buffer(bool cuda, int device, size_t size) : bytes(size) {
+    if (cuda) {
       const int64_t count = static_cast<int64_t>(size), stride = 1;
       // fp64 elements, because the allocation helper speaks the kernels' types.
       const int64_t doubles = (count + 7) / 8;
-      tensor = empty_strided(Span(&doubles, 1), Span(&stride, 1), Dtype::kFloat64, Place{true, std::get<1>(key)});
+      tensor = empty_strided(Span(&doubles, 1), Span(&stride, 1), Dtype::kFloat64, Place{true, device});
       check_torch(aoti_torch_get_data_ptr(tensor->get(), &data), "workspace");
       return;
     }
@@ -38,33 +34,31 @@ struct Buffer {
     madvise(data, bytes, MADV_HUGEPAGE);
   }
   ~Buffer() {
-    if (!std::get<0>(key) && data) munmap(data, bytes);
+    if (!tensor && data) munmap(data, bytes);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  Key key;
   size_t bytes;
   void* data = nullptr;
-  unsigned age = 0;    // how often the limit had been set when it was made
-  bool cached = true;  // false: made while a graph is captured, belongs to that graph's pool
+  unsigned age = 0;  // how often the limit had been set when it was made
   std::optional<Tensor> tensor;
 };
 
 namespace {
 
+// Of the CPU.
 struct Pool {
   std::mutex mutex;
-  std::map<Key, std::vector<std::unique_ptr<Buffer>>> free;
+  std::vector<std::unique_ptr<Buffer>> free;
   size_t bytes = 0;
   unsigned age = 0;
 
-  std::unique_ptr<Buffer> take(const Key& key) {
+  std::unique_ptr<Buffer> take() {
     const std::lock_guard<std::mutex> lock(mutex);
-    auto& buffers = free[key];
-    if (buffers.empty()) return nullptr;
-    std::unique_ptr<Buffer> buffer = std::move(buffers.back());
-    buffers.pop_back();
+    if (free.empty()) return nullptr;
+    std::unique_ptr<Buffer> buffer = std::move(free.back());
+    free.pop_back();
     return buffer;
   }
   void made(Buffer& buffer) {
@@ -84,12 +78,11 @@ struct Pool {
       doomed = std::move(buffer);
       return;
     }
-    auto& buffers = free[buffer->key];
-    buffers.push_back(std::move(buffer));
+    free.push_back(std::move(buffer));
   }
 };
 
-// Never destroyed: at exit CUDA may be gone before the pool's turn comes.
+// Never destroyed: other threads may still lease at exit.
 Pool& pool() {
   static Pool* instance = new Pool;
   return *instance;
@@ -106,21 +99,21 @@ std::atomic<size_t>& limit() {
 
 }  // namespace
 
-Lease::Lease(bool cuda, int device, void* stream, size_t bytes) {
+// On CUDA nothing is kept: torch's allocator hands the same block out again, on the stream that is current, and a graph
+// that is captured, or warmed up for it in a pool of its own, gets it from where all its memory comes.
+Lease::Lease(bool cuda, int device, size_t bytes) {
   if (bytes == 0) return;
-  const Key key{cuda, cuda ? device : 0, stream};
-  if (cuda && cuda::is_capturing(stream)) {
-    buffer_ = std::make_unique<Buffer>(key, bytes);
-    buffer_->cached = false;
+  if (cuda) {
+    buffer_ = std::make_unique<Buffer>(true, device, bytes);
     return;
   }
-  buffer_ = pool().take(key);
+  buffer_ = pool().take();
   if (buffer_ && buffer_->bytes >= bytes) return;
   if (buffer_) {  // too small: free it before its successor is made
     pool().gone(*buffer_);
     buffer_.reset();
   }
-  buffer_ = std::make_unique<Buffer>(key, rounded(bytes));
+  buffer_ = std::make_unique<Buffer>(false, 0, rounded(bytes));
   pool().made(*buffer_);
 }
 
@@ -133,7 +126,7 @@ Lease& Lease::operator=(Lease&& other) noexcept {
 }
 
 Lease::~Lease() {
-  if (buffer_ && buffer_->cached) pool().give_back(std::move(buffer_));
+  if (buffer_ && !buffer_->tensor) pool().give_back(std::move(buffer_));
 }
 
 void* Lease::data() const { return buffer_ ? buffer_->data : nullptr; }
@@ -159,13 +152,8 @@ void workspace_clear() {
   std::vector<std::unique_ptr<Buffer>> doomed;
   {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    for (auto& entry : pool().free) {
-      for (auto& buffer : entry.second) {
-        pool().bytes -= buffer->bytes;
-        doomed.push_back(std::move(buffer));
-      }
-    }
-    pool().free.clear();
+    for (const auto& buffer : pool().free) pool().bytes -= buffer->bytes;
+    doomed.swap(pool().free);
   }
 }
 

@@ -1,6 +1,6 @@
-// The reused buffer that W_t is rebuilt into, and that the CPU's fused products pack their input into: one per device
-// and stream, grown to the largest of either (or to the limit), leased while a host call needs it. Two host threads on
-// one stream get two buffers; no lock is held while torch runs.
+// The reused buffer that W_t is rebuilt into, and that the CPU's fused products pack their input into. On the CPU it is
+// one, grown to the largest of either (or to the limit), leased while a host call needs it; two host threads get two
+// buffers, and no lock is held while torch runs. On CUDA it comes from torch's allocator for as long as a call takes.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ struct Buffer;
 class Lease {
  public:
   Lease();
-  Lease(bool cuda, int device, void* stream, size_t bytes);
+  Lease(bool cuda, int device, size_t bytes);
   ~Lease();
   Lease(Lease&& other) noexcept;
   Lease& operator=(Lease&& other) noexcept;
@@ -29,7 +29,7 @@ class Lease {
 size_t workspace_limit();
 void set_workspace_limit(size_t bytes);  // also frees the buffers that are not leased
 
-size_t workspace_bytes();  // of all buffers, leased ones included
+size_t workspace_bytes();  // of all buffers of the CPU, leased ones included
 void workspace_clear();    // frees the buffers that are not leased
 
 }  // namespace taps

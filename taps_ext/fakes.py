@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,12 +116,33 @@ def _fake_conv2d_backward(
     return _fake_backward(dinput, grad_output, weight, delta, score, output_mask)
 
 
+def _on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, which first raises RuntimeError for tensors on different devices: meta among others comes here too."""
+    names = list(inspect.signature(function).parameters)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        named = [*zip(names, args, strict=False), *kwargs.items()]
+        flat = [(n, t) for n, v in named for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, Tensor)]
+        for name, tensor in flat:
+            if tensor.device != flat[0][1].device:
+                first, device = flat[0]
+                raise RuntimeError(
+                    f"{name}: expected a tensor on {device.device} like {first}, got one on {tensor.device}"
+                )
+        return function(*args, **kwargs)
+
+    return checked
+
+
 def register() -> None:
     """Tell torch about all fakes; the extension must be loaded."""
-    fake = torch.library.register_fake
-    fake("taps_ext::reconstruct", lambda out, weight, delta, score, gate, threshold: None)
-    fake("taps_ext::foreach_reconstruct", lambda outs, weights, deltas, scores, gates, threshold: None)
-    fake("taps_ext::gated_linear", _fake_linear)
-    fake("taps_ext::gated_linear_backward", _fake_linear_backward)
-    fake("taps_ext::gated_conv2d", _fake_conv2d)
-    fake("taps_ext::gated_conv2d_backward", _fake_conv2d_backward)
+    fakes: dict[str, Callable[..., Any]] = {
+        "reconstruct": lambda out, weight, delta, score, gate, threshold: None,
+        "foreach_reconstruct": lambda outs, weights, deltas, scores, gates, threshold: None,
+        "gated_linear": _fake_linear,
+        "gated_linear_backward": _fake_linear_backward,
+        "gated_conv2d": _fake_conv2d,
+        "gated_conv2d_backward": _fake_conv2d_backward,
+    }
+    for name, function in fakes.items():
+        torch.library.register_fake(f"taps_ext::{name}", _on_one_device(function))

@@ -14,6 +14,7 @@ from torch.nn.modules.utils import _pair
 
 from . import autograd, composed, eager, fakes, reference
 from .extension import C as _C
+from .reconstruct import check_gate, foreach_reconstruct_, reconstruct_
 
 HAS_EXTENSION: bool = _C is not None
 
@@ -38,14 +39,19 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
     return None
 
 
-def _check_tensor(input: Any) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+def _check_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def _check(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None) -> Tensor:
+def _check(
+    input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None, gate: bool | None
+) -> Tensor:
     """Check what the kernels cannot and return the input in its compute type."""
-    _check_tensor(input)
+    for name, value in (("input", input), ("weight", weight), ("delta", delta), ("score", score), ("bias", bias)):
+        if value is not None or name in ("input", "weight"):
+            _check_tensor(value, name)
+    check_gate(gate, "gate")
     if delta.size() != weight.size():
         raise ValueError(f"delta: expected shape {list(weight.shape)} like weight, got {list(delta.shape)}")
     if gate is None and score is None:
@@ -60,20 +66,28 @@ def _check(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, g
     return input
 
 
-def _plain(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None) -> bool:
+def _plain(
+    input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None, gate: bool | None
+) -> bool:
     """True for the usual call, eager and with nothing to convert or to complain of; others go the longer way.
 
     One function and its few questions, because of a small layer they are most of the cost.
     """
-    return (
-        not is_compiling()  # what follows would break its graph
-        and isinstance(input, Tensor)
-        and input.dtype == weight.dtype
-        and delta.size() == weight.size()
-        and (gate is not None if score is None else score.numel() == 1)
-        and not torch._C._is_any_autocast_enabled()
-        and not composed.may_be_transformed()
-    )
+    if is_compiling():  # what follows would break its graph
+        return False
+    try:
+        return (
+            isinstance(input, Tensor)
+            and input.dtype == weight.dtype
+            and delta.size() == weight.size()
+            and (gate is True or gate is False or (gate is None and score is not None))
+            and (score is None or score.numel() == 1)
+            and (bias is None or isinstance(bias, Tensor))
+            and not torch._C._is_any_autocast_enabled()
+            and not composed.may_be_transformed()
+        )
+    except (AttributeError, TypeError):  # something that is no tensor: _check says which
+        return False
 
 
 def _rests(weight: Tensor, score: Tensor | None, gate: bool | None, dtype: torch.dtype) -> bool:
@@ -130,7 +144,9 @@ def gated_linear(
     Raises:
         ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with Inf or NaN in
             a closed layer whose score is trained.
-        TypeError: input and weight of different dtypes outside autocast.
+        TypeError: input and weight of different dtypes outside autocast; an argument that is no tensor, a gate that is
+            no bool.
+        RuntimeError: what the kernels find: dtypes, devices, the bias's and the input's last size.
     """
     if delta is None:
         return F.linear(input, weight, bias)
@@ -141,15 +157,14 @@ def gated_linear(
         and not torch._C._is_any_autocast_enabled()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and delta.shape == weight.shape
-        and (score is None or score.numel() == 1)
     ):
         try:
-            return F.linear(input, weight, bias)
-        except (RuntimeError, TypeError):
+            if delta.shape == weight.shape and (score is None or score.numel() == 1):
+                return F.linear(input, weight, bias)
+        except (AttributeError, RuntimeError, TypeError):
             pass  # what is wrong is said below
-    if not _plain(input, weight, delta, score, gate):
-        input = _check(input, weight, delta, score, gate)
+    if not _plain(input, weight, delta, score, bias, gate):
+        input = _check(input, weight, delta, score, bias, gate)
         if composed.transformed(input, weight, delta, score, bias):
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.linear(input, made, bias)
@@ -240,8 +255,8 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if not _plain(input, weight, delta, score, gate):
-        input = _check(input, weight, delta, score, gate)
+    if not _plain(input, weight, delta, score, bias, gate):
+        input = _check(input, weight, delta, score, bias, gate)
         if composed.transformed(input, weight, delta, score, bias):
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.conv2d(input, made, bias, stride, padding, dilation, groups)
@@ -267,59 +282,7 @@ def gated_conv2d(
     return (eager.conv2d if training else eager.run_conv2d)(input, weight, delta, score, bias, settings)
 
 
-# ----------------------------------------------------------------------------------------- reconstruct
-
-
-def reconstruct_(
-    out: Tensor,
-    weight: Tensor,
-    delta: Tensor | None,
-    score: Tensor | None = None,
-    *,
-    gate: bool | None = None,
-    threshold: float = 0.1,
-) -> Tensor:
-    """Write `round(W + g * Delta)` into `out` (shape of `weight`, any floating dtype) and return it."""
-    if HAS_EXTENSION:
-        torch.ops.taps_ext.reconstruct(out, weight, delta, score, gate, threshold)
-        if not is_compiling() and not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-    else:
-        out.copy_(reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=out.dtype))
-    return out
-
-
-def foreach_reconstruct_(
-    outs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    deltas: Sequence[Tensor | None],
-    scores: Sequence[Tensor | None] | None = None,
-    *,
-    gates: Sequence[bool | None] | None = None,
-    threshold: float = 0.1,
-) -> None:
-    """:func:`reconstruct_` for every entry of the lists; on a GPU one launch serves up to 40 dense tensors.
-
-    `scores` and `gates`: one for each tensor, or None for all; a gate of None is read from its score.
-
-    Raises:
-        RuntimeError: naming the entry, for lists of different lengths, for what :func:`reconstruct_` refuses, and for
-            an entry of `outs` that shares memory with another one or with another entry's weight or delta. Nothing is
-            written then.
-    """
-    count = len(outs)
-    if not outs and not weights:
-        return
-    scores = [None] * count if scores is None else scores
-    gates = [None] * count if gates is None else gates
-    if HAS_EXTENSION:
-        known = [-1 if gate is None else int(gate) for gate in gates]
-        torch.ops.taps_ext.foreach_reconstruct(outs, weights, deltas, scores, known, threshold)
-        if not is_compiling():
-            torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
-    else:
-        for out, weight, delta, score, gate in zip(outs, weights, deltas, scores, gates, strict=True):
-            reconstruct_(out, weight, delta, score, gate=gate, threshold=threshold)
+# ------------------------------------------------------------------------------------ the weight itself
 
 
 def effective_weight(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
 from . import rebuilt
 from .errors import ConfigError
 from .ops import _C
 
 
 def workspace_bytes() -> int:
-    """Bytes held in workspaces on all devices: at most the largest gated weight for each device and
-    stream, and for each host thread that uses one at the same time."""
+    """Bytes held in the CPU's workspaces: at most the largest gated weight for each host thread that uses one at the
+    same time. A GPU's comes from torch's allocator for as long as a call takes."""
     return 0 if _C is None else int(_C.workspace_bytes())
 
 
@@ -30,10 +32,10 @@ def set_workspace_limit(limit: int | None) -> None:
     Raises:
         ConfigError: a limit that is not a positive integer; a limit without the compiled extension.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**63):
-        raise ConfigError(f"limit: expected a positive number of bytes or None, got {limit!r}")
+    if limit is not None and (isinstance(limit, bool) or not hasattr(limit, "__index__") or not 0 < limit < 2**63):
+        raise ConfigError(f"limit: expected a positive int, of bytes, or None, got {limit!r}")
     if _C is not None:
-        _C.set_workspace_limit(limit or 0)
+        _C.set_workspace_limit(0 if limit is None else operator.index(limit))
         rebuilt.forget()
     elif limit is not None:
         raise ConfigError("limit: expected the compiled extension, which owns the workspace; it is not loaded")

@@ -124,10 +124,10 @@ def test_choice_of_path():
     with pytest.raises(RuntimeError, match="expected stock, rebuild, fused or None, got turbo"):
         _C.force_path("turbo")
     _C.force_path("fused")
-    with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this layer"):
+    with pytest.raises(RuntimeError, match="fused is forced, but this layer cannot be"):
         OPS.gated_linear(x.double(), weight.double(), weight, None, None, True, TAU)
     mask = [False, True, False, False, False]
-    with pytest.raises(RuntimeError, match="fused is forced, but the kernels do not know this gradient"):
+    with pytest.raises(RuntimeError, match="fused is forced, but this gradient cannot be"):
         OPS.gated_linear_backward(torch.ones(2, 4), x, weight, weight, None, True, TAU, mask, None, 1.0)
     with pytest.raises(RuntimeError, match=r"expected one of .*baseline, got mmx"):
         _C.force_isa("mmx")

@@ -76,19 +76,88 @@ def test_refused_before_anything_is_written() -> None:
     refused("item 0: delta: expected", d=[torch.ones(4, 7), *deltas[1:]])
     refused("item 1: weight: expected", w=[weights[0], torch.ones(4, 6, dtype=torch.int32), weights[2]])
     shared = torch.zeros(8, 6)
-    refused(r"outs\[2\]: expected memory of its own, got some of outs\[0\]", o=[shared[:4], outs[1], shared[3:7]])
+    refused(r"outs\[.\]: expected memory that no other .* some of outs\[.\]'s", o=[shared[:4], outs[1], shared[3:7]])
+    gaps = torch.zeros(4, 12)
+    refused(r"outs\[.\]: expected memory that no other .* some of outs\[.\]'s", o=[gaps[:, :6], outs[1], gaps[:, :6]])
+    taken = "expected memory that no other item writes, got some of"
+    refused(rf"weights\[1\]: {taken} outs\[0\]'s", w=[weights[0], outs[0], weights[2]])
+    refused(rf"deltas\[0\]: {taken} outs\[2\]'s", d=[outs[2], *deltas[1:]])
     refused(
-        r"weights\[1\]: expected memory that no other item writes, got some of outs\[0\]",
-        w=[weights[0], outs[0], weights[2]],
+        "item 1: out: expected memory of its own, or all of weight",
+        o=[outs[0], shared[1:5], outs[2]],
+        w=[weights[0], shared[:4], weights[2]],
     )
-    refused(r"deltas\[0\]: expected memory that no other item writes, got some of outs\[2\]", d=[outs[2], *deltas[1:]])
-    assert not shared.any()
+    assert not shared.any() and not gaps.any()
+
+
+@pytest.mark.parametrize("case", ["ahead", "turned", "another type"])
+@pytest.mark.parametrize("operand", ["weight", "delta"])
+def test_an_out_in_its_own_operand(case, operand) -> None:
+    """Element by element is in place; anything else would read what was written, and torch refuses it too."""
+    whole, other = torch.randn(300, 300), torch.randn(300, 300)
+    out, taken = {
+        "ahead": (whole.flatten()[1:], whole.flatten()[:-1]),
+        "turned": (whole.t(), whole),
+        "another type": (whole.flatten()[:900], whole.view(BF16).flatten()[:900]),
+    }[case]
+    other = other.flatten()[: out.numel()].view(out.shape)
+    operands = (taken, other) if operand == "weight" else (other, taken)
+    before = whole.clone()
+    with pytest.raises(RuntimeError, match=f"out: expected memory of its own, or all of {operand} element by element"):
+        ops.reconstruct_(out, *operands, gate=True)
+    assert torch.equal(whole, before)
+
+
+def test_types_that_are_none() -> None:
+    outs, weights, deltas = three()
+
+    def refused(message: str, *arguments, **settings) -> None:
+        with pytest.raises(TypeError, match=message):
+            ops.foreach_reconstruct_(*arguments, **{"gates": [True] * 3, **settings})
+
+    refused("weights: expected a list or a tuple, got generator", outs, (w for w in weights), deltas)
+    refused("deltas: expected a list or a tuple, got Tensor", outs, weights, torch.stack(deltas))
+    refused(r"weights\[1\]: expected a tensor, got NoneType", outs, [weights[0], None, weights[2]], deltas)
+    refused(r"deltas\[2\]: expected a tensor, got float", outs, weights, [*deltas[:2], 0.5])
+    refused("gates: expected a list or a tuple, got str", outs, weights, deltas, gates="101")
+    refused(r"gates\[0\]: expected True, False or None, got 0\.9", outs, weights, deltas, gates=[0.9, True, True])
+    with pytest.raises(TypeError, match="gate: expected True, False or None, got 'closed'"):
+        ops.reconstruct_(outs[0], weights[0], deltas[0], gate="closed")
+
+
+def test_gradients_are_not_lost_in_silence() -> None:
+    outs, weights, deltas = three()
+    for tensors in ((outs, weights, deltas), (weights, outs, deltas), (weights, deltas, outs)):
+        tensors[0][1].requires_grad_()
+        with pytest.raises(RuntimeError, match="expected tensors without gradients"):
+            ops.reconstruct_(outs[1], weights[1], deltas[1], gate=True)
+        with pytest.raises(RuntimeError, match=r"outs\[1\]: expected tensors without gradients"):
+            ops.foreach_reconstruct_(outs, weights, deltas, gates=[True] * 3)
+        with torch.no_grad():
+            ops.foreach_reconstruct_(outs, weights, deltas, gates=[True] * 3)
+        tensors[0][1].requires_grad_(False)
+    with torch.inference_mode():
+        out = torch.empty(4, 6)
+        ops.reconstruct_(out, weights[0], deltas[0], gate=True)
+    with pytest.raises(RuntimeError, match="out: expected a normal tensor outside inference mode"):
+        ops.reconstruct_(out, weights[0], deltas[0], gate=True)
+
+
+@pytest.mark.parametrize("gone", ["out", "weight", "delta"])
+def test_memory_that_was_freed(gone) -> None:
+    tensors = {name: torch.ones(4, 6) for name in ("out", "weight", "delta")}
+    tensors[gone].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=rf"{gone}: expected a tensor of shape \[4, 6\] with memory, got .* freed"):
+        ops.reconstruct_(tensors["out"], tensors["weight"], tensors["delta"], gate=True)
 
 
 def test_neighbours_in_one_tensor_are_apart() -> None:
     whole = torch.zeros(9, 6)
     _, weights, deltas = three()
     ops.foreach_reconstruct_([whole[:4], whole[4:8]], weights[:2], deltas[:2], gates=[True, True])
+    side = torch.zeros(4, 12)
+    ops.foreach_reconstruct_([side[:, :6], side[:, 6:]], weights[:2], deltas[:2], gates=[True, True])
+    assert torch.equal(side, torch.cat([weights[0] + deltas[0], weights[1] + deltas[1]], 1))
     assert torch.equal(whole[:8], torch.cat([weights[0] + deltas[0], weights[1] + deltas[1]])) and not whole[8:].any()
 
 
@@ -120,6 +189,6 @@ def test_merging_takes_one_call(monkeypatch) -> None:
     model.merge_task("t")
     assert calls == [3]
     for name, part in parts.items():
-        weight = model.base.get_submodule(name).weight
-        want = weight if name == "1" else ops.reconstruct_(torch.empty_like(weight), weight, part.delta, gate=True)
+        weight = model.base.get_submodule(name).weight.detach()
+        want = weight if name == "1" else weight + part.delta.detach()
         assert torch.equal(part.merged, want)

@@ -19,7 +19,16 @@ from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = {
     name: (CSRC / "cuda" / name).read_text(encoding="utf-8")
-    for name in ("stream.cuh", "operands.cuh", "tile.cuh", "linear.cuh", "elements.cuh", "reconstruct.cuh", "dot.cuh")
+    for name in (
+        "stream.cuh",
+        "operands.cuh",
+        "tile.cuh",
+        "linear.cuh",
+        "elements.cuh",
+        "reconstruct.cuh",
+        "dot.cuh",
+        "gate.cuh",
+    )
 }
 QUICK = ["-O0", *(flag for flag in FLAGS["sanitized"] if flag.startswith("-f"))]  # compiling takes longer than running
 WAIT, SYNC, LOAD = "cp_wait<kStages - 2>();\n", "block_sync();  // what", "load(step + kStages - 1, next);\n"
@@ -127,6 +136,25 @@ PLANTED = {
     "a lane short": Plant("mask = 16;", "mask = 8;", WRONG),
     "closed, but its gradient leaves": Plant("open ? scale * first", "true ? scale * first", WRONG),
     "scale forgotten": Plant("open ? scale * second", "open ? second", WRONG),
+    "pairs of rows that cannot be read in them": Plant(
+        "View<D>(p.delta).even() && ", "", "runtime error: .*misaligned"
+    ),
+    "pairs from an odd element": Plant(
+        "(reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(ld) * sizeof(E)) % (2 * sizeof(E)) == 0",
+        "(static_cast<uintptr_t>(ld) * sizeof(E)) % (2 * sizeof(E)) == 0",
+        "runtime error: .*misaligned",
+    ),
+    "<G, Delta> in fp32": Plant(
+        "static_cast<double>(first) * to_f32(change[at].x)", "first * to_f32(change[at].x)", "expected|FAILED"
+    ),
+    "splits added from the last": Plant("partial[split * rows", "partial[(p.splits - 1 - split) * rows", WRONG),
+    "the threshold not in the score's precision": Plant("static_cast<float>(gate.threshold)", "gate.threshold", WRONG),
+    "closed at the threshold": Plant("gate.score) >= gate.threshold", "gate.score) > gate.threshold", WRONG),
+    "NaN opens": Plant(
+        "*static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold)",
+        "!(*static_cast<const float*>(gate.score) < static_cast<float>(gate.threshold))",
+        WRONG,
+    ),
     # W_t as a tensor, and the dot product
     "a vector too many": Plant("vectors ? count / kVector : 0", "vectors ? (count + 7) / kVector : 0", BEYOND),
     "an element too many": Plant("i < count; i += step", "i <= count; i += step", BEYOND),
@@ -146,6 +174,23 @@ PLANTED = {
     "the next tensor's block": Plant("block < args.end[middle]", "block <= args.end[middle]", f"{WRONG}|{BEYOND}"),
     "a tensor's first chunk": Plant("item > 0 ? args.end[item - 1] : 0", "0", f"{WRONG}|{BEYOND}"),
     "a chunk beyond its tensor": Plant("left < kForeachChunk ? left : kForeachChunk", "kForeachChunk", BEYOND),
+    "the innermost size for all": Plant(
+        "index /= walk.sizes[dim]", "index /= walk.sizes[walk.ndim - 1]", f"{WRONG}|{BEYOND}"
+    ),
+    "no weight, but it is read": Plant(
+        "const T weight = args.weight ? load_one<T>(args.weight, args.weight_dtype, at[1]) : T(0)",
+        "const T weight = load_one<T>(args.weight, args.weight_dtype, at[1])",
+        "SEGV|null pointer",
+    ),
+    "sums of more chunks than threads": Plant(
+        "for (int64_t i = tid(); i < count; i += nthreads()) sum",
+        "for (int64_t i = tid(); i < nthreads(); i += nthreads()) sum",
+        WRONG,
+    ),
+    "rows of a chunk beyond the end": Plant(
+        "begin + (left < per_chunk ? left : per_chunk)", "begin + per_chunk", f"{BEYOND}|{WRONG}"
+    ),
+    "scale of a rebuild in fp32": Plant("static_cast<T>(args.scale);", "static_cast<float>(args.scale);", WRONG),
     "another operand's strides": Plant(
         "position * walk.strides[k][dim]", "position * walk.strides[0][dim]", f"{WRONG}|{BEYOND}"
     ),

@@ -230,5 +230,5 @@ def test_a_model_trains_under_a_limit() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "1", 2**63])
 def test_a_limit_that_is_none_is_refused(limit: object) -> None:
-    with pytest.raises(taps_ext.ConfigError, match="limit: expected a positive number of bytes or None"):
+    with pytest.raises(taps_ext.ConfigError, match="limit: expected a positive int, of bytes, or None"):
         taps_ext.set_workspace_limit(limit)  # type: ignore[arg-type]

@@ -46,10 +46,4 @@ void* current_stream(int device) {
   return stream;
 }
 
-bool is_capturing(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "stream capture status");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 }  // namespace taps::cuda

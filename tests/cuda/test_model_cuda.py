@@ -87,8 +87,8 @@ def test_files_move_between_devices(tmp_path) -> None:
     assert torch.equal(plain.eval()(x), out)
 
 
-def test_no_weight_sized_allocation() -> None:
-    """After the first steps a training step's peak holds no tensor as large as a weight but the gradients."""
+def test_one_workspace_and_no_other_weight_sized_allocation() -> None:
+    """A training step's peak holds nothing as large as a weight but the gradients and one workspace (fp32: rebuilt)."""
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 10))
     model = TaskModel(base, TapsConfig(lam=1.0)).cuda()
@@ -113,7 +113,21 @@ def test_no_weight_sized_allocation() -> None:
         step()
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated() - before
-        assert extra < (weight if is_open else 0) + weight // 4
+        assert extra < (2 * weight if is_open else weight) + weight // 4
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_compiled_into_graphs_equals_eager(gates) -> None:
+    """CUDA graph trees: warmed up in a pool of their own, in which nothing of ours may stay."""
+    model = build(TapsConfig(lam=1.0), gates, torch.float32).cuda()
+    x = images().cuda()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    with torch.no_grad():
+        want = model(x, task="t").clone()
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.allclose(compiled(x, task="t").clone(), want, rtol=1e-4, atol=1e-4)
+            model(x, task="t")  # eager calls in between
 
 
 @pytest.mark.parametrize("gates", ["host", "device"])

@@ -36,10 +36,12 @@ TAPS_CASE(rebuilt_in_every_size) {
   for (const int64_t count : {1, 7, 8, 9, 2047, 2049, 16384, 32768 + 13}) {
     for (const int64_t offset : {0, 1}) {
       if (offset == 1 && count > 20000) continue;
-      for (const double scale : {1.0, 2.5}) {
-        ++problems;
+      for (const double scale : {1.0, 0.1}) {
+        problems += 2;
         std::string wrong = check_flat(Dtype::kBFloat16, Dtype::kBFloat16, Dtype::kFloat32, count, offset,
                                        How::kReadOpen, scale, scale != 1.0);
+        if (wrong.empty())
+          wrong = check_flat(Dtype::kFloat64, Dtype::kFloat64, Dtype::kFloat32, count, offset, How::kOpen, scale);
         if (!wrong.empty()) return wrong;
       }
     }
@@ -78,8 +80,10 @@ TAPS_CASE(rebuilt_in_place) {
 TAPS_CASE(rebuilt_from_rows_apart) {
   for (const Dtype dtype : kDtypes) {
     for (const How how : {How::kOpen, How::kReadClosed, How::kReadOpen}) {
-      ++problems;
-      if (std::string wrong = check_strided(dtype, 37, 67, how); !wrong.empty()) return wrong;
+      problems += 2;
+      std::string wrong = check_strided(dtype, 37, 67, 1, how);
+      if (wrong.empty()) wrong = check_strided(dtype, 5, 7, 9, how, how == How::kReadOpen);
+      if (!wrong.empty()) return wrong;
     }
   }
   return "";
@@ -119,12 +123,34 @@ TAPS_CASE(products_of_every_size) {
 }
 
 TAPS_CASE(products_of_rows_apart) {
-  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{3, 5}, {300, 70}, {5, 9000}}) {
+  for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{3, 5}, {301, 71}, {5, 9000}}) {
     ++problems;
     std::string wrong = check_dot(Dtype::kFloat32, Dtype::kBFloat16, rows, columns, 3, 0);
     if (!wrong.empty()) return wrong;
   }
   return "";
+}
+
+// More sums of chunks than threads, as of more than four million elements.
+TAPS_CASE(many_chunks_added) {
+  ++problems;
+  std::mt19937 random(2);
+  Array values(Dtype::kFloat64, 1000);
+  values.draw(random);
+  double want = 0.0, size = 0.0;
+  for (int64_t i = 0; i < values.count; ++i) want += values[i], size += std::fabs(values[i]);
+  double got = 0.0;
+  const auto* const data = reinterpret_cast<const double*>(values.data);
+  std::string wrong = none(
+      twin::launch({1}, kThreads, kDotShared, [&] { dot_finish(data, values.count, 0.1, &got, Dtype::kFloat64); }));
+  if (!wrong.empty()) return wrong;
+  if (std::fabs(got - 0.1 * want) <= 0.1 * size * 1002 * 0x1p-53) return "";
+  return "expected " + std::to_string(0.1 * want) + ", got " + std::to_string(got);
+}
+
+TAPS_CASE(gates_at_the_threshold) {
+  ++problems;
+  return check_gates();
 }
 
 int main() {

@@ -131,19 +131,27 @@ inline std::string check_flat(Dtype out, Dtype weight, Dtype delta, int64_t coun
   return wrong.empty() ? e.differs() : wrong;
 }
 
-// Three operands of one shape [rows, columns], of which each row is followed by a gap of its own.
-inline std::string check_strided(Dtype dtype, int64_t rows, int64_t columns, How how) {
+// Three operands of one shape [rows, columns, places], of which each row is followed by a gap of its own and, as in
+// channels_last, the weight's columns lie inside its places. With `select` there is no weight.
+inline std::string check_strided(Dtype dtype, int64_t rows, int64_t columns, int64_t places, How how,
+                                 bool select = false) {
   Reconstruct args;
   const int64_t gaps[] = {0, 3, 1};
-  args.walk.ndim = 2, args.walk.numel = rows * columns, args.walk.sizes[0] = rows, args.walk.sizes[1] = columns;
-  for (int k = 0; k < 3; ++k) args.walk.strides[k][0] = columns + gaps[k], args.walk.strides[k][1] = 1;
-  const auto extent = [&](int k) { return (rows - 1) * (columns + gaps[k]) + columns; };
+  int64_t strides[3][3];
+  args.walk.ndim = 3, args.walk.numel = rows * columns * places;
+  args.walk.sizes[0] = rows, args.walk.sizes[1] = columns, args.walk.sizes[2] = places;
+  for (int k = 0; k < 3; ++k) {
+    strides[k][0] = columns * places + gaps[k], strides[k][1] = k == 1 ? 1 : places,
+    strides[k][2] = k == 1 ? columns : 1;
+    for (int dim = 0; dim < 3; ++dim) args.walk.strides[k][dim] = strides[k][dim];
+  }
+  const auto extent = [&](int k) { return (rows - 1) * strides[k][0] + columns * places; };
   std::mt19937 random(3);
   Array out(Dtype::kBFloat16, extent(0)), weight(dtype, extent(1)), delta(Dtype::kFloat32, extent(2));
   weight.draw(random), delta.draw(random);
   const bool open = how == How::kOpen || how == How::kReadOpen;
   const double score = open ? 0.2 : 0.05;
-  args.out = out.data, args.weight = weight.data, args.delta = delta.data;
+  args.out = out.data, args.weight = select ? nullptr : weight.data, args.delta = delta.data;
   args.out_dtype = out.dtype, args.weight_dtype = dtype, args.delta_dtype = delta.dtype;
   args.gate.open = how == How::kOpen, args.gate.threshold = 0.1;
   if (how == How::kReadClosed || how == How::kReadOpen)
@@ -151,8 +159,11 @@ inline std::string check_strided(Dtype dtype, int64_t rows, int64_t columns, How
   if (std::string wrong = run(args, 1); !wrong.empty()) return wrong;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
-      const double w = weight[r * (columns + gaps[1]) + c], d = delta[r * (columns + gaps[2]) + c];
-      if (!out.same(r * columns + c, rebuilt(args, w, d, open))) return "expected W_t, got another value";
+      for (int64_t p = 0; p < places; ++p) {
+        const auto at = [&](int k) { return r * strides[k][0] + c * strides[k][1] + p * strides[k][2]; };
+        if (!out.same(at(0), rebuilt(args, weight[at(1)], delta[at(2)], open)))
+          return "expected W_t, got another value";
+      }
     }
   }
   return "";
@@ -238,6 +249,30 @@ inline std::string check_dot(Dtype first, Dtype second, int64_t rows, int64_t co
   const double bound = 2.5 * size * static_cast<double>(2 * rows * columns + 2) * 0x1p-53;
   if (std::fabs(result - 2.5 * want) <= bound) return "";
   return "expected " + std::to_string(2.5 * want) + ", got " + std::to_string(result);
+}
+
+// A score is compared in its own precision, as torch does: 0.7 rounded to fp32 is less than 0.7, and open. NaN is
+// closed.
+inline std::string check_gates() {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const auto& [score, threshold] : {std::pair<double, double>{0.1, 0.1},
+                                         {0.7, 0.7},
+                                         {std::nextafter(0.7, 0.0), 0.7},
+                                         {0.2, 0.1},
+                                         {0.05, 0.1},
+                                         {nan, 0.1},
+                                         {0.1, nan}}) {
+    const auto narrow = static_cast<float>(score), narrow_threshold = static_cast<float>(threshold);
+    taps::Gate gate;
+    gate.threshold = threshold;
+    gate.score = &score, gate.score_dtype = Dtype::kFloat64;
+    const bool wide_open = score > threshold || score == threshold;
+    if (is_open(gate) != wide_open) return "expected another gate of " + std::to_string(score) + ", got it in fp64";
+    gate.score = &narrow, gate.score_dtype = Dtype::kFloat32;
+    const bool open = narrow > narrow_threshold || narrow == narrow_threshold;
+    if (is_open(gate) != open) return "expected another gate of " + std::to_string(score) + ", got it in fp32";
+  }
+  return "";
 }
 
 }  // namespace host

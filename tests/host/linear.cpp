@@ -114,6 +114,8 @@ TAPS_CASE(planned_splits) {
   return split ? "" : "expected a plan that splits";
 }
 
+TAPS_CASE(splits_are_added_in_order) { return check_splits(); }
+
 TAPS_CASE(nothing_to_add) {
   Problem problem{3, 5, 0};
   problem.bias = true;

@@ -42,6 +42,11 @@ struct Filled {
       for (int64_t c = 0; c < columns; ++c) data[r * ld + c] = from_f32<E>(normal(random));
     }
   }
+  void round_to_whole(int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) data[r * ld + c] = from_f32<E>(std::round(2.0f * to_f32(data[r * ld + c])));
+    }
+  }
   double operator()(int64_t r, int64_t c) const { return to_f32(data[r * ld + c]); }
   taps::Matrix matrix() const { return {data, ld}; }
 };
@@ -65,6 +70,7 @@ struct Problem {
   int multiprocessors = 8;
   double scale = 1.0;
   bool result = true, dot = true;  // of the weight gradient
+  bool exact = false;              // x and dy are small whole numbers: G is exact, and its product with Delta fp64's
 
   bool open() const {
     return gate == Known::kOpen || ((gate == Known::kRead || gate == Known::kReadDouble) && score >= 0.1);
@@ -114,6 +120,9 @@ struct Tensors {
         delta(s.n, s.k, s.padding, s.offset, random, 0.2f),
         score(static_cast<float>(s.score)),
         wide_score(s.score) {
+    if (s.exact) {
+      for (Filled<T>* matrix : {&x, &dy}) matrix->round_to_whole(s.m, matrix == &x ? s.k : s.n);
+    }
     args.rows = s.m, args.outputs = s.n, args.inputs = s.k;
     args.weight = weight.matrix();
     args.compute = dtype_of<T>(), args.weight_dtype = dtype_of<W>(), args.delta_dtype = dtype_of<D>();
@@ -214,7 +223,9 @@ std::string check_weight(const Problem& s) {
         size += std::fabs(product);
       }
       want_dot += g * t.delta(r, c);
-      bound_dot += bound<float>(s.m, size, g) * std::fabs(t.delta(r, c));
+      // Of exact products, that one and a sum of all: half a unit each, here and there.
+      const double ulps = static_cast<double>(2 * s.n * s.k + 2) * 0x1p-53;
+      bound_dot += (s.exact ? ulps * std::fabs(g) : bound<float>(s.m, size, g)) * std::fabs(t.delta(r, c));
       if (!s.result) continue;
       const double want = s.open() ? s.scale * g : 0.0;
       const double allowed = s.scale * bound<D>(s.m + 1, size, g);  // and one product with the scale
@@ -228,6 +239,26 @@ std::string check_weight(const Problem& s) {
   double got = 0.0;
   for (int64_t i = 0; i < tiles; ++i) got += sums[i];
   return std::fabs(got - want_dot) <= bound_dot ? "" : differs(s, -1, -1, want_dot, got);
+}
+
+// Sums over the splits, first to last: to the bit, of numbers that do not add up alike in another order.
+inline std::string check_splits() {
+  constexpr int64_t kRows = 5, kColumns = 7, kSplits = 4;
+  std::mt19937 random(3);
+  Filled<float> partial(kSplits, kRows * kColumns, 0, 0, random, 1.0f), out(kRows, kColumns, 0, 0, random, 1.0f);
+  Filled<float> bias(1, kColumns, 0, 0, random, 1.0f);
+  LinearProduct args;
+  args.memory = partial.data, args.splits = kSplits, args.bias = bias.data;
+  args.result = out.data, args.ld_result = kColumns;
+  const auto found = twin::launch({1}, 64, 0, [&] { add_splits<float>(args, kRows, kColumns); });
+  if (!found.empty()) return none(found);
+  for (int64_t i = 0; i < kRows * kColumns; ++i) {
+    float want = 0.0f;
+    for (int64_t split = 0; split < kSplits; ++split) want += partial.data[split * kRows * kColumns + i];
+    want += bias.data[i % kColumns];
+    if (want != out.data[i]) return "expected " + std::to_string(want) + ", got " + std::to_string(out.data[i]);
+  }
+  return "";
 }
 
 }  // namespace host

@@ -40,15 +40,19 @@ TAPS_CASE(bf16_delta_fp32) { return shapes<bf16, float>(); }
 TAPS_CASE(f16_delta_f16) { return shapes<f16, f16>(); }
 TAPS_CASE(tf32) { return shapes<float, float>(); }
 
+// Whole tiles and parts of them, whose rows and first elements can be read in pairs or cannot.
 TAPS_CASE(leading_dimensions_and_offsets) {
   for (const int64_t padding : {0, 1, 2, 8}) {
     for (const int64_t offset : {0, 1, 2, 8}) {
-      Problem problem{20, 40, 96};
-      problem.padding = padding, problem.offset = offset;
-      std::string wrong = check_weight<WeightGradient<WeightTile, f16, float>, f16, float>(problem);
-      if (wrong.empty()) wrong = check_weight<WeightGradient<WeightTile, bf16, bf16>, bf16, bf16>(problem);
-      if (!wrong.empty())
-        return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
+      Problem problem{20, 70, 130};
+      problem.padding = padding, problem.offset = offset, problem.exact = padding != 2;
+      for (const bool result : {true, false}) {
+        problem.result = result;
+        std::string wrong = check_weight<WeightGradient<WeightTile, f16, float>, f16, float>(problem);
+        if (wrong.empty()) wrong = check_weight<WeightGradient<WeightTile, bf16, bf16>, bf16, bf16>(problem);
+        if (!wrong.empty())
+          return "padding " + std::to_string(padding) + " offset " + std::to_string(offset) + ": " + wrong;
+      }
     }
   }
   return "";

@@ -32,6 +32,8 @@ TAPS_CASE(forward) {
   return "";
 }
 
+TAPS_CASE(splits) { return check_splits(); }
+
 TAPS_CASE(input_gradient) {
   for (uint64_t seed = 0; seed < 3; ++seed) {
     Problem problem{33, 130, 31};
@@ -56,6 +58,14 @@ TAPS_CASE(weight_gradient) {
     problem.seed = seed, problem.scale = 2.0;
     std::string wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
     if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>({40, 33, 32});
+    for (const int64_t odd : {0, 1}) {  // whole tiles whose rows, or whose first element, cannot be read in pairs
+      Problem apart{20, 40, 70};
+      apart.padding = odd, apart.offset = 1 - odd, apart.exact = true;
+      for (const bool result : {true, false}) {
+        apart.result = result;
+        if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(apart);
+      }
+    }
     problem.gate = Known::kClosed;
     if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
     if (!wrong.empty()) return wrong;
@@ -72,15 +82,24 @@ TAPS_CASE(elementwise) {
   }
   if (wrong.empty())
     wrong = check_flat(Dtype::kFloat32, Dtype::kFloat32, Dtype::kFloat16, 16384 + 5, 0, How::kReadOpen, 2.5, true);
-  if (wrong.empty()) wrong = check_strided(Dtype::kFloat16, 37, 67, How::kOpen);
+  if (wrong.empty()) wrong = check_strided(Dtype::kFloat16, 5, 7, 9, How::kOpen);
+  if (wrong.empty()) wrong = check_strided(Dtype::kFloat16, 37, 67, 1, How::kReadOpen, true);
+  if (wrong.empty()) wrong = check_flat(Dtype::kFloat64, Dtype::kFloat64, Dtype::kFloat64, 9, 0, How::kOpen, 0.1);
+  if (wrong.empty()) wrong = check_gates();
   if (wrong.empty()) wrong = check_foreach({16384, 5, 0, 16391, 8}, false, 1);
   return wrong;
 }
 
 TAPS_CASE(products) {
+  std::vector<double> sums(300, 1.0);
+  double total = 0.0;
+  const auto found =
+      twin::launch({1}, kThreads, kDotShared, [&] { dot_finish(sums.data(), 300, 1.0, &total, Dtype::kFloat64); });
+  if (!found.empty()) return none(found);
+  if (total != 300.0) return "expected 300, got " + std::to_string(total);
   std::string wrong = check_dot(Dtype::kFloat32, Dtype::kBFloat16, 1, 16391, 0, 0);
   if (wrong.empty()) wrong = check_dot(Dtype::kFloat64, Dtype::kFloat16, 1, 77, 0, 1);
-  if (wrong.empty()) wrong = check_dot(Dtype::kFloat32, Dtype::kFloat32, 300, 70, 3, 0);
+  if (wrong.empty()) wrong = check_dot(Dtype::kFloat32, Dtype::kFloat32, 301, 71, 3, 0);
   return wrong;
 }
 
