@@ -27,6 +27,13 @@ def _fake_linear(
     row_scale: float = 1.0,
     training: bool = False,
 ) -> Tensor:
+    torch._check(
+        input.shape[-1] == weight.shape[1],
+        lambda: (
+            f"input: expected shape [..., {weight.shape[1]}] for a weight of shape {list(weight.shape)}, got "
+            f"{list(input.shape)}"
+        ),
+    )
     return input.new_empty([*input.shape[:-1], weight.shape[0]])
 
 

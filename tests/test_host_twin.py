@@ -55,6 +55,7 @@ def twin(request, tmp_path_factory) -> tuple[str, Path, list[Path]]:
     return request.param, folder, compile_objects(folder, request.param, RUNTIME)
 
 
+@pytest.mark.timeout(7200 if "TAPS_THOROUGH" in os.environ else 900)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_host(program: str, twin) -> None:
     kind, folder, runtime = twin
@@ -64,7 +65,7 @@ def test_host(program: str, twin) -> None:
         [COMPILER, *FLAGS[kind], *map(str, objects), "-o", str(binary)], capture_output=True, text=True, timeout=300
     )
     assert link.returncode == 0, link.stderr[-4000:]
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=3000)
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=7000)
     assert done.returncode == 0 and " 0 failed" in done.stdout, (done.stdout + done.stderr)[-4000:]
     problems = PROGRAMS[program]
     assert problems is None or f"{problems['TAPS_THOROUGH' in os.environ]} problems" in done.stdout, done.stdout

@@ -299,7 +299,11 @@ def test_roofs() -> None:
         ({"optimizer": "adam"}, "optimizer: expected one of"),
         ({"amp": "fp16"}, "amp: expected one of"),
         ({"inputs": torch.zeros(1, 3, 8, 8)}, "inputs: expected a tuple"),
-        ({"inputs": ()}, "inputs: expected a tuple"),
+        ({"inputs": ()}, "inputs: expected the forward's arguments, got none"),
+        ({"loss": "ce"}, "loss: expected a function of the outputs, got str"),
+        ({"loss": lambda o: o}, r"loss: expected a scalar tensor with a gradient, got one of shape \[1, 10\]"),
+        ({"loss": lambda o: None}, "loss: expected a scalar tensor with a gradient, got NoneType"),
+        ({"loss": lambda o: 1 / 0}, "loss: raised ZeroDivisionError: division by zero"),
         ({"task": "s"}, r"task: expected one of \['t'\], got 's'"),
         ({"task": None}, "task: expected the name of a task to train, got None"),
         ({"model": nn.Linear(2, 2)}, "model: expected a TaskModel, got Linear"),
@@ -309,6 +313,29 @@ def test_mistakes_are_named(tool, change, message) -> None:
     arguments = {"model": build(TinyNet()), "inputs": (images(1, 8),), "task": "t", **change}
     with pytest.raises(ConfigError, match=message):
         tool(arguments.pop("model"), arguments.pop("inputs"), **arguments)
+
+
+@pytest.mark.parametrize("tool", [profile, estimate])
+def test_models_that_cannot_run(tool) -> None:
+    """Without parameters, without values, or with inputs that a gated linear layer does not take."""
+    extra = {"steps": 1, "machine": ROOFS} if tool is profile else {}
+    with pytest.raises(ConfigError, match="model: expected a base with parameters, got one without"):
+        tool(TaskModel(nn.Flatten()), (images(1, 8),), phase="infer", **extra)
+    with pytest.raises(ConfigError, match="model: expected weights on a device, got them on meta"):
+        tool(TaskModel(nn.Linear(3, 2).to("meta")), (torch.ones(1, 3),), phase="infer", **extra)
+    model = TaskModel(nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 10)), TapsConfig(lam=0.1))
+    model.add_task("t", num_classes=3)
+    with pytest.raises(ConfigError, match=r"inputs: the model cannot run on .*: expected shape \[\.\.\., 48\]"):
+        tool(model, (torch.ones(2, 3, 5, 5),), task="t", **extra)
+
+
+def test_pictures_and_roofs_are_checked(tmp_path) -> None:
+    found = profile(build(TinyNet()), (images(1, 8),), task="t", steps=1, machine=ROOFS)
+    for path, message in ((tmp_path / "no" / "a.png", "folder that exists"), ("a.xyz", "ends in"), (None, "NoneType")):
+        with pytest.raises(ConfigError, match=f"plot: expected .*{message}"):
+            found.plot(path)
+    with pytest.raises(ConfigError, match=r"machine: expected what measure\(\) gives, got str"):
+        profile(build(TinyNet()), (images(1, 8),), task="t", machine="x")
 
 
 def test_steps_are_counted() -> None:

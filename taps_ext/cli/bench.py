@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from .common import check_picture, count, emit, say
+from ..plot.canvas import check_picture
+from .common import count, emit, say
 
 PURPOSE = "Measure gated layers on this machine, beside the stock op and the best alternatives (two minutes)."
 EXAMPLE = "taps bench --groups linear step --plot bench.png"
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from .env import shareable_facts
 
     check_device(args.device)
-    check_picture(args.plot)
+    if args.plot is not None:
+        check_picture(args.plot)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     cases = bench.suite(args.groups, full=args.full, device=args.device)

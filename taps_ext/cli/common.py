@@ -11,8 +11,6 @@ from typing import Any
 
 from ..errors import ConfigError
 
-PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # that matplotlib writes
-
 
 def count(low: int) -> Callable[[str], int]:
     """An argument type: an int >= `low`."""
@@ -45,16 +43,6 @@ def check_out(out: str, *inputs: Any) -> None:
         there = isinstance(given, (str, Path)) and Path(out).exists() and Path(given).exists()
         if there and Path(out).samefile(given):
             raise ConfigError(f"out: expected a file of its own, got {out}, which is read")
-
-
-def check_picture(path: str | None) -> None:
-    """Raise ConfigError unless a picture can be written there, before there is work to lose."""
-    if path is None:
-        return
-    if Path(path).suffix.lower() not in PICTURES:
-        raise ConfigError(f"plot: expected a name that ends in {', '.join(PICTURES)}, got {path}")
-    if not Path(path).resolve().parent.is_dir():
-        raise ConfigError(f"plot: expected a folder that exists, got {path}")
 
 
 def size(count: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ConfigError
-from .common import check_picture, count, emit, say
+from ..plot.canvas import check_picture
+from .common import count, emit, say
 from .costs import add_step_arguments, step_model
 
 PURPOSE = "Measure a training step or a forward: each layer against this machine's limits, and memory by its parts."
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count(1), default=5, help="steps that are timed (5)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (cpu)")
     parser.add_argument("--threads", type=count(1), help="CPU threads (torch's default)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw memory over time and layers under the roofs")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw memory over time and layers against the roofs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from .config import check_device
 
     check_device(args.device)
-    check_picture(args.plot)
+    if args.plot is not None:
+        check_picture(args.plot)
     if args.device == "meta":
         raise ConfigError("device: expected one that computes, got 'meta'; `taps estimate` runs nothing")
     if args.threads is not None:

@@ -1,4 +1,4 @@
-"""Where a step's time and memory go: bytes in use over time, and layers under the machine's roofs."""
+"""Where a step's time and memory go: bytes in use over time, and layers against the machine's roofs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def profile_picture(path: str | PathLike[str], found: Profile) -> None:
         yscale="log",
         xlabel="operations per byte",
         ylabel="GFLOP/s",
-        title=f"gated layers under the roofs of {found.device}",
+        title=f"gated layers against the measured roofs of {found.device}",
     )
     if rows:
         roofs.legend(fontsize=8)

@@ -88,9 +88,14 @@ class Profile:
     __str__ = table
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw memory over time, and the layers under the machine's roofs. Raises ConfigError without matplotlib."""
+        """Draw memory over time, and the layers against the machine's roofs.
+
+        Raises ConfigError without matplotlib, and for a path that no picture can be written to.
+        """
+        from ..plot.canvas import check_picture
         from ..plot.profile import profile_picture
 
+        check_picture(path)
         profile_picture(path, self)
 
 
@@ -123,6 +128,8 @@ def profile(
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps: expected an int >= 1, got {steps!r}")
+    if machine is not None and not isinstance(machine, Machine):
+        raise ConfigError(f"machine: expected what measure() gives, got {type(machine).__name__}")
     name = model.active_task if task is None and isinstance(model, TaskModel) else task
     step = Step(model, inputs, name, phase, optimizer, amp, loss)
     dtype = torch.bfloat16 if amp else next(iter(model.base.parameters())).dtype

@@ -46,13 +46,22 @@ class Step:
         one_of(optimizer, OPTIMIZERS, "optimizer")
         if amp is not None:
             one_of(amp, ("bf16",), "amp")
-        if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence) or not inputs:
+        if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
             raise ConfigError(f"inputs: expected a tuple of the forward's arguments, got {type(inputs).__name__}")
+        if not inputs:
+            raise ConfigError("inputs: expected the forward's arguments, got none")
+        if loss is not None and not callable(loss):
+            raise ConfigError(f"loss: expected a function of the outputs, got {type(loss).__name__}")
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ConfigError("model: expected a base with parameters, got one without")
+        if parameter.is_meta:
+            raise ConfigError("model: expected weights on a device, got them on meta; build the model on the CPU")
         if task is None and phase == "train":
             raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
         self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
         self.inputs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, tuple(inputs))
-        self.device = next(model.parameters()).device
+        self.device = parameter.device
         self.state = None if task is None else model.state(task)
         self.optimizer: torch.optim.Optimizer | None = None
         if phase == "train":
@@ -84,7 +93,15 @@ class Step:
 
     def loss(self, outputs: Any) -> Tensor:
         if self.own_loss is not None:
-            return self.own_loss(outputs)
+            try:
+                value = self.own_loss(outputs)
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ConfigError(f"loss: raised {type(error).__name__}: {reason}") from error
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                got = f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ConfigError(f"loss: expected a scalar tensor with a gradient, got {got}")
+            return value
         found = predictions(outputs)
         if not isinstance(found, Tensor):
             raise ConfigError(f"model: expected outputs with a tensor to train on, got {type(found).__name__}")
