@@ -189,7 +189,7 @@ def test_a_closed_gate_is_never_forced_to_be_fused(rows) -> None:
     C.force_path("fused")
     try:
         for delta in (w, None):
-            with pytest.raises(RuntimeError, match="path: fused is forced, but the kernels do not know"):
+            with pytest.raises(RuntimeError, match="path: fused is forced, but this layer cannot be"):
                 torch.ops.taps_ext.gated_linear(x, w, delta, None, None, False, 0.1)
     finally:
         C.force_path(None)
@@ -224,7 +224,7 @@ def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:
     C.force_path("fused")
     try:
         x, w, d = (draw(n, 16, dtype=torch.float64) for n in (3, 8, 8))
-        with pytest.raises(RuntimeError, match="path: fused is forced, but the kernels do not know"):
+        with pytest.raises(RuntimeError, match="path: fused is forced, but this layer cannot be"):
             torch.ops.taps_ext.gated_linear(x, w, d, None, None, True, 0.1)
     finally:
         C.force_path(None)
