@@ -47,6 +47,8 @@ def test_profile_as_json(call) -> None:
     found = json.loads(out)
     assert code == 0 and found["phase"] == "infer" and [row["layer"] for row in found["layers"]] == ["0", "2"]
     assert found["memory"]["peak"] == max(count for _, count in found["timeline"])
+    step = found["step"]
+    assert step["batch"] == 2 and step["shape"] == [3, 16, 16] and step["optimizer"] == "adamw" and step["amp"] is None
 
 
 def test_estimate(call) -> None:

@@ -104,6 +104,14 @@ def test_a_penalty_that_never_acts_is_said(options) -> None:
         Trainer(model, {"t": Task(train=data, val=data)}, TrainConfig(batch_size=4, **options), quiet=True).fit()
 
 
+def test_gates_that_never_rest_are_said() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), TapsConfig(lam=5.0))
+    model.add_task("t")
+    data, config = (torch.randn(8, 3), torch.arange(8) % 2), TrainConfig(epochs=3, freeze_after=4, warmup_epochs=0)
+    with pytest.warns(UserWarning, match="gates never rest: freeze_after = 4, epochs = 3"):
+        Trainer(model, {"t": Task(train=data, val=data)}, config, quiet=True).fit()
+
+
 def test_evaluation_takes_the_batches_it_is_told() -> None:
     sizes: list[int] = []
 

@@ -39,7 +39,11 @@ def fraction(text: str) -> float:
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="timm:NAME, torchvision:NAME or python:MODULE.FUNCTION")
     parser.add_argument("--task", metavar="FILE", help="a task file whose gates the layers have")
-    parser.add_argument("--weights", metavar="FILE", help="the base's, where a task file belongs to them (safetensors)")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the base's, where a task file belongs to them (safetensors; else pretrained ones are downloaded)",
+    )
     parser.add_argument("--method", choices=["taps", "full", "probe"], help="without a task file (taps)")
     parser.add_argument(
         "--open", metavar="GLOB", nargs="+", help="the layers that are open, all others closed (default: all are open)"
@@ -103,3 +107,9 @@ def parts(memory: Memory) -> list[tuple[str, str]]:
     """Rows for a table: every part that is there, and the peak."""
     rows = [(name, size(value)) for name, value in asdict(memory).items() if value]
     return [*rows, ("peak", size(memory.peak))]
+
+
+def step_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What the step was, for JSON."""
+    facts = {key: getattr(args, key) for key in ("model", "task", "weights", "method", "batch", "optimizer", "amp")}
+    return {**facts, "shape": list(args.shape), "gate_fraction": args.gate_fraction}

@@ -7,7 +7,7 @@ import argparse
 from ..errors import ConfigError
 from ..plot.canvas import check_picture
 from .common import count, emit, say
-from .costs import add_step_arguments, step_model
+from .costs import add_step_arguments, step_facts, step_model
 
 PURPOSE = "Measure a training step or a forward: each layer against this machine's limits, and memory by its parts."
 EXAMPLE = "taps profile timm:resnet50 --batch 8 --gate-fraction 0.125 --open 'layer4.*' --plot step.png"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
     )
     if args.json:
-        emit(found.to_dict())
+        emit({**found.to_dict(), "step": step_facts(args)})
     else:
         print(found.table())
     if args.plot is not None:

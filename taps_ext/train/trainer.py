@@ -199,13 +199,18 @@ class Trainer:
             run.release()
 
     def _check_penalty(self, name: str) -> None:
-        """Say so where lambda would have no effect."""
+        """Say so where lambda or freeze_after would have no effect."""
         config, state = self.config, self.model.state(name)
         moving = config.epochs if config.rest_epoch is None else config.rest_epoch + 1
         if getattr(state.config, "lam", 0.0) and state.learned() and moving <= config.warmup_epochs:
             warnings.warn(
                 f"task {name!r}: the penalty never acts: gates move for {moving} epochs, all of them warm-up "
                 f"(warmup_epochs = {config.warmup_epochs})",
+                stacklevel=5,
+            )
+        if config.freeze_after is not None and config.freeze_after > config.epochs:
+            warnings.warn(
+                f"task {name!r}: gates never rest: freeze_after = {config.freeze_after}, epochs = {config.epochs}",
                 stacklevel=5,
             )
 
