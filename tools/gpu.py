@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST = 5  # seconds: less is not worth beginning a stage
 # What has to be the same for results to stand in one file.
 IDENTITY = ("commit", "gpu", "driver", "torch", "torch_cuda", "nvcc", "python", "capability")
+SUBSET_FILES = ("tests/cuda/test_ops_cuda.py", "tests/cuda/test_reconstruct_cuda.py")
 SUBSET = (
     "test_empty or (test_linear and 7-33-17 and None and float32) or (test_linear and 7-34-18 and fused and bfloat16) "
     "or (test_reconstruct and 1- and float32-torch.float32)"
@@ -74,7 +75,7 @@ def stages(out: Path, capability: str | None = None) -> list[Stage]:
             Stage(f"bench-{name}", [python, f"benchmarks/gpu_{name}.py", "--json", f"{out}/{name}.json"], limit)
         )
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [*ours, "--tool", tool, *pytest, "tests/cuda/test_ops_cuda.py", "-k", SUBSET]
+        command = [*ours, "--tool", tool, *pytest, *SUBSET_FILES, "-k", SUBSET]
         found.append(Stage(tool, command, 120, sanitized=True))
     return found
 
