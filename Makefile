@@ -139,9 +139,8 @@ memory: build
 GPU_SECONDS := 540
 GPU_OUT ?= $(if $(filter 1,$(REHEARSE)),build/gpu-rehearsal,benchmarks/results/gpu)
 gpu:
-	rm -f $(VENV)/.built
-	$(PYTHON) tools/gpu.py --out $(GPU_OUT) --seconds $(GPU_SECONDS) $(if $(STAGE),--stage $(STAGE)) \
-	  $(if $(filter 1,$(REHEARSE)),--rehearse)
+	code=0; $(PYTHON) tools/gpu.py --out $(GPU_OUT) --seconds $(GPU_SECONDS) $(if $(STAGE),--stage $(STAGE)) \
+	  $(if $(filter 1,$(REHEARSE)),--rehearse) || code=$$?; test $$code = 2 || rm -f $(VENV)/.built; exit $$code
 
 # --- wheels -------------------------------------------------------------------------------------
 
