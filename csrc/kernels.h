@@ -38,6 +38,17 @@ struct Walk {
   }
 };
 
+// Of operands that lie dense and alike.
+template <int N>
+Walk<N> flat_walk(int64_t numel) {
+  Walk<N> walk;
+  walk.numel = numel;
+  walk.ndim = 1;
+  walk.sizes[0] = numel;
+  for (auto& stride : walk.strides) stride[0] = 1;
+  return walk;
+}
+
 // g = 1[s >= tau]. Either the host knows it (`score == nullptr`, use `open`) or the device reads
 // the score itself.
 struct Gate {

@@ -65,16 +65,6 @@ std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
   return std::make_unique<Lease>(false, 0, bytes);
 }
 
-template <int N>
-Walk<N> flat_walk(int64_t numel) {
-  Walk<N> walk;
-  walk.numel = numel;
-  walk.ndim = 1;
-  walk.sizes[0] = numel;
-  for (auto& stride : walk.strides) stride[0] = 1;
-  return walk;
-}
-
 }  // namespace
 
 std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,

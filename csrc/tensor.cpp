@@ -62,6 +62,9 @@ std::string name_of_dtype(int32_t dtype) {
   for (const auto& [code, name] : others) {
     if (code == dtype) return name;
   }
+  for (const Dtype known : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    if (torch_dtype(known) == dtype) return to_string(known);
+  }
   return "another one";
 }
 

@@ -61,7 +61,7 @@ TAPS_CASE(rebuilt_in_place) {
       for (int64_t i = 0; i < own.count; ++i) before.push_back(own[i]);
       const float score = how == How::kReadOpen ? 0.2f : 0.05f;
       Reconstruct args;
-      args.walk = flat<3>(own.count);
+      args.walk = flat_walk<3>(own.count);
       args.delta = args.out = own.data;
       args.out_dtype = args.delta_dtype = dtype;
       args.scale = 3.0;

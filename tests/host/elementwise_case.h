@@ -16,10 +16,10 @@ namespace host {
 using namespace taps::dev;  // NOLINT
 using taps::Dot;
 using taps::Dtype;
+using taps::flat_walk;
 using taps::ForeachReconstruct;
 using taps::Rebuild;
 using taps::Reconstruct;
-using taps::Walk;
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 
@@ -50,16 +50,6 @@ struct Array {
     return std::memcmp(one.data, data + i * size_of(dtype), static_cast<std::size_t>(size_of(dtype))) == 0;
   }
 };
-
-template <int N>
-Walk<N> flat(int64_t count) {
-  Walk<N> walk;
-  walk.numel = count;
-  walk.ndim = 1;
-  walk.sizes[0] = count;
-  for (auto& strides : walk.strides) strides[0] = 1;
-  return walk;
-}
 
 // A sum as the kernels make it: in fp32 unless an operand is fp64, then rounded to the result's type. The sum of two
 // floats in fp64 loses nothing that its rounding to fp32 would keep.
@@ -126,7 +116,7 @@ inline std::string check_flat(Dtype out, Dtype weight, Dtype delta, int64_t coun
   if (select) e.args.weight = nullptr;
   Reconstruct args;
   static_cast<Rebuild&>(args) = e.args;
-  args.walk = flat<3>(count);
+  args.walk = flat_walk<3>(count);
   std::string wrong = run(args, static_cast<uint64_t>(count % 3));
   return wrong.empty() ? e.differs() : wrong;
 }
@@ -199,7 +189,7 @@ inline std::string check_dot(Dtype first, Dtype second, int64_t rows, int64_t co
   Array a(first, extent, offset), b(second, rows * columns, offset);
   a.draw(random), b.draw(random);
   Dot args;
-  args.walk = flat<2>(rows * columns);
+  args.walk = flat_walk<2>(rows * columns);
   if (gap > 0) {
     args.walk.ndim = 2, args.walk.sizes[0] = rows, args.walk.sizes[1] = columns;
     args.walk.strides[0][0] = columns + gap, args.walk.strides[1][0] = columns;
