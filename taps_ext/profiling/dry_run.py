@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from ..nn import GatedLayer
 from ..nn.forward import base_weight
 from ..nn.gated import stamp
 from ..rebuilt import one_layout
+from . import convolutions
+from .convolutions import Inside
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -39,11 +42,20 @@ class _Count(TorchDispatchMode):
         self.phase, self.since = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = _inside(func, args)
+        self._pass(inside.before)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
+        self._pass(inside.beside)
         return result
+
+    def _pass(self, nbytes: int) -> None:
+        """What an operator makes and drops."""
+        if nbytes:
+            self.made.append((nbytes, "inside"))
+            self.log += [len(self.made), -len(self.made)]
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -94,6 +106,39 @@ class _Count(TorchDispatchMode):
         return parts
 
 
+def _inside(func: Any, args: Sequence[Any]) -> Inside:
+    """What an operator allocates beside its results."""
+    aten, own = torch.ops.aten, torch.ops.taps_ext
+    if func is aten.convolution.default:
+        image, weight, _, stride, padding, dilation, transposed, _, groups = args
+        return Inside() if transposed else convolutions.forward(image, weight, stride, padding, dilation, groups)
+    if func is aten.convolution_backward.default:
+        grad, image, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
+        if transposed or image.dim() != 4:
+            return Inside()
+        return convolutions.backward(grad, image, image.shape[2:], weight, stride, padding, dilation, groups, wanted)
+    if ops._C is None:
+        return Inside()
+    if func is own.gated_conv2d.default:
+        image, weight, delta, _, _, stride, padding, dilation, groups, gate = args[:10]
+        found = convolutions.forward(image, weight, stride, padding, dilation, groups)
+        training = len(args) > 13 and args[13]  # trailing arguments that are the defaults are not there
+        rows = image.shape[0] * math.prod(convolutions.places(image, weight, stride, padding, dilation))
+        fused = gate and not training and _fused_bytes(weight, delta, image.dtype, rows, groups) is not None
+        return Inside() if fused else found
+    if func is own.gated_conv2d_backward.default:
+        grad, image, size, weight, _, _, gate, _, stride, padding, dilation, groups, mask = args[:13]
+        formed = mask[4] or (mask[1] and gate is not False)
+        wanted = (mask[0], formed)
+        found = convolutions.backward(grad, image, size, weight, stride, padding, dilation, groups, wanted)
+        if formed or not mask[2]:
+            return found
+        score = convolutions.forward(image, weight, stride, padding, dilation, groups)  # <conv(x, Delta), dL/dy>
+        moved = grad.nbytes // max(1, grad.shape[0]) * image.shape[0]
+        return Inside(found.before, max(found.beside, score.before, score.beside + moved))
+    return Inside()
+
+
 def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     """A copy of a model whose tensors have no storage."""
     memo: dict[int, Any] = {}
@@ -130,22 +175,22 @@ def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> in
             continue
         learns = step.phase == "train" and part.score is not None and part.score.requires_grad
         for dtype, rows in calls.get(name, ()):
-            fused = _fused_bytes(host, part.delta, dtype, rows) if step.phase == "infer" and part.gate else None
+            fused = None
+            if step.phase == "infer" and part.gate:
+                fused = _fused_bytes(weight, part.delta, dtype, rows, getattr(host, "groups", 1))
             if fused is not None:
                 largest = max(largest, fused)
-            elif part.gate is not False or learns:
+            elif part.gate is not False or (learns and (weight.dim() == 2 or dtype != part.delta.dtype)):
                 whole = weight.numel() * dtype.itemsize
                 largest = max(largest, min(whole, limit) if limit else whole)
     return largest
 
 
-def _fused_bytes(host: nn.Module, delta: Tensor, dtype: torch.dtype, rows: int) -> int | None:
+def _fused_bytes(weight: Tensor, delta: Tensor, dtype: torch.dtype, rows: int, groups: int = 1) -> int | None:
     """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
     assert ops._C is not None
-    weight, convolution, narrow = base_weight(host), isinstance(host, nn.Conv2d), dtype == torch.bfloat16
-    known = isinstance(host, nn.Linear) or (
-        isinstance(host, nn.Conv2d) and host.groups == 1 and weight[0, 0].numel() <= ops._C.most_places
-    )
+    convolution, narrow = weight.dim() == 4, dtype == torch.bfloat16
+    known = not convolution or (groups == 1 and weight[0, 0].numel() <= ops._C.most_places)
     fusable = (
         known and weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and one_layout(weight, delta)
     )
@@ -174,8 +219,9 @@ def estimate(
 
     Returns:
         The parts of the peak in bytes. What torch's allocator does not see (scratch memory of oneDNN and cuDNN, the
-        CUDA context, fragmentation) and what operators allocate inside is not in it; a weight that other code reads
-        (`F.linear(x, layer.weight)`) counts as a tensor of its own.
+        CUDA context, fragmentation) is not in it, nor what operators allocate inside, but for the copies that
+        convolutions make on an x86 CPU; a weight that other code reads (`F.linear(x, layer.weight)`) counts as a
+        tensor of its own.
 
     Raises:
         ConfigError: as :func:`taps_ext.profile`.
