@@ -101,6 +101,7 @@ std::unique_ptr<Lease> gradient_scratch(int64_t numel, Dtype dtype) {
 }
 
 bool dot_into(void* score, Dtype score_dtype, const Dense& a, const Dense& b, int64_t numel) {
+  if (numel > 0 && (!a.data || !b.data)) fail("dot_into: expected memory behind both operands");
   Dot args;
   args.walk = flat_walk<2>(numel);
   args.a = a.data;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "overlap.h"
 
 namespace taps {
 namespace {
@@ -9,25 +10,6 @@ namespace {
 struct Item {
   Described out;
   GatedWeight w;
-};
-
-// The memory from a tensor's first element to its last.
-struct Extent {
-  const char* begin;
-  const char* end;
-  bool dense;  // nothing else lies between them
-
-  explicit Extent(const Described& tensor) : dense(is_dense(tensor.sizes, tensor.strides)) {
-    int64_t elements = 1;  // strides are not negative
-    for (size_t dim = 0; dim < tensor.sizes.size(); ++dim) elements += (tensor.sizes[dim] - 1) * tensor.strides[dim];
-    begin = static_cast<const char*>(tensor.data());
-    end = begin + (tensor.numel() == 0 ? 0 : elements * size_of(tensor.dtype));
-  }
-  // As far as is easily told, as torch does: tensors with gaps may lie in each other's, unless they begin together.
-  bool meets(const Extent& other) const {
-    if (begin >= other.end || other.begin >= end) return false;
-    return (dense && other.dense) || begin == other.begin;
-  }
 };
 
 bool same_elements(const Described& a, const Described& b) {
@@ -59,7 +41,7 @@ Item check_item(const Tensor& out, const Tensor& weight, const OptionalTensor& d
     fail("out: expected distinct memory for every element, got strides that share some");
   }
   for_operands(item.w, [&](const Described& operand, const char* name) {
-    if (Extent(item.out).meets(Extent(operand)) && !same_elements(item.out, operand)) {
+    if (Footprint(item.out).meets(Footprint(operand)) && !same_elements(item.out, operand)) {
       fail("out: expected memory of its own, or all of ", name, " element by element, got some of it");
     }
   });
@@ -72,31 +54,33 @@ void run(const Item& item) {
 
 // Raises where an item writes what another one reads or writes: they run in no order.
 void expect_apart(const std::vector<Item>& items) {
-  struct Out : Extent {
+  struct Out : Footprint {
     size_t item;
     const char* last;  // where the ones up to this end
   };
   std::vector<Out> outs;
   for (size_t i = 0; i < items.size(); ++i) {
-    const Extent extent(items[i].out);
-    if (extent.begin != extent.end) outs.push_back({extent, i, nullptr});
+    const Footprint place(items[i].out);
+    if (place.begin() != place.end()) outs.push_back({place, i, nullptr});
   }
-  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin < b.begin; });
-  for (size_t i = 0; i < outs.size(); ++i) outs[i].last = i > 0 ? std::max(outs[i - 1].last, outs[i].end) : outs[i].end;
-  const auto check = [&](const Extent& extent, size_t item, const char* name) {
+  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin() < b.begin(); });
+  for (size_t i = 0; i < outs.size(); ++i) {
+    outs[i].last = i > 0 ? std::max(outs[i - 1].last, outs[i].end()) : outs[i].end();
+  }
+  const auto check = [&](const Footprint& place, size_t item, const char* name) {
     // The outs that begin before it ends, from the last of them back to where all have ended before it begins.
-    auto out = std::lower_bound(outs.begin(), outs.end(), extent.end,
-                                [](const Out& one, const char* end) { return one.begin < end; });
-    while (out != outs.begin() && (--out)->last > extent.begin) {
-      if (out->item != item && out->meets(extent)) {
+    auto out = std::lower_bound(outs.begin(), outs.end(), place.end(),
+                                [](const Out& one, const char* end) { return one.begin() < end; });
+    while (out != outs.begin() && (--out)->last > place.begin()) {
+      if (out->item != item && out->meets(place)) {
         fail(name, "[", item, "]: expected memory that no other item writes, got some of outs[", out->item, "]'s");
       }
     }
   };
   for (size_t i = 0; i < items.size(); ++i) {
-    check(Extent(items[i].out), i, "outs");
+    check(Footprint(items[i].out), i, "outs");
     for_operands(items[i].w, [&](const Described& operand, const char* name) {
-      check(Extent(operand), i, (std::string(name) + "s").c_str());
+      check(Footprint(operand), i, (std::string(name) + "s").c_str());
     });
   }
 }

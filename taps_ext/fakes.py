@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 
 def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -37,15 +38,20 @@ def _fake_linear(
     return input.new_empty([*input.shape[:-1], weight.shape[0]])
 
 
+def _gradient(of: Tensor) -> Tensor:
+    """Laid out as the operators make it: like a dense tensor, else contiguous."""
+    return torch.empty_like(of) if is_non_overlapping_and_dense_or_false(of) else of.new_empty(of.shape)
+
+
 def _fake_backward(
     dinput: Tensor | None, grad: Tensor, weight: Tensor, delta: Any, score: Any, mask: list[bool]
 ) -> tuple[Tensor, ...]:
     return (
         _empty(grad) if dinput is None else dinput,
-        torch.empty_like(delta) if mask[1] else _empty(grad, (weight if delta is None else delta).dtype),
+        _gradient(delta) if mask[1] else _empty(grad, (weight if delta is None else delta).dtype),
         torch.empty_like(score) if mask[2] else _empty(grad, torch.float32 if score is None else score.dtype),
         grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
-        torch.empty_like(weight) if mask[4] else _empty(grad, weight.dtype),
+        _gradient(weight) if mask[4] else _empty(grad, weight.dtype),
     )
 
 

@@ -97,6 +97,15 @@ def _rests(weight: Tensor, score: Tensor | None, gate: bool | None, dtype: torch
     return weight.dtype == dtype or weight.requires_grad
 
 
+def _fitting(bias: Tensor | None, weight: Tensor, input: Tensor) -> Tensor | None:
+    """The bias as the operators take it: of the right shape, in any type."""
+    if bias is None:
+        return None
+    if bias.shape != weight.shape[:1]:
+        raise RuntimeError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+    return bias if bias.dtype == input.dtype else bias.to(input.dtype)
+
+
 def _differentiable(input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         delta.requires_grad
@@ -142,11 +151,11 @@ def gated_linear(
         CPU where gradients may be asked for, an open one to `F.linear(input, W_t, bias)`; elsewhere up to rounding.
 
     Raises:
-        ValueError: shapes that do not fit; gate and score both None; in backward on the CPU, a Delta with Inf or NaN in
-            a closed layer whose score is trained.
+        ValueError: shapes that do not fit; gate and score both None.
         TypeError: input and weight of different dtypes outside autocast; an argument that is no tensor, a gate that is
             no bool.
-        RuntimeError: what the kernels find: dtypes, devices, the bias's and the input's last size.
+        RuntimeError: what the kernels find: dtypes, devices, the bias's and the input's last size; in backward on the
+            CPU, a Delta with Inf or NaN in a closed layer whose score is trained.
     """
     if delta is None:
         return F.linear(input, weight, bias)
@@ -155,7 +164,6 @@ def gated_linear(
         and not torch.is_grad_enabled()
         and not is_compiling()
         and not torch._C._is_any_autocast_enabled()
-        and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     ):
         try:
@@ -169,7 +177,7 @@ def gated_linear(
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.linear(input, made, bias)
     if _rests(weight, score, gate, input.dtype):
-        return F.linear(input, weight, bias)
+        return F.linear(input, weight, _fitting(bias, weight, input))
     if not HAS_EXTENSION:
         return reference.gated_linear(
             input, weight, delta, score, bias, gate=gate, threshold=threshold, rows=rows, row_scale=row_scale
@@ -263,7 +271,7 @@ def gated_conv2d(
     if input.dim() != 4 or weight.dim() != 4:
         _check_images(input, weight, rows)
     if _rests(weight, score, gate, input.dtype):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return F.conv2d(input, weight, _fitting(bias, weight, input), stride, padding, dilation, groups)
     geometry = (stride, padding, dilation, groups)
     if input.dim() == 3:
         batched = gated_conv2d(input[None], weight, delta, score, bias, *geometry, gate=gate, threshold=threshold)

@@ -139,25 +139,29 @@ def linear_gradients(
         or not input.dtype == weight.dtype == delta.dtype == dtype
         or type(input) not in _PLAIN
         or not _usual(grad_output, weight, delta)
+        or torch.is_autocast_enabled("cpu")  # the products below would be of another type
     ):
         return None
     numel, flat = weight.numel(), input.dim() == 2
     x = input if flat else input.reshape(-1, input.shape[-1])
     dy = grad_output if flat else grad_output.reshape(-1, grad_output.shape[-1])
-    if gate:
-        made = extension.rebuild(weight.data_ptr(), code, delta.data_ptr(), code, numel, code, -1, 0, 0)
-        if made is None:
-            return None
-        dinput = torch.mm(dy, _view(extension, made[0], weight, dtype))
-        gradient = torch.mm(dy.t(), x)  # dL/dW_t, which is Delta's
-    else:
-        made = extension.gradient_scratch(numel, code)  # leased until the score has its gradient
-        if made is None:
-            return None
-        dinput = torch.mm(dy, weight)
-        gradient = torch.mm(dy.t(), x, out=_view(extension, made[0], weight, dtype))
-    dscore = torch.empty_like(score)
-    finite = extension.dot_into(dscore.data_ptr(), own, gradient.data_ptr(), delta.data_ptr(), code, numel)
+    made = (
+        extension.rebuild(weight.data_ptr(), code, delta.data_ptr(), code, numel, code, -1, 0, 0)
+        if gate
+        else extension.gradient_scratch(numel, code)  # leased until the score has its gradient
+    )
+    if made is None:
+        return None
+    try:
+        scratch = _view(extension, made[0], weight, dtype)
+        dinput = torch.mm(dy, scratch if gate else weight)
+        gradient = torch.mm(dy.t(), x) if gate else torch.mm(dy.t(), x, out=scratch)  # dL/dW_t
+        dscore = torch.empty_like(score)
+        finite = extension.dot_into(dscore.data_ptr(), own, gradient.data_ptr(), delta.data_ptr(), code, numel)
+    except RuntimeError:  # as where gradients are batched (is_grads_batched): the operator can
+        return None
+    finally:
+        del made
     if not gate and not finite:
         return None  # the operator says which tensor is to blame
     return (

@@ -80,6 +80,8 @@ def foreach_reconstruct_(
             an entry of `outs` that shares memory with another one or with another entry's operands. Nothing is written
             then.
     """
+    if not isinstance(outs, (list, tuple)):
+        raise TypeError(f"outs: expected a list or a tuple, got {type(outs).__name__}")
     scores = [None] * len(outs) if scores is None else scores
     gates = [None] * len(outs) if gates is None else gates
     lists = {"outs": outs, "weights": weights, "deltas": deltas, "scores": scores, "gates": gates}

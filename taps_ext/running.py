@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,11 +48,19 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         model._guard.note(model.base)
     state.check_hosts()
     state.follow()
-    frame = Frame(state.table, set(), _sample(model, name, state, args, kwargs))
+    sample = _sample(model, name, state, args, kwargs)
+    frame = Frame(state.table, set(), sample)
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
+    if sample is not None and sample.fits and not any(sample.fits):
+        warnings.warn(
+            f"gate_fraction: no closed layer of task {name!r} has an input made of the {sample.batch} samples that the "
+            f"forward's first tensor has in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
+            "nothing is saved",
+            stacklevel=3,
+        )
     missed = [name for name in state.required if name not in frame.entered]
     if not model.training and missed and state.entered.issuperset(missed):
         state.training_only.update(missed)

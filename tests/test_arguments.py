@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from taps_ext import gated_conv2d, gated_linear, ops
 
@@ -83,3 +85,34 @@ def test_what_came_is_said(layer) -> None:
         gated_linear(torch.randn(4, 5), torch.randn(6, 5), torch.randn(6, 5), score, gate=False, rows=rows)
     with pytest.raises(RuntimeError, match="threshold: expected a number, got NaN"):
         layer(threshold=float("nan"))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_bias_of_a_closed_layer(gradients) -> None:
+    """As of an open one: by its shape, and of any type."""
+    x, w, d = torch.randn(4, 5, requires_grad=gradients), torch.randn(6, 5), torch.randn(6, 5)
+    bias = torch.randn(6, dtype=torch.float64)
+    assert torch.equal(gated_linear(x, w, d, None, bias, gate=False), F.linear(x, w, bias.float()))
+    with pytest.raises(RuntimeError, match=r"bias: expected shape \[6\], got \[5\]"):
+        gated_linear(x, w, d, None, torch.randn(5), gate=False)
+    image, kernel = torch.randn(1, 5, 3, 3, requires_grad=gradients), torch.randn(6, 5, 1, 1)
+    want = F.conv2d(image, kernel, bias.float())
+    assert torch.equal(gated_conv2d(image, kernel, torch.randn(6, 5, 1, 1), None, bias, gate=False), want)
+
+
+@pytest.mark.parametrize("outs", [None, 3, iter([])])
+def test_lists_are_lists(outs) -> None:
+    with pytest.raises(TypeError, match="outs: expected a list or a tuple, got "):
+        ops.foreach_reconstruct_(outs, [], [])
+
+
+def test_derivatives_of_a_closed_score_without_grad_mode() -> None:
+    """Forward mode and functorch's jvp do not ask for grad mode: <dL/dy, x Delta^T>, though the layer is closed."""
+    x, w, d, score = torch.randn(3, 5), torch.randn(6, 5), torch.randn(6, 5), torch.tensor(0.0)
+    with torch.no_grad():
+        by_functorch = torch.func.jvp(lambda s: gated_linear(x, w, d, s, gate=False), (score,), (torch.tensor(1.0),))[1]
+        with forward_ad.dual_level():
+            y = gated_linear(x, w, d, forward_ad.make_dual(score, torch.tensor(1.0)), gate=False)
+            by_dual = forward_ad.unpack_dual(y).tangent
+    for tangent in (by_functorch, by_dual):
+        torch.testing.assert_close(tangent, F.linear(x, d))

@@ -132,6 +132,16 @@ def test_the_limit_is_the_roofline() -> None:
     assert result.limit == 4.0 and result.against is None
 
 
+def test_variants_read_weights_of_their_own() -> None:
+    """Each picks by the numbers of its calls, which no other variant has at the time."""
+    seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    variants = {name: calls.append for name, calls in seen.items()}
+    timing.interleaved(variants, 0.0, torch.device("cpu"))
+    for name, calls in seen.items():
+        assert calls == list(range(calls[0], calls[0] + len(calls)))
+        assert not any(set(calls) & set(others) for other, others in seen.items() if other != name)
+
+
 def test_unknown_groups_are_named() -> None:
     with pytest.raises(ConfigError, match="groups: expected some of linear, .*, got 'conv3d'"):
         bench.suite(["conv3d"])

@@ -101,3 +101,16 @@ def test_what_was_not_asked_for_has_its_own_type(asked: int) -> None:
     mask = [i == asked for i in range(5)]
     arguments = (grad, x, w, d, torch.tensor(0.2, dtype=torch.float64), True, 0.1, mask, None, 1.0)
     torch.library.opcheck(torch.ops.taps_ext.gated_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["dense", "transposed", "gaps", "expanded"])
+def test_gradients_are_traced_in_their_layout(name) -> None:
+    """Of a Delta and a W that are not dense too: compiled graphs rely on the strides."""
+    base = torch.randn(16, 16)
+    layouts = {"dense": base[:8, :], "transposed": base[:, :8].clone().t(), "gaps": base.t()[:8, :]}
+    d = layouts[name] if name in layouts else base[:1].expand(8, 16)
+    d = d[:, ::2] if name == "gaps" else d[:, : d.shape[1]]
+    w = d if name == "expanded" else torch.empty_strided(d.shape, d.stride()).fill_(1.0)
+    mask = [True] * 5
+    arguments = (torch.randn(3, 8), torch.randn(3, d.shape[1]), w, d, torch.tensor(0.2), True, 0.1, mask, None, 1.0)
+    torch.library.opcheck(torch.ops.taps_ext.gated_linear_backward.default, arguments, test_utils="test_faketensor")

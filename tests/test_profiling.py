@@ -57,7 +57,7 @@ def everything(model: TaskModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("phase", ["train", "infer"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_model_is_left_as_it_was(phase, optimizer) -> None:
-    model = build(closed=["deep"])
+    model = build(closed=["deep"], config=TapsConfig(lam=0.5, gate_fraction=0.5))  # which draws samples
     model.eval()
     model.base.conv.train()
     x = images(2, 16).requires_grad_()
@@ -361,3 +361,23 @@ def test_the_taken_path() -> None:
     assert extension.taken_path() == "rebuild" and extension.taken_path() is None
     taps_ext.gated_linear(x, w, torch.zeros_like(w), gate=False)
     assert extension.taken_path() is None  # torch's own op, not ours
+
+
+def test_whole_samples_are_counted() -> None:
+    """A quarter of six images is two of them: a third of a weight gradient."""
+    config = TapsConfig(lam=0.5, gate_fraction=0.25)
+    rows = {}
+    for samples in (6, 8):
+        model = build(closed=["hidden", "deep"], config=config)
+        found = profile(model, (images(samples),), task="t", steps=1, machine=ROOFS).rows
+        rows[samples] = next(row.operations for row in found if row.layer == "deep") / samples
+    forward = 2 * 256 * 1024 * 1024  # of one image; its gradient is as much
+    assert rows[6] == pytest.approx(forward * (2 + 2 / 6), rel=0.01)
+    assert rows[8] == pytest.approx(forward * (2 + 2 / 8), rel=0.01)
+
+
+def test_inside_inference_mode() -> None:
+    model = build()
+    with torch.inference_mode():
+        found = profile(model, (images(2),), task="t", steps=1, machine=ROOFS)
+    assert found.memory.gradients > 0

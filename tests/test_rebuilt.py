@@ -284,3 +284,53 @@ def test_gradients_of_layers_without_weights(outputs, inputs, gate) -> None:
     w, d, score = torch.randn(outputs, inputs), torch.zeros(outputs, inputs), torch.tensor(0.2)
     x_grad, *_ = _gradients(torch.randn(2, 3, inputs), w, d, score, None, gate, torch.ones(2, 3, outputs))
     assert x_grad.shape == (2, 3, inputs)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_backward_inside_autocast(gate, monkeypatch) -> None:
+    """Of a layer that ran outside: the operator's gradients, of its type, whatever autocast makes of products."""
+    torch.manual_seed(4)
+    x, w, d = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8), torch.randn(5, 8).requires_grad_(gate)
+    found = []
+    for _ in range(2):
+        score = torch.tensor(0.15 if gate else 0.05, requires_grad=True)
+        loss = gated_linear(x, w, d, score, gate=gate).square().sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.autograd.grad(loss, [x, score, d] if gate else [x, score]))
+        monkeypatch.setattr(rebuilt, "linear_gradients", lambda *_: None)
+    assert all(map(torch.equal, *found)) and all(grad.dtype == torch.float32 for grad in found[0])
+
+
+@pytest.mark.parametrize("name", ["delta", "weight", "input"])
+@pytest.mark.parametrize("gate", [True, False])
+def test_memory_freed_before_backward(gate, name) -> None:
+    tensors = {"input": torch.randn(4, 6), "weight": torch.randn(8, 6), "delta": torch.randn(8, 6).requires_grad_(gate)}
+    score = torch.tensor(0.15 if gate else 0.05, requires_grad=True)
+    x = tensors["input"].requires_grad_()
+    y = gated_linear(x, tensors["weight"], tensors["delta"], score, gate=gate)
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor of shape .* whose storage has been freed"):
+        y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("gate", [True, False])
+def test_batched_gradients(gate) -> None:
+    """`is_grads_batched`, whose tensors look like plain ones: the operator's, and no memory stays leased."""
+    torch.manual_seed(5)
+    x, w, d = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6), torch.randn(4, 6).requires_grad_(gate)
+    score, vectors = torch.tensor(0.15 if gate else 0.05, requires_grad=True), torch.randn(2, 3, 4)
+    y = gated_linear(x, w, d, score, gate=gate)
+    learned = [x, score, d] if gate else [x, score]
+    want = [torch.autograd.grad(y, learned, vector, retain_graph=True) for vector in vectors]
+    got = torch.autograd.grad(y, learned, vectors, is_grads_batched=True)
+    for index, grad in enumerate(got):
+        torch.testing.assert_close(grad, torch.stack([one[index] for one in want]))
+    set_workspace_limit(None)
+    assert workspace_bytes() == 0
+
+
+def test_a_delta_that_is_a_negative_view() -> None:
+    x, w, d = torch.randn(3, 6), torch.randn(4, 6), torch.randn(4, 6)
+    with torch.no_grad():
+        assert torch.equal(gated_linear(x, w, torch._neg_view(d), gate=True), F.linear(x, w - d))

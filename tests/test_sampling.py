@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_every_row_is_drawn_equally_often(batch, count, before, after, times) ->
     subsets = list(itertools.combinations(range(batch), count))
     seen = torch.zeros(math.prod(leading), dtype=torch.int64)
     for subset in subsets:
-        taken = rows_of(leading, Sample(batch, torch.tensor(subset)))
+        taken = rows_of(leading, Sample(batch, torch.tensor(subset), []))
         assert len(taken) * batch == count * math.prod(leading)
         seen += torch.bincount(taken, minlength=len(seen))
     assert len(set(seen.tolist())) == 1
@@ -62,11 +63,11 @@ def test_samples_are_taken_whole() -> None:
     rows = torch.tensor([0, 2])
     numbers = torch.arange(3 * 4 * 2).reshape(3, 4, 2)
     for sizes in ([3, 4, 2], [12, 2], [6, 2, 2]):  # batch first, windows of a sample
-        assert torch.equal(numbers.flatten()[rows_of(sizes, Sample(3, rows))], numbers[rows].flatten())
+        assert torch.equal(numbers.flatten()[rows_of(sizes, Sample(3, rows, []))], numbers[rows].flatten())
     first = numbers.transpose(0, 1).contiguous()  # sequence first
-    assert torch.equal(first.flatten()[rows_of([4, 3, 2], Sample(3, rows))], first[:, rows].flatten())
+    assert torch.equal(first.flatten()[rows_of([4, 3, 2], Sample(3, rows, []))], first[:, rows].flatten())
     for sizes in ([5, 2], [], [0, 2], [3, 0]):
-        assert rows_of(sizes, Sample(3, rows)) is None
+        assert rows_of(sizes, Sample(3, rows, [])) is None
 
 
 # --- gradients ---------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_expectation_is_the_exact_gradient(name, monkeypatch) -> None:
     closed = [n for n, part in model.state("t").gated() if not part.gate]
     assert len(closed) >= 1
     samples = iter([torch.tensor(s) for s in itertools.combinations(range(4), 2)])
-    monkeypatch.setattr(running, "draw", lambda fraction, batch, device: Sample(batch, next(samples)))
+    monkeypatch.setattr(running, "draw", lambda fraction, batch, device: Sample(batch, next(samples), []))
     found = [gradients(model, x) for _ in range(6)]
     model.state("t").config = TapsConfig(lam=0.5)
     exact = gradients(model, x)
@@ -179,7 +180,7 @@ def test_the_sum_of_samples_that_are_one_each(monkeypatch) -> None:
     torch.manual_seed(0)
     model, x = adapted(Tokens(), 0.2, opened=0), torch.randn(4, 6, 6).double()
     rows = iter(range(4))
-    monkeypatch.setattr(running, "draw", lambda f, batch, device: Sample(batch, torch.tensor([next(rows)])))
+    monkeypatch.setattr(running, "draw", lambda f, batch, device: Sample(batch, torch.tensor([next(rows)]), []))
     mean = {}
     for _ in range(4):
         for key, value in gradients(model, x).items():
@@ -331,6 +332,26 @@ def test_a_forward_without_a_batch_is_refused() -> None:
     model = adapted(Flat(), 0.5, opened=0)
     with pytest.raises(ConfigError, match=r"gate_fraction: expected a tensor with dimension 0 \(batch_dim\)"):
         model([1.0, 2.0, 3.0])
+
+
+class Masked(nn.Module):
+    """Whose first tensor is no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, mask: Tensor, x: Tensor) -> Tensor:
+        return self.fc(self.hidden(x) * mask.sum())
+
+
+def test_a_sample_that_no_layer_can_use_is_said() -> None:
+    model, x = adapted(Masked(), 0.25, opened=0), torch.randn(16, 3).double()
+    with pytest.warns(UserWarning, match="no closed layer of task 't' has an input made of the 5 samples"):
+        model(torch.ones(5, 5).double(), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.ones(4, 4).double(), x)  # four rows of x to each "sample"
 
 
 def test_batch_dim(monkeypatch) -> None:

@@ -112,4 +112,4 @@ def parts(memory: Memory) -> list[tuple[str, str]]:
 def step_facts(args: argparse.Namespace) -> dict[str, Any]:
     """What the step was, for JSON."""
     facts = {key: getattr(args, key) for key in ("model", "task", "weights", "method", "batch", "optimizer", "amp")}
-    return {**facts, "shape": list(args.shape), "gate_fraction": args.gate_fraction}
+    return {**facts, "shape": list(args.shape), "gate_fraction": args.gate_fraction, "open": args.open}

@@ -16,6 +16,7 @@ class Sample(NamedTuple):
 
     batch: int
     rows: Tensor
+    fits: list[bool]  # of every closed layer that could use it, as far as it runs eagerly: whether its input has them
 
     @property
     def scale(self) -> float:
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
 def draw(fraction: float, batch: int, device: torch.device) -> Sample:
     """A sample of `ceil(fraction * batch)`, from torch's generator of the device: `torch.manual_seed` decides it."""
     count = math.ceil(fraction * batch - 1e-9)  # not 3 of 10 for 0.2 + 0.1 = 0.30000000000000004
-    return Sample(batch, torch.randperm(batch, device=device)[: max(1, count)].sort().values)
+    return Sample(batch, torch.randperm(batch, device=device)[: max(1, count)].sort().values, [])
 
 
 def batch_size(args: Any, kwargs: Any, dim: int) -> int | None:
@@ -45,7 +46,7 @@ def rows_of(leading: Sequence[int], sample: Sample) -> Tensor | None:
     is not made of samples. Where sizes coincide the parts that are drawn may be other parts of the input than samples;
     they are equally many and equally likely, so that the estimate stays unbiased.
     """
-    batch, rows = sample
+    batch, rows = sample.batch, sample.rows
     if not batch or not math.prod(leading) or not leading:
         return None
     if leading[0] % batch == 0:
@@ -68,6 +69,8 @@ def run(
     score = args[2]
     if sample is not None and kwargs["gate"] is False and torch.is_grad_enabled() and score is not None:
         rows = rows_of(input.shape[:-trailing], sample) if score.requires_grad else None
+        if score.requires_grad and not torch.compiler.is_compiling():
+            sample.fits.append(rows is not None)
         if rows is not None:
             kwargs |= {"rows": rows, "row_scale": sample.scale}
     return op(input, *args, **kwargs)

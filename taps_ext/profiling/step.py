@@ -22,6 +22,14 @@ PHASES = ("train", "infer")
 OPTIMIZERS = ("sgd", "adamw")
 
 
+def _normal(tensor: Tensor) -> Tensor:
+    """Without gradients; autograd takes no tensors of inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class Step:
     """A step of `task` on `inputs` (the forward's positional arguments).
 
@@ -60,7 +68,7 @@ class Step:
         if task is None and phase == "train":
             raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
         self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
-        self.inputs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, tuple(inputs))
+        self.inputs = tree_map(lambda v: _normal(v) if isinstance(v, Tensor) else v, tuple(inputs))
         self.device = parameter.device
         self.state = None if task is None else model.state(task)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -131,7 +139,8 @@ class Step:
 
     def run(self, mark: Callable[[str], AbstractContextManager[Any]] = record_function) -> None:
         """The whole step; `mark` is entered with "taps:forward", "taps:backward" and "taps:optimizer"."""
-        with torch.set_grad_enabled(self.optimizer is not None):
+        training = self.optimizer is not None
+        with torch.inference_mode(False) if training else nullcontext(), torch.set_grad_enabled(training):
             if self.optimizer is None:
                 with mark("taps:forward"):
                     self.forward()
