@@ -91,19 +91,20 @@ twin: build
 
 # Of machines with this one's instruction set; known once it is built.
 OF_MACHINE = benchmarks/results/$(shell $(PY) -c "import torch, taps_ext._C as extension; print(extension.isa())")
+REPORT = $(PY) benchmarks/report.py --results benchmarks/results --docs docs
 bench: build
 	mkdir -p build $(OF_MACHINE)
 	$(PY) -m pytest benchmarks/test_layers.py -q --benchmark-json build/benchmark.json --benchmark-columns=median,iqr,rounds
 	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
 	$(PY) benchmarks/training_step.py --json $(OF_MACHINE)/training-step.json
-	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
+	$(REPORT) --measured $(OF_MACHINE) inference training-step
 
 bench-layers: build
 	mkdir -p build $(OF_MACHINE)
 	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
 	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers.json
 	mv build/layers.json $(OF_MACHINE)/layers.json
-	$(PY) benchmarks/report.py --results benchmarks/results --docs docs
+	$(REPORT) --measured $(OF_MACHINE) inference layers
 
 STUDY := --results benchmarks/results/study-resnet20.jsonl
 study: build

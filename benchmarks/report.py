@@ -1,15 +1,17 @@
 """docs/benchmarks.md and its picture, from the committed results: `make bench` ends with it.
 
-python benchmarks/report.py --results benchmarks/results --docs docs
+python benchmarks/report.py --results benchmarks/results --docs docs --measured benchmarks/results/avx2 layers inference
 
 A section for each machine, the last of the alphabet first: a folder of the results that holds all parts. What is to be
-known of a machine is in its `machine.txt`.
+known of a machine is in its `machine.txt`; which commit a part was measured at, in its `commits.json`, where --measured
+notes the present one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,9 @@ PAGE = """# Benchmarks
 
 Written by `make bench` from `benchmarks/results`: medians of variants that take turns, as do their weights (128 MB of
 them with their Deltas, at most 512: large layers come from memory). `taps bench` measures a part of it on your machine
-in two minutes; the picture shows that part of the first section. The machines were shared: the same row measured twice
-differs by up to 15 %. Freed memory stays with the process (`keep_freed_memory`): otherwise page faults of a large
-result fall on one variant or another.
+in two minutes; the picture shows that part of the first section. The machines were shared: small differences are not
+the code's. Freed memory stays with the process (from commit 238b77f on): otherwise page faults of a large result fall
+on one variant or another.
 
 - **/ stock**: time over the stock op on a merged weight (gradients: a plain weight gradient; a step: fine-tuning).
 - **/ best alternative**: time over the fastest of what one would write without this package.
@@ -40,11 +42,13 @@ result fall on one variant or another.
 {sections}
 """
 
-PARTS = ("layers", "training-step", "inference")
+PARTS = {"layers": "layers", "inference": "forwards", "training-step": "training steps"}
+
+COMMITS = "commits.json"
 
 SECTION = """## {threads} cores, {isa}
 
-torch {torch}. {known}
+torch {torch}. {known} Measured at {commits}.
 
 {tables}
 
@@ -72,16 +76,27 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
     return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
 
 
+def note(folder: Path, parts: list[str]) -> None:
+    """That parts were measured at the present commit."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    file = folder / COMMITS
+    commits = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    commits |= dict.fromkeys(parts, commit.strip())
+    file.write_text(json.dumps(commits, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def section(folder: Path) -> str:
     """What was measured on one machine."""
     known = folder / "machine.txt"
-    found, step, inferred = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS)
-    machine = found["machine"]
+    found, inferred, step = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS)
+    machine, commits = found["machine"], json.loads((folder / COMMITS).read_text(encoding="utf-8"))
     return SECTION.format(
         threads=machine["cpu"]["threads"],
         isa=machine["extension"]["isa"],
         torch=machine["torch"],
         known=known.read_text(encoding="utf-8").strip() if known.exists() else f"{machine['cpu']['model']}.",
+        commits=", ".join(f"{commits[part]} ({name})" for part, name in PARTS.items()),
         tables=bench.table(layers(found)),
         forwards=inference.table(inferred["rows"]),
         batch=step["batch"],
@@ -93,10 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--docs", type=Path, required=True)
+    parser.add_argument("--measured", nargs="+", metavar=("FOLDER", "PART"), help="results that are new")
     args = parser.parse_args()
+    if args.measured is not None:
+        note(Path(args.measured[0]), args.measured[1:])
     folders = []
     for folder in sorted((found.parent for found in args.results.glob("*/layers.json")), reverse=True):
-        missing = [f"{part}.json" for part in PARTS if not (folder / f"{part}.json").exists()]
+        files = (*(f"{part}.json" for part in PARTS), COMMITS)
+        missing = [file for file in files if not (folder / file).exists()]
         if missing:
             print(f"{folder}: left out without {', '.join(missing)}; `make bench` measures it")
         else:
