@@ -20,11 +20,10 @@ constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
 #endif
 static_assert(kTile <= kMostTile, "what packing makes room for");
 constexpr int kOutputs = 2 * kLanes;
-constexpr int64_t kDepth = 256;                    // of a block, in words: 16 KB of a panel with AVX2, 32 with AVX-512
+constexpr int64_t kDepth = 256;                    // most of a block, in words: 16 KB of a panel with AVX2, or 32
 constexpr int kLine = 64;                          // bytes of a line of the cache
 constexpr int kAhead = TAPS_LANES == 16 ? 16 : 4;  // pieces of W and Delta that a tile asks for
 constexpr int kTogether = 16 / kAhead;             // steps to a line
-constexpr int64_t kPiece = kDepth / 16 * kLine;    // bytes
 
 // What a tile asks for: a line of each in turn.
 struct Ahead {
@@ -73,7 +72,11 @@ template <class T>
 class Panel {
  public:
   // Beyond the last output its row is taken again; those sums are dropped.
-  Panel(const TileProduct& p, int64_t output) : p_(p), output_(output), outputs_(std::min(p.outputs - output, kWidth)) {
+  Panel(const TileProduct& p, int64_t output)
+      : p_(p),
+        output_(output),
+        outputs_(std::min(p.outputs - output, kWidth)),
+        depth_(depth_of((p.inputs + T::kInWord - 1) / T::kInWord)) {
     float bias[kOutputs] = {};
     for (int n = 0; n < kOutputs; ++n) {
       const int64_t row = std::min(output + n, p.outputs - 1);
@@ -88,9 +91,9 @@ class Panel {
   void run() {
     const Split tiles(p_.rows, kTile);
     const int64_t words = (p_.inputs + T::kInWord - 1) / T::kInWord;
-    for (int64_t at = 0; at < words; at += kDepth) {
-      const int64_t depth = std::min(words - at, kDepth);
-      pack(at * T::kInWord, std::min(p_.inputs - at * T::kInWord, kBlock));
+    for (int64_t at = 0; at < words; at += depth_) {
+      const int64_t depth = std::min(words - at, depth_);
+      pack(at * T::kInWord, std::min(p_.inputs - at * T::kInWord, depth_ * T::kInWord));
       for (int64_t part = 0; part < tiles.parts; ++part) {
         const int64_t row = tiles.begin(part), rows = tiles.size(part);
         const float* const x = p_.packed + row * words + rows * at;
@@ -137,7 +140,6 @@ class Panel {
   using W = typename T::W::Element;
   using D = typename T::D::Element;
   static constexpr int64_t kWidth = kOutputs;
-  static constexpr int64_t kBlock = kDepth * T::kInWord;  // in elements
   static constexpr int64_t kStride = kDepth + kLine / 4;  // not a power of two: rows would meet in the same sets
 
   void pack(int64_t at, int64_t elements) {
@@ -162,23 +164,30 @@ class Panel {
   // Pieces of the block after the one at `at`, shared by its tiles, as far as they ask; else what is in L1.
   Ahead ahead(int64_t at, int64_t part, int64_t parts) const {
     constexpr int64_t kOfW = pieces_of(sizeof(W)), kOfRow = kOfW + pieces_of(sizeof(D)), kAll = kOutputs * kOfRow;
-    const bool more = at + kBlock < p_.inputs, last = !more && output_ + 2 * kOutputs > p_.outputs;
+    const int64_t next = at + depth_ * T::kInWord, size = depth_ / 16 * kLine;  // of a piece
+    const bool more = next < p_.inputs, last = !more && output_ + 2 * kOutputs > p_.outputs;
     const int64_t share = last ? 0 : std::min<int64_t>((kAll + parts - 1) / parts, kAhead);
     Ahead result;
     for (int64_t i = 0; i < kAhead; ++i) {
       const int64_t piece = part * share + i, n = piece / kOfRow, of_row = piece % kOfRow;
       const char* from = reinterpret_cast<const char*>(weights_);
       if (i < share && piece < kAll) {
-        const auto* const w = reinterpret_cast<const char*>(w_[n] + (more ? at + kBlock : kOutputs * p_.weight.ld));
-        const auto* const d = reinterpret_cast<const char*>(d_[n] + (more ? at + kBlock : kOutputs * p_.delta.ld));
-        from = of_row < kOfW ? w + of_row * kPiece : d + (of_row - kOfW) * kPiece;
+        const auto* const w = reinterpret_cast<const char*>(w_[n] + (more ? next : kOutputs * p_.weight.ld));
+        const auto* const d = reinterpret_cast<const char*>(d_[n] + (more ? next : kOutputs * p_.delta.ld));
+        from = of_row < kOfW ? w + of_row * size : d + (of_row - kOfW) * size;
       }
       result.pieces[i] = from;
     }
     return result;
   }
+  // A line of a piece for every sixteen words.
   static constexpr int64_t pieces_of(size_t element) {
-    return (kBlock * static_cast<int64_t>(element) + kPiece - 1) / kPiece;
+    return (16 * T::kInWord * static_cast<int64_t>(element) + kLine - 1) / kLine;
+  }
+  // Blocks of one size: a tile asks for as much of the next one as it multiplies of its own.
+  static int64_t depth_of(int64_t words) {
+    const int64_t blocks = std::max<int64_t>((words + kDepth - 1) / kDepth, 1);
+    return (words + 16 * blocks - 1) / (16 * blocks) * 16;
   }
 
   int64_t place(int64_t m, int64_t n) const {
@@ -197,7 +206,7 @@ class Panel {
   }
 
   const TileProduct& p_;
-  const int64_t output_, outputs_;
+  const int64_t output_, outputs_, depth_;
   const W* w_[kOutputs];
   const D* d_[kOutputs];
   alignas(kLine) float rows_[kLanes * kStride];
