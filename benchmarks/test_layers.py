@@ -89,7 +89,7 @@ def test_layer(case: bench.Case, benchmark: Any, committed: dict[str, tuple[floa
         drift = DRIFT_OF_FEW if result.group == "linear" and result.rows < FEW else DRIFT
         now = result.seconds["taps"]
         assert result.ratio <= drift * ratio or now <= drift * seconds, (
-            f"{result.ratio:.2f} of the stock op, {1e3 * now:.3f} ms; {ratio:.2f}, {1e3 * seconds:.3f} ms when committed"
+            f"{result.ratio:.2f} of the stock op, {1e3 * now:.3f} ms; committed: {ratio:.2f}, {1e3 * seconds:.3f} ms"
         )
     if result.against is not None:
         loses = {**LOSES, **LOSES_OF.get(facts()["extension"]["isa"], {})}
