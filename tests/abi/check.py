@@ -80,11 +80,12 @@ def check_linear():
         got = OPS.gated_linear_backward(grad, x, weight, delta, SCORE, gate, THRESHOLD, [True] * 5, None, 1.0)
         for a, b in zip(got, expected_gradients(F.linear, x, weight, delta, bias, grad), strict=True):
             close(a, b)
-    rows = torch.tensor([1])
+    rows = torch.tensor([1, 6])  # of the leading dimensions as one
+    x = x.flatten(0, 1)[rows]
     got = OPS.gated_linear_backward(
-        grad, x[rows], weight, delta, SCORE, True, THRESHOLD, [False, True, True, False, False], rows, 2.0
+        grad, x, weight, delta, SCORE, True, THRESHOLD, [False, True, True, False, False], rows, 2.0
     )
-    want = expected_gradients(F.linear, x[rows], weight, delta, bias, grad[rows])
+    want = expected_gradients(F.linear, x, weight, delta, bias, grad.flatten(0, 1)[rows])
     close(got[1], 2 * want[1])
     close(got[2], 2 * want[2])
 
