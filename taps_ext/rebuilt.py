@@ -139,7 +139,7 @@ def linear_gradients(
         or not input.dtype == weight.dtype == delta.dtype == dtype
         or type(input) not in _PLAIN
         or not _usual(grad_output, weight, delta)
-        or torch.is_autocast_enabled("cpu")  # the products below would be of another type
+        or torch._C._is_any_autocast_enabled()  # the products below would be of another type
     ):
         return None
     numel, flat = weight.numel(), input.dim() == 2
