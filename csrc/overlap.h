@@ -5,7 +5,7 @@
 
 namespace taps {
 
-// The bytes of a tensor's elements. The tensor must outlive it.
+// The bytes of a tensor's elements.
 class Footprint {
  public:
   explicit Footprint(const Described& tensor);

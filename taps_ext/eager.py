@@ -32,7 +32,7 @@ def _operands_fit(
     )
 
 
-def _pixels(
+def pixels(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> int:
     """Pixels of a convolution's result; what the operator would refuse has any number of them."""
@@ -73,7 +73,7 @@ def run_conv2d(
 ) -> Tensor:
     stride, padding, dilation, groups, gate, _, rows, _, training = settings
     if gate is not None and _operands_fit(input, weight, score, bias, rows):
-        count = -1 if training or groups != 1 else _pixels(input, weight, stride, padding, dilation)
+        count = -1 if training or groups != 1 else pixels(input, weight, stride, padding, dilation)
         made = rebuilt.product(C, F.conv2d, input, weight, delta, gate, count, bias, stride, padding, dilation, groups)
         if made is not None:
             return made

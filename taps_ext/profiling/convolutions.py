@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from ..eager import pixels
+
 _FEWEST = 4  # fewer channels are read as they are
 
 
@@ -41,7 +43,8 @@ def forward(
         return Inside()
     if _channels_last(image, weight):
         return Inside(beside=_filter(weight, image, groups))
-    result = _blocked((image.shape[0], weight.shape[0], *places(image, weight, stride, padding, dilation)), image)
+    count = pixels(image, weight, stride, padding, dilation)
+    result = count * _padded(weight.shape[0]) * image.element_size()
     read = _blocked(image.shape, image) if weight.shape[1] >= _FEWEST or groups > 1 else 0
     return Inside(before=read + _filter(weight, image, groups) + result, beside=result)
 
@@ -118,10 +121,3 @@ def _filter(weight: Tensor, like: Tensor, groups: int) -> int:
         return _padded(outputs) * height * width * like.element_size()
     inputs = inputs if inputs < _FEWEST else _padded(inputs)
     return groups * _padded(outputs // groups) * inputs * height * width * like.element_size()
-
-
-def places(image: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:
-    return [
-        (image.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]

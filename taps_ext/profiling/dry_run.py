@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import ops
+from ..eager import pixels
 from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
@@ -123,7 +123,7 @@ def _inside(func: Any, args: Sequence[Any]) -> Inside:
         image, weight, delta, _, _, stride, padding, dilation, groups, gate = args[:10]
         found = convolutions.forward(image, weight, stride, padding, dilation, groups)
         training = len(args) > 13 and args[13]  # trailing arguments that are the defaults are not there
-        rows = image.shape[0] * math.prod(convolutions.places(image, weight, stride, padding, dilation))
+        rows = pixels(image, weight, stride, padding, dilation)
         fused = gate and not training and _fused_bytes(weight, delta, image.dtype, rows, groups) is not None
         return Inside() if fused else found
     if func is own.gated_conv2d_backward.default:
