@@ -1,10 +1,12 @@
 // The pybind11 module: build facts, the choice of path, the instruction set, the workspace.
-// Importing it registers the ops (ops.cpp). No function here takes a tensor.
+// Importing it registers the ops (ops.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "borrow.h"
 #include "choose.h"
 #include "cpu/isa.h"
+#include "direct.h"
 #include "rebuild.h"
 #include "workspace.h"
 
@@ -45,23 +47,12 @@ taps::Stock stock_of(const std::string& name) {
   throw std::runtime_error("stock: expected usual, halved, emulated or matrix unit, got " + name);
 }
 
-taps::Dense dense(uintptr_t data, int dtype) {
-  return {reinterpret_cast<const void*>(data), static_cast<taps::Dtype>(dtype)};
-}
-
-// The address of a leased workspace and an object that keeps it leased, or None.
-py::object handed_over(std::unique_ptr<taps::Lease> lease) {
-  if (!lease) return py::none();
-  const auto address = reinterpret_cast<uintptr_t>(lease->data());
-  py::capsule owner(lease.get(), [](void* taken) { delete static_cast<taps::Lease*>(taken); });
-  lease.release();
-  return py::make_tuple(address, std::move(owner));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of taps_ext; importing it registers torch.ops.taps_ext.*";
+  taps::meet_torch();
+
   m.def("build_info", &build_info, "What this binary was built from and what it selected here.");
 
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
@@ -72,39 +63,28 @@ PYBIND11_MODULE(_C, m) {
         "Limit W_t to this many bytes at a time; 0 for no limit. Frees what is not in use.");
 
   m.def(
-      "rebuild",
-      [](uintptr_t weight, int weight_dtype, uintptr_t delta, int delta_dtype, int64_t numel, int dtype, int64_t rows,
-         int64_t outputs, int64_t places) -> py::object {
-        std::unique_ptr<taps::Lease> lease;
-        {
-          const py::gil_scoped_release released;
-          lease = taps::rebuild(dense(weight, weight_dtype), dense(delta, delta_dtype), numel,
-                                static_cast<taps::Dtype>(dtype), rows, outputs, places);
-        }
-        return handed_over(std::move(lease));
+      "linear_weight",
+      [](py::handle input, py::handle weight, py::handle delta, py::handle score, py::handle bias, bool gate,
+         bool training, bool outermost) {
+        return taps::linear_weight({input, weight, delta, score, bias}, {gate, training, outermost});
       },
-      "W + Delta in a workspace: its address and an object that keeps it leased; None where the operator must do it.");
+      "The weight that F.linear is to multiply with, or None where the operator must do it.");
   m.def(
-      "gradient_scratch",
-      [](int64_t numel, int dtype) {
-        return handed_over(taps::gradient_scratch(numel, static_cast<taps::Dtype>(dtype)));
+      "conv2d_weight",
+      [](py::handle input, py::handle weight, py::handle delta, py::handle score, py::handle bias, py::handle stride,
+         py::handle padding, py::handle dilation, py::handle groups, bool gate, bool training, bool outermost) {
+        const taps::Call call{gate, training, outermost};
+        return taps::conv2d_weight({input, weight, delta, score, bias}, stride, padding, dilation, groups, call);
       },
-      "A workspace for a weight's gradient: its address and an object that keeps it leased; None where the operator "
-      "must do it.");
+      "The weight that F.conv2d is to multiply with, or None where the operator must do it.");
   m.def(
-      "dot_into",
-      [](uintptr_t score, int score_dtype, uintptr_t a, uintptr_t b, int dtype, int64_t numel) {
-        const py::gil_scoped_release released;
-        return taps::dot_into(reinterpret_cast<void*>(score), static_cast<taps::Dtype>(score_dtype), dense(a, dtype),
-                              dense(b, dtype), numel);
+      "gradient_weight",
+      [](py::handle grad_output, py::handle input, py::handle weight, py::handle delta, py::handle score, bool gate) {
+        return taps::gradient_weight(grad_output, {input, weight, delta, score, py::none()}, gate);
       },
-      "*score = <a, b>, in the operators' order; whether it is finite.");
-  m.def(
-      "memory",
-      [](uintptr_t address, int64_t bytes) {
-        return py::memoryview::from_memory(reinterpret_cast<void*>(address), bytes);
-      },
-      "A buffer over memory that the caller has leased.");
+      "A workspace for the gradients of a linear layer, holding W_t where the gate is open, or None.");
+  m.def("dot_into", py::overload_cast<py::handle, py::handle, py::handle>(&taps::dot_into),
+        "*score = <a, b>, in the operators' order; whether it is finite.");
 
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");

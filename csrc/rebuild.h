@@ -40,7 +40,7 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
 // Whether so many rows are worth fusing where types and layout allow it.
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 
-// For callers without an operator's costs (taps_ext/rebuilt.py). Dense operands of one layout, on the CPU. Null where a
+// For callers without an operator's costs (direct.h). Dense operands of one layout, on the CPU. Null where a
 // weight exceeds the workspace's limit or another path is to be taken: the operator then does what is right.
 struct Dense {
   const void* data;

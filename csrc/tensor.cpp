@@ -92,7 +92,9 @@ Described describe(const Tensor& tensor, const char* name) {
         fail(name, ": expected a tensor on the CPU or a CUDA device");
       }
       check_torch(aoti_torch_get_data_ptr(handle, &described.pointer), name);
-      if (!described.pointer && described.numel() > 0) {
+      int64_t offset = 0;  // of a view, which torch adds to the null pointer of memory that has been freed, too
+      check_torch(aoti_torch_get_storage_offset(handle, &offset), name);
+      if (reinterpret_cast<intptr_t>(described.pointer) == offset * size_of(known) && described.numel() > 0) {
         fail(name, ": expected a tensor of shape ", shape_string(described.sizes), " with memory, got one whose ",
              "storage has been freed");
       }

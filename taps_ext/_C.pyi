@@ -1,27 +1,45 @@
-"""The compiled part. Importing it registers `torch.ops.taps_ext.*`; nothing here takes a tensor."""
+"""The compiled part. Importing it registers `torch.ops.taps_ext.*`."""
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 def build_info() -> dict[str, Any]: ...
 def workspace_bytes() -> int: ...
 def workspace_clear() -> None: ...
 def workspace_limit() -> int: ...
 def set_workspace_limit(bytes: int) -> None: ...
-def rebuild(
-    weight: int,
-    weight_dtype: int,
-    delta: int,
-    delta_dtype: int,
-    numel: int,
-    dtype: int,
-    rows: int,
-    outputs: int,
-    places: int,
+def linear_weight(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    gate: bool,
+    training: bool,
+    outermost: bool,
     /,
-) -> tuple[int, object] | None: ...
-def gradient_scratch(numel: int, dtype: int, /) -> tuple[int, object] | None: ...
-def dot_into(score: int, score_dtype: int, a: int, b: int, dtype: int, numel: int, /) -> bool: ...
-def memory(address: int, bytes: int, /) -> memoryview: ...
+) -> Tensor | None: ...
+def conv2d_weight(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    gate: bool,
+    training: bool,
+    outermost: bool,
+    /,
+) -> Tensor | None: ...
+def gradient_weight(
+    grad_output: Tensor, input: Tensor, weight: Tensor, delta: Tensor, score: Tensor, gate: bool, /
+) -> Tensor | None: ...
+def dot_into(score: Tensor, a: Tensor, b: Tensor, /) -> bool: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 

@@ -1,19 +1,23 @@
 """The gated layers as eager calls make them: rebuilt without an operator where that is faster, else the operator.
 
+To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches are
+cold. The usual open layer on a CPU, with everything dense and of one layout, has W_t rebuilt by a plain function of the
+extension instead (csrc/direct.h), and torch's own function multiplies; so are the gradients of a linear layer made, the
+smallest of which cost less than the operator's call. The results are the operator's to the bit: it does the same.
+
 Their settings travel as one tuple, because autograd looks at every argument: (gate, threshold, rows, row_scale,
 training), ahead of them a convolution's (stride, padding, dilation, groups).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, rebuilt
+from . import autograd
 from .extension import C
 
 # What autograd does for an operator is done, or not asked for, where these run: they go to the kernels at once, past
@@ -21,28 +25,16 @@ from .extension import C
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _operands_fit(
-    input: Tensor, weight: Tensor, score: Tensor | None, bias: Tensor | None, rows: Tensor | None
-) -> bool:
-    """True where the operator would have nothing to complain of that torch's own functions let pass."""
-    return (
-        rows is None
-        and (bias is None or (bias.dtype == input.dtype and bias.size() == weight.shape[:1]))
-        and (score is None or (score.is_cpu and score.dtype in (torch.float32, torch.float64)))
-    )
-
-
-def pixels(
-    input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> int:
-    """Pixels of a convolution's result; what the operator would refuse has any number of them."""
-    if not len(stride) == len(padding) == len(dilation) == 2:
-        return -1
-    count = input.shape[0]
-    for axis in (0, 1):
-        span = input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1
-        count *= span // (stride[axis] or 1) + 1
-    return int(count)
+def linear_operator(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[Any, ...],
+) -> Tensor:
+    with _below_autograd():
+        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
 
 
 def run_linear(
@@ -54,13 +46,28 @@ def run_linear(
     settings: tuple[Any, ...],
 ) -> Tensor:
     gate, _, rows, _, training = settings
-    if gate is not None and weight.dim() == 2 and input.dim() and _operands_fit(input, weight, score, bias, rows):
-        count = -1 if training else input.numel() // max(1, input.shape[-1])
-        made = rebuilt.product(C, F.linear, input, weight, delta, gate, count, bias)
+    if gate is not None and rows is None and C is not None:
+        made = C.linear_weight(input, weight, delta, score, bias, gate, training, False)
         if made is not None:
-            return made
+            try:
+                return F.linear(input, made, bias)
+            except RuntimeError:  # the operator says what is wrong, in its own words
+                pass
+            finally:
+                del made  # and with it the lease
+    return linear_operator(input, weight, delta, score, bias, settings)
+
+
+def conv2d_operator(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    settings: tuple[Any, ...],
+) -> Tensor:
     with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
+        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *settings)
 
 
 def run_conv2d(
@@ -72,13 +79,63 @@ def run_conv2d(
     settings: tuple[Any, ...],
 ) -> Tensor:
     stride, padding, dilation, groups, gate, _, rows, _, training = settings
-    if gate is not None and _operands_fit(input, weight, score, bias, rows):
-        count = -1 if training or groups != 1 else pixels(input, weight, stride, padding, dilation)
-        made = rebuilt.product(C, F.conv2d, input, weight, delta, gate, count, bias, stride, padding, dilation, groups)
+    if gate is not None and rows is None and C is not None:
+        made = C.conv2d_weight(
+            input, weight, delta, score, bias, stride, padding, dilation, groups, gate, training, False
+        )
         if made is not None:
-            return made
-    with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *settings)
+            try:
+                return F.conv2d(input, made, bias, stride, padding, dilation, groups)
+            except RuntimeError:
+                pass
+            finally:
+                del made
+    return conv2d_operator(input, weight, delta, score, bias, settings)
+
+
+def direct_linear_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor,
+    gate: bool,
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor | None, ...] | None:
+    """(dinput, None, ddelta, dscore, dbias, None) of a linear layer, or None where the operator must do it.
+
+    A closed gate has no ddelta. Of one type all but score and bias: what is cast on the way is the operator's.
+
+    Args:
+        of_bias: the type of a bias that is to have a gradient.
+    """
+    if C is None:
+        return None
+    scratch = C.gradient_weight(grad_output, input, weight, delta, score, gate)
+    if scratch is None:
+        return None
+    flat = input.dim() == 2
+    x = input if flat else input.reshape(-1, input.shape[-1])
+    dy = grad_output if flat else grad_output.reshape(-1, grad_output.shape[-1])
+    try:
+        dinput = torch.mm(dy, scratch if gate else weight)
+        gradient = torch.mm(dy.t(), x) if gate else torch.mm(dy.t(), x, out=scratch)  # dL/dW_t
+        dscore = torch.empty_like(score)
+        finite = C.dot_into(dscore, gradient, delta)
+    except RuntimeError:  # the operator says what is wrong, in its own words
+        return None
+    finally:
+        del scratch
+    if not gate and not finite:
+        return None  # the operator says which tensor is to blame
+    return (
+        dinput if flat else dinput.view(input.shape),
+        None,
+        gradient if gate else None,
+        dscore,
+        None if of_bias is None else dy.sum(0).to(of_bias),
+        None,
+    )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -90,7 +147,7 @@ def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     input, weight, delta, score, rows, gate, _, _, mask = kept
     if gate is not None and rows is None and mask[:3] == [True, gate, True] and not mask[4]:
         of_bias = ctx.kept[-1] if mask[3] else None
-        made = rebuilt.linear_gradients(C, grad_output, input, weight, delta, score, gate, of_bias)
+        made = direct_linear_gradients(grad_output, input, weight, delta, score, gate, of_bias)
         if made is not None:
             return made
     return *autograd.linear_gradients(ctx, grad_output, kept), None

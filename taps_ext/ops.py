@@ -97,6 +97,11 @@ def _rests(weight: Tensor, score: Tensor | None, gate: bool | None, dtype: torch
     return weight.dtype == dtype or weight.requires_grad
 
 
+def _at_once() -> bool:
+    """True where no gradients are asked for, so that an open layer may go straight to the extension (csrc/direct.h)."""
+    return not is_compiling() and not torch.is_grad_enabled() and forward_ad._current_level < 0
+
+
 def _fitting(bias: Tensor | None, weight: Tensor, input: Tensor) -> Tensor | None:
     """The bias as the operators take it: of the right shape, in any type."""
     if bias is None:
@@ -171,8 +176,18 @@ def gated_linear(
                 return F.linear(input, weight, bias)
         except (AttributeError, RuntimeError, TypeError):
             pass  # what is wrong is said below
+    asked = gate is True and rows is None and _at_once()
+    if asked and _C is not None:
+        made = _C.linear_weight(input, weight, delta, score, bias, True, False, True)
+        if made is not None:
+            try:
+                return F.linear(input, made, bias)
+            except RuntimeError:
+                pass
+            finally:
+                del made  # and with it the lease of its memory
     if not _plain(input, weight, delta, score, bias, gate):
-        input = _check(input, weight, delta, score, bias, gate)
+        input, asked = _check(input, weight, delta, score, bias, gate), False
         if composed.transformed(input, weight, delta, score, bias):
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.linear(input, made, bias)
@@ -186,7 +201,8 @@ def gated_linear(
     settings = (gate, threshold, rows, row_scale, training)
     if is_compiling():
         return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, *settings)
-    return (eager.linear if training else eager.run_linear)(input, weight, delta, score, bias, settings)
+    run = eager.linear if training else eager.linear_operator if asked else eager.run_linear
+    return run(input, weight, delta, score, bias, settings)
 
 
 # ---------------------------------------------------------------------------------------------- conv2d
@@ -263,8 +279,18 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    asked = gate is True and rows is None and _at_once()
+    if asked and _C is not None:
+        made = _C.conv2d_weight(input, weight, delta, score, bias, stride, padding, dilation, groups, True, False, True)
+        if made is not None:
+            try:
+                return F.conv2d(input, made, bias, stride, padding, dilation, groups)
+            except RuntimeError:
+                pass
+            finally:
+                del made
     if not _plain(input, weight, delta, score, bias, gate):
-        input = _check(input, weight, delta, score, bias, gate)
+        input, asked = _check(input, weight, delta, score, bias, gate), False
         if composed.transformed(input, weight, delta, score, bias):
             made = composed.reconstruct(weight, delta, score, gate=gate, threshold=threshold, dtype=input.dtype)
             return F.conv2d(input, made, bias, stride, padding, dilation, groups)
@@ -287,7 +313,8 @@ def gated_conv2d(
     settings = (steps, pad, spread, groups, gate, threshold, rows, row_scale, training)
     if is_compiling():
         return torch.ops.taps_ext.gated_conv2d(input, weight, delta, score, bias, *settings)
-    return (eager.conv2d if training else eager.run_conv2d)(input, weight, delta, score, bias, settings)
+    run = eager.conv2d if training else eager.conv2d_operator if asked else eager.run_conv2d
+    return run(input, weight, delta, score, bias, settings)
 
 
 # ------------------------------------------------------------------------------------ the weight itself

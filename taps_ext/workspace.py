@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 
-from . import rebuilt
 from .errors import ConfigError
 from .ops import _C
 
@@ -36,6 +35,5 @@ def set_workspace_limit(limit: int | None) -> None:
         raise ConfigError(f"limit: expected a positive int, of bytes, or None, got {limit!r}")
     if _C is not None:
         _C.set_workspace_limit(0 if limit is None else operator.index(limit))
-        rebuilt.forget()
     elif limit is not None:
         raise ConfigError("limit: expected the compiled extension, which owns the workspace; it is not loaded")

@@ -17,8 +17,6 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..eager import pixels
-
 _FEWEST = 4  # fewer channels are read as they are
 
 
@@ -33,6 +31,19 @@ def known() -> bool:
     """True on processors for which the copies are counted."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def pixels(
+    image: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> int:
+    """Pixels of a convolution's result [B, O, H', W'], all images together; -1 of what is no convolution in 2-D."""
+    if not len(stride) == len(padding) == len(dilation) == 2:
+        return -1
+    count = image.shape[0]
+    for axis in (0, 1):
+        span = image.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight.shape[2 + axis] - 1) - 1
+        count *= span // (stride[axis] or 1) + 1
+    return int(count)
 
 
 def forward(

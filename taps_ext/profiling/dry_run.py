@@ -16,14 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import ops
-from ..eager import pixels
 from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
 from ..nn.gated import stamp
-from ..rebuilt import one_layout
 from . import convolutions
-from .convolutions import Inside
+from .convolutions import Inside, pixels
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -186,13 +184,23 @@ def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> in
     return largest
 
 
+def _one_layout(weight: Tensor, delta: Tensor) -> bool:
+    if weight.is_contiguous():
+        return delta.is_contiguous()
+    last = torch.channels_last
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=last) and delta.is_contiguous(memory_format=last)
+
+
 def _fused_bytes(weight: Tensor, delta: Tensor, dtype: torch.dtype, rows: int, groups: int = 1) -> int | None:
     """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
     assert ops._C is not None
     convolution, narrow = weight.dim() == 4, dtype == torch.bfloat16
     known = not convolution or (groups == 1 and weight[0, 0].numel() <= ops._C.most_places)
     fusable = (
-        known and weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and one_layout(weight, delta)
+        known
+        and weight.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and _one_layout(weight, delta)
     )
     sizes = {"rows": rows, "inputs": weight[0].numel()}
     packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)

@@ -1,0 +1,181 @@
+#include "borrow.h"
+
+#include <array>
+#include <utility>
+
+// Plain C with an ABI of its own, so it may pass where the target version keeps torch's C++ out.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
+namespace py = pybind11;
+
+namespace taps {
+
+namespace {
+
+// Functions of torch._C without arguments.
+constexpr std::array<const char*, 5> kQuestions{"_is_any_autocast_enabled", "_are_functorch_transforms_active",
+                                                "_len_torch_dispatch_stack", "_len_torch_function_stack",
+                                                "_get_tracing_state"};
+constexpr size_t kOutermostQuestions = 2;  // the first of them
+
+// Everything of torch that is asked for on a call, looked up once. Held for the life of the process.
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* is_neg = nullptr;
+  PyObject* storage_offset = nullptr;
+  std::array<PyObject*, kQuestions.size()> questions{};
+  const DLPackExchangeAPI* table = nullptr;
+};
+
+Torch& torch() {
+  static Torch torch;
+  return torch;
+}
+
+// Whether the answer is anything but False, 0 and None.
+bool asked(PyObject* question) {
+  PyObject* answer = PyObject_CallNoArgs(question);
+  const int truth = answer ? PyObject_IsTrue(answer) : -1;
+  Py_XDECREF(answer);
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
+bool known_type(DLDataType type, Dtype& dtype) {
+  if (type.lanes != 1) return false;
+  const int code = type.code, bits = type.bits;
+  if (code == kDLBfloat && bits == 16) {
+    dtype = Dtype::kBFloat16;
+  } else if (code == kDLFloat && (bits == 16 || bits == 32 || bits == 64)) {
+    dtype = bits == 16 ? Dtype::kFloat16 : bits == 32 ? Dtype::kFloat32 : Dtype::kFloat64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// Whether the dimensions, outermost first, lie without gaps; one of a single element may have any stride.
+bool dense_in_order(const Borrowed& tensor, const std::array<int, kMaxDims>& dims) {
+  int64_t step = 1;
+  for (int at = tensor.ndim; at-- > 0;) {
+    const int dim = dims[static_cast<size_t>(at)];
+    if (tensor.sizes[dim] == 1) continue;
+    if (tensor.strides[dim] != step) return false;
+    step *= tensor.sizes[dim];
+  }
+  return true;
+}
+
+// What a tensor of lent memory points back to.
+struct Loan {
+  DLManagedTensorVersioned managed{};
+  std::unique_ptr<Lease> lease;
+  std::array<int64_t, kMaxDims> sizes{}, strides{};
+};
+
+// Where a storage has been freed, torch adds the offset of a view to a null pointer. No process has memory of its heap
+// below this, but where it does, the exact question costs one call more.
+constexpr uintptr_t kSuspicious = uintptr_t{1} << 44;
+
+}  // namespace
+
+bool Borrowed::is_contiguous() const { return dense_in_order(*this, {0, 1, 2, 3, 4, 5, 6, 7}); }
+
+bool Borrowed::is_channels_last() const { return ndim == 4 && dense_in_order(*this, {0, 2, 3, 1}); }
+
+void meet_torch() {
+  const py::module_ module = py::module_::import("torch"), core = py::module_::import("torch._C");
+  const py::object tensor = module.attr("Tensor"), parameter = py::module_::import("torch.nn").attr("Parameter");
+  Torch met;
+  met.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
+  met.parameter = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
+  met.is_neg = py::str("is_neg").release().ptr();
+  met.storage_offset = py::str("storage_offset").release().ptr();
+  for (size_t at = 0; at < kQuestions.size(); ++at) {
+    met.questions[at] = py::object(core.attr(kQuestions[at])).release().ptr();
+  }
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  met.table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!met.table) throw py::error_already_set();
+  while (met.table && met.table->header.version.major != DLPACK_MAJOR_VERSION) {
+    met.table = reinterpret_cast<const DLPackExchangeAPI*>(met.table->header.prev_api);
+  }
+  if (!met.table || !met.table->dltensor_from_py_object_no_sync) {
+    throw std::runtime_error("torch: expected an exchange API of DLPack 1 that borrows tensors");
+  }
+  torch() = met;
+}
+
+bool watched(bool outermost) {
+  const auto& questions = torch().questions;
+  for (size_t at = outermost ? 0 : kOutermostQuestions; at < questions.size(); ++at) {
+    if (asked(questions[at])) return true;
+  }
+  return false;
+}
+
+bool borrow(py::handle tensor, Borrowed& borrowed) {
+  const Torch& known = torch();
+  const PyTypeObject* type = Py_TYPE(tensor.ptr());
+  if (type != known.tensor && type != known.parameter) return false;
+  DLTensor view;
+  if (known.table->dltensor_from_py_object_no_sync(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (view.device.device_type != kDLCPU || view.ndim > kMaxDims || !known_type(view.dtype, borrowed.dtype))
+    return false;
+  borrowed.data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
+  borrowed.ndim = view.ndim;
+  borrowed.sizes = view.shape;
+  borrowed.strides = view.strides;
+  borrowed.numel = 1;
+  for (int dim = 0; dim < view.ndim; ++dim) borrowed.numel *= view.shape[dim];
+  return true;
+}
+
+bool holds_values(py::handle tensor, const Borrowed& borrowed) {
+  if (!borrowed.data) return false;
+  const auto address = reinterpret_cast<uintptr_t>(borrowed.data);
+  const Torch& known = torch();
+  if (address < kSuspicious) {
+    const auto offset =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), known.storage_offset));
+    if (!offset) throw py::error_already_set();
+    if (address == offset.cast<uintptr_t>() * static_cast<uintptr_t>(size_of(borrowed.dtype))) return false;
+  }
+  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg));
+  if (!negates) throw py::error_already_set();
+  return negates.ptr() == Py_False;
+}
+
+py::object lend(std::unique_ptr<Lease> lease, const Borrowed& like, Dtype dtype) {
+  auto loan = std::make_unique<Loan>();
+  loan->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+  loan->managed.manager_ctx = loan.get();
+  loan->managed.deleter = [](DLManagedTensorVersioned* managed) { delete static_cast<Loan*>(managed->manager_ctx); };
+  DLTensor& view = loan->managed.dl_tensor;
+  view.data = lease->data();
+  view.device = {kDLCPU, 0};
+  view.ndim = like.ndim;
+  view.dtype = {static_cast<uint8_t>(dtype == Dtype::kBFloat16 ? kDLBfloat : kDLFloat),
+                static_cast<uint8_t>(8 * size_of(dtype)), 1};
+  for (int dim = 0; dim < like.ndim; ++dim) {
+    loan->sizes[dim] = like.sizes[dim];
+    loan->strides[dim] = like.strides[dim];
+  }
+  view.shape = loan->sizes.data();
+  view.strides = loan->strides.data();
+  loan->lease = std::move(lease);
+  void* tensor = nullptr;
+  if (torch().table->managed_tensor_to_py_object_no_sync(&loan.release()->managed, &tensor) != 0) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+}
+
+}  // namespace taps
