@@ -1,5 +1,6 @@
 #include "borrow.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -27,6 +28,11 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* storage_offset = nullptr;
+  PyObject* linear = nullptr;
+  PyObject* conv2d = nullptr;
+  PyObject* empty_strided = nullptr;
+  PyObject* dtype_name = nullptr;     // ("dtype",)
+  std::array<PyObject*, 4> dtypes{};  // by Dtype
   std::array<PyObject*, kQuestions.size()> questions{};
   const DLPackExchangeAPI* table = nullptr;
 };
@@ -58,18 +64,6 @@ bool known_type(DLDataType type, Dtype& dtype) {
   return true;
 }
 
-// Whether the dimensions, outermost first, lie without gaps; one of a single element may have any stride.
-bool dense_in_order(const Borrowed& tensor, const std::array<int, kMaxDims>& dims) {
-  int64_t step = 1;
-  for (int at = tensor.ndim; at-- > 0;) {
-    const int dim = dims[static_cast<size_t>(at)];
-    if (tensor.sizes[dim] == 1) continue;
-    if (tensor.strides[dim] != step) return false;
-    step *= tensor.sizes[dim];
-  }
-  return true;
-}
-
 // What a tensor of lent memory points back to.
 struct Loan {
   DLManagedTensorVersioned managed{};
@@ -77,15 +71,18 @@ struct Loan {
   std::array<int64_t, kMaxDims> sizes{}, strides{};
 };
 
+py::object or_none(PyObject* result) {
+  if (result) return py::reinterpret_steal<py::object>(result);
+  if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw py::error_already_set();
+  PyErr_Clear();
+  return py::none();
+}
+
 // Where a storage has been freed, torch adds the offset of a view to a null pointer. No process has memory of its heap
 // below this, but where it does, the exact question costs one call more.
 constexpr uintptr_t kSuspicious = uintptr_t{1} << 44;
 
 }  // namespace
-
-bool Borrowed::is_contiguous() const { return dense_in_order(*this, {0, 1, 2, 3, 4, 5, 6, 7}); }
-
-bool Borrowed::is_channels_last() const { return ndim == 4 && dense_in_order(*this, {0, 2, 3, 1}); }
 
 void meet_torch() {
   const py::module_ module = py::module_::import("torch"), core = py::module_::import("torch._C");
@@ -93,6 +90,14 @@ void meet_torch() {
   Torch met;
   met.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   met.parameter = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
+  const py::object functional = py::module_::import("torch.nn.functional");
+  met.linear = py::object(functional.attr("linear")).release().ptr();
+  met.conv2d = py::object(functional.attr("conv2d")).release().ptr();
+  met.empty_strided = py::object(module.attr("empty_strided")).release().ptr();
+  met.dtype_name = py::make_tuple("dtype").release().ptr();
+  for (const Dtype known : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    met.dtypes[static_cast<size_t>(known)] = py::object(module.attr(to_string(known).c_str())).release().ptr();
+  }
   met.is_neg = py::str("is_neg").release().ptr();
   met.storage_offset = py::str("storage_offset").release().ptr();
   for (size_t at = 0; at < kQuestions.size(); ++at) {
@@ -118,7 +123,7 @@ bool watched(bool outermost) {
   return false;
 }
 
-bool borrow(py::handle tensor, Borrowed& borrowed) {
+bool borrow(py::handle tensor, Described& borrowed) {
   const Torch& known = torch();
   const PyTypeObject* type = Py_TYPE(tensor.ptr());
   if (type != known.tensor && type != known.parameter) return false;
@@ -129,18 +134,15 @@ bool borrow(py::handle tensor, Borrowed& borrowed) {
   }
   if (view.device.device_type != kDLCPU || view.ndim > kMaxDims || !known_type(view.dtype, borrowed.dtype))
     return false;
-  borrowed.data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
-  borrowed.ndim = view.ndim;
-  borrowed.sizes = view.shape;
-  borrowed.strides = view.strides;
-  borrowed.numel = 1;
-  for (int dim = 0; dim < view.ndim; ++dim) borrowed.numel *= view.shape[dim];
+  borrowed.pointer = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
+  borrowed.sizes = Span(view.shape, static_cast<size_t>(view.ndim));
+  borrowed.strides = Span(view.strides, static_cast<size_t>(view.ndim));
   return true;
 }
 
-bool holds_values(py::handle tensor, const Borrowed& borrowed) {
-  if (!borrowed.data) return false;
-  const auto address = reinterpret_cast<uintptr_t>(borrowed.data);
+bool holds_values(py::handle tensor, const Described& borrowed) {
+  if (!borrowed.pointer) return false;
+  const auto address = reinterpret_cast<uintptr_t>(borrowed.pointer);
   const Torch& known = torch();
   if (address < kSuspicious) {
     const auto offset =
@@ -153,7 +155,7 @@ bool holds_values(py::handle tensor, const Borrowed& borrowed) {
   return negates.ptr() == Py_False;
 }
 
-py::object lend(std::unique_ptr<Lease> lease, const Borrowed& like, Dtype dtype) {
+py::object lend(std::unique_ptr<Lease> lease, Span sizes, Span strides, Dtype dtype) {
   auto loan = std::make_unique<Loan>();
   loan->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
   loan->managed.manager_ctx = loan.get();
@@ -161,13 +163,11 @@ py::object lend(std::unique_ptr<Lease> lease, const Borrowed& like, Dtype dtype)
   DLTensor& view = loan->managed.dl_tensor;
   view.data = lease->data();
   view.device = {kDLCPU, 0};
-  view.ndim = like.ndim;
+  view.ndim = static_cast<int32_t>(sizes.size());
   view.dtype = {static_cast<uint8_t>(dtype == Dtype::kBFloat16 ? kDLBfloat : kDLFloat),
                 static_cast<uint8_t>(8 * size_of(dtype)), 1};
-  for (int dim = 0; dim < like.ndim; ++dim) {
-    loan->sizes[dim] = like.sizes[dim];
-    loan->strides[dim] = like.strides[dim];
-  }
+  std::copy(sizes.begin(), sizes.end(), loan->sizes.begin());
+  std::copy(strides.begin(), strides.end(), loan->strides.begin());
   view.shape = loan->sizes.data();
   view.strides = loan->strides.data();
   loan->lease = std::move(lease);
@@ -176,6 +176,32 @@ py::object lend(std::unique_ptr<Lease> lease, const Borrowed& like, Dtype dtype)
     throw py::error_already_set();
   }
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
+}
+
+py::object fresh(Span sizes, Span strides, Dtype dtype) {
+  const auto tuple = [](Span values) {
+    py::tuple made(values.size());
+    for (size_t at = 0; at < values.size(); ++at) made[at] = py::int_(values[at]);
+    return made;
+  };
+  const Torch& known = torch();
+  const py::tuple shape = tuple(sizes), steps = tuple(strides);
+  PyObject* const arguments[3] = {shape.ptr(), steps.ptr(), known.dtypes[static_cast<size_t>(dtype)]};
+  PyObject* made = PyObject_Vectorcall(known.empty_strided, arguments, 2, known.dtype_name);
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+py::object stock_linear(py::handle input, py::handle weight, py::handle bias) {
+  PyObject* const arguments[3] = {input.ptr(), weight.ptr(), bias.ptr()};
+  return or_none(PyObject_Vectorcall(torch().linear, arguments, 3, nullptr));
+}
+
+py::object stock_conv2d(py::handle input, py::handle weight, py::handle bias, py::handle stride, py::handle padding,
+                        py::handle dilation, py::handle groups) {
+  PyObject* const arguments[7] = {input.ptr(),   weight.ptr(),   bias.ptr(),  stride.ptr(),
+                                  padding.ptr(), dilation.ptr(), groups.ptr()};
+  return or_none(PyObject_Vectorcall(torch().conv2d, arguments, 7, nullptr));
 }
 
 }  // namespace taps

@@ -6,23 +6,10 @@
 
 #include <memory>
 
-#include "kernels.h"
+#include "tensor.h"
 #include "workspace.h"
 
 namespace taps {
-
-// A plain torch.Tensor or Parameter on the CPU, of a type that the kernels know. Valid while its tensor is held.
-struct Borrowed {
-  void* data = nullptr;
-  Dtype dtype = Dtype::kFloat32;
-  int ndim = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  int64_t numel = 0;
-
-  bool is_contiguous() const;
-  bool is_channels_last() const;
-};
 
 // Fetches torch's types, its table of functions and the questions below. Once, before everything else here.
 void meet_torch();
@@ -31,13 +18,23 @@ void meet_torch();
 // from a user, true also where a call means something else: autocast, a transform of torch.func.
 bool watched(bool outermost);
 
+// The facts of a plain torch.Tensor or Parameter on the CPU, of a type that the kernels know; they hold while it does.
 // False, and no error set, for whatever else it is: a subclass, sparse, on another device, of another type.
-bool borrow(pybind11::handle tensor, Borrowed& borrowed);
+bool borrow(pybind11::handle tensor, Described& borrowed);
 
 // Whether the values are what the memory says: false where it has been freed, and for a view that negates.
-bool holds_values(pybind11::handle tensor, const Borrowed& borrowed);
+bool holds_values(pybind11::handle tensor, const Described& borrowed);
 
-// Leased memory as a tensor with the sizes and strides of `like`; it gives the lease back when it is dropped.
-pybind11::object lend(std::unique_ptr<Lease> lease, const Borrowed& like, Dtype dtype);
+// Leased memory as a tensor; it gives the lease back when it is dropped.
+pybind11::object lend(std::unique_ptr<Lease> lease, Span sizes, Span strides, Dtype dtype);
+
+// A new tensor of torch's own.
+pybind11::object fresh(Span sizes, Span strides, Dtype dtype);
+
+// torch's own functions, or None where they raise a RuntimeError.
+pybind11::object stock_linear(pybind11::handle input, pybind11::handle weight, pybind11::handle bias);
+pybind11::object stock_conv2d(pybind11::handle input, pybind11::handle weight, pybind11::handle bias,
+                              pybind11::handle stride, pybind11::handle padding, pybind11::handle dilation,
+                              pybind11::handle groups);
 
 }  // namespace taps

@@ -1,9 +1,11 @@
 #include "direct.h"
 
+#include <algorithm>
 #include <optional>
 
 #include "borrow.h"
-#include "rebuild.h"
+#include "fused.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -11,134 +13,214 @@ namespace taps {
 
 namespace {
 
-bool same_shape(const Borrowed& a, const Borrowed& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int dim = 0; dim < a.ndim; ++dim) {
-    if (a.sizes[dim] != b.sizes[dim]) return false;
+bool in_order(const Described& tensor, const std::array<size_t, 4>& dims) {
+  int64_t step = 1;
+  for (size_t at = tensor.sizes.size(); at-- > 0;) {
+    const size_t dim = dims[at];
+    if (tensor.sizes[dim] == 1) continue;
+    if (tensor.strides[dim] != step) return false;
+    step *= tensor.sizes[dim];
   }
   return true;
 }
 
-bool one_layout(const Borrowed& a, const Borrowed& b) {
-  if (a.is_contiguous()) return b.is_contiguous();
-  return a.is_channels_last() && b.is_channels_last();
+// Whether both lie without gaps, in rows or with channels last.
+bool one_layout(const Described& a, const Described& b) {
+  if (a.ndim() != 2 && a.ndim() != 4) return false;
+  constexpr std::array<size_t, 4> kRows{0, 1, 2, 3}, kChannelsLast{0, 2, 3, 1};
+  if (in_order(a, kRows)) return in_order(b, kRows);
+  return a.ndim() == 4 && in_order(a, kChannelsLast) && in_order(b, kChannelsLast);
 }
 
-// Weight and Delta as the kernels take them.
-bool borrow_pair(py::handle weight, py::handle delta, Borrowed& w, Borrowed& d) {
-  return borrow(weight, w) && borrow(delta, d) && same_shape(w, d) && one_layout(w, d) && holds_values(weight, w) &&
-         holds_values(delta, d);
+// Two as the flat kernels take them.
+bool borrow_pair(py::handle first, py::handle second, Described& a, Described& b) {
+  return borrow(first, a) && borrow(second, b) && a.sizes.equals(b.sizes) && one_layout(a, b) &&
+         holds_values(first, a) && holds_values(second, b);
 }
 
 bool wide(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64; }
 
-// Whether score and bias are what the operator takes; torch's own functions would let more pass.
-bool rest_fits(const Layer& layer, const Borrowed& x, const Borrowed& w) {
-  Borrowed score, bias;
-  if (!layer.score.is_none() && !(borrow(layer.score, score) && score.numel == 1 && wide(score.dtype))) return false;
-  if (layer.bias.is_none()) return true;
-  return borrow(layer.bias, bias) && bias.dtype == x.dtype && bias.ndim == 1 && bias.sizes[0] == w.sizes[0];
-}
-
 struct Operands {
-  Borrowed x, w, d;
+  Described x;
+  GatedWeight w;
+  std::optional<Described> bias;
 };
 
-// All of a layer's tensors, or nothing.
-std::optional<Operands> borrow_layer(const Layer& layer, const Call& call) {
+// All of a layer's tensors, or nothing. Score and bias are what the operator takes: torch's own functions let more
+// pass.
+std::optional<Operands> borrow_layer(const Layer& layer, const Call& call, int64_t ndim) {
   Operands found;
+  Described delta;
   if (watched(call.outermost) || !borrow(layer.input, found.x) ||
-      !borrow_pair(layer.weight, layer.delta, found.w, found.d)) {
+      !borrow_pair(layer.weight, layer.delta, found.w.weight, delta) || found.w.weight.ndim() != ndim) {
     return std::nullopt;
   }
-  const bool cast = found.w.dtype != found.x.dtype;
+  const bool cast = found.w.weight.dtype != found.x.dtype;
   if (cast && (call.outermost || !call.gate)) return std::nullopt;
-  if (!rest_fits(layer, found.x, found.w)) return std::nullopt;
+  found.w.delta = delta;
+  found.w.gate.open = call.gate;
+  if (!layer.score.is_none()) {
+    Described& score = found.w.score.emplace();
+    if (!borrow(layer.score, score) || score.numel() != 1 || !wide(score.dtype)) return std::nullopt;
+  }
+  if (!layer.bias.is_none()) {
+    Described& bias = found.bias.emplace();
+    if (!borrow(layer.bias, bias) || bias.dtype != found.x.dtype || bias.ndim() != 1 ||
+        bias.sizes[0] != found.w.weight.sizes[0]) {
+      return std::nullopt;
+    }
+  }
   return found;
 }
 
-Dense dense(const Borrowed& tensor) { return {tensor.data, tensor.dtype}; }
+// Whether kernels of our own may read input and bias.
+bool readable(const Layer& layer, const Operands& operands) {
+  if (!holds_values(layer.input, operands.x)) return false;
+  if (!operands.bias) return true;
+  return (operands.bias->numel() == 1 || operands.bias->strides[0] == 1) && holds_values(layer.bias, *operands.bias);
+}
 
-// `rows`: of a product that might be fused, else -1.
-py::object weight_of(const Layer& layer, const Operands& operands, bool gate, int64_t rows) {
-  const auto& [x, w, d] = operands;
-  if (!gate) return py::reinterpret_borrow<py::object>(layer.weight);
-  const int64_t places = w.ndim == 4 ? w.sizes[2] * w.sizes[3] : 0;
+const void* data_of(const std::optional<Described>& tensor) { return tensor ? tensor->data() : nullptr; }
+
+// The weight that torch's own function is to multiply with, or None.
+py::object weight_of(const Layer& layer, const Operands& operands, Path path) {
+  if (path == Path::kStock) return py::reinterpret_borrow<py::object>(layer.weight);
+  if (operands.w.known_closed()) return py::none();  // rebuilt by force
+  const Described& w = operands.w.weight;
   std::unique_ptr<Lease> lease;
   {
     const py::gil_scoped_release released;
-    lease = rebuild(dense(w), dense(d), w.numel, x.dtype, rows, w.sizes[0], places);
+    lease = leased_weight(operands.w, operands.x.dtype);
   }
-  return lease ? lend(std::move(lease), w, x.dtype) : py::none();
+  return lease ? lend(std::move(lease), w.sizes, w.strides, operands.x.dtype) : py::none();
+}
+
+void* data_of(const py::object& tensor) {
+  Described described;
+  if (!borrow(tensor, described)) throw std::runtime_error("empty_strided: expected a plain tensor on the CPU");
+  return described.data();
+}
+
+// x [..., K] as [M, K] where no copy is needed for it.
+std::optional<Described> matrix_of(const Described& x, std::array<int64_t, 4>& facts) {
+  if (x.ndim() == 2) return x;
+  int64_t step = 1;
+  for (size_t dim = x.sizes.size(); dim-- > 0;) {
+    if (x.sizes[dim] != 1 && x.strides[dim] != step) return std::nullopt;
+    step *= x.sizes[dim];
+  }
+  const int64_t inputs = x.sizes[x.sizes.size() - 1];
+  facts = {x.numel() / inputs, inputs, inputs, 1};
+  Described matrix = x;
+  matrix.sizes = Span(facts.data(), 2);
+  matrix.strides = Span(facts.data() + 2, 2);
+  return matrix;
 }
 
 // One int or two, as torch's functions take them; false for anything else, and for what no image has.
-bool both_axes(py::handle value, int64_t (&axes)[2]) {
+bool both_axes(py::handle value, int64_t least, Ints& axes) {
   constexpr long kMost = long{1} << 24;
   const bool list = PyTuple_Check(value.ptr()) || PyList_Check(value.ptr());
   const Py_ssize_t count = list ? PySequence_Fast_GET_SIZE(value.ptr()) : 1;
   if (count != 1 && count != 2) return false;
+  axes.resize(2);
   for (Py_ssize_t axis = 0; axis < 2; ++axis) {
     PyObject* item = list ? PySequence_Fast_GET_ITEM(value.ptr(), count == 1 ? 0 : axis) : value.ptr();
     if (!PyLong_Check(item)) return false;
     int overflow = 0;
-    const long axis_value = PyLong_AsLongAndOverflow(item, &overflow);
-    if (overflow != 0 || axis_value < 0 || axis_value > kMost) return false;
-    axes[axis] = axis_value;
+    const long given = PyLong_AsLongAndOverflow(item, &overflow);
+    if (overflow != 0 || given < least || given > kMost) return false;
+    axes[static_cast<size_t>(axis)] = given;
   }
   return true;
 }
 
 }  // namespace
 
-py::object linear_weight(const Layer& layer, const Call& call) {
-  const auto operands = borrow_layer(layer, call);
-  if (!operands || operands->w.ndim != 2 || operands->x.ndim == 0) return py::none();
-  const int64_t inputs = operands->x.sizes[operands->x.ndim - 1];
-  const int64_t rows = call.training ? -1 : operands->x.numel / (inputs ? inputs : 1);
-  return weight_of(layer, *operands, call.gate, rows);
+py::object direct_linear(const Layer& layer, const Call& call) {
+  const auto operands = borrow_layer(layer, call, 2);
+  if (!operands) return py::none();
+  const auto& [x, w, bias] = *operands;
+  const int64_t inputs = w.weight.sizes[1];
+  if (x.ndim() == 0 || inputs == 0 || w.weight.sizes[0] == 0 || x.sizes[x.sizes.size() - 1] != inputs)
+    return py::none();
+  const LinearSizes sizes{x.numel() / inputs, inputs, w.weight.sizes[0]};
+  std::array<int64_t, 4> facts;
+  const auto matrix = matrix_of(x, facts);
+  if (!matrix && !call.training && may_fuse(w, x.dtype, sizes.rows)) return py::none();
+  const bool fits = matrix && fusable(Product::kForward, w, x.dtype, call.training) && fusable_activation(*matrix) &&
+                    fused_fits(*matrix, sizes);
+  const Path path = path_for(w, x.dtype, sizes.rows, fits);
+  if (path != Path::kFused) {
+    const py::object weight = weight_of(layer, *operands, path);
+    return weight.is_none() ? weight : stock_linear(layer.input, weight, layer.bias);
+  }
+  if (!readable(layer, *operands)) return py::none();
+  Ints shape(x.sizes.begin(), x.sizes.end());
+  shape.back() = sizes.outputs;
+  const Span result(shape.data(), shape.size());
+  const Ints strides = contiguous_strides(result);
+  py::object y = fresh(result, Span(strides.data(), strides.size()), x.dtype);
+  void* const data = data_of(y);
+  const py::gil_scoped_release released;
+  fused_forward_into(w, *matrix, data_of(bias), sizes, data);
+  return y;
 }
 
-py::object conv2d_weight(const Layer& layer, py::handle stride, py::handle padding, py::handle dilation,
+py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle padding, py::handle dilation,
                          py::handle groups, const Call& call) {
-  int64_t steps[2], pad[2], spread[2];
-  if (!both_axes(stride, steps) || !both_axes(padding, pad) || !both_axes(dilation, spread)) return py::none();
-  const auto operands = borrow_layer(layer, call);
-  if (!operands || operands->w.ndim != 4 || operands->x.ndim != 4) return py::none();
-  int64_t rows = -1;
+  Geometry geometry{};
   int overflow = 0;
-  const bool one = PyLong_Check(groups.ptr()) && PyLong_AsLongAndOverflow(groups.ptr(), &overflow) == 1;
-  if (!call.training && one) {
-    rows = operands->x.sizes[0];
-    for (int axis = 0; axis < 2; ++axis) {
-      const int64_t span =
-          operands->x.sizes[2 + axis] + 2 * pad[axis] - spread[axis] * (operands->w.sizes[2 + axis] - 1);
-      if (steps[axis] == 0 || span < 1) return py::none();
-      rows *= (span - 1) / steps[axis] + 1;
-    }
+  geometry.groups = PyLong_Check(groups.ptr()) ? PyLong_AsLongAndOverflow(groups.ptr(), &overflow) : 0;
+  if (geometry.groups < 1 || overflow != 0 || !both_axes(stride, 1, geometry.stride) ||
+      !both_axes(padding, 0, geometry.padding) || !both_axes(dilation, 1, geometry.dilation)) {
+    return py::none();
   }
-  return weight_of(layer, *operands, call.gate, rows);
+  const auto operands = borrow_layer(layer, call, 4);
+  if (!operands) return py::none();
+  const auto& [x, w, bias] = *operands;
+  if (x.ndim() != 4 || w.weight.numel() == 0 || w.weight.sizes[0] % geometry.groups != 0 ||
+      x.sizes[1] % geometry.groups != 0 || x.sizes[1] / geometry.groups != w.weight.sizes[1]) {
+    return py::none();
+  }
+  const Images result = convolved(w.weight, x, geometry);
+  if (result.sizes[2] < 1 || result.sizes[3] < 1) return py::none();
+  const int64_t pixels = result.sizes[0] * result.sizes[2] * result.sizes[3];
+  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, geometry, pixels, call.training));
+  if (path != Path::kFused) {
+    const py::object weight = weight_of(layer, *operands, path);
+    if (weight.is_none()) return weight;
+    return stock_conv2d(layer.input, weight, layer.bias, stride, padding, dilation, groups);
+  }
+  if (!readable(layer, *operands)) return py::none();
+  py::object y = fresh(Span(result.sizes.data(), 4), Span(result.strides.data(), 4), x.dtype);
+  void* const data = data_of(y);
+  const py::gil_scoped_release released;
+  fused_convolution_into(w, x, data_of(bias), geometry, result, data);
+  return y;
 }
 
 py::object gradient_weight(py::handle grad_output, const Layer& layer, bool gate) {
-  Borrowed dy, score;
-  const auto operands = borrow_layer(layer, {gate, true, true});
-  if (!operands || !borrow(grad_output, dy) || !borrow(layer.score, score)) return py::none();
-  const auto& [x, w, d] = *operands;
-  if (w.ndim != 2 || w.numel == 0 || dy.dtype != w.dtype || d.dtype != w.dtype) return py::none();
-  if (gate) return weight_of(layer, *operands, true, -1);
-  auto lease = gradient_scratch(w.numel, w.dtype);
-  return lease ? lend(std::move(lease), w, w.dtype) : py::none();
+  Described dy;
+  const auto operands = borrow_layer(layer, {gate, true, true}, 2);
+  const int forced = forced_path();
+  const bool free = forced < 0 || (gate && forced == static_cast<int>(Path::kRebuild));
+  if (!operands || !free || !operands->w.score || !borrow(grad_output, dy)) return py::none();
+  const Described& w = operands->w.weight;
+  if (w.numel() == 0 || dy.dtype != w.dtype || operands->w.delta->dtype != w.dtype) return py::none();
+  if (gate) return weight_of(layer, *operands, Path::kRebuild);
+  auto lease = leased_gradient(w);
+  return lease ? lend(std::move(lease), w.sizes, w.strides, w.dtype) : py::none();
 }
 
 bool dot_into(py::handle score, py::handle a, py::handle b) {
-  Borrowed result, first, second;
-  if (!borrow(score, result) || !wide(result.dtype) || !result.data || result.numel != 1 ||
-      !borrow_pair(a, b, first, second) || first.dtype != second.dtype) {
-    throw std::runtime_error("dot_into: expected plain dense tensors of one layout and type, and a score");
+  Described result, first, second;
+  if (!borrow(score, result) || !wide(result.dtype) || !result.data() || result.numel() != 1 ||
+      !borrow_pair(a, b, first, second)) {
+    throw std::runtime_error("dot_into: expected plain dense tensors of one layout, and a score");
   }
   const py::gil_scoped_release released;
-  return dot_into(result.data, result.dtype, dense(first), dense(second), first.numel);
+  return dot_into(result, first, second);
 }
 
 }  // namespace taps

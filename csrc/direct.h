@@ -1,6 +1,6 @@
 // What eager calls of Python use instead of operators, whose calls cost more than a small layer, and most where their
-// code is no longer in the caches: W_t in the workspace for torch's own function, and the parts of a linear layer's
-// gradients. Every function gives None where the operator must do it: it does the same, or says what is wrong.
+// code is no longer in the caches. Every function gives None where the operator must do it: it does the same, or says
+// what is wrong. The results are the operator's to the bit.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,14 +13,13 @@ struct Call {
   bool gate, training, outermost;
 };
 
-// The tensors of a layer: plain, dense and of one layout on the CPU.
+// The tensors of a layer: plain, weight and Delta dense and of one layout, on the CPU. Score and bias may be None.
 struct Layer {
-  pybind11::handle input, weight, delta, score, bias;  // score and bias may be None
+  pybind11::handle input, weight, delta, score, bias;
 };
 
-// The weight that the stock op is to multiply with: W_t = round(W + Delta) in leased memory, or W of a closed gate.
-pybind11::object linear_weight(const Layer& layer, const Call& call);
-pybind11::object conv2d_weight(const Layer& layer, pybind11::handle stride, pybind11::handle padding,
+pybind11::object direct_linear(const Layer& layer, const Call& call);
+pybind11::object direct_conv2d(const Layer& layer, pybind11::handle stride, pybind11::handle padding,
                                pybind11::handle dilation, pybind11::handle groups, const Call& call);
 
 // Leased memory of the weight's shape in which a linear layer's gradients are made: it holds W_t where the gate is

@@ -41,13 +41,12 @@ Tensor contiguous(const Described& vector) {
   return copy;
 }
 
-// The result keeps the bias alive.
-OptionalTensor set_bias(LinearProduct& args, const OptionalTensor& bias) {
+OptionalTensor contiguous(const OptionalTensor& bias) {
   if (!bias) return std::nullopt;
-  Tensor dense = contiguous(describe(*bias, "bias"));
-  args.bias = dense.data_ptr();
-  return dense;
+  return contiguous(describe(*bias, "bias"));
 }
+
+const void* data_of(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 LinearProduct product_of(const GatedWeight& w, Dtype compute, const LinearSizes& sizes) {
   LinearProduct args;
@@ -119,14 +118,19 @@ bool fusable_gradient(const GatedWeight& w, Dtype compute) {
   return readable(*w.delta) && (w.delta->dtype == Dtype::kFloat32 || w.delta->dtype == compute);
 }
 
-Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes) {
+void fused_forward_into(const GatedWeight& w, const Described& x, const void* bias, const LinearSizes& sizes, void* y) {
   LinearProduct args = product_of(w, x.dtype, sizes);
-  const Tensor y = activation(sizes.rows, sizes.outputs, x.dtype, x.place);
   args.x = matrix_of(x);
-  const OptionalTensor dense = set_bias(args, bias);
-  args.result = y.data_ptr();
+  args.bias = bias;
+  args.result = y;
   args.ld_result = sizes.outputs;
   run(Product::kForward, args, x.place);
+}
+
+Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes) {
+  const Tensor y = activation(sizes.rows, sizes.outputs, x.dtype, x.place);
+  const OptionalTensor dense = contiguous(bias);
+  fused_forward_into(w, x, data_of(dense), sizes, y.data_ptr());
   return y;
 }
 
@@ -154,12 +158,23 @@ bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometr
   return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
 }
 
-Tensor fused_convolution(const GatedWeight& w, const Described& x, const OptionalTensor& bias,
-                         const Geometry& geometry) {
+Images convolved(const Described& weight, const Described& x, const Geometry& geometry) {
+  Images result{{x.ndim() == 3 ? 1 : x.sizes[0], weight.sizes[0], 0, 0}, {}};
+  Ints& sizes = result.sizes;
+  for (size_t axis = 0; axis < 2; ++axis) {
+    sizes[2 + axis] = geometry.output_size(x.sizes[x.ndim() - 2 + axis], weight.sizes[2 + axis], axis);
+  }
+  const bool last = channels_last(x) || channels_last(weight);
+  result.strides = last ? Ints{sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]}
+                        : contiguous_strides(Span(sizes.data(), 4));
+  return result;
+}
+
+void fused_convolution_into(const GatedWeight& w, const Described& x, const void* bias, const Geometry& geometry,
+                            const Images& result, void* y) {
   const Span kernel = w.weight.sizes;
   const bool single = x.ndim() == 3;
   Convolution args;
-  Ints shape{single ? 1 : x.sizes[0], kernel[0], 0, 0};
   for (size_t dim = 0; dim < 4; ++dim) {
     if (dim > 0 || !single) args.x_strides[dim] = x.strides[dim - single];
   }
@@ -169,27 +184,31 @@ Tensor fused_convolution(const GatedWeight& w, const Described& x, const Optiona
     args.stride[axis] = geometry.stride[axis];
     args.padding[axis] = geometry.padding[axis];
     args.dilation[axis] = geometry.dilation[axis];
-    shape[2 + axis] = args.result_size[axis] = geometry.output_size(args.size[axis], args.kernel[axis], axis);
+    args.result_size[axis] = result.sizes[2 + axis];
   }
   args.channels = kernel[1];
   args.channels_inside = *channels_inside(w.weight);
-  args.rows = shape[0] * shape[2] * shape[3];
+  args.rows = result.sizes[0] * result.sizes[2] * result.sizes[3];
   args.outputs = kernel[0];
   args.inputs = kernel[1] * kernel[2] * kernel[3];
-  const bool last = channels_last(x) || channels_last(w.weight);
-  const Ints strides = last ? Ints{shape[1] * shape[2] * shape[3], 1, shape[1] * shape[3], shape[1]}
-                            : contiguous_strides(Span(shape.data(), 4));
-  const auto from = static_cast<size_t>(single);
-  const Tensor y =
-      empty_strided(Span(shape.data() + from, 4 - from), Span(strides.data() + from, 4 - from), x.dtype, x.place);
-  std::copy(strides.begin(), strides.end(), args.result_strides);
+  std::copy(result.strides.begin(), result.strides.end(), args.result_strides);
   args.x.data = x.data();
-  args.result = y.data_ptr();
+  args.bias = bias;
+  args.result = y;
   set_weight(args, w, x.dtype);
-  const OptionalTensor dense = set_bias(args, bias);
   const Lease memory(false, 0, static_cast<size_t>(cpu::conv2d_bytes(args)));
   args.memory = memory.data();
   cpu::conv2d(args);
+}
+
+Tensor fused_convolution(const GatedWeight& w, const Described& x, const OptionalTensor& bias,
+                         const Geometry& geometry) {
+  const Images result = convolved(w.weight, x, geometry);
+  const auto from = static_cast<size_t>(x.ndim() == 3);
+  const Tensor y = empty_strided(Span(result.sizes.data() + from, 4 - from),
+                                 Span(result.strides.data() + from, 4 - from), x.dtype, x.place);
+  const OptionalTensor dense = contiguous(bias);
+  fused_convolution_into(w, x, data_of(dense), geometry, result, y.data_ptr());
   return y;
 }
 

@@ -36,6 +36,15 @@ bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometr
 // sums.
 bool fused_fits(const Described& x, const LinearSizes& sizes);
 
+// The same two on the CPU into memory that is there, with a dense bias or none.
+struct Images {
+  Ints sizes, strides;  // [B, O, H, W]
+};
+Images convolved(const Described& weight, const Described& x, const Geometry& geometry);
+void fused_forward_into(const GatedWeight& w, const Described& x, const void* bias, const LinearSizes& sizes, void* y);
+void fused_convolution_into(const GatedWeight& w, const Described& x, const void* bias, const Geometry& geometry,
+                            const Images& result, void* y);
+
 // x [M, K] to y [M, N]; dy [M, N] to dx [M, K].
 Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes);
 Tensor fused_convolution(const GatedWeight& w, const Described& x, const OptionalTensor& bias,

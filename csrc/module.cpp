@@ -63,20 +63,20 @@ PYBIND11_MODULE(_C, m) {
         "Limit W_t to this many bytes at a time; 0 for no limit. Frees what is not in use.");
 
   m.def(
-      "linear_weight",
+      "linear",
       [](py::handle input, py::handle weight, py::handle delta, py::handle score, py::handle bias, bool gate,
          bool training, bool outermost) {
-        return taps::linear_weight({input, weight, delta, score, bias}, {gate, training, outermost});
+        return taps::direct_linear({input, weight, delta, score, bias}, {gate, training, outermost});
       },
-      "The weight that F.linear is to multiply with, or None where the operator must do it.");
+      "What gated_linear gives, or None where the operator must do it.");
   m.def(
-      "conv2d_weight",
+      "conv2d",
       [](py::handle input, py::handle weight, py::handle delta, py::handle score, py::handle bias, py::handle stride,
          py::handle padding, py::handle dilation, py::handle groups, bool gate, bool training, bool outermost) {
         const taps::Call call{gate, training, outermost};
-        return taps::conv2d_weight({input, weight, delta, score, bias}, stride, padding, dilation, groups, call);
+        return taps::direct_conv2d({input, weight, delta, score, bias}, stride, padding, dilation, groups, call);
       },
-      "The weight that F.conv2d is to multiply with, or None where the operator must do it.");
+      "What gated_conv2d gives, or None where the operator must do it.");
   m.def(
       "gradient_weight",
       [](py::handle grad_output, py::handle input, py::handle weight, py::handle delta, py::handle score, bool gate) {

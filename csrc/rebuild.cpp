@@ -67,53 +67,37 @@ std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
 
 }  // namespace
 
-std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
-                               int64_t outputs, int64_t places) {
-  Problem problem;
-  problem.open = true;
-  problem.same_dtype = weight.dtype == compute;
-  problem.fusable = rows >= 0 && cpu_fuses(weight.dtype, delta.dtype, compute);
-  set_product(problem, compute, places);
-  problem.rows = rows;
-  problem.outputs = outputs;
-  problem.inputs = outputs > 0 ? numel / outputs : 0;
-  const int forced = forced_path();
-  if (forced >= 0 ? forced != static_cast<int>(Path::kRebuild) : choose(problem) != Path::kRebuild) return nullptr;
-  if (!weight.data || !delta.data) return nullptr;
-  auto lease = whole_scratch(numel, compute);
+std::unique_ptr<Lease> leased_weight(const GatedWeight& w, Dtype compute) {
+  auto lease = whole_scratch(w.weight.numel(), compute);
   if (!lease) return nullptr;
   Reconstruct args;
-  args.walk = flat_walk<3>(numel);
+  args.walk = flat_walk<3>(w.weight.numel());
   args.out = lease->data();
   args.out_dtype = compute;
-  args.weight = weight.data;
-  args.weight_dtype = weight.dtype;
-  args.delta = delta.data;
-  args.delta_dtype = delta.dtype;
+  args.weight = w.weight.data();
+  args.weight_dtype = w.weight.dtype;
+  args.delta = w.delta->data();
+  args.delta_dtype = w.delta->dtype;
   args.gate.open = true;
   cpu::reconstruct(args);
-  taken_path() = static_cast<int>(Path::kRebuild);
   return lease;
 }
 
-std::unique_ptr<Lease> gradient_scratch(int64_t numel, Dtype dtype) {
-  return forced_path() < 0 ? whole_scratch(numel, dtype) : nullptr;
-}
+std::unique_ptr<Lease> leased_gradient(const Described& weight) { return whole_scratch(weight.numel(), weight.dtype); }
 
-bool dot_into(void* score, Dtype score_dtype, const Dense& a, const Dense& b, int64_t numel) {
-  if (numel > 0 && (!a.data || !b.data)) fail("dot_into: expected memory behind both operands");
+bool dot_into(const Described& score, const Described& a, const Described& b) {
   Dot args;
-  args.walk = flat_walk<2>(numel);
-  args.a = a.data;
-  args.b = b.data;
+  args.walk = flat_walk<2>(a.numel());
+  args.a = a.data();
+  args.b = b.data();
   args.a_dtype = a.dtype;
   args.b_dtype = b.dtype;
-  args.result = score;
-  args.result_dtype = score_dtype;
+  args.result = score.data();
+  args.result_dtype = score.dtype;
   std::vector<double> partials(static_cast<size_t>(dot_chunks(args.walk)));
   args.partials = partials.data();
   cpu::dot(args);
-  return finite_score(score, score_dtype);
+  return finite_score(score.data(), score.dtype);
 }
 
 bool finite_score(const void* score, Dtype dtype) {

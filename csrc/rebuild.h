@@ -40,23 +40,15 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
 // Whether so many rows are worth fusing where types and layout allow it.
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 
-// For callers without an operator's costs (direct.h). Dense operands of one layout, on the CPU. Null where a
-// weight exceeds the workspace's limit or another path is to be taken: the operator then does what is right.
-struct Dense {
-  const void* data;
-  Dtype dtype;
-};
-
-// W_t of an open gate in a leased workspace. `rows`: of a product that needs no gradient (the pixels of a result); -1
-// where nothing is fused. `outputs`: the rows of the weight; `places`: of a convolution's kernel, else 0.
-std::unique_ptr<Lease> rebuild(const Dense& weight, const Dense& delta, int64_t numel, Dtype compute, int64_t rows,
-                               int64_t outputs, int64_t places);
+// For callers without an operator's costs (direct.h), on the CPU. Null where a weight exceeds the workspace's limit.
+// W_t of an open gate, the operands dense and of one layout.
+std::unique_ptr<Lease> leased_weight(const GatedWeight& w, Dtype compute);
 
 // A workspace for the gradient of a whole weight.
-std::unique_ptr<Lease> gradient_scratch(int64_t numel, Dtype dtype);
+std::unique_ptr<Lease> leased_gradient(const Described& weight);
 
-// *score = <a, b>, as dot_like adds it up; true if it is finite.
-bool dot_into(void* score, Dtype score_dtype, const Dense& a, const Dense& b, int64_t numel);
+// *score = <a, b> of operands that are dense and of one layout, as dot_like adds it up; true if it is finite.
+bool dot_into(const Described& score, const Described& a, const Described& b);
 
 bool finite_score(const void* score, Dtype dtype);  // on the CPU
 

@@ -10,7 +10,7 @@ def workspace_bytes() -> int: ...
 def workspace_clear() -> None: ...
 def workspace_limit() -> int: ...
 def set_workspace_limit(bytes: int) -> None: ...
-def linear_weight(
+def linear(
     input: Tensor,
     weight: Tensor,
     delta: Tensor,
@@ -21,7 +21,7 @@ def linear_weight(
     outermost: bool,
     /,
 ) -> Tensor | None: ...
-def conv2d_weight(
+def conv2d(
     input: Tensor,
     weight: Tensor,
     delta: Tensor,

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
@@ -47,14 +46,9 @@ def run_linear(
 ) -> Tensor:
     gate, _, rows, _, training = settings
     if gate is not None and rows is None and C is not None:
-        made = C.linear_weight(input, weight, delta, score, bias, gate, training, False)
+        made = C.linear(input, weight, delta, score, bias, gate, training, False)
         if made is not None:
-            try:
-                return F.linear(input, made, bias)
-            except RuntimeError:  # the operator says what is wrong, in its own words
-                pass
-            finally:
-                del made  # and with it the lease
+            return made
     return linear_operator(input, weight, delta, score, bias, settings)
 
 
@@ -80,16 +74,9 @@ def run_conv2d(
 ) -> Tensor:
     stride, padding, dilation, groups, gate, _, rows, _, training = settings
     if gate is not None and rows is None and C is not None:
-        made = C.conv2d_weight(
-            input, weight, delta, score, bias, stride, padding, dilation, groups, gate, training, False
-        )
+        made = C.conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, gate, training, False)
         if made is not None:
-            try:
-                return F.conv2d(input, made, bias, stride, padding, dilation, groups)
-            except RuntimeError:
-                pass
-            finally:
-                del made
+            return made
     return conv2d_operator(input, weight, delta, score, bias, settings)
 
 

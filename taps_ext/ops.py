@@ -178,14 +178,9 @@ def gated_linear(
             pass  # what is wrong is said below
     asked = gate is True and rows is None and _at_once()
     if asked and _C is not None:
-        made = _C.linear_weight(input, weight, delta, score, bias, True, False, True)
+        made = _C.linear(input, weight, delta, score, bias, True, False, True)
         if made is not None:
-            try:
-                return F.linear(input, made, bias)
-            except RuntimeError:
-                pass
-            finally:
-                del made  # and with it the lease of its memory
+            return made
     if not _plain(input, weight, delta, score, bias, gate):
         input, asked = _check(input, weight, delta, score, bias, gate), False
         if composed.transformed(input, weight, delta, score, bias):
@@ -281,14 +276,9 @@ def gated_conv2d(
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     asked = gate is True and rows is None and _at_once()
     if asked and _C is not None:
-        made = _C.conv2d_weight(input, weight, delta, score, bias, stride, padding, dilation, groups, True, False, True)
+        made = _C.conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, True, False, True)
         if made is not None:
-            try:
-                return F.conv2d(input, made, bias, stride, padding, dilation, groups)
-            except RuntimeError:
-                pass
-            finally:
-                del made
+            return made
     if not _plain(input, weight, delta, score, bias, gate):
         input, asked = _check(input, weight, delta, score, bias, gate), False
         if composed.transformed(input, weight, delta, score, bias):
