@@ -102,7 +102,7 @@ bench: build
 bench-layers: build
 	mkdir -p build $(OF_MACHINE)
 	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
-	$(PY) -m taps_ext bench --full --seconds 600 --json > build/layers.json
+	$(PY) -m taps_ext bench --full --seconds 800 --passes 3 --json > build/layers.json
 	mv build/layers.json $(OF_MACHINE)/layers.json
 	$(REPORT) --measured $(OF_MACHINE) inference layers
 

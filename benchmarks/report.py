@@ -31,6 +31,7 @@ the code's. Freed memory stays with the process (from commit 238b77f on): otherw
 on one variant or another.
 
 - **/ stock**: time over the stock op on a merged weight (gradients: a plain weight gradient; a step: fine-tuning).
+  Where all was measured in several passes: the median, the lowest and the highest.
 - **/ best alternative**: time over the fastest of what one would write without this package.
 - **% of limit**: what the bytes and operations need at this machine's measured copy bandwidth and matmul rate, over the
   time taken. Copying reads and writes, so that a kernel which only reads can pass 100; so can one that multiplies
@@ -73,7 +74,12 @@ cannot do without.
 def layers(found: dict[str, Any]) -> list[bench.Result]:
     """Results as `taps bench --json` wrote them."""
     keys = ("group", "layer", "rows", "path", "seconds", "limit")
-    return [bench.Result(dtype=getattr(torch, row["dtype"]), **{k: row[k] for k in keys}) for row in found["results"]]
+    return [
+        bench.Result(
+            dtype=getattr(torch, row["dtype"]), ratios=tuple(row.get("ratios", ())), **{k: row[k] for k in keys}
+        )
+        for row in found["results"]
+    ]
 
 
 def note(folder: Path, parts: list[str]) -> None:

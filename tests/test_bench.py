@@ -12,6 +12,7 @@ from tolerance import assert_close, bound
 import taps_ext
 from taps_ext import ConfigError, bench, ops
 from taps_ext.bench import cases, timing
+from taps_ext.bench.result import combined
 from taps_ext.profiling import Machine
 
 if not ops.HAS_EXTENSION:
@@ -124,6 +125,35 @@ def test_results_say_what_was_measured() -> None:
     assert "| 1024 x 1024 | 8 | float32 | fused |" in bench.table([result])
 
 
+def test_passes_are_combined_by_shares() -> None:
+    """A slow minute slows stock and ours alike; the second of three passes was one."""
+    times = [{"stock": 2.0, "taps": 3.0, "other": 1.0}, {"stock": 8.0, "taps": 8.0, "other": 8.0}]
+    times += [{"stock": 1.0, "taps": 2.0, "other": 2.0}]
+    passes = [bench.Result("linear", "x", 1, torch.float32, "fused", seconds, 1.0) for seconds in times]
+    found = combined(passes)
+    assert found.ratios == (1.0, 1.5, 2.0) and found.ratio == 1.5 and found.against == 1.5
+    assert found.seconds == {"stock": 2.0, "taps": 3.0, "other": 2.0}
+    assert "| 1.50 (1.00-2.00) |" in bench.table([found])
+    assert combined(passes[:1]) is passes[0]
+
+
+def test_all_cases_are_measured_before_any_again() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> bench.Case:
+        def make():
+            order.append(name)
+            return {"taps": lambda i: None, "stock": lambda i: None}
+
+        return bench.Case("linear", name, 1, torch.float32, make)
+
+    shown: list[str] = []
+    results = bench.run([case("a"), case("b")], seconds=0.1, passes=3, progress=lambda found: shown.append(found.layer))
+    assert order == ["a", "b"] * 3 and shown == ["a", "b"] and [len(found.ratios) for found in results] == [3, 3]
+    with pytest.raises(ConfigError, match="passes: expected at least one, got 0"):
+        bench.run([case("a")], passes=0)
+
+
 def test_the_limit_is_the_roofline() -> None:
     case = bench.Case(
         "linear", "x", 1, torch.float32, lambda: {"taps": lambda i: None, "stock": lambda i: None}, 10, 40
@@ -176,7 +206,7 @@ def test_the_command(call, tmp_path, monkeypatch) -> None:
     assert code == 0 and picture.read_bytes()[:4] == b"\x89PNG" and err.count("of the stock op") == 4
     assert {row["group"] for row in found["results"]} == {"call"} and found["machine"]["torch"] == torch.__version__
     assert "isa" in found["machine"]["extension"] and "file" not in found["machine"]["extension"]
-    code, out, _ = call("bench", "--groups", "call", "--seconds", 1)
+    code, out, _ = call("bench", "--groups", "call", "--seconds", 1, "--passes", 2)
     assert code == 0 and "### call" in out and "64 x 64, open, both ways" in out
     code, _, err = call("bench", "--groups", "everything")
     assert code == 2 and "groups: expected some of" in err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class Result:
     """What came of a case. `seconds`: medians by variant; "taps" is ours, "stock" the least that a task could cost.
 
     `limit`: the seconds that this machine needs at least for the operations and bytes, or None where it was not asked.
+    `ratios`: to the stock op in each of several passes, the lowest first; empty where there was one.
     """
 
     group: str
@@ -25,6 +27,7 @@ class Result:
     path: str | None
     seconds: dict[str, float]
     limit: float | None
+    ratios: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -63,6 +66,23 @@ class Result:
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), **derived}
 
 
+def combined(passes: Sequence[Result]) -> Result:
+    """One of several of the same case: every variant by its median share of the stock op's time.
+
+    What slows a machine for a while slows a whole pass, and with it both sides of a share.
+    """
+    first, *more = passes
+    if not more:
+        return first
+    stock = statistics.median(found.seconds["stock"] for found in passes)
+    shares = {
+        name: statistics.median(found.seconds[name] / found.seconds["stock"] for found in passes)
+        for name in first.seconds
+    }
+    ratios = tuple(sorted(found.ratio for found in passes))
+    return replace(first, seconds={name: stock * share for name, share in shares.items()}, ratios=ratios)
+
+
 HEADER = ("layer", "rows", "type", "path", "ms", "/ stock", "/ best alternative", "% of limit")
 
 
@@ -75,7 +95,7 @@ def cells(result: Result) -> list[str]:
         str(result.dtype).removeprefix("torch."),
         result.path or "",
         f"{1e3 * result.seconds['taps']:.3g}",
-        f"{result.ratio:.2f}",
+        f"{result.ratio:.2f}" + (f" ({result.ratios[0]:.2f}-{result.ratios[-1]:.2f})" if result.ratios else ""),
         against,
         "" if result.share is None else f"{100 * result.share:.0f}",
     ]

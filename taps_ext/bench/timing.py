@@ -13,7 +13,7 @@ from .. import ops
 from ..errors import ConfigError
 from ..profiling.machine import Machine, measure
 from .cases import Case, Variant
-from .result import Result
+from .result import Result, combined
 
 LEAST, MOST = 5, 101  # rounds
 SAMPLE = 2e-4  # seconds: what is shorter is repeated within a sample
@@ -23,6 +23,7 @@ def run(
     cases: Sequence[Case],
     *,
     seconds: float = 120.0,
+    passes: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[Result], Any] | None = None,
 ) -> list[Result]:
@@ -30,23 +31,31 @@ def run(
 
     Args:
         cases: of :func:`suite`, for the same device.
-        progress: called with each result as it is there.
+        passes: how often all cases are measured, one after the other, in that time; what comes of each is
+            :func:`combined`.
+        progress: called with each result as it is there: in the last pass.
 
     Raises:
-        ConfigError: the compiled extension is missing: there would be nothing of ours to measure.
+        ConfigError: the compiled extension is missing: there would be nothing of ours to measure; no passes.
     """
     if ops._C is None:
         raise ConfigError("bench: expected the compiled extension, which cannot be loaded (see `taps env`)")
+    if passes < 1:
+        raise ConfigError(f"passes: expected at least one, got {passes}")
     device = torch.device(device)
     machines = {torch.float32: measure(device, torch.float32, seconds=0.3)}
-    results = []
     for case in cases:
         if case.dtype not in machines:
             machines[case.dtype] = _best_of(machines.get(torch.float32), measure(device, case.dtype, seconds=0.3))
-        result = _measured(case, machines[case.dtype], seconds / len(cases), device)
-        results.append(result)
-        if progress is not None:
-            progress(result)
+    found: list[list[Result]] = [[] for _ in cases]
+    results = []
+    for index in range(passes):
+        for case, of_case in zip(cases, found, strict=True):
+            of_case.append(_measured(case, machines[case.dtype], seconds / len(cases) / passes, device))
+            if index == passes - 1:
+                results.append(combined(of_case))
+                if progress is not None:
+                    progress(results[-1])
     return results
 
 

@@ -13,13 +13,17 @@ MORE = """
 
 "/ stock" is the time over that of the stock op on a merged weight (for a training step: fine-tuning), "/ best
 alternative" over that of what one would write without this package, "% of limit" the time that the bytes and operations
-need at this machine's measured speeds over the time taken. Keep the machine quiet."""
+need at this machine's measured speeds over the time taken. Of several passes it shows medians, and in brackets the
+lowest and highest "/ stock": some ops run at two speeds for minutes each. Keep the machine quiet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--groups", nargs="+", metavar="GROUP", help="linear conv2d closed gradient call step (all)")
     parser.add_argument("--full", action="store_true", help="more shapes, types and layouts")
     parser.add_argument("--seconds", type=count(1), default=120, help="for all together, about (120)")
+    parser.add_argument(
+        "--passes", type=count(1), default=1, help="times that all is measured in them, for a spread (1)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (cpu)")
     parser.add_argument("--threads", type=count(1), help="CPU threads (torch's default)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the ratios")
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     results = bench.run(
         cases,
         seconds=args.seconds,
+        passes=args.passes,
         device=args.device,
         progress=lambda found: say(f"{found.name}: {found.ratio:.2f} of the stock op"),
     )
