@@ -1,9 +1,9 @@
-"""The gated layers as eager calls make them: rebuilt without an operator where that is faster, else the operator.
+"""The gated layers as eager calls make them: by one plain function where that is enough, else by the operator.
 
 To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches are
-cold. The usual open layer on a CPU, with everything dense and of one layout, has W_t rebuilt by a plain function of the
-extension instead (csrc/direct.h), and torch's own function multiplies; so are the gradients of a linear layer made, the
-smallest of which cost less than the operator's call. The results are the operator's to the bit: it does the same.
+cold. The usual open layer on a CPU, with everything dense and of one layout, is a plain function of the extension
+instead (csrc/direct.h); so are the gradients of a linear layer, the smallest of which cost less than the operator's
+call. The results are the operator's to the bit: it does the same.
 
 Their settings travel as one tuple, because autograd looks at every argument: (gate, threshold, rows, row_scale,
 training), ahead of them a convolution's (stride, padding, dilation, groups).
