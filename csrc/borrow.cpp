@@ -17,9 +17,9 @@ namespace taps {
 namespace {
 
 // Functions of torch._C without arguments.
-constexpr std::array<const char*, 5> kQuestions{"_is_any_autocast_enabled", "_are_functorch_transforms_active",
+constexpr std::array<const char*, 6> kQuestions{"_is_any_autocast_enabled",  "_are_functorch_transforms_active",
                                                 "_len_torch_dispatch_stack", "_len_torch_function_stack",
-                                                "_get_tracing_state"};
+                                                "_get_tracing_state",        "_autograd._profiler_enabled"};
 constexpr size_t kOutermostQuestions = 2;  // the first of them
 
 // Everything of torch that is asked for on a call, looked up once. Held for the life of the process.
@@ -31,7 +31,8 @@ struct Torch {
   PyObject* linear = nullptr;
   PyObject* conv2d = nullptr;
   PyObject* empty_strided = nullptr;
-  PyObject* dtype_name = nullptr;     // ("dtype",)
+  PyObject* keywords = nullptr;  // ("dtype", "device"), and what they are given
+  PyObject* cpu = nullptr;
   std::array<PyObject*, 4> dtypes{};  // by Dtype
   std::array<PyObject*, kQuestions.size()> questions{};
   const DLPackExchangeAPI* table = nullptr;
@@ -40,6 +41,13 @@ struct Torch {
 Torch& torch() {
   static Torch torch;
   return torch;
+}
+
+py::object found(py::object owner, std::string name) {
+  for (size_t dot; (dot = name.find('.')) != std::string::npos; name.erase(0, dot + 1)) {
+    owner = owner.attr(name.substr(0, dot).c_str());
+  }
+  return owner.attr(name.c_str());
 }
 
 // Whether the answer is anything but False, 0 and None.
@@ -78,8 +86,8 @@ py::object or_none(PyObject* result) {
   return py::none();
 }
 
-// Where a storage has been freed, torch adds the offset of a view to a null pointer. No process has memory of its heap
-// below this, but where it does, the exact question costs one call more.
+// Where a storage has been freed, torch adds the offset of a view to a null pointer. Few processes have memory below
+// this; there the exact question costs a call more.
 constexpr uintptr_t kSuspicious = uintptr_t{1} << 44;
 
 }  // namespace
@@ -94,14 +102,15 @@ void meet_torch() {
   met.linear = py::object(functional.attr("linear")).release().ptr();
   met.conv2d = py::object(functional.attr("conv2d")).release().ptr();
   met.empty_strided = py::object(module.attr("empty_strided")).release().ptr();
-  met.dtype_name = py::make_tuple("dtype").release().ptr();
+  met.keywords = py::make_tuple("dtype", "device").release().ptr();
+  met.cpu = module.attr("device")("cpu").release().ptr();
   for (const Dtype known : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     met.dtypes[static_cast<size_t>(known)] = py::object(module.attr(to_string(known).c_str())).release().ptr();
   }
   met.is_neg = py::str("is_neg").release().ptr();
   met.storage_offset = py::str("storage_offset").release().ptr();
   for (size_t at = 0; at < kQuestions.size(); ++at) {
-    met.questions[at] = py::object(core.attr(kQuestions[at])).release().ptr();
+    met.questions[at] = found(core, kQuestions[at]).release().ptr();
   }
   const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   met.table = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -109,8 +118,8 @@ void meet_torch() {
   while (met.table && met.table->header.version.major != DLPACK_MAJOR_VERSION) {
     met.table = reinterpret_cast<const DLPackExchangeAPI*>(met.table->header.prev_api);
   }
-  if (!met.table || !met.table->dltensor_from_py_object_no_sync) {
-    throw std::runtime_error("torch: expected an exchange API of DLPack 1 that borrows tensors");
+  if (!met.table || !met.table->dltensor_from_py_object_no_sync || !met.table->managed_tensor_to_py_object_no_sync) {
+    throw std::runtime_error("torch: expected an exchange API of DLPack 1 that borrows and takes tensors");
   }
   torch() = met;
 }
@@ -140,19 +149,20 @@ bool borrow(py::handle tensor, Described& borrowed) {
   return true;
 }
 
-bool holds_values(py::handle tensor, const Described& borrowed) {
-  if (!borrowed.pointer) return false;
+bool has_memory(py::handle tensor, const Described& borrowed) {
+  if (!borrowed.pointer) return borrowed.numel() == 0;
   const auto address = reinterpret_cast<uintptr_t>(borrowed.pointer);
-  const Torch& known = torch();
-  if (address < kSuspicious) {
-    const auto offset =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), known.storage_offset));
-    if (!offset) throw py::error_already_set();
-    if (address == offset.cast<uintptr_t>() * static_cast<uintptr_t>(size_of(borrowed.dtype))) return false;
-  }
-  const auto negates = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg));
-  if (!negates) throw py::error_already_set();
-  return negates.ptr() == Py_False;
+  if (address >= kSuspicious) return true;
+  const auto offset =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), torch().storage_offset));
+  if (!offset) throw py::error_already_set();
+  return address != offset.cast<uintptr_t>() * static_cast<uintptr_t>(size_of(borrowed.dtype)) || borrowed.numel() == 0;
+}
+
+bool negates(py::handle tensor) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), torch().is_neg));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() != Py_False;
 }
 
 py::object lend(std::unique_ptr<Lease> lease, Span sizes, Span strides, Dtype dtype) {
@@ -186,8 +196,8 @@ py::object fresh(Span sizes, Span strides, Dtype dtype) {
   };
   const Torch& known = torch();
   const py::tuple shape = tuple(sizes), steps = tuple(strides);
-  PyObject* const arguments[3] = {shape.ptr(), steps.ptr(), known.dtypes[static_cast<size_t>(dtype)]};
-  PyObject* made = PyObject_Vectorcall(known.empty_strided, arguments, 2, known.dtype_name);
+  PyObject* const arguments[4] = {shape.ptr(), steps.ptr(), known.dtypes[static_cast<size_t>(dtype)], known.cpu};
+  PyObject* made = PyObject_Vectorcall(known.empty_strided, arguments, 2, known.keywords);
   if (!made) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(made);
 }

@@ -14,16 +14,19 @@ namespace taps {
 // Fetches torch's types, its table of functions and the questions below. Once, before everything else here.
 void meet_torch();
 
-// True where a function's arguments may be kept or its operators are to be seen: a mode, a trace. Of callers straight
-// from a user, true also where a call means something else: autocast, a transform of torch.func.
+// True where a function's arguments may be kept or its operators are to be seen: a mode, a trace, a profile. Of callers
+// straight from a user, true also where a call means something else: autocast, a transform of torch.func.
 bool watched(bool outermost);
 
 // The facts of a plain torch.Tensor or Parameter on the CPU, of a type that the kernels know; they hold while it does.
 // False, and no error set, for whatever else it is: a subclass, sparse, on another device, of another type.
 bool borrow(pybind11::handle tensor, Described& borrowed);
 
-// Whether the values are what the memory says: false where it has been freed, and for a view that negates.
-bool holds_values(pybind11::handle tensor, const Described& borrowed);
+// False where the memory behind the elements has been freed, which torch itself does not see before it copies.
+bool has_memory(pybind11::handle tensor, const Described& borrowed);
+
+// Whether the values are the negatives of what the memory holds.
+bool negates(pybind11::handle tensor);
 
 // Leased memory as a tensor; it gives the lease back when it is dropped.
 pybind11::object lend(std::unique_ptr<Lease> lease, Span sizes, Span strides, Dtype dtype);

@@ -32,10 +32,14 @@ bool one_layout(const Described& a, const Described& b) {
   return a.ndim() == 4 && in_order(a, kChannelsLast) && in_order(b, kChannelsLast);
 }
 
+bool borrow_whole(py::handle tensor, Described& borrowed) {
+  return borrow(tensor, borrowed) && has_memory(tensor, borrowed);
+}
+
 // Two as the flat kernels take them.
 bool borrow_pair(py::handle first, py::handle second, Described& a, Described& b) {
-  return borrow(first, a) && borrow(second, b) && a.sizes.equals(b.sizes) && one_layout(a, b) &&
-         holds_values(first, a) && holds_values(second, b);
+  return borrow(first, a) && borrow(second, b) && a.sizes.equals(b.sizes) && one_layout(a, b) && has_memory(first, a) &&
+         has_memory(second, b) && !negates(first) && !negates(second);
 }
 
 bool wide(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64; }
@@ -51,7 +55,7 @@ struct Operands {
 std::optional<Operands> borrow_layer(const Layer& layer, const Call& call, int64_t ndim) {
   Operands found;
   Described delta;
-  if (watched(call.outermost) || !borrow(layer.input, found.x) ||
+  if (watched(call.outermost) || !borrow_whole(layer.input, found.x) ||
       !borrow_pair(layer.weight, layer.delta, found.w.weight, delta) || found.w.weight.ndim() != ndim) {
     return std::nullopt;
   }
@@ -61,11 +65,11 @@ std::optional<Operands> borrow_layer(const Layer& layer, const Call& call, int64
   found.w.gate.open = call.gate;
   if (!layer.score.is_none()) {
     Described& score = found.w.score.emplace();
-    if (!borrow(layer.score, score) || score.numel() != 1 || !wide(score.dtype)) return std::nullopt;
+    if (!borrow_whole(layer.score, score) || score.numel() != 1 || !wide(score.dtype)) return std::nullopt;
   }
   if (!layer.bias.is_none()) {
     Described& bias = found.bias.emplace();
-    if (!borrow(layer.bias, bias) || bias.dtype != found.x.dtype || bias.ndim() != 1 ||
+    if (!borrow_whole(layer.bias, bias) || bias.dtype != found.x.dtype || bias.ndim() != 1 ||
         bias.sizes[0] != found.w.weight.sizes[0]) {
       return std::nullopt;
     }
@@ -75,9 +79,9 @@ std::optional<Operands> borrow_layer(const Layer& layer, const Call& call, int64
 
 // Whether kernels of our own may read input and bias.
 bool readable(const Layer& layer, const Operands& operands) {
-  if (!holds_values(layer.input, operands.x)) return false;
+  if (negates(layer.input)) return false;
   if (!operands.bias) return true;
-  return (operands.bias->numel() == 1 || operands.bias->strides[0] == 1) && holds_values(layer.bias, *operands.bias);
+  return (operands.bias->numel() == 1 || operands.bias->strides[0] == 1) && !negates(layer.bias);
 }
 
 const void* data_of(const std::optional<Described>& tensor) { return tensor ? tensor->data() : nullptr; }
@@ -101,7 +105,7 @@ void* data_of(const py::object& tensor) {
   return described.data();
 }
 
-// x [..., K] as [M, K] where no copy is needed for it.
+// x [..., K] as [M, K]: a matrix as it is, anything else where it is dense.
 std::optional<Described> matrix_of(const Described& x, std::array<int64_t, 4>& facts) {
   if (x.ndim() == 2) return x;
   int64_t step = 1;
@@ -117,6 +121,8 @@ std::optional<Described> matrix_of(const Described& x, std::array<int64_t, 4>& f
   return matrix;
 }
 
+bool is_int(PyObject* value) { return PyLong_Check(value) && !PyBool_Check(value); }
+
 // One int or two, as torch's functions take them; false for anything else, and for what no image has.
 bool both_axes(py::handle value, int64_t least, Ints& axes) {
   constexpr long kMost = long{1} << 24;
@@ -126,7 +132,7 @@ bool both_axes(py::handle value, int64_t least, Ints& axes) {
   axes.resize(2);
   for (Py_ssize_t axis = 0; axis < 2; ++axis) {
     PyObject* item = list ? PySequence_Fast_GET_ITEM(value.ptr(), count == 1 ? 0 : axis) : value.ptr();
-    if (!PyLong_Check(item)) return false;
+    if (!is_int(item)) return false;
     int overflow = 0;
     const long given = PyLong_AsLongAndOverflow(item, &overflow);
     if (overflow != 0 || given < least || given > kMost) return false;
@@ -171,7 +177,7 @@ py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle paddi
                          py::handle groups, const Call& call) {
   Geometry geometry{};
   int overflow = 0;
-  geometry.groups = PyLong_Check(groups.ptr()) ? PyLong_AsLongAndOverflow(groups.ptr(), &overflow) : 0;
+  geometry.groups = is_int(groups.ptr()) ? PyLong_AsLongAndOverflow(groups.ptr(), &overflow) : 0;
   if (geometry.groups < 1 || overflow != 0 || !both_axes(stride, 1, geometry.stride) ||
       !both_axes(padding, 0, geometry.padding) || !both_axes(dilation, 1, geometry.dilation)) {
     return py::none();
@@ -205,10 +211,13 @@ py::object gradient_weight(py::handle grad_output, const Layer& layer, bool gate
   const auto operands = borrow_layer(layer, {gate, true, true}, 2);
   const int forced = forced_path();
   const bool free = forced < 0 || (gate && forced == static_cast<int>(Path::kRebuild));
-  if (!operands || !free || !operands->w.score || !borrow(grad_output, dy)) return py::none();
+  if (!operands || !free || !operands->w.score || !borrow_whole(grad_output, dy)) return py::none();
   const Described& w = operands->w.weight;
   if (w.numel() == 0 || dy.dtype != w.dtype || operands->w.delta->dtype != w.dtype) return py::none();
-  if (gate) return weight_of(layer, *operands, Path::kRebuild);
+  if (gate) {
+    taken_path() = static_cast<int>(Path::kRebuild);
+    return weight_of(layer, *operands, Path::kRebuild);
+  }
   auto lease = leased_gradient(w);
   return lease ? lend(std::move(lease), w.sizes, w.strides, w.dtype) : py::none();
 }

@@ -26,7 +26,7 @@ pybind11::object direct_conv2d(const Layer& layer, pybind11::handle stride, pybi
 // open. Of one type all of them.
 pybind11::object gradient_weight(pybind11::handle grad_output, const Layer& layer, bool gate);
 
-// *score = <a, b>, in the operators' order; whether it is finite.
+// *score = <a, b>, in the operators' order; whether it is finite. Raises for operands that were not checked before.
 bool dot_into(pybind11::handle score, pybind11::handle a, pybind11::handle b);
 
 }  // namespace taps

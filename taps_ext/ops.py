@@ -274,7 +274,7 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    asked = gate is True and rows is None and _at_once()
+    asked = gate is True and rows is None and not isinstance(padding, str) and _at_once()
     if asked and _C is not None:
         made = _C.conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, True, False, True)
         if made is not None:

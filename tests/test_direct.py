@@ -1,6 +1,8 @@
 """Open layers rebuilt without an operator's call: the bits are the operator's, and everything else is left to it."""
 
 import itertools
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 
@@ -206,7 +208,7 @@ def test_every_way_to_say_a_geometry(calls, stride, padding, dilation) -> None:
     with torch.no_grad():
         output = gated_conv2d(x, w, d, None, None, stride, padding, dilation, gate=True)
         assert torch.equal(output, F.conv2d(x, w + d, None, stride, padding, dilation))
-    assert calls == [not isinstance(padding, str)]
+    assert calls == [True]
 
 
 @pytest.mark.parametrize("side", [3, 7, 14, 28])
@@ -225,17 +227,70 @@ def test_a_convolution_takes_the_operators_path(side, step) -> None:
     assert paths[0] == paths[1] is not None
 
 
-@pytest.mark.parametrize("name", ["weight", "delta"])
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "delta", "bias", "score"])
 @pytest.mark.parametrize("offset", [0, 20, 2**20])
 @pytest.mark.parametrize("gate", [True, None])
 def test_memory_freed_before_the_call(name, offset, gate) -> None:
-    """Of a view, too, whose address is not null then."""
-    tensors = {"weight": torch.ones(8, 6), "delta": torch.ones(8, 6)}
-    whole = torch.ones(offset + 48)
-    tensors[name] = whole[offset:].view(8, 6)
-    whole.untyped_storage().resize_(0)
+    """Of a view, too, whose address is not null then, and of one that torch would copy before it looks."""
+    shapes = {"input": (2, 4, 12), "weight": (8, 6), "delta": (8, 6), "bias": (8,), "score": (1,)}
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    whole = torch.ones(offset + tensors[name].numel())
+    tensors[name] = whole[offset:].view(shapes[name])
+    tensors["input"] = tensors["input"][:, :, ::2]
+    freed(whole)
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"{name}: expected a tensor of shape .* has been freed"):
-        gated_linear(torch.ones(4, 6), **tensors, score=torch.tensor(0.2), gate=gate)
+        gated_linear(**tensors, gate=gate)
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "delta", "bias"])
+def test_memory_of_a_convolution_freed_before_the_call(name) -> None:
+    last = torch.channels_last
+    tensors = {"input": torch.ones(1, 64, 7, 7), "weight": torch.ones(64, 64, 3, 3).contiguous(memory_format=last)}
+    tensors |= {"delta": tensors["weight"].clone(), "bias": torch.ones(64)}
+    freed(tensors[name])
+    for gradients in (False, True):
+        with (
+            torch.set_grad_enabled(gradients),
+            pytest.raises(RuntimeError, match=f"{name}: expected .* has been freed"),
+        ):
+            gated_conv2d(**tensors, score=torch.ones(1, requires_grad=True), padding=1, gate=True)
+
+
+@pytest.mark.parametrize("channels", [16, 512])
+def test_bools_are_ints_whatever_the_path(channels) -> None:
+    x, w = torch.ones(1, channels, 7, 7), torch.ones(channels, channels, 3, 3)
+    with torch.no_grad():
+        for geometry in ((True, True, 1, 1), (1, (False, True), 1, 1), ((True, 2), 1, [True], 1), (1, 1, 1, True)):
+            numbers = [tuple(map(int, g)) if isinstance(g, (tuple, list)) else int(g) for g in geometry]
+            numbers[2] = 1
+            expected = gated_conv2d(x, w, w, None, None, *numbers, gate=True)
+            assert torch.equal(gated_conv2d(x, w, w, None, None, *geometry, gate=True), expected)
+
+
+def test_results_are_on_the_cpu_whatever_the_default() -> None:
+    """Of the kernels' own, for whose memory torch is asked."""
+    code = """
+import torch
+from taps_ext import gated_linear
+x, w = torch.ones(2, 768), torch.ones(768, 768)
+torch.set_default_tensor_type("torch.cuda.FloatTensor")
+with torch.no_grad():
+    assert gated_linear(x, w, w, gate=True).device.type == "cpu"
+"""
+    if torch.cuda.is_available() or torch.version.cuda:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_profiler_sees_operators() -> None:
+    x, w = torch.ones(2, 768), torch.ones(768, 768)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        gated_linear(x, w, w, gate=True)
+    assert "taps_ext::gated_linear" in {event.key for event in seen.key_averages()}
 
 
 def test_what_is_no_plain_tensor_is_not_touched(calls) -> None:

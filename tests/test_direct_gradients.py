@@ -116,16 +116,29 @@ def test_backward_inside_autocast(gate, monkeypatch) -> None:
     assert all(map(torch.equal, *found)) and all(grad.dtype == torch.float32 for grad in found[0])
 
 
-@pytest.mark.parametrize("name", ["delta", "weight", "input"])
+@pytest.mark.parametrize("name", ["delta", "weight", "input", "grad_output"])
 @pytest.mark.parametrize("gate", [True, False])
 def test_memory_freed_before_backward(gate, name) -> None:
-    tensors = {"input": torch.randn(4, 6), "weight": torch.randn(8, 6), "delta": torch.randn(8, 6).requires_grad_(gate)}
+    """Of tensors, too, that would be copied before torch looks at their memory."""
+    tensors = {"weight": torch.randn(8, 6), "delta": torch.randn(8, 6).requires_grad_(gate)}
+    tensors["input"] = torch.randn(3, 4, 6).transpose(0, 1).detach().requires_grad_()
+    tensors["grad_output"] = torch.randn(3, 4, 8).transpose(0, 1)
     score = torch.tensor(0.15 if gate else 0.05, requires_grad=True)
-    x = tensors["input"].requires_grad_()
-    y = gated_linear(x, tensors["weight"], tensors["delta"], score, gate=gate)
+    y = gated_linear(tensors["input"], tensors["weight"], tensors["delta"], score, gate=gate)
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name}: expected a tensor of shape .* whose storage has been freed"):
-        y.sum().backward()
+        y.backward(tensors["grad_output"])
+
+
+@pytest.mark.parametrize("name", ["direct", "operator"])
+def test_backward_says_which_path_it_took(monkeypatch, name) -> None:
+    if name == "operator":
+        monkeypatch.setattr(eager, "direct_linear_gradients", lambda *_: None)
+    x, w, d = (torch.randn(*s, requires_grad=True) for s in ((3, 6), (8, 6), (8, 6)))
+    y = gated_linear(x, w.detach(), d, torch.tensor(0.2, requires_grad=True), gate=True)
+    C.taken_path()
+    y.sum().backward()
+    assert C.taken_path() == "rebuild"
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
