@@ -272,6 +272,45 @@ def test_bools_are_ints_whatever_the_path(channels) -> None:
             assert torch.equal(gated_conv2d(x, w, w, None, None, *geometry, gate=True), expected)
 
 
+def test_what_the_kernels_could_not_read_is_refused() -> None:
+    """Of fused layers, which no function of torch's looks at after the decision."""
+    x, w, d = torch.randn(2, 768), torch.randn(768, 768), torch.randn(768, 768)
+    images, kernels = torch.randn(1, 512, 7, 7), torch.randn(512, 512, 3, 3)
+
+    def linear(x, w, d, bias=None, gate=True, training=False, outermost=True):
+        return C.linear(x, w, d, None, bias, gate, training, outermost)
+
+    def conv2d(x, padding=1, groups=1):
+        return C.conv2d(x, kernels, kernels, None, None, 1, padding, 1, groups, True, False, True)
+
+    with torch.no_grad():
+        assert linear(x, w, d) is not None and conv2d(images) is not None
+        assert linear(x, w, d[:5]) is linear(x, w, d.view(-1)) is linear(x[:, :5], w, d) is None
+        for bias in (torch.ones(768).bfloat16(), torch.ones(767), torch.ones(1), torch.ones(1, 768)):
+            assert linear(x, w, d, bias) is None
+        assert linear(x, w, d, torch.ones(2 * 768)[::2]) is linear(torch._neg_view(x), w, d) is None
+        assert linear(x, w, d, torch._neg_view(torch.ones(768))) is None
+        assert linear(x, w.bfloat16(), d) is linear(x.bfloat16(), w, d, None, False, True, False) is None
+        assert linear(torch.randn(2, 3, 1000)[:, :, :768], w, d) is None  # the operator reads it where it is
+        assert conv2d(images[:, :511]) is conv2d(images, 1, 2) is conv2d(images[:, :, :2, :2], 0) is None
+        assert conv2d(images, 0) is not None
+        C.force_path("rebuild")
+        try:
+            assert linear(x, w, d, None, False, True, False) is None
+        finally:
+            C.force_path(None)
+
+
+@pytest.mark.parametrize("turn", [torch._neg_view, lambda t: torch.stack((t, t), -1)[..., 0]], ids=["minus", "spread"])
+def test_odd_views_give_what_the_operator_gives(turn) -> None:
+    torch.manual_seed(8)
+    x, w, d, bias = torch.randn(2, 768), torch.randn(768, 768), torch.randn(768, 768), torch.randn(768)
+    with torch.no_grad():
+        for operands in ((turn(x), w, d, bias), (x, w, d, turn(bias)), (x, turn(w), d, bias), (x, w, turn(d), bias)):
+            expected = torch.ops.taps_ext.gated_linear(*operands[:3], None, operands[3], True, 0.1)
+            assert torch.equal(gated_linear(*operands[:3], None, operands[3], gate=True), expected)
+
+
 def test_results_are_on_the_cpu_whatever_the_default() -> None:
     """Of the kernels' own, for whose memory torch is asked."""
     code = """
