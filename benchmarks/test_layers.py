@@ -4,7 +4,7 @@
     make bench-layers   # measure benchmarks/results/<instruction set>/layers.json anew
 
 Variants take turns within one case and ratios of medians are compared, since times mean little on a shared machine; all
-cases are measured in PASSES, one after the other, because some ops run at two speeds for minutes each. Two things are
+cases are measured in PASSES, one after the other, because some ops run at two speeds. Two things are
 asserted of the passes' medians. No case is slower than the best alternative by more than MARGIN, but for those that are
 known to lose, with their bounds and reasons in LOSES and LOSES_OF. And no ratio to the stock op exceeds the highest of
 the committed passes by more than DRIFT, where they were measured on such a machine.

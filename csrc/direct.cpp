@@ -42,7 +42,7 @@ bool borrow_pair(py::handle first, py::handle second, Described& a, Described& b
          has_memory(second, b) && !negates(first) && !negates(second);
 }
 
-bool wide(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64; }
+bool of_score(Dtype dtype) { return dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64; }
 
 struct Operands {
   Described x;
@@ -65,7 +65,7 @@ std::optional<Operands> borrow_layer(const Layer& layer, const Call& call, int64
   found.w.gate.open = call.gate;
   if (!layer.score.is_none()) {
     Described& score = found.w.score.emplace();
-    if (!borrow_whole(layer.score, score) || score.numel() != 1 || !wide(score.dtype)) return std::nullopt;
+    if (!borrow_whole(layer.score, score) || score.numel() != 1 || !of_score(score.dtype)) return std::nullopt;
   }
   if (!layer.bias.is_none()) {
     Described& bias = found.bias.emplace();
@@ -224,7 +224,7 @@ py::object gradient_weight(py::handle grad_output, const Layer& layer, bool gate
 
 bool dot_into(py::handle score, py::handle a, py::handle b) {
   Described result, first, second;
-  if (!borrow(score, result) || !wide(result.dtype) || !result.data() || result.numel() != 1 ||
+  if (!borrow(score, result) || !of_score(result.dtype) || !result.data() || result.numel() != 1 ||
       !borrow_pair(a, b, first, second)) {
     throw std::runtime_error("dot_into: expected plain dense tensors of one layout, and a score");
   }

@@ -24,16 +24,10 @@ from .extension import C
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def linear_operator(
-    input: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    score: Tensor | None,
-    bias: Tensor | None,
-    settings: tuple[Any, ...],
-) -> Tensor:
+def linear_operator(*inputs: Any) -> Tensor:
+    *tensors, settings = inputs
     with _below_autograd():
-        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
+        return torch.ops.taps_ext.gated_linear.default(*tensors, *settings)
 
 
 def run_linear(
@@ -52,16 +46,10 @@ def run_linear(
     return linear_operator(input, weight, delta, score, bias, settings)
 
 
-def conv2d_operator(
-    input: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    score: Tensor | None,
-    bias: Tensor | None,
-    settings: tuple[Any, ...],
-) -> Tensor:
+def conv2d_operator(*inputs: Any) -> Tensor:
+    *tensors, settings = inputs
     with _below_autograd():
-        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *settings)
+        return torch.ops.taps_ext.gated_conv2d.default(*tensors, *settings)
 
 
 def run_conv2d(

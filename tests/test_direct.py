@@ -198,13 +198,11 @@ def test_a_weight_that_is_kept_keeps_its_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stride", "padding", "dilation"), [(1, 1, 1), ([2, 1], (0, 2), [1]), ((3,), "same", 1), (2, "valid", (2, 1))]
+    ("stride", "padding", "dilation"), [(1, 1, 1), ([2, 1], (0, 2), [1]), ((1,), "same", 1), (2, "valid", (2, 1))]
 )
 def test_every_way_to_say_a_geometry(calls, stride, padding, dilation) -> None:
     torch.manual_seed(7)
     x, w, d = torch.randn(2, 8, 20, 20), torch.randn(6, 8, 3, 3), torch.randn(6, 8, 3, 3)
-    if padding == "same":
-        stride = 1
     with torch.no_grad():
         output = gated_conv2d(x, w, d, None, None, stride, padding, dilation, gate=True)
         assert torch.equal(output, F.conv2d(x, w + d, None, stride, padding, dilation))
@@ -267,7 +265,6 @@ def test_bools_are_ints_whatever_the_path(channels) -> None:
     with torch.no_grad():
         for geometry in ((True, True, 1, 1), (1, (False, True), 1, 1), ((True, 2), 1, [True], 1), (1, 1, 1, True)):
             numbers = [tuple(map(int, g)) if isinstance(g, (tuple, list)) else int(g) for g in geometry]
-            numbers[2] = 1
             expected = gated_conv2d(x, w, w, None, None, *numbers, gate=True)
             assert torch.equal(gated_conv2d(x, w, w, None, None, *geometry, gate=True), expected)
 
@@ -311,6 +308,7 @@ def test_odd_views_give_what_the_operator_gives(turn) -> None:
             assert torch.equal(gated_linear(*operands[:3], None, operands[3], gate=True), expected)
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no default tensor type but the CPU's")
 def test_results_are_on_the_cpu_whatever_the_default() -> None:
     """Of the kernels' own, for whose memory torch is asked."""
     code = """
@@ -321,8 +319,7 @@ torch.set_default_tensor_type("torch.cuda.FloatTensor")
 with torch.no_grad():
     assert gated_linear(x, w, w, gate=True).device.type == "cpu"
 """
-    if torch.cuda.is_available() or torch.version.cuda:
-        subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_profiler_sees_operators() -> None:

@@ -14,7 +14,7 @@ MORE = """
 "/ stock" is the time over that of the stock op on a merged weight (for a training step: fine-tuning), "/ best
 alternative" over that of what one would write without this package, "% of limit" the time that the bytes and operations
 need at this machine's measured speeds over the time taken. Of several passes it shows medians, and in brackets the
-lowest and highest "/ stock": some ops run at two speeds for minutes each. Keep the machine quiet."""
+lowest and highest "/ stock": some ops run at two speeds. Keep the machine quiet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
