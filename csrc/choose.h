@@ -55,12 +55,14 @@ constexpr long long kMostCpuRows = 256, kLeastCpuWeights = 3 << 17, kLeastWideWe
 // on 7x7 1.24 (1.09). AVX-512, eight images on 7x7: 512 -> 2048 1.07 (1.18), 2048 -> 512 1.14 (1.19).
 constexpr long long kMostCpuRowsOfLarge = 512, kLargeCpuWeights = 1 << 21, kLargeWideWeights = 1 << 20;
 
-// Under a kernel of several places a pixel is packed once for each, which sixteen lanes leave less time for: no more
-// rows of large layers than of others. AVX-512, one image, 256 -> 256, 3x3 on 7x7, 10x10, 14x14 and 16x16 0.60 (1.10),
-// 0.96 (1.24), 1.00 (1.13), 1.04 (1.11), channels_last 0.61 (1.21), 0.85 (0.97), 1.03 (1.01), 1.05 (1.00); 512 -> 512,
-// 3x3 on 16x16 0.98 (1.20), channels_last 1.06 (1.14); on 7x7, four and eight images 0.99 (1.26), 1.10 (1.13),
-// channels_last 1.08 (1.24), 1.29 (1.11).
-constexpr long long kMostPlacesOfMoreRows = 1;
+// Under a kernel of several places a pixel is packed once for each, which sixteen lanes leave less time for: in fp32 no
+// more rows of large layers than of others. AVX-512, one image, 256 -> 256, 3x3 on 7x7, 10x10, 14x14 and 16x16 0.52
+// (1.20), 0.87 (1.18), 0.94 (1.16), 1.03 (1.13), channels_last 0.54 (1.22), 0.77 (1.03), 0.93 (1.02), 1.09 (1.02); 512
+// -> 512, 3x3 on 16x16 1.00 (1.19), channels_last 0.94 (1.18); on 7x7, eight images, in five runs 1.04-1.17
+// (1.12-1.15), channels_last 1.07-1.29 (1.12-1.16). In pairs somewhat more: 512 -> 512, 3x3, eight images on 7x7 1.12
+// (1.20), channels_last 1.13 (1.22), on 14x14 / 2 1.09 (1.19), 1.03 (1.20); two images on 16x16 1.16 (1.13), 1.14
+// (1.14).
+constexpr long long kMostPlacesOfMoreRows = 1, kMostPairedRowsOfPlaces = 400;
 
 // A panel is 16 or 32 outputs wide and one thread's: fewer outputs leave most of it idle. AVX-512, 768 -> 1 with 64 and
 // 1576 rows: fp32 6.9 (2.9), 6.9 (1.3); bf16 1.5 (1.4), 8 (1.4).
@@ -102,8 +104,9 @@ constexpr bool worth_fusing(const Problem& problem) {
   const long long large = problem.pairs ? kLargePairedWeights : problem.wide ? kLargeWideWeights : kLargeCpuWeights;
   const long long least = problem.pairs ? kLeastPairedWeights : problem.wide ? kLeastWideWeights : kLeastCpuWeights;
   if (weights < least) return false;
-  const bool more = weights >= large && (!problem.wide || problem.places <= kMostPlacesOfMoreRows);
-  return problem.rows <= (more ? kMostCpuRowsOfLarge : kMostCpuRows);
+  if (weights < large) return problem.rows <= kMostCpuRows;
+  if (!problem.wide || problem.places <= kMostPlacesOfMoreRows) return problem.rows <= kMostCpuRowsOfLarge;
+  return problem.rows <= (problem.pairs ? kMostPairedRowsOfPlaces : kMostCpuRows);
 }
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.

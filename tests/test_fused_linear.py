@@ -121,6 +121,24 @@ def test_the_same_bits_whatever_the_threads(isa, rows, kind) -> None:
         assert torch.equal(fused(OPERATOR, x[:some], w, d, None, None, True, 0.1), found[0][:some])
 
 
+@pytest.mark.parametrize("kind", [F32, BF16], ids=str)
+def test_the_same_bits_where_panels_take_turns(isa, kind) -> None:
+    """More of x than a panel keeps near (1.3 million words): several go through the depth together, their sums kept."""
+    torch.manual_seed(4)
+    inputs = 5200 if kind == BF16 else 2600  # bf16 may be two to a word
+    x, w, d = draw(512, inputs, dtype=kind), draw(403, inputs, dtype=kind), draw(403, inputs, dtype=F32)
+    bias, before, found = draw(403, dtype=kind), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(fused(OPERATOR, x, w, d, None, bias, True, 0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    for rows in (slice(25), slice(480, 512)):
+        assert torch.equal(fused(OPERATOR, x[rows], w, d, None, bias, True, 0.1), found[0][rows])
+
+
 @pytest.mark.parametrize(
     ("rows", "outputs", "kind", "gate", "path"),
     [

@@ -1,4 +1,4 @@
-"""The CPU's fused products with sixteen lanes, with bf16 in pairs or not, as AVX-512 machines run them: sanitized."""
+"""The CPU's fused products and their packing with sixteen lanes, bf16 in pairs or not, as on AVX-512: sanitized."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ WIDE = ["-DTAPS_LANES=16", "-DTAPS_ISA=wide", "-Wno-psabi", "-ffp-contract=fast"
 
 
 @pytest.mark.parametrize("pairs", [0, 1])
-def test_sixteen_lanes(tmp_path: Path, pairs: int) -> None:
+@pytest.mark.parametrize(
+    ("stem", "kernels", "problems"), [("products", ("tiles", "few_rows"), 96), ("packs", ("packs",), 4000)]
+)
+def test_sixteen_lanes(tmp_path: Path, pairs: int, stem: str, kernels: tuple[str, ...], problems: int) -> None:
     assert COMPILER, "expected a C++ compiler (CXX, g++ or c++): building the package needs one too"
-    binary = tmp_path / "products"
-    sources = [HERE / "products.cpp", CSRC / "cpu" / "tiles.cpp", CSRC / "cpu" / "few_rows.cpp"]
+    binary = tmp_path / stem
+    sources = [HERE / f"{stem}.cpp", *(CSRC / "cpu" / f"{kernel}.cpp" for kernel in kernels)]
     options = [
         "-std=c++17",
         "-Wall",
@@ -32,4 +35,4 @@ def test_sixteen_lanes(tmp_path: Path, pairs: int) -> None:
     )
     assert built.returncode == 0, built.stderr[-4000:]
     done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "96 problems" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0 and f"{problems} problems" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,6 +1,6 @@
 // The CPU kernels that are compiled once per instruction set and chosen at run time (isa.cpp): loops over elements
-// (lanes.cpp), in which every set gives the same bits, and products (few_rows.cpp, tiles.cpp), in which each set has an
-// order of sums of its own.
+// (lanes.cpp), in which every set gives the same bits, products (few_rows.cpp, tiles.cpp), in which each set has an
+// order of sums of its own, and what is multiplied there, packed (packs.cpp).
 #pragma once
 
 #include <string>
@@ -36,6 +36,13 @@ using FewRows = void (*)(const LinearProduct& args, const float* x, int64_t ld, 
 constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
+// Rows [first, first + count) of x, or of the pixels under a kernel, side by side: word k of row r is to[k * count +
+// r]. At most kMostTile of them.
+struct Packs {
+  void (*rows)(const LinearProduct& args, int64_t first, int64_t count, float* to);
+  void (*pixels)(const Convolution& args, int64_t first, int64_t count, float* to);
+};
+
 // y = x W_t^T + bias for x packed tile by tile (Split(rows, Tiles::rows)): word k of row r of a tile of R rows, the
 // first of which is row m of x, is packed[m * words + k * R + r], where `words` are those of the depth.
 struct TileProduct : LinearProduct {
@@ -62,6 +69,7 @@ bool halves_matrix_products();
 
 const Lanes& lanes();  // of the chosen set
 FewRows few_rows();
+const Packs& packs();
 const Tiles& tiles();
 std::string isa();                        // its name: baseline, avx2, avx512, avx512bf16
 std::vector<std::string> isas();          // the sets that were compiled and that this machine runs

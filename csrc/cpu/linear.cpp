@@ -65,22 +65,6 @@ void few(const LinearProduct& args) {
   });
 }
 
-// A tile of R rows of x: word k of row r is to[k * R + r].
-template <class Words, int R>
-void pack(const LinearProduct& args, int64_t row, float* to) {
-  using Element = typename Words::Element;
-  constexpr int kInWord = Words::kInWord;
-  const Element* const from = static_cast<const Element*>(args.x.data) + row * args.x.ld;
-  const int64_t whole = args.inputs / kInWord;
-  for (int64_t word = 0; word < whole; ++word, to += R) {
-    for (int r = 0; r < R; ++r) to[r] = as<float>(Words::word(from + r * args.x.ld + word * kInWord));
-  }
-  for (int r = 0; r < R && whole * kInWord < args.inputs; ++r) {
-    const Element last[kInWord] = {from[r * args.x.ld + whole * kInWord]};
-    to[r] = as<float>(Words::word(last));
-  }
-}
-
 void many(const LinearProduct& args) {
   const Split blocks(args.rows, kTiledRows);
   for (int64_t block = 0; block < blocks.parts; ++block) {
@@ -88,11 +72,8 @@ void many(const LinearProduct& args) {
     const int64_t first = blocks.begin(block);
     product.rows = blocks.size(block);
     product.result = static_cast<char*>(args.result) + first * args.ld_result * size_of(args.compute);
-    run_packed(product, static_cast<float*>(args.memory), [&](int64_t row, int64_t rows, float* to) {
-      with_words(args.compute, [&](auto words) {
-        with_rows(rows, [&](auto count) { pack<decltype(words), count>(args, first + row, to); });
-      });
-    });
+    run_packed(product, static_cast<float*>(args.memory),
+               [&](int64_t row, int64_t rows, float* to) { packs().rows(args, first + row, rows, to); });
   }
 }
 

@@ -1,38 +1,15 @@
 // x as the tiles read it (isa.h), and the panels shared by the threads.
 #pragma once
 
-#include <utility>
-
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/split.h"
-#include "cpu/word.h"
 
 namespace taps::cpu {
-
-// body(how elements of a type become words) for the chosen set.
-template <class F>
-inline void with_words(Dtype compute, const F& body) {
-  if (compute == Dtype::kFloat32) return body(Floats());
-  if (tiles().pairs) return body(PairsOfBFloat16());
-  body(WidenedBFloat16());
-}
 
 // Words of `inputs` elements.
 inline int64_t words_of(Dtype compute, int64_t inputs) {
   return compute == Dtype::kBFloat16 && tiles().pairs ? (inputs + 1) / 2 : inputs;
-}
-
-// body(number of rows) with a number that the compiler knows.
-template <class F, int... R>
-inline void with_rows(int64_t rows, const F& body, std::integer_sequence<int, R...>) {
-  using Body = void (*)(const F&);
-  static constexpr Body kBodies[] = {+[](const F& run) { run(std::integral_constant<int, R + 1>()); }...};
-  kBodies[rows - 1](body);
-}
-template <class F>
-inline void with_rows(int64_t rows, const F& body) {
-  with_rows(rows, body, std::make_integer_sequence<int, kMostTile>());
 }
 
 // Of memory for the largest block of rows.

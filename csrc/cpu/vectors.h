@@ -51,6 +51,17 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value);
 // 32 bits in all lanes.
 inline Vec in_all_lanes(const float* from) { return as<Vec>(loaded<uint32_t>(from) - Bits{}); }
 
+// Lane i of the result is lane `from[i]` of `all`.
+inline Bits picked(Bits all, Bits from) {
+#if defined(__clang__)  // which knows constant patterns only
+  Bits result;
+  for (int i = 0; i < kLanes; ++i) result[i] = all[from[i]];
+  return result;
+#else
+  return __builtin_shuffle(all, from);
+#endif
+}
+
 // kLanes elements by their type.
 struct Float32 {
   using Element = float;
