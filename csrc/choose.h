@@ -71,8 +71,7 @@ constexpr long long kLeastCpuOutputs = 16;
 // In pairs of bf16 torch is as fast, and the bytes decide: few rows are fused whatever the weights, more of them where
 // weights are large. AVX-512, W in bf16 and Delta in fp32: 64 -> 64, 768 -> 768, 4096 -> 4096 with 64 rows 0.73 (1.36),
 // 1.38 (1.41), 1.22 (1.91); with 256 rows 768 -> 768 and 1024 -> 1024 1.23 (1.17), 1.17 (1.24); one image of 256 ->
-// 1024 on 14x14 0.95 (1.20), eight images of 1024 -> 2048 / 2 on 14x14 0.98 (1.22), of 512 -> 512, 3x3 on 7x7 1.33
-// (1.18).
+// 1024 on 14x14 0.95 (1.20), eight images of 1024 -> 2048 / 2 on 14x14 0.98 (1.22).
 constexpr long long kMostPairedRows = 64, kLeastPairedWeights = 1 << 18, kLargePairedWeights = 1 << 21;
 
 // On a matrix unit, and with instructions for 16 bits that the kernels have not, only what memory decides: up to about

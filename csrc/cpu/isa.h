@@ -37,7 +37,7 @@ constexpr int kFewRows = 24, kFewRowsPadding = 16;
 constexpr int kFewRowsOutputs = 4;  // that a thread takes at a time
 
 // Rows [first, first + count) of x, or of the pixels under a kernel, side by side: word k of row r is to[k * count +
-// r]. At most kMostTile of them.
+// r]. At most Tiles::rows of them.
 struct Packs {
   void (*rows)(const LinearProduct& args, int64_t first, int64_t count, float* to);
   void (*pixels)(const Convolution& args, int64_t first, int64_t count, float* to);
@@ -57,7 +57,6 @@ struct Tiles {
   bool pairs;                                                        // a word holds two bf16, here and in few rows
   int lanes;
 };
-constexpr int kMostTile = 12;    // of any set
 constexpr int kTiledRows = 512;  // the most that `run` takes; what it packs of W_t serves so many
 
 // How torch's products run on this machine. bf16: oneDNN widens it to fp32 where there is no dot product of pairs

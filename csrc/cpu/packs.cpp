@@ -14,8 +14,8 @@
 namespace taps::cpu {
 namespace {
 
-constexpr int kParts = (kMostTile + kLanes - 1) / kLanes;  // vectors to a word of all rows
-constexpr int kMostPieces = 4;                             // of a place; a tile with more is read one by one
+constexpr int kParts = (kTile + kLanes - 1) / kLanes;  // vectors to a word of all rows
+constexpr int kMostPieces = 4;                         // of a place; a tile with more is read one by one
 
 using Words16 = std::conditional_t<kPairs, PairsOfBFloat16, WidenedBFloat16>;
 
@@ -75,7 +75,7 @@ float* turn(const typename Words::Element* const* rows, int64_t count, int64_t e
 template <class Words>
 void pack_rows(const LinearProduct& args, int64_t first, int64_t count, float* to) {
   using Element = typename Words::Element;
-  const Element* rows[kMostTile];
+  const Element* rows[kTile];
   for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<const Element*>(args.x.data) + (first + r) * args.x.ld;
   const int64_t words = (args.inputs + Words::kInWord - 1) / Words::kInWord;
   turn<Words>(rows, count, args.inputs, to, to + words * count);
@@ -83,8 +83,8 @@ void pack_rows(const LinearProduct& args, int64_t first, int64_t count, float* t
 
 // What pixels of the result see of the first channel under one place of the kernel, as offsets into x.
 struct Place {
-  int64_t pixels[kMostTile];  // negative in the padding
-  int64_t most;               // the offset of a channel up to which the pieces are within x
+  int64_t pixels[kTile];  // negative in the padding
+  int64_t most;           // the offset of a channel up to which the pieces are within x
   int pieces;
   int64_t from[kMostPieces];
   Bits lanes[kMostPieces], masks[kMostPieces];
@@ -117,7 +117,7 @@ struct Place {
       ++pieces;
     }
     most = elements - kLanes - last;
-    adjacent = pieces == 1;
+    adjacent = true;
     for (int64_t r = 0; r < count; ++r) adjacent = adjacent && pixels[r] == from[0] + r;
   }
 
@@ -146,7 +146,7 @@ struct Walk {
   int64_t place = 0, offset = 0;
 
   explicit Walk(const Convolution& args) {
-    const int64_t places = args.kernel[0] * args.kernel[1], stride = args.x_strides[1];
+    const int64_t places = args.kernel[0] * args.kernel[1], stride = args.channels > 1 ? args.x_strides[1] : 0;
     const bool inside = args.channels_inside;
     of_run = left = inside ? args.channels : places;
     place_step = inside ? 0 : 1;
@@ -178,10 +178,10 @@ void pack_pixels(const Convolution& args, int64_t first, int64_t count, float* t
   const auto* const x = static_cast<const Element*>(args.x.data);
   const int64_t places = args.kernel[0] * args.kernel[1];
   const float* const end = to + (args.inputs + kInWord - 1) / kInWord * count;
-  Pixel pixels[kMostTile];
+  Pixel pixels[kTile];
   for (int64_t r = 0; r < count; ++r) pixels[r] = pixel_of(args, first + r);
   Place of_kernel[kMostPlaces + 1];  // the last is the half of a word behind the depth
-  std::fill_n(of_kernel[places].pixels, kMostTile, -1);
+  std::fill_n(of_kernel[places].pixels, kTile, -1);
   for (int64_t place = 0; place < places; ++place) {
     Place& own = of_kernel[place];
     for (int64_t r = 0; r < count; ++r) {
@@ -194,7 +194,7 @@ void pack_pixels(const Convolution& args, int64_t first, int64_t count, float* t
   }
   if (args.x_strides[1] == 1 && (places == 1 || (args.channels_inside && args.channels % kInWord == 0))) {
     for (int64_t place = 0; place < places; ++place) {
-      const Element* rows[kMostTile];
+      const Element* rows[kTile];
       for (int64_t r = 0; r < count; ++r) {
         const int64_t at = of_kernel[place].pixels[r];
         rows[r] = at < 0 ? nullptr : x + at;

@@ -4,7 +4,7 @@
 // A thread takes a panel of outputs, which lie in the lanes of two vectors. Block after block along the depth, their
 // weights are read row by row, added, turned and packed in L1; then every tile of rows takes its sums into registers
 // and adds the block, one element of x for all lanes at a time, while what the next block reads of W and Delta is asked
-// for. Where x is too large to stay in L2, several panels take their turns on each block of it, their sums kept. Every
+// for. Where x is too large to stay in L3, several panels take their turns on each block of it, their sums kept. Every
 // sum is added in the order of the depth, so that it does not depend on the other rows and outputs.
 #include <algorithm>
 #include <memory>
@@ -16,19 +16,20 @@
 namespace taps::cpu {
 namespace {
 
-#if TAPS_LANES == 16
-constexpr int kTile = 12;  // rows: 24 sums, two of W_t and an element of x in 32 registers
-#else
-constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
-#endif
-static_assert(kTile <= kMostTile, "what packing makes room for");
 constexpr int kOutputs = 2 * kLanes;
 constexpr int64_t kDepth = 256;                    // most of a block, in words: 16 KB of a panel with AVX2, or 32
-constexpr int64_t kKept = 5 << 18;                 // words of x (5 MB) that L3 keeps beside other work
-constexpr int64_t kRoom = 13 << 14;                // words of a block of x and of sums that L2 keeps
 constexpr int kLine = 64;                          // bytes of a line of the cache
 constexpr int kAhead = TAPS_LANES == 16 ? 16 : 4;  // pieces of W and Delta that a tile asks for
 constexpr int kTogether = 16 / kAhead;             // steps to a line
+
+// Words of x that L3 keeps beside other work; tests take fewer.
+#if !defined(TAPS_KEPT)
+#define TAPS_KEPT (5 << 18)
+#endif
+constexpr int64_t kKept = TAPS_KEPT;
+// Words of a block of x and of sums: 832 KB of the 1 MB that Zen 5 has of L2. Not measured with AVX2.
+constexpr int64_t kRoom = 13 << 14;
+static_assert(kRoom >= kTiledRows * (kDepth + kOutputs), "at least one panel");
 
 // What a tile asks for: a line of each in turn.
 struct Ahead {
@@ -88,10 +89,10 @@ class Panels {
         end_(end),
         tiles_(p.rows, kTile) {
     // How many panels take turns, their sums in memory of their own; of one they are here.
-    const int64_t most =
-        p.rows * words_ <= kKept ? 1 : std::max<int64_t>((kRoom - p.rows * depth_) / (p.rows * kOutputs), 1);
-    const Split groups(end - begin, most);
-    if (groups.parts > 0 && groups.parts < end - begin) {
+    const int64_t panels = end - begin;
+    const Split groups(panels, p.rows * words_ <= kKept ? 1 : (kRoom - p.rows * depth_) / (p.rows * kOutputs));
+    if (groups.parts > 0 && groups.parts < panels) {
+      const int64_t most = (panels + groups.parts - 1) / groups.parts;
       memory_.reset(new (std::align_val_t(kLine)) float[static_cast<size_t>(most * p.rows * kOutputs)]);
     }
     for (int64_t group = 0; group < groups.parts; ++group) run(begin + groups.begin(group), groups.size(group));

@@ -35,6 +35,12 @@ constexpr int kLanes = TAPS_LANES;
 #endif
 constexpr bool kPairs = TAPS_PAIRS;
 
+#if TAPS_LANES == 16
+constexpr int kTile = 12;  // rows: 24 sums, two of W_t and an element of x in 32 registers
+#else
+constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
+#endif
+
 using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
