@@ -63,10 +63,11 @@ Without gradients, over the merged copy (`inference.py`): all gates open; the pa
 ### A training step
 
 Batch {batch}, SGD with momentum; each variant in processes of its own (`training_step.py`). Memory is the peak of the
-process above what it had before the model was made. "pattern": ResNet-50 with the layers open that opened in the
-authors' CUB run, ViT-S/16 with the attention of its last eight blocks open, 22 % of the weights; "1/8":
-`gate_fraction`. "naive": `W + g * Delta` by autograd. "floor": the share of fine-tuning's products that a variant
-cannot do without.
+process above what it had before the model was made. Times are over those of fine-tuning's steps just before and after,
+medians and quartiles; where no quartiles are given, over fine-tuning's median in the same of three rounds. "pattern":
+ResNet-50 with the layers open that opened in the authors' CUB run, ViT-S/16 with the attention of its last eight blocks
+open, 22 % of the weights; "1/8": `gate_fraction`. "naive": `W + g * Delta` by autograd. "floor": the share of
+fine-tuning's products that a variant cannot do without.
 
 {steps}"""
 

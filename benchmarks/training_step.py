@@ -1,14 +1,15 @@
 """Peak memory and time of one training step: TAPS against fine-tuning and the naive module, ResNet-50 and ViT-S/16.
 
-    python benchmarks/training_step.py --batch 8 --rounds 3 --json benchmarks/results/avx2/training-step.json
+    python benchmarks/training_step.py --batch 8 --rounds 24 --json benchmarks/results/avx2/training-step.json
 
-Each variant (step_variants.py) runs in processes of its own, in turn. Memory is the peak resident set less the resident
-set after all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap
-threshold fixed at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how
-the heap happens to be cut up. Times come from `--rounds` other processes with glibc's defaults: medians, and ratios to
-the fine-tuning of the same round, since absolute times mean little on a shared machine. The loss is the task's alone;
-the penalty adds a sum over the scores. "floor" is the share of fine-tuning's products that the variant cannot do
-without.
+Each variant (step_variants.py) has processes of its own. Memory is the peak resident set less the resident set after
+all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed
+at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how the heap happens
+to be cut up. Times come from other processes with glibc's defaults, one for each variant, all alive (12 GB) and one at
+work: a step of fine-tuning, a step of a variant, a step of fine-tuning, a step of the next. A ratio is that of a step to
+the mean of its two neighbours, since a shared machine's speed changes within seconds; given are the median of `--rounds`
+such ratios and their quartiles. The loss is the task's alone; the penalty adds a sum over the scores. "floor" is the
+share of fine-tuning's products that the variant cannot do without.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from step_variants import CLASSES, MODELS, VARIANTS, base, build, floors
+
+PLAIN = "fine-tuning"
 
 
 def resident(key: str = "VmRSS") -> int:
@@ -59,17 +63,11 @@ def warm_up() -> None:
         optimizer.step()
 
 
-def child(model: str, variant: str, batch: int, steps: int) -> dict[str, Any]:
-    """Run one variant and measure it."""
+def stepper(model: str, variant: str, batch: int) -> Callable[[], None]:
+    """A variant's training step."""
     import torch
     import torch.nn.functional as F
 
-    torch.manual_seed(0)
-    warm_up()
-    with torch.device("meta"):
-        shapes = base(model)
-    nbytes = sum(tensor.nbytes for tensor in (*shapes.parameters(), *shapes.buffers()))
-    baseline = resident()
     forward, parameters = build(model, VARIANTS[variant])
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
     x, y = torch.randn(batch, 3, 224, 224), torch.randint(0, CLASSES, (batch,))
@@ -79,13 +77,75 @@ def child(model: str, variant: str, batch: int, steps: int) -> dict[str, Any]:
         F.cross_entropy(forward(x), y).backward()
         optimizer.step()
 
+    return step
+
+
+def peak(model: str, variant: str, batch: int) -> dict[str, int]:
+    """What two steps of one variant take in this process, in bytes, and what the base is."""
+    import torch
+
+    torch.manual_seed(0)
+    warm_up()
+    with torch.device("meta"):
+        shapes = base(model)
+    baseline = resident()
+    step = stepper(model, variant, batch)
     step()
-    times = []
-    for _ in range(steps):
+    step()
+    nbytes = sum(tensor.nbytes for tensor in (*shapes.parameters(), *shapes.buffers()))
+    return {"peak": resident("VmHWM") - baseline, "base_bytes": nbytes}
+
+
+def serve(model: str, variant: str, batch: int) -> None:
+    """A step for each line of the standard input, and a line for each step: the seconds that it took."""
+    import torch
+
+    torch.manual_seed(0)
+    step = stepper(model, variant, batch)
+    for _ in sys.stdin:
         start = time.perf_counter()
         step()
-        times.append(time.perf_counter() - start)
-    return {"peak": resident("VmHWM") - baseline, "seconds": statistics.median(times), "base_bytes": nbytes}
+        print(time.perf_counter() - start, flush=True)
+
+
+class Worker:
+    """A process that serves the steps of one variant."""
+
+    def __init__(self, model: str, variant: str, batch: int) -> None:
+        command = [sys.executable, __file__, "--serve", variant, "--model", model, "--batch", str(batch)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def step(self) -> float:
+        """The seconds that one step took. SystemExit when the process is gone, which has said why."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("\n")
+            return float(self.process.stdout.readline())
+        except (BrokenPipeError, ValueError):
+            raise SystemExit(f"{' '.join(map(str, self.process.args))}: ended with {self.process.wait()}") from None
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(model: str, args: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Of each variant and round: a step's seconds, those of fine-tuning's step before it and of the one after."""
+    workers = {variant: Worker(model, variant, args.batch) for variant in (PLAIN, *args.variants)}
+    for worker in workers.values():  # the first makes the optimizer's state, the second is like all that follow
+        worker.step()
+        worker.step()
+    runs: dict[str, list[list[float]]] = {variant: [] for variant in args.variants}
+    after = workers[PLAIN].step()
+    for _ in range(args.rounds):
+        for variant, found in runs.items():
+            before, seconds, after = after, workers[variant].step(), workers[PLAIN].step()
+            found.append([seconds, before, after])
+    for worker in workers.values():
+        worker.close()
+    return runs
 
 
 def launch(*arguments: Any, environment: dict[str, str] | None = None) -> Any:
@@ -118,25 +178,20 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model: a row for each variant, and all that the rows are made of."""
     size = ("--batch", args.batch, "--model", model)
     floor = launch("--floors", *size)
-    memory, runs = {}, {}
-    for variant in args.variants:
-        once = ("--child", variant, *size, "--steps", 1)
-        memory[variant] = launch(*once, environment={"MALLOC_MMAP_THRESHOLD_": "131072"})
-        runs[variant] = []
-    for _ in range(args.rounds):
-        for variant in args.variants:
-            runs[variant].append(launch("--child", variant, *size, "--steps", args.steps))
-    rows = []
-    for variant in args.variants:
-        row = {"variant": variant, "floor": floor[variant], "peak_mib": memory[variant]["peak"] / 2**20}
-        if "fine-tuning" in memory:
-            plain = memory["fine-tuning"]["peak"]
-            row["extra_over_base_bytes"] = (memory[variant]["peak"] - plain) / memory[variant]["base_bytes"]
-            row["memory_ratio"] = memory[variant]["peak"] / plain
-        row["seconds"] = statistics.median(run["seconds"] for run in runs[variant])
-        if "fine-tuning" in runs:
-            pairs = zip(runs[variant], runs["fine-tuning"], strict=True)
-            row["time_ratio"] = statistics.median(run["seconds"] / plain["seconds"] for run, plain in pairs)
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    memory = {variant: launch("--peak", variant, *size, environment=fixed) for variant in (PLAIN, *args.variants)}
+    runs = take_turns(model, args)
+    plain, base_bytes = memory[PLAIN]["peak"], memory[PLAIN]["base_bytes"]
+    steps = [before for found in runs.values() for _, before, _ in found]
+    rows = [{"variant": PLAIN, "floor": floor[PLAIN], "peak_mib": plain / 2**20, "seconds": statistics.median(steps)}]
+    for variant, found in runs.items():
+        over = memory[variant]["peak"]
+        row = {"variant": variant, "floor": floor[variant], "peak_mib": over / 2**20, "memory_ratio": over / plain}
+        row["extra_over_base_bytes"] = (over - plain) / base_bytes
+        row["seconds"] = statistics.median(seconds for seconds, _, _ in found)
+        ratios = [2 * seconds / (before + after) for seconds, before, after in found]
+        row["time_quartiles"] = statistics.quantiles(ratios, n=4, method="inclusive")
+        row["time_ratio"] = row["time_quartiles"][1]
         rows.append(row)
     return {"rows": rows, "memory": memory, "runs": runs}
 
@@ -147,28 +202,38 @@ HEADER = """| model | variant | peak MiB | / fine-tuning | above it, in base siz
 
 def table(model: str, rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, without a header."""
-    return "\n".join(
-        f"| {model} | {row['variant']} | {row['peak_mib']:.0f} | {row.get('memory_ratio', 1.0):.3f} "
-        f"| {row.get('extra_over_base_bytes', 0.0):+.3f} | {row['seconds']:.2f} | {row.get('time_ratio', 1.0):.3f} "
-        f"| {row['floor']:.3f} |"
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        low, ratio, high = row.get("time_quartiles", (None, row.get("time_ratio", 1.0), None))
+        spread = "" if low is None else f" ({low:.2f}-{high:.2f})"
+        lines.append(
+            f"| {model} | {row['variant']} | {row['peak_mib']:.0f} | {row.get('memory_ratio', 1.0):.3f} "
+            f"| {row.get('extra_over_base_bytes', 0.0):+.3f} | {row['seconds']:.2f} | {ratio:.3f}{spread} "
+            f"| {row['floor']:.3f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = [variant for variant in VARIANTS if variant != PLAIN]
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=others, default=others)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--floors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(args.model, args.child, args.batch, args.steps)))
+    if args.rounds < 2:
+        parser.error(f"--rounds: at least 2 were expected, for quartiles; got {args.rounds}")
+    if args.serve:
+        serve(args.model, args.serve, args.batch)
+        return
+    if args.peak:
+        print(json.dumps(peak(args.model, args.peak, args.batch)))
         return
     if args.floors:
         print(json.dumps(floors(args.model, args.batch)))
