@@ -6,10 +6,10 @@ Each variant (step_variants.py) has processes of its own. Memory is the peak res
 all imports and a tiny step of either kind (the same in every variant), in one process with glibc's mmap threshold fixed
 at 128 KiB, so that freed tensors go back to the system at once and the peak is what is alive, not how the heap happens
 to be cut up. Times come from other processes with glibc's defaults, one for each variant, all alive (12 GB) and one at
-work: a step of fine-tuning, a step of a variant, a step of fine-tuning, a step of the next. A ratio is that of a step to
-the mean of its two neighbours, since a shared machine's speed changes within seconds; given are the median of `--rounds`
-such ratios and their quartiles. The loss is the task's alone; the penalty adds a sum over the scores. "floor" is the
-share of fine-tuning's products that the variant cannot do without.
+work: a step of fine-tuning, a step of a variant, a step of fine-tuning, a step of the next. A ratio is that of a step
+to the mean of its two neighbours, since a shared machine's speed changes within seconds; given are the median of
+`--rounds` such ratios and their quartiles. The loss is the task's alone; the penalty adds a sum over the scores.
+"floor" is the share of fine-tuning's products that the variant cannot do without.
 """
 
 from __future__ import annotations
