@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--floors", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=MODELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.batch < 1:
+        parser.error(f"--batch: at least 1 was expected; got {args.batch}")
     if args.rounds < 2:
         parser.error(f"--rounds: at least 2 were expected, for quartiles; got {args.rounds}")
     if args.serve:
