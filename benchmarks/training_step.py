@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,29 +123,33 @@ class Worker:
             self.process.stdin.write("\n")
             return float(self.process.stdout.readline())
         except (BrokenPipeError, ValueError):
-            raise SystemExit(f"{' '.join(map(str, self.process.args))}: ended with {self.process.wait()}") from None
+            code = self.close()
+            raise SystemExit(
+                f"{' '.join(map(str, self.process.args))}: no seconds came; it ended with {code}"
+            ) from None
 
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+    def close(self) -> int:
+        """End the process, which waits for the next line; its exit status."""
+        with suppress(BrokenPipeError):
+            self.process.communicate()
+        return self.process.wait()
 
 
 def take_turns(model: str, args: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Of each variant and round: a step's seconds, those of fine-tuning's step before it and of the one after."""
-    workers = {variant: Worker(model, variant, args.batch) for variant in (PLAIN, *args.variants)}
-    for worker in workers.values():  # the first makes the optimizer's state, the second is like all that follow
-        worker.step()
-        worker.step()
     runs: dict[str, list[list[float]]] = {variant: [] for variant in args.variants}
-    after = workers[PLAIN].step()
-    for _ in range(args.rounds):
-        for variant, found in runs.items():
-            before, seconds, after = after, workers[variant].step(), workers[PLAIN].step()
-            found.append([seconds, before, after])
-    for worker in workers.values():
-        worker.close()
+    with ExitStack() as stack:
+        workers = {variant: Worker(model, variant, args.batch) for variant in (PLAIN, *args.variants)}
+        for worker in workers.values():
+            stack.callback(worker.close)
+        for worker in workers.values():  # the first makes the optimizer's state, the second is like all that follow
+            worker.step()
+            worker.step()
+        after = workers[PLAIN].step()
+        for _ in range(args.rounds):
+            for variant, found in runs.items():
+                before, seconds, after = after, workers[variant].step(), workers[PLAIN].step()
+                found.append([seconds, before, after])
     return runs
 
 

@@ -163,6 +163,9 @@ class TaskModel(TaskSet):
     ) -> str:
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
+        A file holds no closed Delta: after loading these are zero, so that their gates get no gradient and stay closed
+        if the task is trained on. A run that is to go on is the Trainer's (`TrainConfig(out=...)`).
+
         Args:
             head: a module of the saved head's structure, needed where the head is not a plain linear layer.
             allow_dtype_cast: accept a base that was cast (`.half()`, `.double()`) after the task was trained. The task

@@ -33,10 +33,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import bench
+    from ..errors import ConfigError
     from .config import check_device
     from .env import shareable_facts
 
     check_device(args.device)
+    if args.device == "meta":
+        raise ConfigError("device: expected one that computes, got 'meta'")
     if args.plot is not None:
         check_picture(args.plot)
     if args.threads is not None:

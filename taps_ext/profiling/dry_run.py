@@ -146,6 +146,10 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         else:
             memo[id(tensor)] = empty
+    for module in model.modules():  # results that a forward kept: autograd's own cannot be copied
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = fake.from_tensor(value.detach(), static_shapes=True)
     return copy.deepcopy(model, memo)
 
 
@@ -248,7 +252,8 @@ def estimate(
         if not isinstance(value, Tensor):
             return value
         device = home if value.device.type == "meta" else value.device
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return made.requires_grad_(value.requires_grad)
 
     def prepare() -> None:
         if name is not None:

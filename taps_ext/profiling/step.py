@@ -23,9 +23,9 @@ OPTIMIZERS = ("sgd", "adamw")
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    """Without gradients; autograd takes no tensors of inference mode."""
+    """A leaf that wants a gradient where the tensor does; autograd takes no tensors of inference mode."""
     if not tensor.is_inference():
-        return tensor.detach()
+        return tensor.detach().requires_grad_(tensor.requires_grad)
     with torch.inference_mode(False):
         return tensor.clone()
 
@@ -147,6 +147,8 @@ class Step:
                 return
             assert self.task is not None
             self.optimizer.zero_grad(set_to_none=True)
+            for tensor in self.input_tensors():
+                tensor.grad = None
             with mark("taps:forward"):
                 loss = self.loss(self.forward())
             with mark("taps:backward"):
@@ -158,7 +160,7 @@ class Step:
                 self.optimizer.step()
 
     def gradients(self) -> list[Tensor | None]:
-        return [p.grad for p in self.model.parameters()]
+        return [leaf.grad for leaf in (*self.model.parameters(), *self.input_tensors())]
 
     def optimizer_state(self) -> list[Tensor]:
         if self.optimizer is None:
