@@ -125,6 +125,8 @@ def test_what_is_read_is_not_written_over(call, folder: Path, tmp_path: Path, tu
         code, _, err = call(*words)
         assert code == 2 and "out: expected a file of its own" in err
     assert all(path.read_bytes() == content for path, content in kept.items())
+    refused(call("merge", file, *config, "--out", tmp_path / "plain.pth"), "out:", ".safetensors")
+    assert not (tmp_path / "plain.pth").exists()
 
 
 def test_a_text_file_is_no_checkpoint(call, folder: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -46,13 +46,13 @@ def check_out(out: str, *inputs: Any) -> None:
 
 
 def size(count: int) -> str:
-    """Bytes for people: 512 B, 3.4 kB, 1.2 MB (powers of 1000)."""
+    """Bytes for people: 512 B, 3.4 kB, 1.2 MB, 1.06 GB (powers of 1000)."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
-    return f"{value:.1f} GB"
+    return f"{value:.2f} GB"
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .common import check_out, emit, size
 from .evaluate import add_model_arguments, config_from
@@ -18,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import TaskModel, store
+    from .. import ConfigError, TaskModel, store
 
     config = config_from(args)
     check_out(args.out, args.file, config.base_section.get("weights"))
+    if Path(args.out).suffix != ".safetensors":  # a file that torch.save seems to have written is none it can load
+        raise ConfigError(f"out: expected a name that ends in .safetensors, which is written, got {args.out}")
     store.read_header(args.file)  # a bad file is told before the base is built
     model = TaskModel(config.base(), head_module=config.head_module)
     name = model.load_task(args.file)
