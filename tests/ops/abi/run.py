@@ -1,6 +1,6 @@
 """One wheel under several torches: run check.py in each environment, inspect the binary's symbols.
 
-    python tests/abi/run.py --wheel W.whl --python .abi/2.11.0/bin/python ... --target .venv/bin/python
+    python tests/ops/abi/run.py --wheel W.whl --python .abi/2.11.0/bin/python ... --target .venv/bin/python
 
 The wheel is installed into each `--python`; for a `--target` it goes into a folder of its own, so that
 an environment with a development install can serve as well.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_host_twin import COMPILER, FLAGS, HERE
 
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 MACHINE = ["-DTAPS_ISA=wide", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno"]
 
 

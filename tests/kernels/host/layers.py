@@ -1,6 +1,6 @@
 """The operators on the device's kernels, which the twin runs: every gate, type and layout against float64.
 
-    python tests/host/layers.py PATH_OF_C
+    python tests/kernels/host/layers.py PATH_OF_C
 
 Run by test_host_layers.py with a build of its own (TAPS_TWIN); prints the number of cases.
 """
@@ -19,7 +19,7 @@ spec = importlib.util.spec_from_file_location("taps_ext._C", sys.argv[1])
 assert spec is not None and spec.loader is not None
 _C = sys.modules["taps_ext._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_C)
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
 from tolerance import assert_close  # noqa: E402
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from taps_ext.data import ArrayDataset, Source, SourceError, open_source
 from taps_ext.data.folder import FolderDataset
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def arrays(**changes):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 from test_host_twin import COMPILER, FLAGS, HERE, RUNTIME, compile_objects
 
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 SOURCES = {
     name: (CSRC / "cuda" / name).read_text(encoding="utf-8")
     for name in (

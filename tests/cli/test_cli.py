@@ -17,7 +17,7 @@ from taps_ext import store
 from taps_ext.cli import COMMANDS, main
 from taps_ext.zoo import SmallResNet
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 CONFIG = """

@@ -11,7 +11,7 @@ import pytest
 
 from taps_ext import store
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNS = {
     "timm_model": ["timm"],
     "torchvision_model": ["torchvision"],

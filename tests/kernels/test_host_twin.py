@@ -35,7 +35,7 @@ def compile_objects(folder: Path, kind: str, names: list[str]) -> list[Path]:
         "-Werror",
         "-Wno-unknown-pragmas",
         f"-I{HERE}",
-        f"-I{HERE.parents[1] / 'csrc'}",
+        f"-I{HERE.parents[2] / 'csrc'}",
         *FLAGS[kind],
     ]
     objects = [folder / f"{name}.o" for name in names]

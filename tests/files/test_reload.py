@@ -169,7 +169,7 @@ def test_another_process(kind, tmp_path) -> None:
         "model.load_task(sys.argv[2] + '/t.taps')\n"
         "torch.save(t.logits(model), sys.argv[2] + '/out.pt')\n"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), kind]
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1] / "helpers"), str(tmp_path), kind]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert same_bits(torch.load(tmp_path / "out.pt", weights_only=True), logits(model))
 
