@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "device.h"
-#include "panels.h"
 
 namespace taps {
 namespace {
@@ -77,11 +76,6 @@ Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
   return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
 }
 
-bool within_limit(int64_t bytes) {
-  const size_t limit = workspace_limit();
-  return limit == 0 || static_cast<size_t>(bytes) <= limit;
-}
-
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
     const Lease memory(false, 0, static_cast<size_t>(cpu::linear_bytes(args)));
@@ -134,26 +128,10 @@ Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTen
   return y;
 }
 
-bool fused_fits(const Described& x, const LinearSizes& sizes) {
-  if (on_tiles(x.place)) return true;
-  LinearProduct args;
-  args.compute = x.dtype;
-  args.rows = sizes.rows;
-  args.inputs = sizes.inputs;
-  args.x = matrix_of(x);
-  return within_limit(cpu::linear_bytes(args));
-}
-
-bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
-                         bool training) {
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
   if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
   const Span kernel = w.weight.sizes;
   if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
-  Convolution args;
-  args.compute = x.dtype;
-  args.rows = pixels;
-  args.inputs = w.weight.numel() / kernel[0];
-  if (!within_limit(cpu::conv2d_bytes(args))) return false;
   const std::optional<bool> order = channels_inside(w.weight);
   return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
 }

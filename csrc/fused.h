@@ -30,11 +30,7 @@ struct Geometry {
 bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training);
 bool fusable_gradient(const GatedWeight& w, Dtype compute);
 bool fusable_activation(const Described& matrix);
-bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
-                         bool training);
-// Whether what the kernel takes of the workspace is within its limit: the CPU's packs x; that of tiles are partial
-// sums.
-bool fused_fits(const Described& x, const LinearSizes& sizes);
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training);
 
 // The same two on the CPU into memory that is there, with a dense bias or none.
 struct Images {

@@ -2,7 +2,6 @@
 // products from torch (cuBLAS, oneDNN, MKL) through its dispatcher, or both at once from fused.h.
 #include "fused.h"
 #include "ops.h"
-#include "panels.h"
 
 namespace taps {
 namespace {
@@ -103,22 +102,10 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training)) {
     x2 = as_matrix(x, sizes.rows, sizes.inputs);
   }
-  const bool fits = x2 && fusable_activation(describe(*x2, "input")) && fused_fits(describe(*x2, "input"), sizes);
+  const bool fits = x2 && fusable_activation(describe(*x2, "input"));
   const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path == Path::kFused) {
     return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
-  }
-  // A weight known to be closed stays whole: its results are the base's bit for bit.
-  const bool whole = path == Path::kStock || w.known_closed();
-  if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
-    constexpr bool kNoFusing = true;  // as for training: what was not fused whole is not fused in parts
-    Slices output(x.ndim() - 1, sizes.outputs);
-    for_panels(sizes.outputs, step, [&](Range panel) {
-      output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
-                              gate, threshold, std::nullopt, 1.0, kNoFusing),
-                 panel);
-    });
-    return *output.whole();
   }
   Scratch scratch;
   const Tensor matrix = layer_weight(w, x.dtype, path, scratch);
@@ -145,7 +132,6 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Described dy_matrix = describe(dy2, "grad_output");
   const bool dy_fits = fusable(Product::kInputGradient, w, compute, true) && fusable_activation(dy_matrix);
   const Path path = wanted.input ? path_for(w, compute, sizes.rows, dy_fits) : Path::kStock;
-  const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.
   const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());
   const bool fits = form_gradient && !wanted.weight && fusable_gradient(w, compute) &&
@@ -153,23 +139,6 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
                     (rows ? sizes.outputs * size_of(compute) % 4 == 0 : fusable_activation(dy_matrix));
   const bool fused = form_gradient && gradient_path_for(w, compute, taken, fits) == Path::kFused;
   const Holder holder = holder_for(side);
-  const bool takes_scratch = rebuilds || (form_gradient && !fused && holder == Holder::kScratch);
-  if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {
-    std::vector<bool> mask = output_mask;
-    if (!rebuilds) mask[0] = false;  // W serves, whole
-    PanelGrads grads(w, check_mask(mask, w));
-    for_panels(sizes.outputs, step, [&](Range panel) {
-      grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input, narrow(weight, 0, panel),
-                                      narrow(delta, 0, panel), score, gate, threshold, mask, rows, row_scale),
-                panel);
-    });
-    Grads whole = grads.whole(compute);
-    if (wanted.input && !rebuilds) {
-      std::get<0>(whole) = std::get<0>(gated_linear_backward(grad_output, input, weight, delta, score, gate, threshold,
-                                                             {true, false, false, false, false}, std::nullopt, 1.0));
-    }
-    return whole;
-  }
   Scratch scratch;
 
   OptionalTensor dinput;

@@ -146,6 +146,17 @@ Ints contiguous_strides(Span sizes) {
   return strides;
 }
 
+bool channels_last(const Described& image) {
+  if (image.ndim() != 4 || image.strides[1] == 0) return false;
+  int64_t least = 0;  // what the next stride must at least be, from the innermost dimension out
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (image.sizes[dim] == 0 || image.strides[dim] < least) return false;
+    if (dim == 0 && least == image.strides[1]) return false;  // [N, 1, 1, 1] is contiguous as well
+    least = image.strides[dim] * std::max<int64_t>(image.sizes[dim], 1);
+  }
+  return true;
+}
+
 namespace {
 
 // Walks the dimensions from the innermost; `holds(expected, got)` judges each stride.

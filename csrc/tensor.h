@@ -115,6 +115,8 @@ Tensor empty_like(const Described& like);    // keeps dense strides
 Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for
 
 Ints contiguous_strides(Span sizes);
+// True for an image whose channels lie next to each other, as torch's kernels decide it.
+bool channels_last(const Described& image);
 bool is_dense(Span sizes, Span strides);    // every element once, no gaps
 bool overlaps(Span sizes, Span strides);    // expanded: some elements share memory
 Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones

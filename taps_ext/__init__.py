@@ -10,7 +10,7 @@ from .report import Report
 from .store import TaskFileError
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
-from .workspace import set_workspace_limit, workspace_bytes, workspace_limit
+from .workspace import workspace_bytes
 
 __all__ = [
     "BypassedLayerError",
@@ -37,7 +37,5 @@ __all__ = [
     "nn",
     "profile",
     "register_method",
-    "set_workspace_limit",
     "workspace_bytes",
-    "workspace_limit",
 ]

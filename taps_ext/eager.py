@@ -2,8 +2,7 @@
 
 To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches are
 cold. The usual open layer on a CPU, with everything dense and of one layout, is a plain function of the extension
-instead (csrc/direct.h); so are the gradients of a linear layer, the smallest of which cost less than the operator's
-call. The results are the operator's to the bit: it does the same.
+instead (csrc/direct.h). The results are the operator's to the bit: it does the same.
 
 Their settings travel as one tuple, because autograd looks at every argument: (gate, threshold, rows, row_scale,
 training), ahead of them a convolution's (stride, padding, dilation, groups).
@@ -68,64 +67,12 @@ def run_conv2d(
     return conv2d_operator(input, weight, delta, score, bias, settings)
 
 
-def direct_linear_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    score: Tensor,
-    gate: bool,
-    of_bias: torch.dtype | None,
-) -> tuple[Tensor | None, ...] | None:
-    """(dinput, None, ddelta, dscore, dbias, None) of a linear layer, or None where the operator must do it.
-
-    A closed gate has no ddelta. Of one type all but score and bias: what is cast on the way is the operator's.
-
-    Args:
-        of_bias: the type of a bias that is to have a gradient.
-    """
-    if C is None:
-        return None
-    scratch = C.gradient_weight(grad_output, input, weight, delta, score, gate)
-    if scratch is None:
-        return None
-    flat = input.dim() == 2
-    x = input if flat else input.reshape(-1, input.shape[-1])
-    dy = grad_output if flat else grad_output.reshape(-1, grad_output.shape[-1])
-    try:
-        dinput = torch.mm(dy, scratch if gate else weight)
-        gradient = torch.mm(dy.t(), x) if gate else torch.mm(dy.t(), x, out=scratch)  # dL/dW_t
-        dscore = torch.empty_like(score)
-        finite = C.dot_into(dscore, gradient, delta)
-    except RuntimeError:  # the operator says what is wrong, in its own words
-        return None
-    finally:
-        del scratch
-    if not gate and not finite:
-        return None  # the operator says which tensor is to blame
-    return (
-        dinput if flat else dinput.view(input.shape),
-        None,
-        gradient if gate else None,
-        dscore,
-        None if of_bias is None else dy.sum(0).to(of_bias),
-        None,
-    )
-
-
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     autograd.save(ctx, inputs, inputs[5][:4])
 
 
 def _linear_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    kept = autograd.saved(ctx)
-    input, weight, delta, score, rows, gate, _, _, mask = kept
-    if gate is not None and rows is None and mask[:3] == [True, gate, True] and not mask[4]:
-        of_bias = ctx.kept[-1] if mask[3] else None
-        made = direct_linear_gradients(grad_output, input, weight, delta, score, gate, of_bias)
-        if made is not None:
-            return made
-    return *autograd.linear_gradients(ctx, grad_output, kept), None
+    return *autograd.linear_gradients(ctx, grad_output, autograd.saved(ctx)), None
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
