@@ -118,7 +118,8 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   if (path == Path::kFused) return fused_convolution(w, x, b, g);
   Scratch scratch;
   const Tensor kernel = layer_weight(w, x.dtype, path, scratch);
-  return convolve(input, kernel, b, g);
+  const Tensor y = convolve(input, kernel, b, g);
+  return x.ndim() == 4 ? y : owned(y);  // of one image it is a view of its batch
 }
 
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
@@ -180,7 +181,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     } else {
       dinput = data_gradient(dy4, kernel, input_size, w.weight, dy, g);
     }
-    if (single) dinput = call("aten::squeeze", "dim", *dinput, int64_t{0});
+    if (single) dinput = owned(call("aten::squeeze", "dim", *dinput, int64_t{0}));
   }
   if (wanted.bias) {
     dbias = call("aten::sum", "dim_IntList", dy4, std::optional<Ints>(Ints{0, 2, 3}), false, std::nullopt);

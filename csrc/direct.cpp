@@ -158,7 +158,9 @@ py::object direct_linear(const Layer& layer, const Call& call) {
   const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path != Path::kFused) {
     const py::object weight = weight_of(layer, *operands, path);
-    return weight.is_none() ? weight : stock_linear(layer.input, weight, layer.bias);
+    if (weight.is_none()) return weight;
+    py::object y = stock_linear(layer.input, weight, layer.bias);
+    return x.ndim() == 2 || y.is_none() ? y : owned(y);  // of other shapes it is a view of its matrix
   }
   if (!readable(layer, *operands)) return py::none();
   Ints shape(x.sizes.begin(), x.sizes.end());

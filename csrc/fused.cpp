@@ -71,11 +71,6 @@ std::optional<bool> channels_inside(const Described& weight) {
   return std::nullopt;
 }
 
-Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-  return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
-}
-
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
     const Lease memory(false, 0, static_cast<size_t>(cpu::linear_bytes(args)));
@@ -121,11 +116,10 @@ void fused_forward_into(const GatedWeight& w, const Described& x, const void* bi
   run(Product::kForward, args, x.place);
 }
 
-Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes) {
-  const Tensor y = activation(sizes.rows, sizes.outputs, x.dtype, x.place);
+void fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes,
+                   void* y) {
   const OptionalTensor dense = contiguous(bias);
-  fused_forward_into(w, x, data_of(dense), sizes, y.data_ptr());
-  return y;
+  fused_forward_into(w, x, data_of(dense), sizes, y);
 }
 
 bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
@@ -190,14 +184,12 @@ Tensor fused_convolution(const GatedWeight& w, const Described& x, const Optiona
   return y;
 }
 
-Tensor fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes) {
+void fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes, void* dx) {
   LinearProduct args = product_of(w, dy.dtype, sizes);
-  const Tensor dx = activation(sizes.rows, sizes.inputs, dy.dtype, dy.place);
   args.dy = matrix_of(dy);
-  args.result = dx.data_ptr();
+  args.result = dx;
   args.ld_result = sizes.inputs;
   run(Product::kInputGradient, args, dy.place);
-  return dx;
 }
 
 WeightGrads fused_weight_gradient(const WeightSide& side, const Described& dy, const Described& x,

@@ -46,13 +46,12 @@ Tensor transposed(const Tensor& matrix) {
   return reshaped(matrix, Span(sizes, 2), Span(strides, 2));
 }
 
-// A matrix as the activation that it came from, with `columns` last.
-Tensor as_activation(const Tensor& matrix, const Described& like, int64_t columns) {
-  if (like.ndim() == 2) return matrix;
+// A new activation like another one, with `columns` last.
+Tensor activation(const Described& like, int64_t columns) {
   Ints shape(like.sizes.begin(), like.sizes.end());
   shape.back() = columns;
   const Span sizes(shape.data(), shape.size());
-  return reshaped(matrix, sizes, contiguous_strides(sizes));
+  return empty_strided(sizes, contiguous_strides(sizes), like.dtype, like.place);
 }
 
 // The input of the forward as a matrix [M, K], or the rows of it that were picked.
@@ -105,11 +104,14 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const bool fits = x2 && fusable_activation(describe(*x2, "input"));
   const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path == Path::kFused) {
-    return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
+    const Tensor y = activation(x, sizes.outputs);
+    fused_forward(w, describe(*x2, "input"), b, sizes, y.data_ptr());
+    return y;
   }
   Scratch scratch;
   const Tensor matrix = layer_weight(w, x.dtype, path, scratch);
-  return call("aten::linear", "", input, matrix, b);
+  const Tensor y = call("aten::linear", "", input, matrix, b);
+  return x.ndim() == 2 ? y : owned(y);  // of other shapes it is a view of its matrix
 }
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
@@ -143,9 +145,14 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   OptionalTensor dinput;
   if (wanted.input) {
-    const Tensor dx = path == Path::kFused ? fused_input_gradient(w, dy_matrix, sizes)
-                                           : call("aten::mm", "", dy2, layer_weight(w, compute, path, scratch));
-    dinput = as_activation(dx, dy, sizes.inputs);
+    dinput = activation(dy, sizes.inputs);
+    if (path == Path::kFused) {
+      fused_input_gradient(w, dy_matrix, sizes, dinput->data_ptr());
+    } else {
+      const int64_t shape[2] = {sizes.rows, sizes.inputs}, strides[2] = {std::max<int64_t>(sizes.inputs, 1), 1};
+      call("aten::mm", "out", dy2, layer_weight(w, compute, path, scratch),
+           reshaped(*dinput, Span(shape, 2), Span(strides, 2)));
+    }
   }
 
   OptionalTensor dbias;

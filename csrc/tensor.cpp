@@ -121,6 +121,11 @@ Tensor reshaped(const Tensor& tensor, Span sizes, Span strides) {
   return Tensor(handle);
 }
 
+Tensor owned(const Tensor& result) {
+  const Described described = describe(result, "result");
+  return reshaped(result, described.sizes, described.strides);
+}
+
 Tensor empty_like(const Described& like) {
   return empty_strided(like.sizes, dense_strides(like), like.dtype, like.place);
 }

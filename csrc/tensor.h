@@ -110,6 +110,8 @@ Described describe(const Tensor& tensor, const char* name);
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place);
 // The same memory under other sizes and strides, without a trip through the dispatcher.
 Tensor reshaped(const Tensor& tensor, Span sizes, Span strides);
+// The same tensor, but to autograd no view of another: what an in-place operation may change.
+Tensor owned(const Tensor& result);
 Tensor zeros_like(const Described& like);    // keeps dense strides
 Tensor empty_like(const Described& like);    // keeps dense strides
 Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for

@@ -63,7 +63,7 @@ def test_gradients_of_layers_without_weights(outputs, inputs, gate) -> None:
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_backward_inside_autocast(gate) -> None:
-    """Of a layer that ran outside: gradients of its type, whatever autocast makes of products."""
+    """Of a layer that ran outside: gradients of its type, the same as outside."""
     torch.manual_seed(4)
     x, w, d = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8), torch.randn(5, 8).requires_grad_(gate)
     found = []
@@ -72,9 +72,7 @@ def test_backward_inside_autocast(gate) -> None:
         loss = gated_linear(x, w, d, score, gate=gate).square().sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             found.append(torch.autograd.grad(loss, [x, score, d] if gate else [x, score]))
-    for outside, within in zip(*found, strict=True):
-        assert within.dtype == torch.float32
-        torch.testing.assert_close(within, outside, rtol=0.1, atol=0.1)
+    assert all(map(torch.equal, *found)) and all(grad.dtype == torch.float32 for grad in found[0])
 
 
 @pytest.mark.parametrize("name", ["delta", "weight", "input", "grad_output"])
