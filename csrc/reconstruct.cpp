@@ -16,12 +16,9 @@ struct Reach {
   const char* begin;
   const char* end;
 
-  explicit Reach(const Described& tensor) : begin(static_cast<const char*>(tensor.data())), end(begin) {
-    if (tensor.numel() == 0) return;
-    int64_t last = 0;
-    for (size_t dim = 0; dim < tensor.sizes.size(); ++dim) last += (tensor.sizes[dim] - 1) * tensor.strides[dim];
-    end = begin + (last + 1) * size_of(tensor.dtype);
-  }
+  explicit Reach(const Described& tensor)
+      : begin(static_cast<const char*>(tensor.data())),
+        end(begin + reach(tensor.sizes, tensor.strides) * size_of(tensor.dtype)) {}
   bool meets(const Reach& other) const { return begin < other.end && other.begin < end; }
 };
 
@@ -95,6 +92,15 @@ void expect_apart(const std::vector<Item>& items) {
   }
 }
 
+// In lists of optional tensors torch leaves negated views to the operator.
+std::vector<OptionalTensor> resolved(const std::vector<OptionalTensor>& tensors) {
+  std::vector<OptionalTensor> plain;
+  for (const OptionalTensor& tensor : tensors) {
+    plain.push_back(tensor ? OptionalTensor(call("aten::resolve_neg", "", *tensor)) : std::nullopt);
+  }
+  return plain;
+}
+
 }  // namespace
 
 void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
@@ -112,12 +118,13 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
   expect_count(deltas.size(), "deltas");
   expect_count(scores.size(), "scores");
   expect_count(gates.size(), "gates");
+  const std::vector<OptionalTensor> plain_deltas = resolved(deltas), plain_scores = resolved(scores);
   std::vector<Item> items;
   for (size_t i = 0; i < outs.size(); ++i) {
     if (gates[i] < -1 || gates[i] > 1) fail("gates[", i, "]: expected 1, 0, or -1 for unknown, got ", gates[i]);
     const std::optional<bool> gate = gates[i] < 0 ? std::nullopt : std::optional<bool>(gates[i] == 1);
     try {
-      items.push_back(check_item(outs[i], weights[i], deltas[i], scores[i], gate, threshold));
+      items.push_back(check_item(outs[i], weights[i], plain_deltas[i], plain_scores[i], gate, threshold));
     } catch (const std::runtime_error& error) {
       fail("item ", i, ": ", error.what());
     }

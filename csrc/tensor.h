@@ -101,9 +101,12 @@ struct Described {
   void* data() const { return pointer; }
 };
 
-// Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind the
-// elements, naming the argument.
+// Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind all of
+// the elements, naming the argument.
 Described describe(const Tensor& tensor, const char* name);
+
+// The same of a tensor of any type, whose elements have `element` bytes: torch itself does not look.
+void expect_memory(const Tensor& tensor, Span sizes, Span strides, int64_t element, const char* name);
 
 // --- allocation ---------------------------------------------------------------------------------
 
@@ -117,6 +120,7 @@ Tensor empty_like(const Described& like);    // keeps dense strides
 Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for
 
 Ints contiguous_strides(Span sizes);
+int64_t reach(Span sizes, Span strides);  // elements from the first to the last, gaps included
 // True for an image whose channels lie next to each other, as torch's kernels decide it.
 bool channels_last(const Described& image);
 bool is_dense(Span sizes, Span strides);    // every element once, no gaps
