@@ -3,7 +3,7 @@
 #pragma once
 
 #include "check.h"
-#include "choose.h"
+#include "core/choose.h"
 #include "workspace.h"
 
 namespace taps {
