@@ -5,12 +5,12 @@
 
 #include <array>
 
-#include "borrow.h"
 #include "core/choose.h"
+#include "core/python.h"
+#include "core/workspace.h"
 #include "cpu/isa.h"
 #include "direct.h"
 #include "rebuild.h"
-#include "workspace.h"
 
 namespace py = pybind11;
 

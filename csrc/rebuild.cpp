@@ -1,7 +1,7 @@
 #include "rebuild.h"
 
+#include "core/device.h"
 #include "cpu/isa.h"
-#include "device.h"
 
 namespace taps {
 
