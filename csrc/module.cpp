@@ -7,10 +7,10 @@
 
 #include "core/choose.h"
 #include "core/python.h"
+#include "core/weight.h"
 #include "core/workspace.h"
 #include "cpu/isa.h"
-#include "direct.h"
-#include "rebuild.h"
+#include "ops.h"
 
 namespace py = pybind11;
 

@@ -2,7 +2,7 @@
 
 To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches are
 cold. The usual open layer on a CPU, with everything dense and of one layout, is a plain function of the extension
-instead (csrc/direct.h). The results are the operator's to the bit: it does the same.
+instead (csrc/core/layer.h). The results are the operator's to the bit: it does the same.
 
 Their settings travel as one tuple, because autograd looks at every argument: (gate, threshold, rows, row_scale,
 training), ahead of them a convolution's (stride, padding, dilation, groups).
