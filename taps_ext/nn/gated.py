@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GateError, TapsError
+from . import changes
 from .forward import base_bias, gated_forward
 from .sampling import Sample
 
@@ -73,7 +74,6 @@ class GatedLayer(nn.Module):
         weight: the task's own weight, with `shape=None` and `learn=False`. It follows `.half()` and `.bfloat16()`.
         device: where Delta and score live. Both are float32 and stay so through `.half()` and `.bfloat16()`.
 
-    `gate` is what the forward uses: a bool known to the host, or None to read the score on its device.
     """
 
     delta: nn.Parameter | None
@@ -103,9 +103,32 @@ class GatedLayer(nn.Module):
             self.register_parameter(name, None if own is None else nn.Parameter(own))
         self.threshold = float32_bound(threshold)
         self.learn = learn
-        self.gate: bool | None = (score_init >= threshold) if learn else open
-        self.merged: Tensor | None = None
+        self.gate = (score_init >= threshold) if learn else open
+        self.merged = None
         self._seen: Stamp | None = None
+
+    @property
+    def gate(self) -> bool | None:
+        """What the forward uses: a bool known to the host, or None to read the score on its device."""
+        gate: bool | None = self.__dict__["_gate"]
+        return gate
+
+    @gate.setter
+    def gate(self, gate: bool | None) -> None:
+        if gate is not self.__dict__.get("_gate", self):
+            self.__dict__["_gate"] = gate
+            changes.note()
+
+    @property
+    def merged(self) -> Tensor | None:
+        """The weight that the task multiplies by while it is merged."""
+        merged: Tensor | None = self.__dict__["_merged"]
+        return merged
+
+    @merged.setter
+    def merged(self, weight: Tensor | None) -> None:
+        self.__dict__["_merged"] = weight
+        changes.note()
 
     @property
     def whole(self) -> Tensor | None:
@@ -119,8 +142,10 @@ class GatedLayer(nn.Module):
         """What an open gate lets in: Delta, or the task's own weight; None for a layer that is closed for good."""
         return self.weight if self.delta is None else self.delta
 
+    # The general road; bind.py has the usual ones.
     def forward(self, host: nn.Module, input: Tensor, sample: Sample | None = None) -> Tensor:
-        return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias, sample)
+        bias = base_bias(host) if self.bias is None else self.bias
+        return gated_forward(host, self, input, bias, sample, gate=self.gate)
 
     def stale(self) -> bool:
         """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""
@@ -142,6 +167,7 @@ class GatedLayer(nn.Module):
             self.change.requires_grad_(open)
             if not open:
                 self.change.grad = None
+        changes.note()  # the score is gone, too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLayer:
         self._seen = None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
+from . import changes
 from .rebind import rebind
 
 # Attributes of a host that mean nothing to its copy: the rest of what `route` leaves there is its own.
@@ -101,6 +102,14 @@ class TaskHead(nn.Module):
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The head, called with what the base's head is called with."""
+        return self.module(*args, **kwargs)
+
+    def instead(self, host: nn.Module, input: Tensor, sample: Any) -> Any:
+        """The head in the place of a gated layer (`bind.Bound`)."""
+        return self.module(input)
+
     def read(self, key: str) -> Any:
         """The head's tensor in the place of the base's.
 
@@ -168,6 +177,11 @@ class TaskTensors(nn.Module):
                 if key in self.host.__dict__:
                     self.__dict__["clone"].__dict__[key] = self._own(key, self.host.__dict__[key])
         self.take_mode()  # which may have been assigned, here or there
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "training":
+            changes.note()
 
     def set(self, key: str, value: Any) -> None:
         """An attribute that another module, or a hook, sets on the host while this task runs."""

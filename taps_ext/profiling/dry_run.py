@@ -19,7 +19,6 @@ from .. import ops
 from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
-from ..nn.gated import stamp
 from . import convolutions
 from .convolutions import Inside, pixels
 from .memory import Memory, casts, merged, resident, size
@@ -156,13 +155,9 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
 def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
     """Give a copy the gates of the original, as if its scores and closed Deltas had been read and found good."""
     state, real = hollow.state(name), dict(model.state(name).gated())
-    state.watched = True
+    state.watched = state.told = True
     for layer, part in state.gated():
         part.gate = real[layer].gate
-        if part.score is not None:
-            part._seen = stamp(part.score)
-        if part.delta is not None:
-            state.rested[layer] = stamp(part.delta)
 
 
 def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:

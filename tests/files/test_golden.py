@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote load for ever: every tensor, gate and fact, bit for bit, and the outputs they stand for."""
+"""Files that version 0.1 wrote load for ever, bit for bit, and their outputs are those of torch on the same tensors."""
 
 from __future__ import annotations
 
