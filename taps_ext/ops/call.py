@@ -226,19 +226,6 @@ def in_order(ctx: Any, grads: tuple[Tensor, ...], wanted: Wanted) -> tuple[Tenso
     )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward(ctx, grad)`, refusing to be differentiated itself, which would silently give zeros.
-
-    Where no graph is being made the refusal's own costs are spared.
-    """
-    refusing = torch.autograd.function.once_differentiable(backward)
-
-    def once(ctx: Any, grad_output: Tensor) -> Any:
-        return refusing(ctx, grad_output) if torch.is_grad_enabled() else backward(ctx, grad_output)
-
-    return once
-
-
 def register_autograd(name: str, setup: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
     """The operator's gradient for compiled graphs and direct users of `torch.ops.taps_ext`."""
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn.modules.utils import _pair
 
@@ -21,7 +22,6 @@ from .call import (
     in_order,
     keep,
     kept,
-    once_differentiable,
     register_autograd,
     rests,
     usual,
@@ -159,8 +159,9 @@ def product(
         return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *geometry, *settings)
 
 
-def gradients_of(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of the five tensors."""
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # a graph is made of this, which knows no further derivative
+        return _refusing(ctx, grad_output)
     input, weight, delta, score, settings, wanted = kept(ctx)
     geometry, input_size = ctx.geometry
     grads = torch.ops.taps_ext.gated_conv2d_backward.default(
@@ -177,11 +178,10 @@ def gradients_of(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         settings.rows,
         settings.row_scale,
     )
-    return in_order(ctx, grads, wanted)
+    return *in_order(ctx, grads, wanted), None, None
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return *gradients_of(ctx, grad_output), None, None
+_refusing = once_differentiable(_backward)
 
 
 class GatedConv2d(torch.autograd.Function):
@@ -203,7 +203,7 @@ class GatedConv2d(torch.autograd.Function):
         keep(ctx, input, weight, delta, score, bias, settings)
         return output
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,7 +213,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _operator_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return (*gradients_of(ctx, grad_output), *(None for _ in (*Geometry._fields, *Settings._fields)))
+    return (*_backward(ctx, grad_output)[:5], *(None for _ in (*Geometry._fields, *Settings._fields)))
 
 
 # ---------------------------------------------------------------------------------------------- for tracing

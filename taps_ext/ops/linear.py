@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .. import reference
@@ -19,7 +20,6 @@ from .call import (
     in_order,
     keep,
     kept,
-    once_differentiable,
     register_autograd,
     rests,
     usual,
@@ -103,8 +103,9 @@ def product(
         return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
 
 
-def gradients_of(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of the five tensors."""
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # a graph is made of this, which knows no further derivative
+        return _refusing(ctx, grad_output)
     input, weight, delta, score, settings, wanted = kept(ctx)
     grads = torch.ops.taps_ext.gated_linear_backward.default(
         grad_output,
@@ -118,11 +119,10 @@ def gradients_of(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         settings.rows,
         settings.row_scale,
     )
-    return in_order(ctx, grads, wanted)
+    return *in_order(ctx, grads, wanted), None
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return *gradients_of(ctx, grad_output), None
+_refusing = once_differentiable(_backward)
 
 
 class GatedLinear(torch.autograd.Function):
@@ -142,7 +142,7 @@ class GatedLinear(torch.autograd.Function):
         keep(ctx, input, weight, delta, score, bias, settings)
         return output
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(_backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,7 +151,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _operator_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return (*gradients_of(ctx, grad_output), *(None for _ in Settings._fields))
+    return (*_backward(ctx, grad_output)[:5], *(None for _ in Settings._fields))
 
 
 # ---------------------------------------------------------------------------------------------- for tracing

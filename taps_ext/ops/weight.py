@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..extension import C
-from .call import once_differentiable
 from .reconstruct import reconstruct_
 
 
@@ -73,6 +73,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad if need_weight else None, ddelta, dscore, None, None
 
 
+_once: Any = once_differentiable(_backward)
+
+
 class _Made(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,7 +84,7 @@ class _Made(torch.autograd.Function):
         _keep(ctx, delta, score, gate, threshold)
         return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(_once)
 
 
 class _Unread(torch.autograd.Function):
@@ -92,4 +95,4 @@ class _Unread(torch.autograd.Function):
         _keep(ctx, delta, score, gate, threshold)
         return weight.view_as(weight)
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(_once)
