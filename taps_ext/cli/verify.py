@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..errors import TaskFileError
 from .common import emit
 
 PURPOSE = "Check every digest of task files; exit code 0 only if all files are sound, else 1."
@@ -22,7 +23,7 @@ def check(file: str) -> dict[str, Any]:
 
     try:
         result = store.verify(file)
-    except store.TaskFileError as error:
+    except TaskFileError as error:
         return {"file": file, "ok": False, "reason": error.problem}
     except OSError as error:
         return {"file": file, "ok": False, "reason": error.strerror or str(error)}

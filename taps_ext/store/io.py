@@ -25,7 +25,7 @@ from . import codecs
 from .errors import (
     DigestError,
     DtypeMismatchError,
-    GateError,
+    GateRecordError,
     MissingFileError,
     MissingTensorError,
     NotRegularFileError,
@@ -100,7 +100,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     umask, an existing one keeps its mode. A symbolic link stays, and the file that it points to is replaced,
     as with a plain `open`.
 
-    Raises UnsupportedTensorError, MissingTensorError, UnexpectedTensorError, GateError, the errors of
+    Raises UnsupportedTensorError, MissingTensorError, UnexpectedTensorError, GateRecordError, the errors of
     `Metadata.validate`, MissingFileError (no such folder), NotRegularFileError, and OSError from the disk.
     """
     strings = metadata.to_strings(path=path)
@@ -136,7 +136,7 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
     header's.
 
     Raises MissingFileError, NotRegularFileError, the errors of `read_header`, and DigestError,
-    TruncatedFileError, GateError (a score that is not finite), DtypeMismatchError (bytes that are no
+    TruncatedFileError, GateRecordError (a score that is not finite), DtypeMismatchError (bytes that are no
     booleans).
     """
     tensors: dict[str, Tensor] = {}
@@ -152,7 +152,7 @@ def read_header(path: Path) -> FileHeader:
     """Reads and validates everything but the tensors' bytes: milliseconds for any file.
 
     Raises MissingFileError, NotRegularFileError, the errors of `format.parse_header` and
-    `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError, GateError, CodecError,
+    `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError, GateRecordError, CodecError,
     ShapeMismatchError and DtypeMismatchError (of scores).
     """
     with _open_regular(path) as (fd, size):
@@ -174,7 +174,7 @@ def verify(path: Path) -> Verification:
                 hasher.update(piece)
                 try:
                     _check_piece(info, header.claims[name], piece, path=path)
-                except (GateError, DtypeMismatchError):
+                except (GateRecordError, DtypeMismatchError):
                     bad = True
             bad = bad or hasher.digest() != header.digests[name]
             if bad:
@@ -234,7 +234,9 @@ def check_claims(
         layer, _, part = stored.rpartition(".")
         entry = metadata.layers.get(layer)
         if entry is not None and not entry.open and part in codecs.part_suffixes():
-            raise GateError(path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}")
+            raise GateRecordError(
+                path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}"
+            )
         raise UnexpectedTensorError(path, f"tensor {show(stored)}: no layer, value, norm or head claims it")
 
 
@@ -278,7 +280,7 @@ def _check_piece(info: TensorInfo, claim: Claim, piece: memoryview, *, path: Pat
     if claim.group == "score":
         (score,) = struct.unpack("<f", piece)
         if not math.isfinite(score):
-            raise GateError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")
+            raise GateRecordError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from .errors import (
     CodecError,
     DigestError,
     FormatVersionError,
-    GateError,
+    GateRecordError,
     KindError,
     MetadataError,
     Path,
@@ -127,7 +127,7 @@ class Metadata:
         return strings
 
     def validate(self, *, path: Path) -> None:
-        """Raises MetadataError, KindError, GateError, CodecError, HeaderError, TensorNameError or
+        """Raises MetadataError, KindError, GateRecordError, CodecError, HeaderError, TensorNameError or
         LimitError.
         """
         if self.kind not in KINDS:
@@ -309,4 +309,6 @@ def _check_layer(name: str, entry: LayerEntry, *, path: Path) -> None:
     elif not isinstance(entry.codec, str):
         raise CodecError(path, f"layer {show(name)}: expected a codec's name, got {show(entry.codec)}")
     elif not entry.open:
-        raise GateError(path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}")
+        raise GateRecordError(
+            path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}"
+        )

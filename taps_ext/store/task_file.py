@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import TaskFileError
 from ..version import __version__
 from . import codecs, io
-from .errors import CodecError, GateError, KindError, Path, TaskFileError, show
+from .errors import CodecError, GateRecordError, KindError, Path, show
 from .metadata import LayerEntry, Metadata
 
 
@@ -70,7 +71,7 @@ class TaskFile:
     digest: str = ""
 
     def metadata(self, *, path: Path) -> Metadata:
-        """The file's tables, with every layer record checked. Raises GateError."""
+        """The file's tables, with every layer record checked. Raises GateRecordError."""
         for name, record in self.layers.items():
             _check_record(name, record, path=path)
         return Metadata(
@@ -93,7 +94,7 @@ class TaskFile:
 def save(path: Path, task: TaskFile) -> int:
     """Writes `task` to `path`, atomically and durably, and returns the size in bytes. Same task, same bytes.
 
-    Raises GateError (gate, score and delta contradict each other), CodecError, and as `io.write` does.
+    Raises GateRecordError (gate, score and delta contradict each other), CodecError, and as `io.write` does.
     """
     metadata = task.metadata(path=path)
     encoded = {name: _encode(name, record, path=path) for name, record in task.layers.items() if record.open}
@@ -170,8 +171,8 @@ def load(
 
 
 def _check_record(name: str, record: LayerRecord, *, path: Path) -> None:
-    def refuse(problem: str) -> GateError:
-        return GateError(path, f"layer {show(name)}: {problem}")
+    def refuse(problem: str) -> GateRecordError:
+        return GateRecordError(path, f"layer {show(name)}: {problem}")
 
     if type(record.learn) is not bool or type(record.open) is not bool:
         raise refuse(f"expected booleans learn and open, got {show(record.learn)} and {show(record.open)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import store
-from ..errors import ConfigError
+from ..errors import ConfigError, TaskFileError
 from ..task import TaskState
 from . import randomness
 
@@ -104,7 +104,7 @@ def load_run(
     """
     try:
         record = store.load(path)
-    except store.TaskFileError as error:
+    except TaskFileError as error:
         hint = "another out, or resume=False (--restart), starts over"
         raise type(error)(error.path, f"{error.problem}; {hint}") from error
     store.check_parent(parent, record.parent, path=path)

@@ -1,4 +1,5 @@
-"""Files that version 0.1 wrote load for ever: every tensor, gate and fact, bit for bit, and the outputs they stand for."""
+"""Files that version 0.1 wrote load for ever: every tensor, gate and fact, bit for bit, and the outputs that they stand
+for."""
 
 from __future__ import annotations
 

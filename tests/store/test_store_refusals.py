@@ -314,12 +314,12 @@ def _(d: Draft) -> None:
     d.edit("taps.layers", lambda layers: layers["conv2"].update(open=0))
 
 
-@forged("closed with a codec", e.GateError, "'conv2'", "codec 'dense'")
+@forged("closed with a codec", e.GateRecordError, "'conv2'", "codec 'dense'")
 def _(d: Draft) -> None:
     d.edit("taps.codecs", lambda table: table.update(conv2="dense"))
 
 
-@forged("closed with a delta", e.GateError, "'conv2': closed", "tensor 'conv2.delta'")
+@forged("closed with a delta", e.GateRecordError, "'conv2': closed", "tensor 'conv2.delta'")
 def _(d: Draft) -> None:
     d.tensors["conv2.delta"] = ("F32", [1], bytes(4))
 
@@ -359,12 +359,12 @@ def _(d: Draft) -> None:
     d.tensors["conv4.score"] = ("F32", [], bytes(4))
 
 
-@forged("NaN score", e.GateError, "'conv2.score'", "got nan")
+@forged("NaN score", e.GateRecordError, "'conv2.score'", "got nan")
 def _(d: Draft) -> None:
     d.tensors["conv2.score"] = ("F32", [], struct.pack("<f", float("nan")))
 
 
-@forged("infinite score", e.GateError, "'conv2.score'", "got inf")
+@forged("infinite score", e.GateRecordError, "'conv2.score'", "got inf")
 def _(d: Draft) -> None:
     d.tensors["conv2.score"] = ("F32", [], struct.pack("<f", float("inf")))
 

@@ -141,13 +141,13 @@ SCORE = torch.tensor(0.2)
 @pytest.mark.parametrize(
     ("record", "error", "words"),
     [
-        (dict(learn=True, open=False), errors.GateError, "a score is expected, got none"),
-        (dict(learn=False, open=False, score=SCORE), errors.GateError, "no score is expected"),
-        (dict(learn=False, open=True), errors.GateError, "got neither"),
-        (dict(learn=False, open=True, delta=ONE, parts={"delta": ONE}), errors.GateError, "got both"),
-        (dict(learn=False, open=False, delta=ONE), errors.GateError, "closed, so no delta"),
-        (dict(learn=1, open=False), errors.GateError, "booleans"),
-        (dict(learn=True, open=False, score=torch.tensor(float("nan"))), errors.GateError, "got nan"),
+        (dict(learn=True, open=False), errors.GateRecordError, "a score is expected, got none"),
+        (dict(learn=False, open=False, score=SCORE), errors.GateRecordError, "no score is expected"),
+        (dict(learn=False, open=True), errors.GateRecordError, "got neither"),
+        (dict(learn=False, open=True, delta=ONE, parts={"delta": ONE}), errors.GateRecordError, "got both"),
+        (dict(learn=False, open=False, delta=ONE), errors.GateRecordError, "closed, so no delta"),
+        (dict(learn=1, open=False), errors.GateRecordError, "booleans"),
+        (dict(learn=True, open=False, score=torch.tensor(float("nan"))), errors.GateRecordError, "got nan"),
         (dict(learn=True, open=False, score=ONE), errors.ShapeMismatchError, r"got \[1\]"),
         (dict(learn=True, open=False, score=SCORE.double()), errors.DtypeMismatchError, "got F64"),
         (dict(learn=False, open=True, delta=ONE, codec="fractal"), errors.CodecError, "'fractal'"),
@@ -298,7 +298,7 @@ def test_check_tensors() -> None:
 
 
 def test_errors_travel_between_processes() -> None:
-    for error in (errors.MissingFileError("f", "gone"), errors.GateError(Path("f"), "bad")):
+    for error in (errors.MissingFileError("f", "gone"), errors.GateRecordError(Path("f"), "bad")):
         back = pickle.loads(pickle.dumps(error))
         assert type(back) is type(error) and str(back) == str(error) and back.problem == error.problem
         assert isinstance(back, ValueError)
