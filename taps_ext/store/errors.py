@@ -81,7 +81,7 @@ class FormatVersionError(MetadataError):
 
 
 class KindError(MetadataError):
-    """The file is neither a task nor a shared file, or not the one asked for."""
+    """The file is of a kind that this version does not know, or not of the one asked for."""
 
 
 class CodecError(TaskFileError):

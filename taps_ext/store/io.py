@@ -47,7 +47,7 @@ from .format import (
     parse_header,
     plan_layout,
 )
-from .metadata import Claim, Metadata, check_version, parse_digests, parse_metadata
+from .metadata import Claim, Metadata, check_kind, check_version, parse_digests, parse_metadata
 from .strict_json import dumps
 from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
 
@@ -148,15 +148,17 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
     return TensorFile(header, tensors)
 
 
-def read_header(path: Path) -> FileHeader:
+def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
     """Reads and validates everything but the tensors' bytes: milliseconds for any file.
 
-    Raises MissingFileError, NotRegularFileError, the errors of `format.parse_header` and
-    `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError, GateRecordError, CodecError,
-    ShapeMismatchError and DtypeMismatchError (of scores).
+    Raises KindError if the file is not of `kind` (where given), MissingFileError, NotRegularFileError, the errors of
+    `format.parse_header` and `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError,
+    GateRecordError, CodecError, ShapeMismatchError and DtypeMismatchError (of scores).
     """
     with _open_regular(path) as (fd, size):
-        return _file_header(fd, size, path=path)
+        header = _file_header(fd, size, path=path)
+    check_kind(kind, header.metadata.kind, path=path)
+    return header
 
 
 def verify(path: Path) -> Verification:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import TaskFileError
 from ..version import __version__
 from . import codecs, io
-from .errors import CodecError, GateRecordError, KindError, Path, show
-from .metadata import LayerEntry, Metadata
+from .errors import CodecError, GateRecordError, Path, show
+from .metadata import LayerEntry, Metadata, check_kind
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,8 +42,8 @@ def current_versions() -> dict[str, str]:
 class TaskFile:
     """The content of a `.taps` file.
 
-    kind        "task", or "shared" for weights that several tasks build on
-    method      the method's configuration (JSON object), its own name under "method"
+    kind        "task", "shared" for weights that several tasks build on, or "state": where a training run stands
+    method      the method's configuration (JSON object), its own name under "method"; {} for a state
     parent      "sha256:<hex>": `fingerprint` of the base, or `digest` of the shared file
     name        the task's name, "" for none
     layers      gated layers by module name
@@ -54,8 +54,8 @@ class TaskFile:
     path, digest    where it was read, and the file's identity; empty for a file not read, ignored by `save`
     """
 
-    method: dict[str, Any]
     parent: str
+    method: dict[str, Any] = field(default_factory=dict)
     kind: str = "task"
     name: str = ""
     layers: dict[str, LayerRecord] = field(default_factory=dict)
@@ -123,12 +123,12 @@ def load(
     """Reads a task file. With `decode=False` deltas stay as the codec's `parts` (for kernels that read them
     packed).
 
-    Raises KindError if the file is not of `kind` (where given), and as `io.read` and the codec's decode do.
+    Raises KindError if the file is not of `kind` (where given; 0.1's states are states), and as `io.read` and the
+    codec's decode do.
     """
     stored = io.read(path, verify=verify, device=device)
     metadata = stored.header.metadata
-    if kind not in (None, metadata.kind):
-        raise KindError(path, f"taps.kind: expected a {kind} file, got a {metadata.kind} file")
+    check_kind(kind, metadata.kind, path=path)
     layers = {
         name: LayerRecord(
             learn=entry.learn, open=entry.open, codec=entry.codec or "dense", parts={} if entry.open else None

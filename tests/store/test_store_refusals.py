@@ -228,7 +228,7 @@ def _(d: Draft) -> None:
     d.metadata["taps.format"] = "1"
 
 
-@forged("unknown key", e.UnknownKeyError, "'taps.rotation'", "format 1.9", "knows 1.0")
+@forged("unknown key", e.UnknownKeyError, "'taps.rotation'", "format 1.9", "knows 1.1")
 def _(d: Draft) -> None:
     d.metadata.update({"taps.format": "1.9", "taps.rotation": "{}"})
 
@@ -251,6 +251,22 @@ def _(d: Draft) -> None:
 @forged("a shared file as a task", e.KindError, "expected a task file, got a shared file")
 def _(d: Draft) -> None:
     d.metadata["taps.kind"] = "shared"
+
+
+@forged("a run's state as a task", e.KindError, "a state file", "unfinished training run", "same settings and out")
+def _(d: Draft) -> None:
+    d.metadata["taps.kind"] = "state"
+    del d.metadata["taps.method"]
+
+
+@forged("a task without a method", e.MetadataError, "'taps.method', got none")
+def _(d: Draft) -> None:
+    del d.metadata["taps.method"]
+
+
+@forged("a state with half a method", e.MetadataError, "expected none in a state", "{}")
+def _(d: Draft) -> None:
+    d.metadata.update({"taps.kind": "state", "taps.method": "{}"})
 
 
 @forged("method without a name", e.MetadataError, "under 'method'", "'lam'")
