@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.modules.utils import _pair
 
-from . import autograd, composed, eager, fakes, reference
+from . import autograd, composed, eager, fakes, flops, reference
 from .extension import C as _C
 from .reconstruct import check_gate, foreach_reconstruct_, reconstruct_
 
@@ -367,6 +367,7 @@ _unread_weight = autograd.differentiable(
 
 if HAS_EXTENSION:
     fakes.register()
+    flops.register()
     for _name, _backward, _setup in (
         ("gated_linear", autograd.linear_backward, autograd.linear_setup),
         ("gated_conv2d", autograd.conv2d_backward, autograd.conv2d_setup),
