@@ -16,6 +16,7 @@
 #                      transfer), resumable; make fraction-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
+#   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, STAGE=rest what has not passed, GPU_SECONDS=540 is its
 #                      time limit, REHEARSE=1 goes through it without a device)
@@ -70,7 +71,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz twin bench bench-layers study study-table transfer transfer-table fraction fraction-table \
-  architectures memory gpu
+  architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -131,6 +132,9 @@ fraction-table: build
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json
+
+flops: build
+	$(PY) benchmarks/flops.py --json benchmarks/results/flops.json
 
 memory: build
 	$(PY) benchmarks/memory.py --json benchmarks/results/memory.json

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import taps_ext
 
 CLASSES = 200
-LIMIT = 9 << 18  # bytes of the workspace in the variants named so: a 256-channel 3x3 convolution
 # The authors' CUB run, 0-based convolutions of a ResNet-50 in module order.
 CUB_OPEN = (25, 26, 27, 40, *range(43, 50), 51, 52)
 ATTENTION_BLOCKS = range(4, 12)  # of 12: their attention is 22 % of a ViT-S/16's gated weights
@@ -27,14 +26,12 @@ class Variant:
     kind: str
     closed: bool = False
     fraction: float = 1.0
-    limited: bool = False
 
 
 VARIANTS = {
     "fine-tuning": Variant("fine-tuning"),
     "naive": Variant("naive"),
     "all open": Variant("taps"),
-    "all open, limit": Variant("taps", limited=True),
     "pattern": Variant("taps", closed=True),
     "pattern, 1/8": Variant("taps", closed=True, fraction=0.125),
     "full": Variant("full"),
@@ -102,8 +99,6 @@ def build(name: str, variant: Variant) -> tuple[Callable[[Tensor], Tensor], Any]
     config: Any = taps_ext.FullConfig()
     if variant.kind == "taps":
         config = taps_ext.TapsConfig(lam=0.5, gate_fraction=variant.fraction)
-    if variant.limited:
-        taps_ext.set_workspace_limit(LIMIT)
     tasks = taps_ext.TaskModel(model, config)
     tasks.add_task("t", num_classes=CLASSES)
     if variant.closed:

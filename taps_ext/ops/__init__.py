@@ -5,6 +5,7 @@ plain-torch `taps_ext.reference` does the work.
 """
 
 from ..extension import C as _C
+from . import flops
 from .call import autocast_dtype
 from .conv2d import gated_conv2d
 from .linear import gated_linear
@@ -12,6 +13,8 @@ from .reconstruct import foreach_reconstruct_, reconstruct_
 from .weight import effective_weight, unread_weight
 
 HAS_EXTENSION: bool = _C is not None
+if HAS_EXTENSION:
+    flops.register()
 
 __all__ = [
     "HAS_EXTENSION",
