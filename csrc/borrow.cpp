@@ -28,6 +28,7 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* is_neg = nullptr;
   PyObject* storage_offset = nullptr;
+  PyObject* data = nullptr;
   PyObject* linear = nullptr;
   PyObject* conv2d = nullptr;
   PyObject* empty_strided = nullptr;
@@ -108,6 +109,7 @@ void meet_torch() {
     met.dtypes[static_cast<size_t>(known)] = py::object(module.attr(to_string(known).c_str())).release().ptr();
   }
   met.is_neg = py::str("is_neg").release().ptr();
+  met.data = py::str("data").release().ptr();
   met.storage_offset = py::str("storage_offset").release().ptr();
   for (size_t at = 0; at < kQuestions.size(); ++at) {
     met.questions[at] = found(core, kQuestions[at]).release().ptr();
@@ -200,6 +202,12 @@ py::object fresh(Span sizes, Span strides, Dtype dtype) {
   PyObject* made = PyObject_Vectorcall(known.empty_strided, arguments, 2, known.keywords);
   if (!made) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(made);
+}
+
+py::object owned(py::handle result) {
+  PyObject* data = PyObject_GetAttr(result.ptr(), torch().data);
+  if (!data) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(data);
 }
 
 py::object stock_linear(py::handle input, py::handle weight, py::handle bias) {

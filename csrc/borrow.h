@@ -34,6 +34,9 @@ pybind11::object lend(std::unique_ptr<Lease> lease, Span sizes, Span strides, Dt
 // A new tensor of torch's own.
 pybind11::object fresh(Span sizes, Span strides, Dtype dtype);
 
+// A result without gradients that may be a view as one that is none: what an in-place operation may change.
+pybind11::object owned(pybind11::handle result);
+
 // torch's own functions, or None where they raise a RuntimeError.
 pybind11::object stock_linear(pybind11::handle input, pybind11::handle weight, pybind11::handle bias);
 pybind11::object stock_conv2d(pybind11::handle input, pybind11::handle weight, pybind11::handle bias,

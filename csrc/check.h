@@ -128,12 +128,16 @@ inline void check_rows(const OptionalTensor& rows, const Described& activation, 
     fail("rows: expected int64 indices of shape [R], got ", ndim, " dimensions of dtype ", name_of_dtype(dtype));
   }
   const bool cuda = device_type == aoti_torch_device_type_cuda();
-  if (cuda != activation.place.cuda) {
+  if (cuda != activation.place.cuda || (!cuda && device_type != aoti_torch_device_type_cpu())) {
     fail("rows: expected a tensor on ", to_string(activation.place), " like ", name);
   }
+  const int64_t count = rows->numel(), step = rows->stride(0);
+  if (count > 1 && step == 0) {  // no memory bounds how many there are
+    fail("rows: expected memory for each of the indices, got one that is expanded to ", count);
+  }
+  expect_memory(*rows, Span(&count, 1), Span(&step, 1), sizeof(int64_t), "rows");
   if (cuda) return;  // the gather itself checks there; looking would synchronise
   const int64_t* index = static_cast<const int64_t*>(rows->data_ptr());
-  const int64_t count = rows->numel(), step = rows->stride(0);
   for (int64_t i = 0; i < count; ++i) {
     if (index[i * step] < 0 || index[i * step] >= limit) {
       fail("rows: expected indices in [0, ", limit, "), got ", index[i * step]);

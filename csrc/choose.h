@@ -153,8 +153,7 @@ inline Path checked_path(const Problem& problem) {
   }
   if (forced == static_cast<int>(Path::kFused) && !problem.fusable) {
     throw std::runtime_error(
-        "path: fused is forced, but this layer cannot be: its types or layout, gradients, no rows, or the workspace's "
-        "limit");
+        "path: fused is forced, but this layer cannot be: its types or layout, gradients, or no rows");
   }
   return static_cast<Path>(forced);
 }

@@ -2,7 +2,6 @@
 // convolutions from torch (cuDNN, oneDNN) through its dispatcher.
 #include "fused.h"
 #include "ops.h"
-#include "panels.h"
 
 namespace taps {
 namespace {
@@ -115,27 +114,12 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
     }
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, pixels, training));
+  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, training));
   if (path == Path::kFused) return fused_convolution(w, x, b, g);
-  // A weight known to be closed stays whole: its results are the base's bit for bit.
-  const bool whole = path == Path::kStock || w.known_closed();
-  if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, groups)) {
-    const int64_t channel_dim = x.ndim() - 3;
-    constexpr bool kNoFusing = true;  // as for training: what was not fused whole is not fused in parts
-    Slices output(channel_dim, w.weight.sizes[0], channels_last(x) || channels_last(w.weight));
-    for_panels(w.weight.sizes[0], step, [&](Range panel) {
-      const Range read = input_range(w.weight, panel, groups);
-      const Tensor part = groups == 1 ? input : narrow(input, channel_dim, read);
-      output.put(gated_conv2d(part, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
-                              stride, padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], gate,
-                              threshold, std::nullopt, 1.0, kNoFusing),
-                 panel);
-    });
-    return *output.whole();
-  }
   Scratch scratch;
   const Tensor kernel = layer_weight(w, x.dtype, path, scratch);
-  return convolve(input, kernel, b, g);
+  const Tensor y = convolve(input, kernel, b, g);
+  return x.ndim() == 4 ? y : owned(y);  // of one image it is a view of its batch
 }
 
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
@@ -178,33 +162,8 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   }
 
   const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
-  const bool rebuilds = wanted.input && path != Path::kStock && !w.known_closed();
   // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
   const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
-  const bool casts = form_gradient ? w.weight.dtype != compute : wanted.score && w.delta->dtype != compute;
-  if (const int64_t step = rebuilds || casts ? panel_step(w.weight, compute, groups) : 0) {
-    const int64_t channel_dim = dy.ndim() - 3;
-    std::vector<bool> mask = output_mask;
-    if (!rebuilds) mask[0] = false;  // W serves, whole
-    const bool last =
-        channels_last(dy) || channels_last(w.weight) || (input && channels_last(describe(*input, "input")));
-    PanelGrads grads(w, check_mask(mask, w), groups, channel_dim, last);
-    for_panels(w.weight.sizes[0], step, [&](Range panel) {
-      const Range read = input_range(w.weight, panel, groups);
-      grads.put(gated_conv2d_backward(
-                    narrow(grad_output, channel_dim, panel), groups == 1 ? input : narrow(input, channel_dim, read),
-                    input_size, narrow(weight, 0, panel), narrow(delta, 0, panel), score, gate, threshold, stride,
-                    padding, dilation, groups == 1 ? 1 : read.length / w.weight.sizes[1], mask, rows, row_scale),
-                panel);
-    });
-    Grads whole = grads.whole(compute);
-    if (wanted.input && !rebuilds) {
-      std::get<0>(whole) = std::get<0>(gated_conv2d_backward(grad_output, input, input_size, weight, delta, score, gate,
-                                                             threshold, stride, padding, dilation, groups,
-                                                             {true, false, false, false, false}, std::nullopt, 1.0));
-    }
-    return whole;
-  }
 
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
@@ -222,7 +181,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     } else {
       dinput = data_gradient(dy4, kernel, input_size, w.weight, dy, g);
     }
-    if (single) dinput = call("aten::squeeze", "dim", *dinput, int64_t{0});
+    if (single) dinput = owned(call("aten::squeeze", "dim", *dinput, int64_t{0}));
   }
   if (wanted.bias) {
     dbias = call("aten::sum", "dim_IntList", dy4, std::optional<Ints>(Ints{0, 2, 3}), false, std::nullopt);

@@ -154,12 +154,13 @@ py::object direct_linear(const Layer& layer, const Call& call) {
   std::array<int64_t, 4> facts;
   const auto matrix = matrix_of(x, facts);
   if (!matrix && !call.training && may_fuse(w, x.dtype, sizes.rows)) return py::none();
-  const bool fits = matrix && fusable(Product::kForward, w, x.dtype, call.training) && fusable_activation(*matrix) &&
-                    fused_fits(*matrix, sizes);
+  const bool fits = matrix && fusable(Product::kForward, w, x.dtype, call.training) && fusable_activation(*matrix);
   const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path != Path::kFused) {
     const py::object weight = weight_of(layer, *operands, path);
-    return weight.is_none() ? weight : stock_linear(layer.input, weight, layer.bias);
+    if (weight.is_none()) return weight;
+    py::object y = stock_linear(layer.input, weight, layer.bias);
+    return x.ndim() == 2 || y.is_none() ? y : owned(y);  // of other shapes it is a view of its matrix
   }
   if (!readable(layer, *operands)) return py::none();
   Ints shape(x.sizes.begin(), x.sizes.end());
@@ -192,7 +193,7 @@ py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle paddi
   const Images result = convolved(w.weight, x, geometry);
   if (result.sizes[2] < 1 || result.sizes[3] < 1) return py::none();
   const int64_t pixels = result.sizes[0] * result.sizes[2] * result.sizes[3];
-  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, geometry, pixels, call.training));
+  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, geometry, call.training));
   if (path != Path::kFused) {
     const py::object weight = weight_of(layer, *operands, path);
     if (weight.is_none()) return weight;
@@ -204,32 +205,6 @@ py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle paddi
   const py::gil_scoped_release released;
   fused_convolution_into(w, x, data_of(bias), geometry, result, data);
   return y;
-}
-
-py::object gradient_weight(py::handle grad_output, const Layer& layer, bool gate) {
-  Described dy;
-  const auto operands = borrow_layer(layer, {gate, true, true}, 2);
-  const int forced = forced_path();
-  const bool free = forced < 0 || (gate && forced == static_cast<int>(Path::kRebuild));
-  if (!operands || !free || !operands->w.score || !borrow_whole(grad_output, dy)) return py::none();
-  const Described& w = operands->w.weight;
-  if (w.numel() == 0 || dy.dtype != w.dtype || operands->w.delta->dtype != w.dtype) return py::none();
-  if (gate) {
-    taken_path() = static_cast<int>(Path::kRebuild);
-    return weight_of(layer, *operands, Path::kRebuild);
-  }
-  auto lease = leased_gradient(w);
-  return lease ? lend(std::move(lease), w.sizes, w.strides, w.dtype) : py::none();
-}
-
-bool dot_into(py::handle score, py::handle a, py::handle b) {
-  Described result, first, second;
-  if (!borrow(score, result) || !of_score(result.dtype) || !result.data() || result.numel() != 1 ||
-      !borrow_pair(a, b, first, second)) {
-    throw std::runtime_error("dot_into: expected plain dense tensors of one layout, and a score");
-  }
-  const py::gil_scoped_release released;
-  return dot_into(result, first, second);
 }
 
 }  // namespace taps

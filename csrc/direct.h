@@ -22,11 +22,4 @@ pybind11::object direct_linear(const Layer& layer, const Call& call);
 pybind11::object direct_conv2d(const Layer& layer, pybind11::handle stride, pybind11::handle padding,
                                pybind11::handle dilation, pybind11::handle groups, const Call& call);
 
-// Leased memory of the weight's shape in which a linear layer's gradients are made: it holds W_t where the gate is
-// open. Of one type all of them.
-pybind11::object gradient_weight(pybind11::handle grad_output, const Layer& layer, bool gate);
-
-// *score = <a, b>, in the operators' order; whether it is finite. Raises for operands that were not checked before.
-bool dot_into(pybind11::handle score, pybind11::handle a, pybind11::handle b);
-
 }  // namespace taps

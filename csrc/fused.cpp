@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "device.h"
-#include "panels.h"
 
 namespace taps {
 namespace {
@@ -72,16 +71,6 @@ std::optional<bool> channels_inside(const Described& weight) {
   return std::nullopt;
 }
 
-Tensor activation(int64_t rows, int64_t columns, Dtype dtype, Place place) {
-  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns, 1};
-  return empty_strided(Span(sizes, 2), Span(strides, 2), dtype, place);
-}
-
-bool within_limit(int64_t bytes) {
-  const size_t limit = workspace_limit();
-  return limit == 0 || static_cast<size_t>(bytes) <= limit;
-}
-
 void run(Product product, LinearProduct& args, Place place) {
   if (!on_tiles(place)) {
     const Lease memory(false, 0, static_cast<size_t>(cpu::linear_bytes(args)));
@@ -127,33 +116,16 @@ void fused_forward_into(const GatedWeight& w, const Described& x, const void* bi
   run(Product::kForward, args, x.place);
 }
 
-Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes) {
-  const Tensor y = activation(sizes.rows, sizes.outputs, x.dtype, x.place);
+void fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes,
+                   void* y) {
   const OptionalTensor dense = contiguous(bias);
-  fused_forward_into(w, x, data_of(dense), sizes, y.data_ptr());
-  return y;
+  fused_forward_into(w, x, data_of(dense), sizes, y);
 }
 
-bool fused_fits(const Described& x, const LinearSizes& sizes) {
-  if (on_tiles(x.place)) return true;
-  LinearProduct args;
-  args.compute = x.dtype;
-  args.rows = sizes.rows;
-  args.inputs = sizes.inputs;
-  args.x = matrix_of(x);
-  return within_limit(cpu::linear_bytes(args));
-}
-
-bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
-                         bool training) {
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
   if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
   const Span kernel = w.weight.sizes;
   if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
-  Convolution args;
-  args.compute = x.dtype;
-  args.rows = pixels;
-  args.inputs = w.weight.numel() / kernel[0];
-  if (!within_limit(cpu::conv2d_bytes(args))) return false;
   const std::optional<bool> order = channels_inside(w.weight);
   return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
 }
@@ -212,14 +184,12 @@ Tensor fused_convolution(const GatedWeight& w, const Described& x, const Optiona
   return y;
 }
 
-Tensor fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes) {
+void fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes, void* dx) {
   LinearProduct args = product_of(w, dy.dtype, sizes);
-  const Tensor dx = activation(sizes.rows, sizes.inputs, dy.dtype, dy.place);
   args.dy = matrix_of(dy);
-  args.result = dx.data_ptr();
+  args.result = dx;
   args.ld_result = sizes.inputs;
   run(Product::kInputGradient, args, dy.place);
-  return dx;
 }
 
 WeightGrads fused_weight_gradient(const WeightSide& side, const Described& dy, const Described& x,

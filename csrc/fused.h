@@ -30,11 +30,7 @@ struct Geometry {
 bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training);
 bool fusable_gradient(const GatedWeight& w, Dtype compute);
 bool fusable_activation(const Described& matrix);
-bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, int64_t pixels,
-                         bool training);
-// Whether what the kernel takes of the workspace is within its limit: the CPU's packs x; that of tiles are partial
-// sums.
-bool fused_fits(const Described& x, const LinearSizes& sizes);
+bool fusable_convolution(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training);
 
 // The same two on the CPU into memory that is there, with a dense bias or none.
 struct Images {
@@ -46,10 +42,11 @@ void fused_convolution_into(const GatedWeight& w, const Described& x, const void
                             const Images& result, void* y);
 
 // x [M, K] to y [M, N]; dy [M, N] to dx [M, K].
-Tensor fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes);
+void fused_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const LinearSizes& sizes,
+                   void* y);
 Tensor fused_convolution(const GatedWeight& w, const Described& x, const OptionalTensor& bias,
                          const Geometry& geometry);
-Tensor fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes);
+void fused_input_gradient(const GatedWeight& w, const Described& dy, const LinearSizes& sizes, void* dx);
 
 // g * scale * G and scale * <G, Delta>, each where `side` wants it. The weight's own gradient is not among them.
 WeightGrads fused_weight_gradient(const WeightSide& side, const Described& dy, const Described& x,

@@ -2,7 +2,6 @@
 // products from torch (cuBLAS, oneDNN, MKL) through its dispatcher, or both at once from fused.h.
 #include "fused.h"
 #include "ops.h"
-#include "panels.h"
 
 namespace taps {
 namespace {
@@ -47,13 +46,12 @@ Tensor transposed(const Tensor& matrix) {
   return reshaped(matrix, Span(sizes, 2), Span(strides, 2));
 }
 
-// A matrix as the activation that it came from, with `columns` last.
-Tensor as_activation(const Tensor& matrix, const Described& like, int64_t columns) {
-  if (like.ndim() == 2) return matrix;
+// A new activation like another one, with `columns` last.
+Tensor activation(const Described& like, int64_t columns) {
   Ints shape(like.sizes.begin(), like.sizes.end());
   shape.back() = columns;
   const Span sizes(shape.data(), shape.size());
-  return reshaped(matrix, sizes, contiguous_strides(sizes));
+  return empty_strided(sizes, contiguous_strides(sizes), like.dtype, like.place);
 }
 
 // The input of the forward as a matrix [M, K], or the rows of it that were picked.
@@ -103,26 +101,17 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   if (may_fuse(w, x.dtype, sizes.rows) && fusable(Product::kForward, w, x.dtype, training)) {
     x2 = as_matrix(x, sizes.rows, sizes.inputs);
   }
-  const bool fits = x2 && fusable_activation(describe(*x2, "input")) && fused_fits(describe(*x2, "input"), sizes);
+  const bool fits = x2 && fusable_activation(describe(*x2, "input"));
   const Path path = path_for(w, x.dtype, sizes.rows, fits);
   if (path == Path::kFused) {
-    return as_activation(fused_forward(w, describe(*x2, "input"), b, sizes), x, sizes.outputs);
-  }
-  // A weight known to be closed stays whole: its results are the base's bit for bit.
-  const bool whole = path == Path::kStock || w.known_closed();
-  if (const int64_t step = whole ? 0 : panel_step(w.weight, x.dtype, 1)) {
-    constexpr bool kNoFusing = true;  // as for training: what was not fused whole is not fused in parts
-    Slices output(x.ndim() - 1, sizes.outputs);
-    for_panels(sizes.outputs, step, [&](Range panel) {
-      output.put(gated_linear(input, narrow(weight, 0, panel), narrow(delta, 0, panel), score, narrow(b, 0, panel),
-                              gate, threshold, std::nullopt, 1.0, kNoFusing),
-                 panel);
-    });
-    return *output.whole();
+    const Tensor y = activation(x, sizes.outputs);
+    fused_forward(w, describe(*x2, "input"), b, sizes, y.data_ptr());
+    return y;
   }
   Scratch scratch;
   const Tensor matrix = layer_weight(w, x.dtype, path, scratch);
-  return call("aten::linear", "", input, matrix, b);
+  const Tensor y = call("aten::linear", "", input, matrix, b);
+  return x.ndim() == 2 ? y : owned(y);  // of other shapes it is a view of its matrix
 }
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
@@ -145,7 +134,6 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Described dy_matrix = describe(dy2, "grad_output");
   const bool dy_fits = fusable(Product::kInputGradient, w, compute, true) && fusable_activation(dy_matrix);
   const Path path = wanted.input ? path_for(w, compute, sizes.rows, dy_fits) : Path::kStock;
-  const bool rebuilds = path == Path::kRebuild && !w.known_closed();
   // Known to be closed: no product is needed for a delta's zero gradient.
   const bool form_gradient = wanted.score || wanted.weight || (wanted.delta && !w.known_closed());
   const bool fits = form_gradient && !wanted.weight && fusable_gradient(w, compute) &&
@@ -153,30 +141,18 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
                     (rows ? sizes.outputs * size_of(compute) % 4 == 0 : fusable_activation(dy_matrix));
   const bool fused = form_gradient && gradient_path_for(w, compute, taken, fits) == Path::kFused;
   const Holder holder = holder_for(side);
-  const bool takes_scratch = rebuilds || (form_gradient && !fused && holder == Holder::kScratch);
-  if (const int64_t step = takes_scratch ? panel_step(w.weight, compute, 1) : 0) {
-    std::vector<bool> mask = output_mask;
-    if (!rebuilds) mask[0] = false;  // W serves, whole
-    PanelGrads grads(w, check_mask(mask, w));
-    for_panels(sizes.outputs, step, [&](Range panel) {
-      grads.put(gated_linear_backward(narrow(grad_output, dy.ndim() - 1, panel), input, narrow(weight, 0, panel),
-                                      narrow(delta, 0, panel), score, gate, threshold, mask, rows, row_scale),
-                panel);
-    });
-    Grads whole = grads.whole(compute);
-    if (wanted.input && !rebuilds) {
-      std::get<0>(whole) = std::get<0>(gated_linear_backward(grad_output, input, weight, delta, score, gate, threshold,
-                                                             {true, false, false, false, false}, std::nullopt, 1.0));
-    }
-    return whole;
-  }
   Scratch scratch;
 
   OptionalTensor dinput;
   if (wanted.input) {
-    const Tensor dx = path == Path::kFused ? fused_input_gradient(w, dy_matrix, sizes)
-                                           : call("aten::mm", "", dy2, layer_weight(w, compute, path, scratch));
-    dinput = as_activation(dx, dy, sizes.inputs);
+    dinput = activation(dy, sizes.inputs);
+    if (path == Path::kFused) {
+      fused_input_gradient(w, dy_matrix, sizes, dinput->data_ptr());
+    } else {
+      const int64_t shape[2] = {sizes.rows, sizes.inputs}, strides[2] = {std::max<int64_t>(sizes.inputs, 1), 1};
+      call("aten::mm", "out", dy2, layer_weight(w, compute, path, scratch),
+           reshaped(*dinput, Span(shape, 2), Span(strides, 2)));
+    }
   }
 
   OptionalTensor dbias;

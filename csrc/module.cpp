@@ -58,9 +58,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
 
-  m.def("workspace_limit", &taps::workspace_limit, "Most bytes of W_t at a time; 0 for no limit.");
-  m.def("set_workspace_limit", &taps::set_workspace_limit, py::arg("bytes"),
-        "Limit W_t to this many bytes at a time; 0 for no limit. Frees what is not in use.");
+  // No longer there, but still asked for by the profiler.
+  m.def("workspace_limit", [] { return 0; });
 
   m.def(
       "linear",
@@ -77,15 +76,6 @@ PYBIND11_MODULE(_C, m) {
         return taps::direct_conv2d({input, weight, delta, score, bias}, stride, padding, dilation, groups, call);
       },
       "What gated_conv2d gives, or None where the operator must do it.");
-  m.def(
-      "gradient_weight",
-      [](py::handle grad_output, py::handle input, py::handle weight, py::handle delta, py::handle score, bool gate) {
-        return taps::gradient_weight(grad_output, {input, weight, delta, score, py::none()}, gate);
-      },
-      "A workspace for the gradients of a linear layer, holding W_t where the gate is open, or None.");
-  m.def("dot_into", py::overload_cast<py::handle, py::handle, py::handle>(&taps::dot_into),
-        "*score = <a, b>, in the operators' order; whether it is finite.");
-
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
   m.attr("most_places") = taps::kMostPlaces;

@@ -1,7 +1,7 @@
 // The ops, as C++ functions over stable tensors. Schemas and meaning: ops.cpp.
 #pragma once
 
-#include "panels.h"
+#include "rebuild.h"
 
 namespace taps {
 
@@ -42,22 +42,5 @@ OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight,
 // The five results; one that was not asked for is an empty tensor of shape [0].
 Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput, const WeightGrads& grads,
                  const OptionalTensor& dbias);
-
-// The results of a backward op that was run panel by panel.
-class PanelGrads {
- public:
-  // With groups, dinput is made of slices along `input_dim`; else it is a sum.
-  PanelGrads(const GatedWeight& w, const Wanted& wanted, int64_t groups = 1, int64_t input_dim = 0,
-             bool may_be_channels_last = true);
-  void put(const Grads& part, Range panel);
-  Grads whole(Dtype compute) const;
-
- private:
-  const GatedWeight& w_;
-  Wanted wanted_;
-  int64_t groups_;
-  Sum input_sum_, score_;
-  Slices input_, delta_, bias_, weight_;
-};
 
 }  // namespace taps

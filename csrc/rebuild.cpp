@@ -55,23 +55,12 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool fusab
 
 }  // namespace
 
-namespace {
-
-// A workspace of so many bytes, unless the operators would not take one.
-std::unique_ptr<Lease> whole_scratch(int64_t numel, Dtype dtype) {
-  const auto bytes = static_cast<size_t>(numel * size_of(dtype));
-  const size_t limit = workspace_limit();
-  if (cuda::kTwin || numel == 0 || (limit != 0 && bytes > limit)) return nullptr;
-  return std::make_unique<Lease>(false, 0, bytes);
-}
-
-}  // namespace
-
 std::unique_ptr<Lease> leased_weight(const GatedWeight& w, Dtype compute) {
-  auto lease = whole_scratch(w.weight.numel(), compute);
-  if (!lease) return nullptr;
+  const int64_t numel = w.weight.numel();
+  if (cuda::kTwin || numel == 0) return nullptr;
+  auto lease = std::make_unique<Lease>(false, 0, static_cast<size_t>(numel * size_of(compute)));
   Reconstruct args;
-  args.walk = flat_walk<3>(w.weight.numel());
+  args.walk = flat_walk<3>(numel);
   args.out = lease->data();
   args.out_dtype = compute;
   args.weight = w.weight.data();
@@ -81,23 +70,6 @@ std::unique_ptr<Lease> leased_weight(const GatedWeight& w, Dtype compute) {
   args.gate.open = true;
   cpu::reconstruct(args);
   return lease;
-}
-
-std::unique_ptr<Lease> leased_gradient(const Described& weight) { return whole_scratch(weight.numel(), weight.dtype); }
-
-bool dot_into(const Described& score, const Described& a, const Described& b) {
-  Dot args;
-  args.walk = flat_walk<2>(a.numel());
-  args.a = a.data();
-  args.b = b.data();
-  args.a_dtype = a.dtype;
-  args.b_dtype = b.dtype;
-  args.result = score.data();
-  args.result_dtype = score.dtype;
-  std::vector<double> partials(static_cast<size_t>(dot_chunks(args.walk)));
-  args.partials = partials.data();
-  cpu::dot(args);
-  return finite_score(score.data(), score.dtype);
 }
 
 bool finite_score(const void* score, Dtype dtype) {

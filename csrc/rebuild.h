@@ -40,15 +40,9 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);
 // Whether so many rows are worth fusing where types and layout allow it.
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);
 
-// For callers without an operator's costs (direct.h), on the CPU. Null where a weight exceeds the workspace's limit.
-// W_t of an open gate, the operands dense and of one layout.
+// For callers without an operator's costs (direct.h), on the CPU: W_t of an open gate, the operands dense and of one
+// layout. Null where the weight has no elements, and where the device's kernels run on the CPU.
 std::unique_ptr<Lease> leased_weight(const GatedWeight& w, Dtype compute);
-
-// A workspace for the gradient of a whole weight.
-std::unique_ptr<Lease> leased_gradient(const Described& weight);
-
-// *score = <a, b> of operands that are dense and of one layout, as dot_like adds it up; true if it is finite.
-bool dot_into(const Described& score, const Described& a, const Described& b);
 
 bool finite_score(const void* score, Dtype dtype);  // on the CPU
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "ops.h"
-#include "overlap.h"
 
 namespace taps {
 namespace {
@@ -10,6 +9,17 @@ namespace {
 struct Item {
   Described out;
   GatedWeight w;
+};
+
+// The bytes from a tensor's first element to the end of its last, gaps included; none without elements.
+struct Reach {
+  const char* begin;
+  const char* end;
+
+  explicit Reach(const Described& tensor)
+      : begin(static_cast<const char*>(tensor.data())),
+        end(begin + reach(tensor.sizes, tensor.strides) * size_of(tensor.dtype)) {}
+  bool meets(const Reach& other) const { return begin < other.end && other.begin < end; }
 };
 
 bool same_elements(const Described& a, const Described& b) {
@@ -41,7 +51,7 @@ Item check_item(const Tensor& out, const Tensor& weight, const OptionalTensor& d
     fail("out: expected distinct memory for every element, got strides that share some");
   }
   for_operands(item.w, [&](const Described& operand, const char* name) {
-    if (Footprint(item.out).meets(Footprint(operand)) && !same_elements(item.out, operand)) {
+    if (Reach(item.out).meets(Reach(operand)) && !same_elements(item.out, operand)) {
       fail("out: expected memory of its own, or all of ", name, " element by element, got some of it");
     }
   });
@@ -52,37 +62,43 @@ void run(const Item& item) {
   reconstruct_into(item.out, &item.w.weight, item.w.delta ? &*item.w.delta : nullptr, item.w.gate);
 }
 
-// Raises where an item writes what another one reads or writes: they run in no order.
+// Raises where an item may write what another one reads or writes: they run in no order.
 void expect_apart(const std::vector<Item>& items) {
-  struct Out : Footprint {
+  struct Out : Reach {
     size_t item;
-    const char* last;  // where the ones up to this end
+  };
+  const auto refuse = [](const std::string& name, size_t item, size_t writer) {
+    fail(name, "[", item, "]: expected memory that no other item writes, got some of outs[", writer, "]'s");
   };
   std::vector<Out> outs;
   for (size_t i = 0; i < items.size(); ++i) {
-    const Footprint place(items[i].out);
-    if (place.begin() != place.end()) outs.push_back({place, i, nullptr});
+    const Reach reach(items[i].out);
+    if (reach.begin != reach.end) outs.push_back({reach, i});
   }
-  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin() < b.begin(); });
-  for (size_t i = 0; i < outs.size(); ++i) {
-    outs[i].last = i > 0 ? std::max(outs[i - 1].last, outs[i].end()) : outs[i].end();
+  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < outs.size(); ++i) {
+    if (outs[i].meets(outs[i - 1])) refuse("outs", outs[i].item, outs[i - 1].item);
   }
-  const auto check = [&](const Footprint& place, size_t item, const char* name) {
-    // The outs that begin before it ends, from the last of them back to where all have ended before it begins.
-    auto out = std::lower_bound(outs.begin(), outs.end(), place.end(),
-                                [](const Out& one, const char* end) { return one.begin() < end; });
-    while (out != outs.begin() && (--out)->last > place.begin()) {
-      if (out->item != item && out->meets(place)) {
-        fail(name, "[", item, "]: expected memory that no other item writes, got some of outs[", out->item, "]'s");
-      }
-    }
-  };
+  // They are apart, so that the last to begin before an operand ends is the last that may meet it.
   for (size_t i = 0; i < items.size(); ++i) {
-    check(Footprint(items[i].out), i, "outs");
     for_operands(items[i].w, [&](const Described& operand, const char* name) {
-      check(Footprint(operand), i, (std::string(name) + "s").c_str());
+      const Reach reach(operand);
+      auto out = std::lower_bound(outs.begin(), outs.end(), reach.end,
+                                  [](const Out& one, const char* end) { return one.begin < end; });
+      while (out != outs.begin() && (--out)->meets(reach)) {
+        if (out->item != i) refuse(std::string(name) + "s", i, out->item);
+      }
     });
   }
+}
+
+// In lists of optional tensors torch leaves negated views to the operator.
+std::vector<OptionalTensor> resolved(const std::vector<OptionalTensor>& tensors) {
+  std::vector<OptionalTensor> plain;
+  for (const OptionalTensor& tensor : tensors) {
+    plain.push_back(tensor ? OptionalTensor(call("aten::resolve_neg", "", *tensor)) : std::nullopt);
+  }
+  return plain;
 }
 
 }  // namespace
@@ -102,12 +118,13 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
   expect_count(deltas.size(), "deltas");
   expect_count(scores.size(), "scores");
   expect_count(gates.size(), "gates");
+  const std::vector<OptionalTensor> plain_deltas = resolved(deltas), plain_scores = resolved(scores);
   std::vector<Item> items;
   for (size_t i = 0; i < outs.size(); ++i) {
     if (gates[i] < -1 || gates[i] > 1) fail("gates[", i, "]: expected 1, 0, or -1 for unknown, got ", gates[i]);
     const std::optional<bool> gate = gates[i] < 0 ? std::nullopt : std::optional<bool>(gates[i] == 1);
     try {
-      items.push_back(check_item(outs[i], weights[i], deltas[i], scores[i], gate, threshold));
+      items.push_back(check_item(outs[i], weights[i], plain_deltas[i], plain_scores[i], gate, threshold));
     } catch (const std::runtime_error& error) {
       fail("item ", i, ": ", error.what());
     }

@@ -92,16 +92,28 @@ Described describe(const Tensor& tensor, const char* name) {
         fail(name, ": expected a tensor on the CPU or a CUDA device");
       }
       check_torch(aoti_torch_get_data_ptr(handle, &described.pointer), name);
-      int64_t offset = 0;  // of a view, which torch adds to the null pointer of memory that has been freed, too
-      check_torch(aoti_torch_get_storage_offset(handle, &offset), name);
-      if (reinterpret_cast<intptr_t>(described.pointer) == offset * size_of(known) && described.numel() > 0) {
-        fail(name, ": expected a tensor of shape ", shape_string(described.sizes), " with memory, got one whose ",
-             "storage has been freed");
-      }
+      expect_memory(tensor, described.sizes, described.strides, size_of(known), name);
       return described;
     }
   }
   fail(name, ": expected dtype float32, float64, bfloat16 or float16, got ", name_of_dtype(dtype));
+}
+
+void expect_memory(const Tensor& tensor, Span sizes, Span strides, int64_t element, const char* name) {
+  const int64_t elements = reach(sizes, strides);
+  if (elements == 0) return;
+  void* first = nullptr;
+  int64_t offset = 0, bytes = 0;
+  check_torch(aoti_torch_get_data_ptr(tensor.get(), &first), name);
+  check_torch(aoti_torch_get_storage_offset(tensor.get(), &offset), name);
+  check_torch(aoti_torch_get_storage_size(tensor.get(), &bytes), name);
+  const int64_t needed = (offset + elements) * element;
+  const bool nowhere = reinterpret_cast<intptr_t>(first) == offset * element;  // an offset from a null pointer
+  if (bytes >= needed && !nowhere) return;
+  fail(name, ": expected a tensor of shape ", shape_string(sizes), " with memory, got one whose storage ",
+       bytes == 0 ? "has been freed"
+       : nowhere  ? "has none"
+                  : "was cut to " + std::to_string(bytes) + " of " + std::to_string(needed) + " bytes");
 }
 
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place) {
@@ -119,6 +131,11 @@ Tensor reshaped(const Tensor& tensor, Span sizes, Span strides) {
                                              strides.data(), 0, &handle),
               "view");
   return Tensor(handle);
+}
+
+Tensor owned(const Tensor& result) {
+  const Described described = describe(result, "result");
+  return reshaped(result, described.sizes, described.strides);
 }
 
 Tensor empty_like(const Described& like) {
@@ -144,6 +161,26 @@ Ints contiguous_strides(Span sizes) {
     step *= std::max<int64_t>(sizes[dim], 1);
   }
   return strides;
+}
+
+int64_t reach(Span sizes, Span strides) {
+  int64_t last = 0;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] == 0) return 0;
+    last += (sizes[dim] - 1) * strides[dim];
+  }
+  return last + 1;
+}
+
+bool channels_last(const Described& image) {
+  if (image.ndim() != 4 || image.strides[1] == 0) return false;
+  int64_t least = 0;  // what the next stride must at least be, from the innermost dimension out
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (image.sizes[dim] == 0 || image.strides[dim] < least) return false;
+    if (dim == 0 && least == image.strides[1]) return false;  // [N, 1, 1, 1] is contiguous as well
+    least = image.strides[dim] * std::max<int64_t>(image.sizes[dim], 1);
+  }
+  return true;
 }
 
 namespace {

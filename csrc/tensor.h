@@ -101,20 +101,28 @@ struct Described {
   void* data() const { return pointer; }
 };
 
-// Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind the
-// elements, naming the argument.
+// Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind all of
+// the elements, naming the argument.
 Described describe(const Tensor& tensor, const char* name);
+
+// The same of a tensor of any type, whose elements have `element` bytes: torch itself does not look.
+void expect_memory(const Tensor& tensor, Span sizes, Span strides, int64_t element, const char* name);
 
 // --- allocation ---------------------------------------------------------------------------------
 
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place);
 // The same memory under other sizes and strides, without a trip through the dispatcher.
 Tensor reshaped(const Tensor& tensor, Span sizes, Span strides);
+// The same tensor, but to autograd no view of another: what an in-place operation may change.
+Tensor owned(const Tensor& result);
 Tensor zeros_like(const Described& like);    // keeps dense strides
 Tensor empty_like(const Described& like);    // keeps dense strides
 Tensor no_tensor(Dtype dtype, Place place);  // shape [0]: an output that was not asked for
 
 Ints contiguous_strides(Span sizes);
+int64_t reach(Span sizes, Span strides);  // elements from the first to the last, gaps included
+// True for an image whose channels lie next to each other, as torch's kernels decide it.
+bool channels_last(const Described& image);
 bool is_dense(Span sizes, Span strides);    // every element once, no gaps
 bool overlaps(Span sizes, Span strides);    // expanded: some elements share memory
 Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones

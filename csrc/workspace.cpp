@@ -2,7 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -41,7 +40,6 @@ struct Buffer {
 
   size_t bytes;
   void* data = nullptr;
-  unsigned age = 0;  // how often the limit had been set when it was made
   std::optional<Tensor> tensor;
 };
 
@@ -52,7 +50,6 @@ struct Pool {
   std::mutex mutex;
   std::vector<std::unique_ptr<Buffer>> free;
   size_t bytes = 0;
-  unsigned age = 0;
 
   std::unique_ptr<Buffer> take() {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -61,23 +58,16 @@ struct Pool {
     free.pop_back();
     return buffer;
   }
-  void made(Buffer& buffer) {
+  void made(const Buffer& buffer) {
     const std::lock_guard<std::mutex> lock(mutex);
     bytes += buffer.bytes;
-    buffer.age = age;
   }
   void gone(const Buffer& buffer) {
     const std::lock_guard<std::mutex> lock(mutex);
     bytes -= buffer.bytes;
   }
   void give_back(std::unique_ptr<Buffer> buffer) {
-    std::unique_ptr<Buffer> doomed;  // freed after the lock
     const std::lock_guard<std::mutex> lock(mutex);
-    if (buffer->age != age) {  // leased while the limit was set
-      bytes -= buffer->bytes;
-      doomed = std::move(buffer);
-      return;
-    }
     free.push_back(std::move(buffer));
   }
 };
@@ -91,11 +81,6 @@ Pool& pool() {
 constexpr size_t kPage = 4096;
 
 size_t rounded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
-
-std::atomic<size_t>& limit() {
-  static std::atomic<size_t> bytes{0};
-  return bytes;
-}
 
 }  // namespace
 
@@ -131,17 +116,6 @@ Lease::~Lease() {
 
 void* Lease::data() const { return buffer_ ? buffer_->data : nullptr; }
 size_t Lease::bytes() const { return buffer_ ? buffer_->bytes : 0; }
-
-size_t workspace_limit() { return limit().load(std::memory_order_relaxed); }
-
-void set_workspace_limit(size_t bytes) {
-  limit().store(bytes, std::memory_order_relaxed);
-  {
-    const std::lock_guard<std::mutex> lock(pool().mutex);
-    ++pool().age;
-  }
-  workspace_clear();
-}
 
 size_t workspace_bytes() {
   const std::lock_guard<std::mutex> lock(pool().mutex);

@@ -1,6 +1,6 @@
 // The reused buffer that W_t is rebuilt into, and that the CPU's fused products pack their input into. On the CPU it is
-// one, grown to the largest of either (or to the limit), leased while a host call needs it; two host threads get two
-// buffers, and no lock is held while torch runs. On CUDA it comes from torch's allocator for as long as a call takes.
+// one, grown to the largest of either, leased while a host call needs it; two host threads get two buffers, and no lock
+// is held while torch runs. On CUDA it comes from torch's allocator for as long as a call takes.
 #pragma once
 
 #include <cstddef>
@@ -24,10 +24,6 @@ class Lease {
  private:
   std::unique_ptr<Buffer> buffer_;
 };
-
-// No op rebuilds more than this many bytes of a weight at a time (panels.h), or packs more of its input; 0: no limit.
-size_t workspace_limit();
-void set_workspace_limit(size_t bytes);  // also frees the buffers that are not leased
 
 size_t workspace_bytes();  // of all buffers of the CPU, leased ones included
 void workspace_clear();    // frees the buffers that are not leased

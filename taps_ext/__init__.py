@@ -9,7 +9,7 @@ from .profiling import Memory, Profile, estimate, profile
 from .report import Report
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
-from .workspace import set_workspace_limit, workspace_bytes, workspace_limit
+from .workspace import workspace_bytes
 
 __all__ = [
     "BypassedLayerError",
@@ -36,7 +36,5 @@ __all__ = [
     "nn",
     "profile",
     "register_method",
-    "set_workspace_limit",
     "workspace_bytes",
-    "workspace_limit",
 ]

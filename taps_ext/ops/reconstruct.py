@@ -47,8 +47,8 @@ def reconstruct_(
     `out` may be `weight` or `delta` itself, but not a part of one. Without gradients: see `effective_weight`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit; an `out` that overlaps an operand; in grad mode, a
-            tensor that requires gradients.
+        RuntimeError: shapes, dtypes or devices that do not fit; an `out` that begins before an operand ends and
+            ends after it begins, gaps included; in grad mode, a tensor that requires gradients.
         TypeError: a gate that is no bool.
     """
     check_gate(gate, "gate")

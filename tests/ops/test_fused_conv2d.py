@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from fused import BF16, F32, LAST, PLAIN, TYPES, C, draw, fused, instructions, taken
 from tolerance import assert_close
 
-import taps_ext
 from taps_ext import gated_conv2d, ops
 
 if C is None:
@@ -222,20 +221,3 @@ def test_kernels_of_more_than_64_places_are_rebuilt(side, path) -> None:
     wanted, terms, factors = convolved(x, w, d, None, (1, 1), (1, 1), (1, 1))
     assert found == path
     assert_close(output, wanted, F32, terms, *factors)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_limit_on_the_workspace_holds(groups) -> None:
-    """What would pack more than the limit is rebuilt in panels, and no panel is fused after all."""
-    torch.manual_seed(8)
-    x, w, d = draw(1, 512, 14, 14, dtype=F32), *(draw(768, 512 // groups, 3, 3, dtype=F32) for _ in range(2))
-    geometry = ((1, 1), (1, 1), (1, 1), groups)
-    for limit, path in ((None, "fused" if groups == 1 else "rebuild"), (1 << 20, "rebuild")):
-        taps_ext.set_workspace_limit(limit)
-        try:
-            output, found = taken(OPERATOR, x, w, d, None, None, *geometry, True, 0.1)
-            assert found == path and (limit is None or taps_ext.workspace_bytes() <= limit)
-        finally:
-            taps_ext.set_workspace_limit(None)
-        wanted, terms, factors = convolved(x, w, d, None, *geometry)
-        assert_close(output, wanted, F32, terms, *factors)

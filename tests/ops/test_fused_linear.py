@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fused import BF16, F32, TYPES, C, draw, fused, instructions, taken
 from tolerance import assert_close
 
-from taps_ext import gated_linear, ops, set_workspace_limit, workspace_bytes
+from taps_ext import gated_linear, ops
 
 if C is None:
     pytest.skip("the extension is missing, and with it the kernel", allow_module_level=True)
@@ -211,31 +211,6 @@ def test_a_closed_gate_is_never_forced_to_be_fused(rows) -> None:
                 torch.ops.taps_ext.gated_linear(x, w, delta, None, None, False, 0.1)
     finally:
         C.force_path(None)
-
-
-def test_a_limit_on_the_workspace_holds_for_copies(isa) -> None:
-    """Rows that are an odd number of elements apart are copied where they are read as words."""
-    w, d = draw(256, 1024, dtype=BF16), draw(256, 1024, dtype=BF16)
-    set_workspace_limit(16384)
-    try:
-        for x in (draw(24, 1025, dtype=BF16)[:, :1024], draw(24, 1024, dtype=BF16)):
-            taken(OPERATOR, x, w, d, None, None, True, 0.1)
-            assert workspace_bytes() <= 16384
-    finally:
-        set_workspace_limit(None)
-
-
-def test_a_limit_on_the_workspace_holds() -> None:
-    x, w, d = draw(200, 4096, dtype=F32), draw(128, 4096, dtype=F32), draw(128, 4096, dtype=F32)
-    assert taken(OPERATOR, x, w, d, None, None, True, 0.1)[1] == "fused"
-    set_workspace_limit(1 << 20)
-    try:
-        output, path = taken(OPERATOR, x, w, d, None, None, True, 0.1)
-        assert path == "rebuild" and workspace_bytes() <= 1 << 20
-    finally:
-        set_workspace_limit(None)
-    wt = w.double() + d.double()
-    assert_close(output, x.double() @ wt.t(), F32, 4096, x, wt)
 
 
 def test_a_forced_path_that_does_not_know_the_layer_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Writing into a tensor that shares memory with what is read: refused exactly where a byte is shared."""
+"""Writing into a tensor that may share memory with what is read: refused where their ranges of bytes meet."""
 
 import random
 from math import prod
@@ -27,14 +27,16 @@ def view(memory: Tensor, chance: random.Random, shape: list[int], apart: bool) -
             return result
 
 
-def places(tensor: Tensor) -> set[int]:
+def reach(tensor: Tensor) -> range:
+    """The bytes from the first element to the end of the last."""
     if tensor.numel() == 0:
-        return set()
-    start, size = tensor.data_ptr(), tensor.element_size()
-    offsets = torch.zeros(tensor.shape, dtype=torch.int64)
-    for dim, (count, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        offsets += (torch.arange(count) * stride).reshape([-1 if i == dim else 1 for i in range(tensor.dim())])
-    return {start + size * offset + byte for offset in offsets.flatten().tolist() for byte in range(size)}
+        return range(0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
+
+
+def meet(a: range, b: range) -> bool:
+    return max(a.start, b.start) < min(a.stop, b.stop)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -50,7 +52,7 @@ def test_every_pair_of_strides() -> None:
         out, weight = view(memory, chance, shape, True), view(memory, chance, shape, False)
         delta, before = torch.randn(shape), memory.clone()
         want = weight + delta
-        if places(out) & places(weight) and not same(out, weight):
+        if meet(reach(out), reach(weight)) and not same(out, weight):
             with pytest.raises(RuntimeError, match="out: expected memory of its own, or all of weight"):
                 ops.reconstruct_(out, weight, delta, gate=True)
             assert torch.equal(memory, before)
@@ -62,17 +64,30 @@ def test_every_pair_of_strides() -> None:
 
 
 def test_outs_of_one_matrix() -> None:
-    """Its columns are apart, as parts that are fused into one weight are; columns that overlap are not."""
+    """Its rows are apart, as parts that are fused into one weight are; its columns lie between each other's."""
     memory = torch.zeros(6, 9)
-    weights, deltas = [torch.full((6, 3), float(i)) for i in range(3)], [torch.ones(6, 3)] * 3
-    ops.foreach_reconstruct_(list(memory.split(3, 1)), weights, deltas, gates=[True] * 3)
-    assert torch.equal(memory, torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(3).expand(6, 9))
-    with pytest.raises(RuntimeError, match=r"outs\[\d\]: expected memory that no other item writes"):
-        ops.foreach_reconstruct_([memory[:, :3], memory[:, 2:5]], weights[:2], deltas[:2], gates=[True] * 2)
+    weights, deltas = [torch.full((2, 9), float(i)) for i in range(3)], [torch.ones(2, 9)] * 3
+    ops.foreach_reconstruct_(list(memory.split(2)), weights, deltas, gates=[True] * 3)
+    assert torch.equal(memory, torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2)[:, None].expand(6, 9))
+    weights, deltas = [torch.ones(6, 3)] * 2, [torch.ones(6, 3)] * 2
+    for columns in ((0, 3), (3, 0), (0, 2)):
+        outs = [memory[:, first : first + 3] for first in columns]
+        with pytest.raises(RuntimeError, match=r"outs\[\d\]: expected memory that no other item writes"):
+            ops.foreach_reconstruct_(outs, weights, deltas, gates=[True] * 2)
     with pytest.raises(RuntimeError, match=r"deltas\[1\]: expected memory that no other item writes, .* outs\[0\]'s"):
         ops.foreach_reconstruct_(
-            [memory[:, :3], torch.empty(6, 3)], weights[:2], [deltas[0], memory[:, 1:4]], gates=[True] * 2
+            [memory[:, :3], torch.empty(6, 3)], weights, [deltas[0], memory[:, 5:8]], gates=[True] * 2
         )
+
+
+def test_an_operand_over_many_outs() -> None:
+    """It meets one that is not the last, or holds only its own."""
+    memory, weight = torch.zeros(8, 4), torch.ones(2, 4)
+    outs = [memory[2:4], memory[6:8]]
+    with pytest.raises(RuntimeError, match=r"weights\[1\]: expected memory that no other item writes, .* outs\[0\]'s"):
+        ops.foreach_reconstruct_(outs, [weight, memory[3:5]], [weight] * 2, gates=[True] * 2)
+    ops.foreach_reconstruct_(outs, [weight, memory[6:8]], [weight] * 2, gates=[True] * 2)
+    assert memory[2:4].eq(2).all() and memory[6:8].eq(1).all() and not memory[[0, 1, 4, 5]].any()
 
 
 def test_bytes_of_another_type() -> None:

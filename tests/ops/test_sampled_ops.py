@@ -108,6 +108,34 @@ def test_bad_rows_are_refused() -> None:
         gated_conv2d(image, kernel, kernel, score, gate=False, rows=torch.tensor([0]))
 
 
+@pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the compiled extension is not built")
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_rows_without_memory_are_refused(convolution, backward) -> None:
+    """They were read before anything else looked at them, and to read what is expanded to 2^40 took hours."""
+    freed, cut = torch.tensor([0, 1]), torch.tensor([0, 1])
+    freed.untyped_storage().resize_(0)
+    cut.untyped_storage().resize_(8)
+    x, w = (torch.randn(5, 3, 4, 4), torch.randn(4, 3, 1, 1)) if convolution else (torch.randn(5, 6), torch.randn(4, 6))
+    y, score = torch.randn(5, 4, *x.shape[2:]), torch.tensor(0.05)
+    geometry = ([1, 1], [0, 0], [1, 1], 1) if convolution else ()
+    operator = getattr(torch.ops.taps_ext, f"gated_{'conv2d' if convolution else 'linear'}{'_backward' * backward}")
+    for rows, message in (
+        (freed, r"rows: expected a tensor of shape \[2\] with memory, got one whose storage has been freed"),
+        (cut, r"rows: expected .* with memory, got one whose storage was cut to 8 of 16 bytes"),
+        (torch.tensor(0).expand(2**40), "rows: expected memory for each of the indices, got one .* 1099511627776"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "rows: expected a tensor on cpu like"),
+    ):
+        if rows.is_meta and not backward:  # what torch registers for it answers
+            continue
+        size = ([4, 4],) if convolution else ()
+        with pytest.raises((RuntimeError, NotImplementedError), match=f"{message}|Meta|meta"):
+            if backward:
+                operator(y, x[:2], *size, w, w, score, False, 0.1, *geometry, [True] * 5, rows, 1.0)
+            else:
+                operator(x, w, w, score, None, *geometry, False, 0.1, rows, 1.0)
+
+
 @pytest.mark.parametrize(
     ("between", "kept"),
     [
