@@ -1,12 +1,34 @@
-"""Settings for all tests: one thread (small tensors only wait for a second one) and a seed."""
+"""For all tests: one thread (small tensors only wait for a second one), a seed, and which of them this run covers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from fused import C, instructions
+from stages import SEED, THOROUGH
 
 from taps_ext.cli import main
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to the targets that ask for them; a selection by marks (-m) is taken as it is."""
+    if config.option.markexpr:
+        return
+    marks = {"sanitize"} if THOROUGH else {"sanitize", "thorough"}
+    later = {item for item in items if any(mark.name in marks for mark in item.iter_markers())}
+    if later:
+        config.hook.pytest_deselected(items=[item for item in items if item in later])
+        items[:] = [item for item in items if item not in later]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was drawn, and how to draw it again."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
+    drawn = sorted({value for report in reports for key, value in report.user_properties if key == "drawn"})
+    if drawn:
+        terminalreporter.section(f"drawn by TAPS_SEED={SEED}")
+        for value in drawn:
+            terminalreporter.line(value)
 
 
 @pytest.fixture(autouse=True)

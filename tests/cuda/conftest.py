@@ -1,4 +1,4 @@
-"""Everything here needs a CUDA device and kernels built for it; without one each test skips, by name."""
+"""Everything here needs a CUDA device and kernels built for it; without one a single item skips, and says why."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+FOLDER = Path(__file__).parent
 
 
 def _reason() -> str | None:
@@ -19,15 +21,34 @@ def _reason() -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _Waiting(pytest.Item):
+    """Stands for the tests that cannot run here."""
+
+    def __init__(self, *, reason: str, **settings) -> None:
+        super().__init__(**settings)
+        self.reason = reason
+
+    def runtest(self) -> None:
+        pytest.skip(self.reason)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return FOLDER, None, self.name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]):
     reason = _reason()
     if reason is not None and os.environ.get("TAPS_REQUIRE_CUDA") == "1":
         raise pytest.UsageError(f"TAPS_REQUIRE_CUDA=1, but {reason}")
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.cuda)
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    yield  # -m and -k choose
+    ours = {item for item in items if FOLDER in item.path.parents}
+    if reason is not None and ours:
+        text = f"{reason}: {len(ours)} tests of tests/cuda wait (make gpu)"
+        waiting = _Waiting.from_parent(session, name="tests/cuda", nodeid="tests/cuda", reason=text)
+        items[:] = [item for item in items if item not in ours] + [waiting]
 
 
 @pytest.fixture(autouse=True)
