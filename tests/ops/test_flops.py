@@ -53,7 +53,7 @@ CASES = {  # input, weight, settings
     "dilated": ((2, 6, 9, 11), (8, 6, 3, 2), {"dilation": (2, 3)}),
     "groups": ((3, 6, 9, 9), (8, 3, 3, 3), {"groups": 2, "padding": 1}),
     "depthwise": ((3, 6, 9, 9), (12, 1, 5, 5), {"groups": 6, "stride": 2}),
-    "same": ((2, 6, 9, 9), (8, 6, 4, 4), {"padding": "same"}),
+    "same": ((2, 6, 9, 9), (8, 6, 3, 5), {"padding": "same"}),
     "no batch": ((6, 9, 9), (8, 6, 3, 3), {}),
     "no samples": ((0, 6, 9, 9), (8, 6, 3, 3), {}),
 }
