@@ -108,14 +108,6 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     return copy.deepcopy(model, memo)
 
 
-def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
-    """Give a copy the gates of the original, as if its scores and closed Deltas had been read and found good."""
-    state, real = hollow.state(name), dict(model.state(name).gated())
-    state.watched = state.told = True
-    for layer, part in state.gated():
-        part.gate = real[layer].gate
-
-
 def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:
     """The largest weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""
     if step.state is None or ops._C is None:
@@ -205,7 +197,7 @@ def estimate(
 
     def prepare() -> None:
         if name is not None:
-            _know_gates(hollow, model, name)
+            hollow.state(name).take_as_told(model.state(name))
 
     with fake:
         step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)

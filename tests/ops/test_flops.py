@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import TinyNet, images, settle
-from taps_ext.reconstruct import foreach_reconstruct_, reconstruct_
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from taps_ext import TapsConfig, TaskModel, gated_conv2d, gated_linear, ops
+from taps_ext.ops import foreach_reconstruct_, reconstruct_
 
 if not ops.HAS_EXTENSION:
     pytest.skip("the extension is missing, and with it the operators", allow_module_level=True)
