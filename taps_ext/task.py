@@ -23,6 +23,7 @@ from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
 from .nn.route import bind, original_class, unroute
+from .parts import Part
 
 
 def module_key(name: str) -> str:
@@ -125,7 +126,7 @@ class TaskState(nn.Module):
         self.gates_mode = gates
         self.head_path = head_path if head is not None else None
         self.parts = nn.ModuleDict()
-        self.table: dict[str, nn.Module] = {}
+        self.table: dict[str, Part] = {}
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False
         self.told = False  # the gates are as they were set, whatever the scores say
@@ -175,7 +176,7 @@ class TaskState(nn.Module):
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
-    def _add(self, name: str, part: nn.Module) -> None:
+    def _add(self, name: str, part: Part) -> None:
         key = module_key(name)
         if key in self.parts:
             raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
