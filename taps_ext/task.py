@@ -18,12 +18,11 @@ from . import reference
 from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors, changes
-from .nn.bind import Bound
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import bind, original_class, unroute
-from .parts import Part
+from .nn.route import is_stock, original_class, unroute
+from .parts import Bound, Part
 
 
 def module_key(name: str) -> str:
@@ -204,7 +203,7 @@ class TaskState(nn.Module):
         for part in self.table.values():
             if isinstance(part, TaskTensors):
                 part.follow()
-        made = {name: bind(host, self.table[name]) for name, _, _, host in self.hosts}
+        made = {name: self.table[name].bind(host, stock=is_stock(host)) for name, _, _, host in self.hosts}
         self.bound = {name: bound for name, bound in made.items() if bound is not None}
         found = settings(self.table)
         known = all(part.gate is not None for _, part in self.gated())

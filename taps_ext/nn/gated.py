@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import GateError, TapsError
-from ..parts import Part
+from ..parts import Bound, Part
 from . import changes
+from .bind import bind_layer
 from .forward import base_bias, base_weight, bias_name, gated_forward, weight_name
 from .sampling import Sample
 
@@ -148,6 +149,9 @@ class GatedLayer(Part):
     def open(self) -> bool:
         """The gate, read from the score's device where the host does not know it."""
         return bool(self.gate) if self.gate is not None or self.score is None else self.score.item() >= self.threshold
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        return bind_layer(host, self) if stock else None
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         named = {"delta": self.delta, "weight": self.weight, "score": self.score, "bias": self.bias}

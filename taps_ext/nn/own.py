@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
-from ..parts import Part
+from ..parts import Bound, Part
 from . import changes
 from .rebind import rebind
 
@@ -102,6 +102,10 @@ class TaskHead(Part):
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        road = self.instead if stock else self.run
+        return road, road
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return {"head": list(self.parameters())}
@@ -210,6 +214,10 @@ class TaskTensors(Part):
         """After values were loaded: what is kept was made of others."""
         clone = self.__dict__["clone"]
         _let_train(clone, True, clone.training)
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        road = self.__dict__["clone"].forward
+        return road, road
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return {self.role: list(self.parameters())}

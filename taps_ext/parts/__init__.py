@@ -1,5 +1,5 @@
 """What a task puts over one module of the base."""
 
-from .part import Part
+from .part import Bound, Part
 
-__all__ = ["Part"]
+__all__ = ["Bound", "Part"]

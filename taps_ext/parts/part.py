@@ -5,11 +5,23 @@ Reports, optimizer groups and merging speak to parts in these words and ask for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+
+# A module's work without gradients and with them: `torch.is_grad_enabled()` is the place. A stock linear or convolution
+# layer's are called with (host, input, sample), all others with what the module's forward is called with.
+Bound = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class Part(nn.Module):
     """What a task has at one module of the base, its host. A part that adds nothing is the host as it is."""
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        """The one thing to do at the host, settled for now; None where the host's own forward must run and read what it
+        needs (`nn/reads.py`). `stock`: the host is a linear or convolution layer with the stock forward."""
+        return None
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """All parameters by what they are: "delta", "weight" (the task's own in the place of W + Delta), "score",
