@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "borrow.h"
+#include "core/python.h"
 #include "fused.h"
 #include "ops.h"
 

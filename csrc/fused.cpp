@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "device.h"
+#include "core/device.h"
 
 namespace taps {
 namespace {

@@ -1,7 +1,7 @@
 #include "rebuild.h"
 
+#include "core/device.h"
 #include "cpu/isa.h"
-#include "device.h"
 
 namespace taps {
 
@@ -92,7 +92,9 @@ Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
 }
 
 Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool fusable) {
-  return chosen_gradient_path(problem_of(w, compute, rows, fusable));
+  Problem problem = problem_of(w, compute, rows, fusable);
+  problem.cuda = cuda::runs(problem.cuda);  // these kernels run there alone
+  return chosen_gradient_path(problem);
 }
 
 Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scratch) {

@@ -2,9 +2,9 @@
 // workspace, copy with select and scale, the fixed-order dot product.
 #pragma once
 
-#include "check.h"
-#include "choose.h"
-#include "workspace.h"
+#include "core/check.h"
+#include "core/choose.h"
+#include "core/workspace.h"
 
 namespace taps {
 

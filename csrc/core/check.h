@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "device.h"
-#include "tensor.h"
+#include "core/device.h"
+#include "core/tensor.h"
 
 namespace taps {
 
