@@ -1,11 +1,15 @@
 # Every target works from a fresh clone on a machine with Python 3.10 or newer and a C++ compiler.
 #
 #   make demo          the main job: a real model learns several real tasks (about 3 minutes on 2 cores after installation)
-#   make test          style, types and tests (fuzz and GPU have targets of their own)
+#   make test          style, types and the tests, in two workers, with one program on the twin of a GPU and a sample of
+#                      planted mistakes (TAPS_SEED=n draws it; by default one that changes every day)
+#   make kernels       the kernels' own tests at length: every program on the twin, every planted mistake, the products
+#                      of one instruction set with sanitizers (drawn by TAPS_SEED), many hostile calls of the operators
+#   make sanitize      what is left of them for a longer wait: the products of the other instruction sets, and every
+#                      shape on the twin, with sanitizers (about half an hour)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
-#   make twin          device code on the CPU: every shape, type, gate and split, plainly and with sanitizers
 #   make bench         gated layers against the best alternatives and the committed results, a training step against
 #                      fine-tuning, docs/benchmarks.md (keep the machine quiet); make bench-layers measures them anew
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
@@ -16,6 +20,7 @@
 #                      transfer), resumable; make fraction-table prints it
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
+#   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
 #                      (STAGE="tests memcheck" reruns some, STAGE=rest what has not passed, GPU_SECONDS=540 is its
 #                      time limit, REHEARSE=1 goes through it without a device)
@@ -69,8 +74,8 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz twin bench bench-layers study study-table transfer transfer-table fraction fraction-table \
-  architectures memory gpu
+.PHONY: demo test lint fuzz kernels sanitize bench bench-layers study study-table transfer transfer-table fraction \
+  fraction-table architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -80,14 +85,21 @@ lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
+FUZZ := tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
+
 test: lint
-	$(PY) -m pytest
+	$(PYTEST) --durations=10
+
+kernels: build
+	TAPS_THOROUGH=1 $(PYTEST) tests/kernels --durations=10
+
+sanitize: build
+	TAPS_THOROUGH=1 $(PYTEST) tests/kernels -m sanitize --durations=10
 
 fuzz: build
-	TAPS_FUZZ=1 $(PY) -m pytest tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
-
-twin: build
-	TAPS_THOROUGH=1 $(PY) -m pytest tests/kernels/test_host_twin.py tests/kernels/test_host_planted.py --durations=0
+	TAPS_THOROUGH=1 $(PYTEST) $(FUZZ) --durations=10
 
 # Of machines with this one's instruction set; known once it is built.
 OF_MACHINE = benchmarks/results/$(shell $(PY) -c "import torch, taps_ext._C as extension; print(extension.isa())")
@@ -131,6 +143,9 @@ fraction-table: build
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json
+
+flops: build
+	$(PY) benchmarks/flops.py --json benchmarks/results/flops.json
 
 memory: build
 	$(PY) benchmarks/memory.py --json benchmarks/results/memory.json

@@ -96,9 +96,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
 
-  // No longer there, but still asked for by the profiler.
-  m.def("workspace_limit", [] { return 0; });
-
   m.def(
       "linear",
       [](py::handle input, py::handle weight, py::handle delta, py::handle score, py::handle bias, bool gate,

@@ -1,13 +1,12 @@
 """Task adaptive parameter sharing for PyTorch (TAPS, arXiv 2203.16708)."""
 
 from . import nn
-from .errors import BypassedLayerError, ConfigError, GateError, TapsError, UnsupportedModuleError
+from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
 from .methods import FullConfig, MethodConfig, ProbeConfig, TapsConfig, register_method
 from .model import TaskModel
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Profile, estimate, profile
 from .report import Report
-from .store import TaskFileError
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
 from .workspace import workspace_bytes

@@ -99,8 +99,8 @@ class TaskModel(TaskSet):
         learning = self.training and torch.is_grad_enabled()
         if learning:
             self._not_merged(name, "training")
-        if learning and self.gates == "host" and not torch._C._are_functorch_transforms_active():
-            state.check_rest()
+        if learning and state.closed and not torch._C._are_functorch_transforms_active():
+            state.lay_to_rest()
         return run_task(self, name, state, args, kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -112,6 +112,9 @@ class TaskModel(TaskSet):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         with whole_model(mode):
             super().train(mode)
+        if not mode and not torch.compiler.is_compiling():
+            for state in self._names.values():
+                state.look_again()
         return self
 
     # -- reports and files

@@ -1,4 +1,5 @@
-"""The semantics in plain torch: the test oracle, and the path taken where the extension is missing.
+"""The semantics in plain torch: the test oracle, the path taken where the extension is missing, and that of
+torch.func's transforms and forward-mode derivatives.
 
     W_t = W + g * Delta,   g = 1[s >= tau]            TAPS (arXiv 2203.16708), equations (2) and (4)
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -34,41 +36,28 @@ def is_open(score: Tensor | None, gate: bool | None, threshold: float) -> bool:
     return bool(score >= threshold)
 
 
-class _Reconstruct(torch.autograd.Function):
-    """round(W + g * Delta) with the straight-through gradients above."""
+def may_be_transformed() -> bool:
+    """False where :func:`transformed` is, whatever the tensors."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        delta: Tensor,
-        score: Tensor | None,
-        gate: bool | None,
-        threshold: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.open = is_open(score, gate, threshold)
-        ctx.dtypes = weight.dtype, delta.dtype
-        ctx.save_for_backward(delta, score)
-        if not ctx.open:
-            return weight.to(dtype, copy=True)
-        kind = compute_dtype(weight, delta)
-        return (weight.to(kind) + delta.to(kind)).to(dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        (grad,) = grads
-        delta, score = ctx.saved_tensors
-        need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
-        dweight = grad.to(ctx.dtypes[0]) if need_weight else None
-        ddelta = grad.to(ctx.dtypes[1]) if need_delta and ctx.open else None
-        dscore = None
-        if need_score:
-            if not ctx.open and not bool(torch.isfinite(delta).all()):
-                raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
-            kind = compute_dtype(grad, delta)
-            dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
-        return dweight, ddelta, dscore, None, None, None
+def transformed(*tensors: Tensor | None) -> bool:
+    """True inside a transform of torch.func, or where a tensor carries a forward-mode tangent.
+
+    The operators know one derivative, backwards; who asks for another (jvp, grad of grad, vmap of either) gets what is
+    here, at the price of a weight-sized tensor for each call.
+    """
+    if torch.compiler.is_compiling() or not may_be_transformed():  # the operators are in the graph as they are
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def check_closed(delta: Tensor) -> None:
+    """Raise ValueError where the Delta of a closed layer would poison its score: ds = <G, Delta>."""
+    if not bool(torch.isfinite(delta).all()):
+        raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
 
 
 def reconstruct(
@@ -79,12 +68,42 @@ def reconstruct(
     gate: bool | None = None,
     threshold: float = 0.1,
     dtype: torch.dtype | None = None,
+    read: bool = True,
 ) -> Tensor:
-    """W_t of shape `weight.shape` in `dtype` (default: the weight's own), rounded once."""
+    """W_t of shape `weight.shape` in `dtype` (default: the weight's own), rounded once; differentiable to every order.
+
+    `score - score.detach()` is zero and has the derivative one: the straight-through gate. A closed Delta gets no
+    gradient. Inside a transform no value can be looked at: a gate of None is a selection, a closed Delta has a zero
+    gradient, and one that holds Inf or NaN does not reach the values.
+
+    Args:
+        read: False for the values of W with the derivatives of W_t.
+
+    Raises:
+        ValueError: gate and score both None; Inf or NaN in a closed Delta whose score is to have a gradient.
+    """
     dtype = dtype or weight.dtype
     if delta is None:
         return weight.to(dtype)
-    return _Reconstruct.apply(weight, delta, score, gate, threshold, dtype)
+    inside = transformed(weight, delta, score) or torch.compiler.is_compiling()
+    if not inside:
+        gate = is_open(score, gate, threshold)
+    learns = score is not None and (score.requires_grad or inside)
+    kind = compute_dtype(weight, delta)
+    base, change = weight.to(kind), delta.to(kind)
+    if gate is False and not inside:
+        change = change.detach()
+        if learns and torch.is_grad_enabled():
+            check_closed(change)
+    result = base
+    if gate is not False:
+        opened = base + (change if read else change - change.detach())
+        result = opened if gate or score is None else torch.where(score >= threshold, opened, base)
+    if score is not None and learns:
+        straight = ((score - score.detach()) * change).to(kind)
+        result = result + torch.where(torch.isfinite(change), straight, torch.zeros_like(straight))
+    made = result.to(dtype)
+    return made.clone() if made is weight else made
 
 
 class _Sampled(torch.autograd.Function):
@@ -112,8 +131,7 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         score, delta, taken, weight, rows = ctx.saved_tensors
-        if not bool(torch.isfinite(delta).all()):
-            raise ValueError("delta: expected finite values in a closed layer during training, got Inf or NaN")
+        check_closed(delta)
         with torch.enable_grad():
             own = weight.detach().to(taken.dtype).requires_grad_()
             output = ctx.layer(taken, own)

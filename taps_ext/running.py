@@ -46,10 +46,9 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
     _check_labels(model, name, state, args, kwargs)
     if model._guard.held is None:
         model._guard.note(model.base)
-    state.check_hosts()
-    state.follow()
+    state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    frame = Frame(state.table, set(), sample)
+    frame = Frame(state.table, set(), sample, state.bound, state.settings)
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
@@ -61,19 +60,29 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
             "nothing is saved",
             stacklevel=3,
         )
-    missed = [name for name in state.required if name not in frame.entered]
+    seen = state.seen.get(model.training)
+    if seen is None or not frame.entered.issuperset(seen):
+        _check_entered(model, name, state, frame.entered)
+    if model.training and len(state.entered) < len(state.table):
+        state.entered |= frame.entered  # evaluation may leave out what training runs
+    return output
+
+
+def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[str]) -> None:
+    """Raise where a part had no effect on a forward, unless it is known to be left out in this mode; later forwards
+    that enter as much need no look."""
+    state.check_hosts()
+    missed = [module for module in state.required if module not in entered]
     if not model.training and missed and state.entered.issuperset(missed):
         state.training_only.update(missed)
-    missed = [name for name in missed if name not in state.entered and name not in state.training_only]
+    missed = [module for module in missed if module not in state.entered and module not in state.training_only]
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
             "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
             "them in exclude_modules"
         )
-    if model.training and len(state.entered) < len(state.table):
-        state.entered |= frame.entered  # evaluation may leave out what training runs
-    return output
+    state.seen = {**state.seen, model.training: frozenset(entered)}
 
 
 @torch.compiler.disable

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +17,12 @@ from torch.nn.parameter import is_lazy
 from . import reference
 from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
-from .nn import GatedLayer, TaskNorm, TaskTensors
+from .nn import GatedLayer, TaskNorm, TaskTensors, changes
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
-from .nn.gated import Stamp, same_stamp, stamp
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import original_class, unroute
+from .nn.route import is_stock, original_class, unroute
+from .parts import Bound, Part
 
 
 def module_key(name: str) -> str:
@@ -123,15 +125,19 @@ class TaskState(nn.Module):
         self.gates_mode = gates
         self.head_path = head_path if head is not None else None
         self.parts = nn.ModuleDict()
-        self.table: dict[str, nn.Module] = {}
-        self.rested: dict[str, Stamp] = {}
+        self.table: dict[str, Part] = {}
+        self.closed: set[str] = set()  # layers that closed since the last forward in training
+        self.warned = False
+        self.told = False  # the gates are as they were set, whatever the scores say
         self.watched = False
+        self.seen: dict[bool, frozenset[str]] = {}  # by mode: what a forward entered that was checked
         self.required: list[str] = []  # no effect unless a forward enters them: all but those of buffers alone
         self.entered: set[str] = set()  # in training
         self.training_only: set[str] = set()  # entered in training, and not in evaluation
         self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, parent, its key, module
-        self.noted: dict[str, Any] | None = None
+        self.noted: Mapping[str, Any] | None = None
         self.changes: dict[int, tuple[int, int]] = {}  # thread: number of its last change, and of its last forward
+        self._start_anew()
         for name, spec in plan.gates.items():
             host = base.get_submodule(name)
             weight = base_weight(host)
@@ -169,7 +175,7 @@ class TaskState(nn.Module):
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
-    def _add(self, name: str, part: nn.Module) -> None:
+    def _add(self, name: str, part: Part) -> None:
         key = module_key(name)
         if key in self.parts:
             raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
@@ -177,6 +183,32 @@ class TaskState(nn.Module):
         self.table[name] = part
         if type(part) is not TaskTensors or any(True for _ in part.parameters()):
             self.required.append(name)
+
+    def _start_anew(self) -> None:
+        self.bound: Mapping[str, Bound] = {}
+        self.settings: Mapping[str, Any] | None = None
+        self._bound_at: object = None
+        self._followed: tuple[object, list[tuple[str, GatedLayer]], bool] = (None, [], False)
+        self._values: list[float] | None = None
+
+    @torch.compiler.disable
+    def catch_up(self) -> None:
+        """Take over what was set on base modules, gates and modes since the last forward, in bindings made anew.
+
+        They are swapped whole, so that a forward that runs in another thread keeps its own.
+        """
+        now = changes.now
+        if self._bound_at is now:
+            return
+        for part in self.table.values():
+            if isinstance(part, TaskTensors):
+                part.follow()
+        made = {name: self.table[name].bind(host, stock=is_stock(host)) for name, _, _, host in self.hosts}
+        self.bound = {name: bound for name, bound in made.items() if bound is not None}
+        found = settings(self.table)
+        known = all(part.gate is not None for _, part in self.gated())
+        self.settings = None if not known else found if found != self.settings else self.settings
+        self._bound_at = now
 
     # -- what there is
 
@@ -261,13 +293,6 @@ class TaskState(nn.Module):
                 if bool(gate) != bool(part.gate):
                     part.fix(bool(gate))
 
-    @torch.compiler.disable
-    def follow(self) -> None:
-        """Bring the copies of base modules up to date with what was set on those."""
-        for part in self.table.values():
-            if isinstance(part, TaskTensors):
-                part.follow()
-
     @property
     def head(self) -> nn.Module | None:
         part = None if self.head_path is None else self.table[self.head_path]
@@ -275,21 +300,46 @@ class TaskState(nn.Module):
 
     # -- gates
 
+    def _following(self) -> tuple[list[tuple[str, GatedLayer]], bool]:
+        """The learned gates, and whether all of their scores are on a CPU, where to read them costs little."""
+        now, layers, on_cpu = self._followed
+        if now is not changes.now:
+            now, layers = changes.now, self.learned()
+            on_cpu = all(part.score is not None and part.score.device.type == "cpu" for _, part in layers)
+            self._followed = now, layers, on_cpu
+        return layers, on_cpu
+
     @torch.compiler.disable
     def refresh(self, *, force: bool = False) -> None:
-        """Bring the host's gates up to date with at most one device-to-host copy.
+        """Bring the host's gates up to date with the scores: on a CPU by their values, however they were written, on a
+        GPU by one copy where a score's tensor or version changed (all of them with `force`).
 
         Raises:
             GateError: a score is NaN, naming the layer.
         """
-        stale = [(name, part) for name, part in self.learned() if force or part.stale()]
-        if not stale:
+        layers, on_cpu = self._following()
+        if not layers or self.told:
             return
-        values = torch.stack([part.score.detach() for _, part in stale]).tolist()  # type: ignore[union-attr]
-        for (name, part), value in zip(stale, values, strict=True):
+        if on_cpu:
+            values = [part.score.item() for _, part in layers]  # type: ignore[union-attr]
+            if values == self._values and not force:  # never so with a NaN
+                return
+        else:
+            layers = [(name, part) for name, part in layers if force or part.stale()]
+            if not layers:
+                return
+            values = torch.stack([part.score.detach() for _, part in layers]).tolist()  # type: ignore[union-attr]
+        self._take(layers, values)
+        self._values = values
+
+    def _take(self, layers: list[tuple[str, GatedLayer]], values: list[float]) -> None:
+        for (name, part), value in zip(layers, values, strict=True):
+            before = part.gate
             part.take(value, name)
             if self.gates_mode == "device":
                 part.gate = None
+            elif before is not part.gate:
+                (self.closed.discard if part.gate else self.closed.add)(name)
 
     @torch.compiler.disable
     def note_gates(self, node: int | None) -> None:
@@ -300,8 +350,10 @@ class TaskState(nn.Module):
         Raises:
             GateError: a gate changed between that forward and its recomputation.
         """
-        thread, here, now = threading.get_ident(), sequence_number(), settings(self.table)
-        changed = [] if self.noted is None else [name for name in now if now[name] != self.noted.get(name)]
+        self.catch_up()
+        now = settings(self.table) if self.settings is None else self.settings
+        thread, here, noted = threading.get_ident(), sequence_number(), self.noted
+        changed = [] if noted is None or noted is now else [name for name in now if now[name] != noted.get(name)]
         since, last = self.changes.get(thread, (0, -1))
         if node is not None:
             others = [number for number, _ in self.changes.values()]
@@ -312,41 +364,83 @@ class TaskState(nn.Module):
             since = here + (last == here)
         self.noted, self.changes[thread] = now, (since, here)
 
+    def take_as_told(self, other: TaskState) -> None:
+        """Have another state's gates from now on, as if every score and closed Delta had been read and found good: for
+        a copy whose tensors hold no values."""
+        self.watched = self.told = True
+        self.closed = set()
+        for (_, part), (_, known) in zip(self.gated(), other.gated(), strict=True):
+            part.gate = known.gate
+
     def open_layers(self) -> list[str]:
         """Names of the layers whose gate is open now (one copy from the device)."""
         learned = self.learned()
         scores = torch.stack([p.score.detach() for _, p in learned]).tolist() if learned else []  # type: ignore[union-attr]
-        state = {name: part.gate is True for name, part in self.gated()}
+        state, unseen = {name: part.gate is True for name, part in self.gated()}, False
         for (name, part), value in zip(learned, scores, strict=True):
             if value != value:
                 raise GateError(f"{name}: score: expected a number, got NaN")
             state[name] = value >= part.threshold
+            unseen = unseen or (self.gates_mode == "host" and part.gate is not None and part.gate is not state[name])
+        if unseen and not self.told:
+            self._follow_late(learned, scores)
         return [name for name, is_open in state.items() if is_open]
 
+    def _follow_late(self, learned: list[tuple[str, GatedLayer]], scores: list[float]) -> None:
+        """What is told is what runs: take gates that no forward has seen, and say once where only values showed it."""
+        unseen = [
+            name
+            for (name, part), value in zip(learned, scores, strict=True)
+            if part.gate is not (value >= part.threshold) and not part.stale()
+        ]
+        if unseen and not self._following()[1] and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{unseen[0]}: its score was written in a way that leaves no trace (.data, graph replay), so that "
+                "forwards since then ran the gate from before; call refresh_gates() after such writes",
+                stacklevel=5,
+            )
+        self._take(learned, scores)
+        self._values = None
+
     @torch.compiler.disable
-    def check_rest(self) -> None:
-        """Raise if a closed layer whose score is trained holds Inf or NaN (read once after each change)."""
-        changed = []
-        for name, part in self.learned():
-            delta = part.delta
-            if part.gate is not False or delta is None:
-                continue
-            delta.grad = None  # zeros, or of a step in which the gate was open: no optimizer may act on it
-            if delta.numel() and not same_stamp(self.rested.get(name), delta):
-                changed.append((name, delta))
-        if not changed:
-            return
-        bounds = torch.stack([torch.stack(torch.aminmax(delta.detach())) for _, delta in changed])
-        finite = torch.isfinite(bounds).all(dim=1).tolist()
-        for (name, delta), good in zip(changed, finite, strict=True):
-            if not good:
-                raise GateError(
-                    f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN"
-                )
-            self.rested[name] = stamp(delta)
+    def look_again(self) -> None:
+        """Compare the host's gates with the scores' values where forwards go by versions alone: on a GPU."""
+        if self.gates_mode == "host" and not self._following()[1]:
+            with contextlib.suppress(GateError):  # the next forward's affair
+                self.open_layers()
+
+    @torch.compiler.disable
+    def lay_to_rest(self) -> None:
+        """What closed since the last forward in training gives up its gradient, which no optimizer may act on.
+
+        Raises:
+            GateError: Inf or NaN in a Delta that closed, which would poison its score; of one that is written to later
+                backward says so.
+        """
+        closed = [(name, part.delta) for name, part in self.learned() if name in self.closed and part.gate is False]
+        deltas = [(name, delta) for name, delta in closed if delta is not None and delta.numel()]
+        for _, delta in deltas:
+            delta.grad = None
+        if deltas:
+            bounds = torch.stack([torch.stack(torch.aminmax(delta.detach())) for _, delta in deltas])
+            for (name, _), good in zip(deltas, torch.isfinite(bounds).all(dim=1).tolist(), strict=True):
+                if not good:
+                    raise GateError(
+                        f"{name}: delta: expected finite values in a closed layer during training, got Inf or NaN"
+                    )
+        self.closed = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rested": {}, "noted": None, "changes": {}}  # a copy's version counters start anew
+        fresh: dict[str, Any] = {
+            "noted": None,
+            "changes": {},
+            "bound": {},
+            "settings": None,
+            "_bound_at": None,
+            "_values": None,
+        }
+        return {**self.__dict__, **fresh, "_followed": (None, [], False)}  # a copy binds its own modules
 
     def penalty_weights(self) -> list[float]:
         """w_i of the learned gates: 1, or in proportion to the layer's parameters with mean 1."""

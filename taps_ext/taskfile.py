@@ -18,7 +18,7 @@ from .methods import GateSpec, MethodConfig, Plan
 from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
 from .scan import inside, names_of, scan
-from .store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
+from .store.errors import GateRecordError, MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
 from .task import TaskState, own_head
 
 
@@ -212,9 +212,7 @@ def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: A
         entry = record.layers[name]
         own = entry.open and entry.codec == "weight"
         if own and entry.learn:
-            raise store.errors.GateError(
-                path, f"layer {name!r}: expected a fixed gate for a whole weight, got a learned one"
-            )
+            raise GateRecordError(path, f"layer {name!r}: expected a fixed gate for a whole weight, got a learned one")
         plan.gates[name] = GateSpec(
             delta=(spec.delta or entry.open) and not own,
             learn=entry.learn,
@@ -301,6 +299,6 @@ def _training_only(record: store.TaskFile, state: TaskState, path: Any) -> set[s
 def _check_gate(layer: str, score: float, threshold: float, is_open: bool, path: Any) -> None:
     if (score >= threshold) != is_open:
         expected = "closed" if is_open else "open"
-        raise store.errors.GateError(
+        raise GateRecordError(
             path, f"layer {layer!r}: score {score:.6g} makes it {expected}, but the file says otherwise"
         )

@@ -1,12 +1,29 @@
-"""Settings for all tests: one thread (small tensors only wait for a second one) and a seed."""
+"""For all tests: one thread (small tensors only wait for a second one), a seed, and which of them this run covers."""
 
 from __future__ import annotations
 
 import pytest
+import stages
 import torch
 from fused import C, instructions
 
 from taps_ext.cli import main
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    stages.leave_out(session.config, items)
+    stages.fold(session, items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was drawn, and how to draw it again."""
+    reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
+    drawn = sorted({value for report in reports for key, value in report.user_properties if key == "drawn"})
+    if drawn:
+        terminalreporter.section(f"drawn by TAPS_SEED={stages.SEED}")
+        for value in drawn:
+            terminalreporter.line(value)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-class UsageError(Exception):
+class UsageError(TapsError):
     """The command line cannot be parsed."""
 
 
@@ -85,10 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _explain(error: BaseException) -> str | None:
     """The one line that tells a user what was wrong, or None for an error that is a bug."""
-    from ..data import SourceError
-    from ..store import TaskFileError
-
-    if isinstance(error, (UsageError, TapsError, SourceError, TaskFileError)):
+    if isinstance(error, TapsError):
         text = str(error)
     elif isinstance(error, OSError):
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "

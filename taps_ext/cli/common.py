@@ -11,6 +11,9 @@ from typing import Any
 
 from ..errors import ConfigError
 
+KINDS = {"task": "task", "shared": "weights that tasks share", "state": "state of a training run"}
+"""The kinds of files, in words."""
+
 
 def count(low: int) -> Callable[[str], int]:
     """An argument type: an int >= `low`."""

@@ -82,7 +82,7 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     elif not args.model.startswith("python:"):
         section |= {"weights": "random"} if args.task is None else {"args": {"pretrained": True}}
     if args.task is not None:
-        store.read_header(args.task)  # a bad file is told before the base is built
+        store.read_header(args.task, kind="task")  # a bad file is told before the base is built
     model = TaskModel(build_base(section))
     if args.task is not None:
         return model, model.load_task(args.task)

@@ -8,6 +8,10 @@ from .common import emit, table
 from .costs import add_step_arguments, parts, step_model
 
 PURPOSE = "Predict the peak memory of a training step or a forward without running it."
+BOUND = "on a CPU a lower bound where there are convolutions: what they copy inside is not counted"
+MORE = f"""
+
+The peak is that of what operators return: {BOUND}."""
 EXAMPLE = "taps estimate timm:vit_small_patch16_224 --batch 32 --optimizer adamw"
 
 
@@ -27,4 +31,5 @@ def run(args: argparse.Namespace) -> int:
         emit(memory.to_dict())
     else:
         print(table(("part", "memory"), parts(memory)))
+        print(BOUND)
     return 0

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train import Task, TrainConfig, Trainer
 
     config = config_from(args)
-    headers = [(file, store.read_header(file)) for file in args.files]
+    headers = [(file, store.read_header(file, kind="task")) for file in args.files]
     base = config.base()
     model = TaskModel(base, head_module=config.head_module)
     if args.device is not None:

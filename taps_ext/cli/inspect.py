@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import struct
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TapsError
-from .common import emit, size, table
+from .common import KINDS, emit, size, table
 
 if TYPE_CHECKING:
     from ..store import FileHeader
 
 PURPOSE = "Show what a task file holds: method, parent, layers, gates, metrics, labels. Loads no tensors."
+MORE = """
+
+The state of an unfinished training run (.state) is shown as what it is, with how far the run has come."""
 EXAMPLE = "taps inspect runs/signs/signs.taps"
 
 
@@ -92,6 +96,15 @@ def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, {}, []))
 
 
+def _stands(extra: dict[str, str]) -> str:
+    """How far a run has come, from its state's counters."""
+    try:
+        progress = json.loads(extra["train.counters"])["progress"]
+        return f"{progress['epoch']} epochs done, {progress['step']} steps"
+    except (KeyError, TypeError, ValueError):  # a state of somebody else's
+        return "not of this package's trainer"
+
+
 def run(args: argparse.Namespace) -> int:
     from .. import store
 
@@ -101,8 +114,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     of, labels = facts["bytes_of"], facts["labels"]
     total, tensors = size(facts["bytes"]), facts["tensors"]
-    print(f"{facts['file']}: {facts['kind']} {facts['task']!r}, {total}, {tensors} tensors")
-    print(f"method   {_settings(facts['method'])}")
+    named = f" {facts['task']!r}" if facts["task"] else ""
+    print(f"{facts['file']}: {KINDS[facts['kind']]}{named}, {total}, {tensors} tensors")
+    if facts["kind"] == "state":
+        print(f"run      {_stands(facts['extra'])}; to go on, train with the same settings and out")
+    else:
+        print(f"method   {_settings(facts['method'])}")
     print(f"parent   {facts['parent']}")
     print(f"digest   {facts['digest']}")
     print(f"written  by {_settings(facts['versions'])}")
@@ -114,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"labels   {len(labels)}: {shown}")
     if facts["metrics"] is not None:
         print(f"metrics  {_settings(facts['metrics'])}")
+    if not facts["layers"]:
+        return 0
     print(f"layers   {facts['layers_open']} of {len(facts['layers'])} open\n")
     rows = [
         (

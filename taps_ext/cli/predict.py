@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.task import predictions
 
     config = config_from(args)
-    header = store.read_header(args.file)
+    header = store.read_header(args.file, kind="task")
     size, channels, normalize = _geometry(config, header)
     options = Options(size, channels, normalize=normalize)
     images = [apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TapsError
 from .common import emit
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-class Failed(Exception):
+class Failed(TapsError):
     """A check found something wrong."""
 
 

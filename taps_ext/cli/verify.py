@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import emit
+from ..errors import TaskFileError
+from .common import KINDS, emit
 
 PURPOSE = "Check every digest of task files; exit code 0 only if all files are sound, else 1."
 EXAMPLE = "taps verify runs/signs/*.taps"
@@ -13,7 +14,7 @@ LAST = "files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", metavar="FILE", nargs="+", help="task files (.taps)")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="task files (.taps), states of runs (.state)")
 
 
 def check(file: str) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def check(file: str) -> dict[str, Any]:
 
     try:
         result = store.verify(file)
-    except store.TaskFileError as error:
+    except TaskFileError as error:
         return {"file": file, "ok": False, "reason": error.problem}
     except OSError as error:
         return {"file": file, "ok": False, "reason": error.strerror or str(error)}
@@ -32,7 +33,8 @@ def check(file: str) -> dict[str, Any]:
         reason = f"the bytes of tensor {names}{more} are not those that were written"
         return {"file": file, "ok": False, "reason": reason}
     header = result.header
-    facts = {"task": header.metadata.name, "tensors": len(header.tensors), "bytes": header.file_bytes}
+    meta = header.metadata
+    facts = {"kind": meta.kind, "task": meta.name, "tensors": len(header.tensors), "bytes": header.file_bytes}
     return {"file": file, "ok": True, **facts, "digest": header.digest}
 
 
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         for result in results:
             if result["ok"]:
-                print(f"ok   {result['file']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+                kind = "" if result["kind"] == "task" else f"{KINDS[result['kind']]}, "
+                print(f"ok   {result['file']}: {kind}{result['tensors']} tensors, {result['bytes']:,} bytes")
             else:
                 print(f"BAD  {result['file']}: {result['reason']}")
     return 0 if all(result["ok"] for result in results) else 1

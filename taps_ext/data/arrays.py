@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .source import ArrayDataset, Options, Source, SourceError, finish, resize, split_generator
+from ..errors import SourceError
+from .source import ArrayDataset, Options, Source, finish, resize, split_generator
 
 KEYS = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "classes")
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .source import Options, Source, SourceError, Statistics, apply_normalize, check_normalize, require
+from ..errors import SourceError
+from .source import Options, Source, Statistics, apply_normalize, check_normalize, require
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 

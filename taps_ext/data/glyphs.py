@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import SourceError
 from .source import (
     ArrayDataset,
     Options,
     Source,
-    SourceError,
     affine,
     finish,
     require,

@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import SourceError
 from .arrays import source_from_arrays
-from .source import NormalizedDataset, Options, SizedDataset, Source, SourceError
+from .source import NormalizedDataset, Options, SizedDataset, Source
 
 FIELDS = ("train", "val", "test", "classes", "description", "licence", "normalize")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from ..errors import SourceError
 from . import arrays, digits, folder, glyphs, photos, python
-from .source import Options, Source, SourceError, Statistics
+from .source import Options, Source, Statistics
 
 Opener = Callable[[str, Options], Source]
 

@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import SourceError
+
 Statistics = tuple[Sequence[float], Sequence[float]]
 """Per-channel (mean, std) in units of pixel values in [0, 1]."""
-
-
-class SourceError(ValueError):
-    """A spec, a file or an array that cannot become a data source; the message is one line."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import composed, ops
+from .. import ops, reference
 from . import sampling
 
 GATED_TYPES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)  # of the last, the joint input projection
@@ -82,19 +82,26 @@ def whole_weight(layer: Any) -> Tensor:
     torch picks the product of some inputs by that flag, and merging must not change a bit.
     """
     whole: Tensor = layer.whole
-    return whole if torch.is_grad_enabled() or composed.transformed(whole) else whole.detach()
+    return whole if torch.is_grad_enabled() or reference.transformed(whole) else whole.detach()
 
 
 def gated_forward(
-    host: nn.Module, layer: Any, input: Tensor, bias: Tensor | None, sample: sampling.Sample | None = None
+    host: nn.Module,
+    layer: Any,
+    input: Tensor,
+    bias: Tensor | None,
+    sample: sampling.Sample | None = None,
+    *,
+    gate: bool | None,
 ) -> Tensor:
-    """The layer on `W + g * Delta`; a closed host gate costs what the base layer costs.
+    """The layer on `W + g * Delta`, whatever is asked of it (`bind.py` has what is usual).
 
-    `sample`: what the score gradient of a closed layer is estimated from; None takes everything.
+    Args:
+        sample: what the score gradient of a closed layer is estimated from; None takes everything.
+        gate: as the host knows it.
     """
     if layer.whole is not None:
         return stock_forward(host, input, resting_weight(layer, whole_weight(layer), input), bias)
-    gate = layer.gate
     weight = base_weight(host)
     if gate is False:
         weight = resting_weight(host, weight, input)

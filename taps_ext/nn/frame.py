@@ -19,16 +19,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GateError, TapsError
+from ..parts import Bound
+from .bind import setting_of
 from .gated import GatedLayer
 from .sampling import Sample
 
 
 class Frame(NamedTuple):
-    """One forward: parts by module name, where entered modules are noted, the sample closed layers learn from."""
+    """One forward: parts and their bindings by module name, where entered modules are noted, the sample that closed
+    layers learn from, and the gates where the host knows them all."""
 
     parts: Mapping[str, nn.Module]
     entered: set[str]
     sample: Sample | None = None
+    bound: Mapping[str, Bound] = {}
+    settings: Mapping[str, tuple[Any, ...]] | None = None
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
@@ -57,18 +62,9 @@ def _attributes(value: Any) -> list[Any]:
     return list(vars(value).values()) if hasattr(value, "__dict__") else []
 
 
-def _setting(part: nn.Module) -> tuple[Any, ...]:
-    """What a forward's arithmetic depends on beside the tensors that autograd watches."""
-    if not isinstance(part, GatedLayer):
-        return ()
-    watched = part.score if part.gate is None else None
-    version = None if watched is None or watched.is_inference() else watched._version
-    return part.gate, part.merged is not None, None if watched is None else id(watched), version
-
-
 def settings(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
     """The gates of a task as they are now, by layer."""
-    return {name: _setting(part) for name, part in parts.items() if isinstance(part, GatedLayer)}
+    return {name: setting_of(part) for name, part in parts.items() if isinstance(part, GatedLayer)}
 
 
 def gate_changed(name: str) -> GateError:
@@ -91,7 +87,7 @@ class Call:
     def __init__(self, owner: nn.Module, task: str | None, frame: Frame, first: int, outputs: Any) -> None:
         self.owner, self.task, self.frame = weakref.ref(owner), task, frame
         self.first, self.last, self.thread = first, sequence_number(), threading.get_ident()
-        self.settings = settings(frame.parts)
+        self.settings = settings(frame.parts) if frame.settings is None else frame.settings
         nodes: list[Any] = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
         with _lock:
             _threads.setdefault(owner, set()).add(self.thread)
@@ -107,7 +103,7 @@ class Call:
         """Raise GateError if a layer's gate is not the one that the forward ran with."""
         for name in self.settings if names is None else names:
             part = self.frame.parts.get(name)
-            if part is not None and name in self.settings and _setting(part) != self.settings[name]:
+            if part is not None and name in self.settings and setting_of(part) != self.settings[name]:
                 raise gate_changed(name)
 
     def covers(self, number: int, module: nn.Module | None, owner: nn.Module | None) -> bool:

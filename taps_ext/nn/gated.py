@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import GateError, TapsError
-from .forward import base_bias, gated_forward
+from ..parts import Bound, Part
+from . import changes
+from .bind import bind_layer
+from .forward import base_bias, base_weight, bias_name, gated_forward, weight_name
 from .sampling import Sample
 
 
@@ -57,7 +61,7 @@ def refusing(weight: Tensor) -> Tensor:
     return own
 
 
-class GatedLayer(nn.Module):
+class GatedLayer(Part):
     """A task's share of one layer: `W_t = W + g * Delta`, `g = 1[score >= threshold]`.
 
     A converted checkpoint may have a `weight` of its own instead: `W_t = weight` where the (fixed) gate is open, since
@@ -73,7 +77,6 @@ class GatedLayer(nn.Module):
         weight: the task's own weight, with `shape=None` and `learn=False`. It follows `.half()` and `.bfloat16()`.
         device: where Delta and score live. Both are float32 and stay so through `.half()` and `.bfloat16()`.
 
-    `gate` is what the forward uses: a bool known to the host, or None to read the score on its device.
     """
 
     delta: nn.Parameter | None
@@ -103,9 +106,32 @@ class GatedLayer(nn.Module):
             self.register_parameter(name, None if own is None else nn.Parameter(own))
         self.threshold = float32_bound(threshold)
         self.learn = learn
-        self.gate: bool | None = (score_init >= threshold) if learn else open
-        self.merged: Tensor | None = None
+        self.gate = (score_init >= threshold) if learn else open
+        self.merged = None
         self._seen: Stamp | None = None
+
+    @property
+    def gate(self) -> bool | None:
+        """What the forward uses: a bool known to the host, or None to read the score on its device."""
+        gate: bool | None = self.__dict__["_gate"]
+        return gate
+
+    @gate.setter
+    def gate(self, gate: bool | None) -> None:
+        if gate is not self.__dict__.get("_gate", self):
+            self.__dict__["_gate"] = gate
+            changes.note()
+
+    @property
+    def merged(self) -> Tensor | None:
+        """The weight that the task multiplies by while it is merged."""
+        merged: Tensor | None = self.__dict__["_merged"]
+        return merged
+
+    @merged.setter
+    def merged(self, weight: Tensor | None) -> None:
+        self.__dict__["_merged"] = weight
+        changes.note()
 
     @property
     def whole(self) -> Tensor | None:
@@ -119,8 +145,36 @@ class GatedLayer(nn.Module):
         """What an open gate lets in: Delta, or the task's own weight; None for a layer that is closed for good."""
         return self.weight if self.delta is None else self.delta
 
+    @property
+    def open(self) -> bool:
+        """The gate, read from the score's device where the host does not know it."""
+        return bool(self.gate) if self.gate is not None or self.score is None else self.score.item() >= self.threshold
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        return bind_layer(host, self) if stock else None
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        named = {"delta": self.delta, "weight": self.weight, "score": self.score, "bias": self.bias}
+        return {role: [parameter] for role, parameter in named.items() if parameter is not None}
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W_t in the type of the base's `weight`, which a closed layer is itself."""
+        if not self.open or self.change is None:
+            return weight
+        if self.delta is None:
+            return self.change.detach().clone(memory_format=torch.preserve_format)
+        return ops.reconstruct_(torch.empty_like(weight), weight.detach(), self.delta.detach(), gate=True)
+
+    def values(self, host: nn.Module) -> dict[str, Tensor]:
+        weight = base_weight(host)
+        folded = self.fold(weight)
+        own: dict[str, Tensor] = {} if folded is weight else {weight_name(host): folded}
+        return own if self.bias is None else {**own, bias_name(host): self.bias}
+
+    # The general road; bind.py has the usual ones.
     def forward(self, host: nn.Module, input: Tensor, sample: Sample | None = None) -> Tensor:
-        return gated_forward(host, self, input, base_bias(host) if self.bias is None else self.bias, sample)
+        bias = base_bias(host) if self.bias is None else self.bias
+        return gated_forward(host, self, input, bias, sample, gate=self.gate)
 
     def stale(self) -> bool:
         """True if the host's copy of the gate may differ from the score: another tensor, or one written to."""
@@ -142,6 +196,7 @@ class GatedLayer(nn.Module):
             self.change.requires_grad_(open)
             if not open:
                 self.change.grad = None
+        changes.note()  # the score is gone, too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLayer:
         self._seen = None

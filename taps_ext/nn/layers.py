@@ -7,12 +7,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
+from ..parts import Bound
+from .bind import bind_layer
 from .forward import gated_forward
-from .gated import float32_bound, keep_float32
+from .gated import Stamp, float32_bound, keep_float32, same_stamp, stamp
 
 _Self = TypeVar("_Self", bound="_TapsLayer")
+
+
+# What bindings are not made for.
+_autocast = torch._C._is_any_autocast_enabled
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class _TapsLayer(nn.Module):
@@ -20,7 +29,9 @@ class _TapsLayer(nn.Module):
 
     weight: Tensor
     bias: Any  # Tensor or None
-    whole = None  # no merged weight
+    whole = merged = None  # no merged weight
+    _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
+    _seen: Stamp | None = None
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
         weight = self.weight
@@ -34,21 +45,62 @@ class _TapsLayer(nn.Module):
         self.gate: bool | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return gated_forward(self, self, input, self.bias)
+        if is_compiling() or _transforms() or forward_ad._current_level >= 0:
+            known = None if self.score.is_cpu else self.gate  # on a CPU the operator reads the score itself
+            return gated_forward(self, self, input, self.bias, gate=known)
+        self._follow()
+        if _autocast():
+            return gated_forward(self, self, input, self.bias, gate=self.gate)
+        bound = self._bound or self._bind()
+        made: Tensor = bound[torch.is_grad_enabled()](self, input, None)
+        return made
+
+    def _general(self, host: nn.Module, input: Tensor, sample: None) -> Tensor:
+        return gated_forward(self, self, input, self.bias, gate=self.gate)
+
+    def _bind(self) -> Bound:
+        bound = self.__dict__["_bound"] = bind_layer(self, self)
+        return bound
+
+    def _follow(self) -> None:
+        """Bring the host's gate up to date: on a CPU with the score's value, on a GPU, once the host has it, where the
+        score's tensor or version changed."""
+        score = self._parameters["score"]
+        assert score is not None
+        if score.is_cpu:
+            value = score.item()
+            gate = value >= self.threshold
+            if gate is not self.gate or value != value:
+                self._take(value)
+        elif self.gate is not None and not same_stamp(self._seen, score):
+            self.refresh_gate()
+
+    def _take(self, score: float) -> None:
+        if score != score:
+            raise GateError("score: expected a number, got NaN")
+        self.gate, self._bound = score >= self.threshold, None
 
     def refresh_gate(self) -> bool:
-        """Copy the gate to the host (one synchronisation on a GPU) and use it until the next call.
+        """Copy the gate to the host (one synchronisation on a GPU), which follows the score from then on: a GPU's where
+        its version changes. On a CPU nothing needs to be called.
 
         Raises:
             GateError: the score is NaN.
         """
-        score = self.score.item()
-        if score != score:
-            raise GateError("score: expected a number, got NaN")
-        self.gate = score >= self.threshold
-        return self.gate
+        self._take(self.score.item())
+        self._seen = stamp(self.score)
+        return self.gate is True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_bound", "_seen", "_taps_cast")}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__ and name not in ("_bound", "_seen", "training"):  # a setting, such as `stride`
+            self.__dict__["_bound"] = None
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        self._seen = None
         return super()._apply(keep_float32(self, fn, ("delta", "score")), recurse)
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import composed, ops
+from .. import ops, reference
 from ..errors import UnsupportedModuleError
 from . import sampling
 from .forward import base_weight, resting_weight, whole_weight
@@ -30,7 +30,7 @@ def rests(host: nn.Module, layer: Any) -> bool:
 
     In training a reader may hold the weight until gradients are on; in evaluation fused paths want plain tensors.
     """
-    if composed.transformed(layer.score, layer.delta, layer.whole):
+    if reference.transformed(layer.score, layer.delta, layer.whole):
         return False
     if layer.whole is not None:
         closed = not layer.whole.requires_grad
@@ -45,7 +45,7 @@ def read_weight(host: nn.Module, layer: Any) -> Tensor:
     if layer.whole is not None:
         return whole_weight(layer)
     weight = base_weight(host)
-    learns = (_learns(layer) and torch.is_grad_enabled()) or composed.transformed(layer.score)
+    learns = (_learns(layer) and torch.is_grad_enabled()) or reference.transformed(layer.score)
     if layer.delta is None or (layer.gate is False and not learns):
         return weight
     make = ops.unread_weight if layer.gate is False else ops.effective_weight

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModuleError
+from . import changes, reads
 from . import forward as _forward
-from . import reads
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -69,6 +71,7 @@ class _Routed(nn.Module):
         # Whether its tasks may train. When the whole model rests, their parts know that by themselves.
         self.__dict__["_taps_mode"] = mode or _mode.get() is False
         self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
+        changes.note()
         token = _own_code.set(True)
         try:
             return super().train(mode and not self._always_rests)
@@ -80,7 +83,10 @@ class _Routed(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name not in self.__dict__ or name == "training":
+        if name not in self.__dict__:
+            return
+        changes.note()
+        if name == "training":
             return
         part = _own_part(self)
         if part is not None:  # a forward of its own would set it on the task's copy
@@ -90,11 +96,14 @@ class _Routed(nn.Module):
             self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name: str = self.__dict__["_taps_name"]
-        frame = running(self)
+        frame = current() or running(self)
         if frame is None:
             return super().forward(*args, **kwargs)
+        name: str = self.__dict__["_taps_name"]
         frame.entered.add(name)
+        bound = frame.bound.get(name)
+        if bound is not None and not is_compiling():
+            return bound[torch.is_grad_enabled()](*args, **kwargs)
         part = frame.parts.get(name)
         if part is not None:
             return part(self, *args, **kwargs)
@@ -193,17 +202,33 @@ class _RoutedAttention(_Reads):
     in_proj_bias = _property("in_proj_bias", _read_bias)
 
 
+# What the bindings of gated layers are not made for.
+_autocast = torch._C._is_any_autocast_enabled
+_transforms = torch._C._are_functorch_transforms_active
+
+
 class _RoutedLayer(_Readable):
     """A linear or convolution layer: closed for a task without a part, its weight cast once under autocast."""
 
     def forward(self, input: torch.Tensor) -> Any:
+        if not is_compiling():
+            frame = current()
+            if frame is not None and not _autocast() and not _transforms() and forward_ad._current_level < 0:
+                name: str = self.__dict__["_taps_name"]
+                bound = frame.bound.get(name)
+                if bound is not None:
+                    frame.entered.add(name)
+                    return bound[torch.is_grad_enabled()](self, input, frame.sample)
+        return self._taps_general(input)
+
+    def _taps_general(self, input: torch.Tensor) -> Any:
         name: str = self.__dict__["_taps_name"]
         frame = running(self)
         if frame is not None:
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
         if isinstance(part, GatedLayer) and frame is not None:
-            return part(self, input, frame.sample)
+            return part.forward(self, input, frame.sample)
         if part is not None:
             return part(self, input)
         weight = _forward.resting_weight(self, _held(self, "weight"), input)
@@ -284,6 +309,11 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
         module.__class__ = cls
         if isinstance(module, _Routed) and module._always_rests:
             module.training = False
+
+
+def is_stock(module: nn.Module) -> bool:
+    """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
+    return isinstance(module, _RoutedLayer)
 
 
 def is_routed(module: nn.Module) -> bool:

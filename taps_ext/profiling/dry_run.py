@@ -19,9 +19,6 @@ from .. import ops
 from ..model import TaskModel
 from ..nn import GatedLayer
 from ..nn.forward import base_weight
-from ..nn.gated import stamp
-from . import convolutions
-from .convolutions import Inside, pixels
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -40,20 +37,11 @@ class _Count(TorchDispatchMode):
         self.phase, self.since = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inside = _inside(func, args)
-        self._pass(inside.before)
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
-        self._pass(inside.beside)
         return result
-
-    def _pass(self, nbytes: int) -> None:
-        """What an operator makes and drops."""
-        if nbytes:
-            self.made.append((nbytes, "inside"))
-            self.log += [len(self.made), -len(self.made)]
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -104,39 +92,6 @@ class _Count(TorchDispatchMode):
         return parts
 
 
-def _inside(func: Any, args: Sequence[Any]) -> Inside:
-    """What an operator allocates beside its results."""
-    aten, own = torch.ops.aten, torch.ops.taps_ext
-    if func is aten.convolution.default:
-        image, weight, _, stride, padding, dilation, transposed, _, groups = args
-        return Inside() if transposed else convolutions.forward(image, weight, stride, padding, dilation, groups)
-    if func is aten.convolution_backward.default:
-        grad, image, weight, _, stride, padding, dilation, transposed, _, groups, wanted = args
-        if transposed or image.dim() != 4:
-            return Inside()
-        return convolutions.backward(grad, image, image.shape[2:], weight, stride, padding, dilation, groups, wanted)
-    if ops._C is None:
-        return Inside()
-    if func is own.gated_conv2d.default:
-        image, weight, delta, _, _, stride, padding, dilation, groups, gate = args[:10]
-        found = convolutions.forward(image, weight, stride, padding, dilation, groups)
-        training = len(args) > 13 and args[13]  # trailing arguments that are the defaults are not there
-        rows = pixels(image, weight, stride, padding, dilation)
-        fused = gate and not training and _fused_bytes(weight, delta, image.dtype, rows, groups) is not None
-        return Inside() if fused else found
-    if func is own.gated_conv2d_backward.default:
-        grad, image, size, weight, _, _, gate, _, stride, padding, dilation, groups, mask = args[:13]
-        formed = mask[4] or (mask[1] and gate is not False)
-        wanted = (mask[0], formed)
-        found = convolutions.backward(grad, image, size, weight, stride, padding, dilation, groups, wanted)
-        if formed or not mask[2]:
-            return found
-        score = convolutions.forward(image, weight, stride, padding, dilation, groups)  # <conv(x, Delta), dL/dy>
-        moved = grad.nbytes // max(1, grad.shape[0]) * image.shape[0]
-        return Inside(found.before, max(found.beside, score.before, score.beside + moved))
-    return Inside()
-
-
 def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     """A copy of a model whose tensors have no storage."""
     memo: dict[int, Any] = {}
@@ -153,23 +108,11 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     return copy.deepcopy(model, memo)
 
 
-def _know_gates(hollow: TaskModel, model: TaskModel, name: str) -> None:
-    """Give a copy the gates of the original, as if its scores and closed Deltas had been read and found good."""
-    state, real = hollow.state(name), dict(model.state(name).gated())
-    state.watched = True
-    for layer, part in state.gated():
-        part.gate = real[layer].gate
-        if part.score is not None:
-            part._seen = stamp(part.score)
-        if part.delta is not None:
-            state.rested[layer] = stamp(part.delta)
-
-
 def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:
     """The largest weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""
     if step.state is None or ops._C is None:
         return 0
-    largest, limit = 0, ops._C.workspace_limit()
+    largest = 0
     for name, part in step.state.gated():
         host = step.model.base.get_submodule(name)
         weight = base_weight(host)
@@ -183,8 +126,7 @@ def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> in
             if fused is not None:
                 largest = max(largest, fused)
             elif part.gate is not False or (learns and (weight.dim() == 2 or dtype != part.delta.dtype)):
-                whole = weight.numel() * dtype.itemsize
-                largest = max(largest, min(whole, limit) if limit else whole)
+                largest = max(largest, weight.numel() * dtype.itemsize)
     return largest
 
 
@@ -208,8 +150,6 @@ def _fused_bytes(weight: Tensor, delta: Tensor, dtype: torch.dtype, rows: int, g
     )
     sizes = {"rows": rows, "inputs": weight[0].numel()}
     packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)
-    if 0 < ops._C.workspace_limit() < packed:
-        return None
     places = weight[0, 0].numel() if convolution else 0
     path = ops._C.choose(open=True, fusable=fusable, narrow=narrow, places=places, outputs=weight.shape[0], **sizes)
     return packed if path == "fused" else None
@@ -230,10 +170,10 @@ def estimate(
     Args: as :func:`taps_ext.profile`; of tensors in `inputs` only shapes and types matter ("meta" ones will do).
 
     Returns:
-        The parts of the peak in bytes. What torch's allocator does not see (scratch memory of oneDNN and cuDNN, the
-        CUDA context, fragmentation) is not in it, nor what operators allocate inside, but for the copies that
-        convolutions make on an x86 CPU; a weight that other code reads (`F.linear(x, layer.weight)`) counts as a
-        tensor of its own.
+        The parts of the peak in bytes. It counts what operators return, not what they allocate inside: on a CPU it is
+        a lower bound where there are convolutions, which copy images and weights into an order of their own. Neither
+        is what torch's allocator does not see in it (scratch memory of oneDNN and cuDNN, the CUDA context,
+        fragmentation). A weight that other code reads (`F.linear(x, layer.weight)`) counts as a tensor of its own.
 
     Raises:
         ConfigError: as :func:`taps_ext.profile`.
@@ -257,7 +197,7 @@ def estimate(
 
     def prepare() -> None:
         if name is not None:
-            _know_gates(hollow, model, name)
+            hollow.state(name).take_as_told(model.state(name))
 
     with fake:
         step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)

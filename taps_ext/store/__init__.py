@@ -1,8 +1,8 @@
 """The `.taps` file: format, codecs, fingerprints, atomic writes. Knows tensors and bytes, not models."""
 
+from ..errors import TaskFileError
 from . import codecs, errors
 from .compare import check_parent, check_tensors
-from .errors import TaskFileError
 from .fingerprint import fingerprint, plain_name
 from .format import FORMAT, TensorInfo
 from .io import (

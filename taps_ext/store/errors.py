@@ -1,15 +1,15 @@
 """Every way in which a task file is refused, one class each.
 
-All are `TaskFileError`, hence `ValueError`: a caller that only wants one line for the user catches that. The
-text reads `<file>: <problem>`, and the problem names the tensor or key, what was expected and what came. Text
-that was taken from the file goes through `show`, so that a hostile name can neither flood nor steer a
-terminal.
+All are `TaskFileError`, hence `TapsError` and `ValueError`: a caller that only wants one line for the user catches
+one of those. Text that was taken from the file goes through `show`, so that a hostile name can neither flood nor steer
+a terminal.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+
+from ..errors import TaskFileError
 
 Path = str | os.PathLike[str]
 
@@ -20,20 +20,6 @@ def show(value: object, limit: int = 96) -> str:
         return repr(value[:limit]) + "..."
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
-
-
-class TaskFileError(ValueError):
-    """A task file, or what should become one, is refused. `path` is the file (or operation), `problem` the
-    rest.
-    """
-
-    def __init__(self, path: Path, problem: str) -> None:
-        self.path = os.fspath(path)
-        self.problem = problem
-        super().__init__(f"{self.path}: {problem}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.problem)
 
 
 class MissingFileError(TaskFileError, FileNotFoundError):
@@ -95,15 +81,17 @@ class FormatVersionError(MetadataError):
 
 
 class KindError(MetadataError):
-    """The file is neither a task nor a shared file, or not the one asked for."""
+    """The file is of a kind that this version does not know, or not of the one asked for."""
 
 
 class CodecError(TaskFileError):
     """A codec is unknown, or its parts do not decode."""
 
 
-class GateError(TaskFileError):
-    """A layer's gate, score and delta contradict each other, or a score is not a finite number."""
+class GateRecordError(TaskFileError):
+    """What a file records of a layer's gate is impossible: gate, score and delta contradict each other, or the score is
+    not a finite number.
+    """
 
 
 class DigestError(TaskFileError):

@@ -25,7 +25,7 @@ from . import codecs
 from .errors import (
     DigestError,
     DtypeMismatchError,
-    GateError,
+    GateRecordError,
     MissingFileError,
     MissingTensorError,
     NotRegularFileError,
@@ -47,7 +47,7 @@ from .format import (
     parse_header,
     plan_layout,
 )
-from .metadata import Claim, Metadata, check_version, parse_digests, parse_metadata
+from .metadata import Claim, Metadata, check_kind, check_version, parse_digests, parse_metadata
 from .strict_json import dumps
 from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
 
@@ -100,7 +100,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     umask, an existing one keeps its mode. A symbolic link stays, and the file that it points to is replaced,
     as with a plain `open`.
 
-    Raises UnsupportedTensorError, MissingTensorError, UnexpectedTensorError, GateError, the errors of
+    Raises UnsupportedTensorError, MissingTensorError, UnexpectedTensorError, GateRecordError, the errors of
     `Metadata.validate`, MissingFileError (no such folder), NotRegularFileError, and OSError from the disk.
     """
     strings = metadata.to_strings(path=path)
@@ -136,7 +136,7 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
     header's.
 
     Raises MissingFileError, NotRegularFileError, the errors of `read_header`, and DigestError,
-    TruncatedFileError, GateError (a score that is not finite), DtypeMismatchError (bytes that are no
+    TruncatedFileError, GateRecordError (a score that is not finite), DtypeMismatchError (bytes that are no
     booleans).
     """
     tensors: dict[str, Tensor] = {}
@@ -148,15 +148,17 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
     return TensorFile(header, tensors)
 
 
-def read_header(path: Path) -> FileHeader:
+def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
     """Reads and validates everything but the tensors' bytes: milliseconds for any file.
 
-    Raises MissingFileError, NotRegularFileError, the errors of `format.parse_header` and
-    `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError, GateError, CodecError,
-    ShapeMismatchError and DtypeMismatchError (of scores).
+    Raises KindError if the file is not of `kind` (where given), MissingFileError, NotRegularFileError, the errors of
+    `format.parse_header` and `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError,
+    GateRecordError, CodecError, ShapeMismatchError and DtypeMismatchError (of scores).
     """
     with _open_regular(path) as (fd, size):
-        return _file_header(fd, size, path=path)
+        header = _file_header(fd, size, path=path)
+    check_kind(kind, header.metadata.kind, path=path)
+    return header
 
 
 def verify(path: Path) -> Verification:
@@ -174,7 +176,7 @@ def verify(path: Path) -> Verification:
                 hasher.update(piece)
                 try:
                     _check_piece(info, header.claims[name], piece, path=path)
-                except (GateError, DtypeMismatchError):
+                except (GateRecordError, DtypeMismatchError):
                     bad = True
             bad = bad or hasher.digest() != header.digests[name]
             if bad:
@@ -234,7 +236,9 @@ def check_claims(
         layer, _, part = stored.rpartition(".")
         entry = metadata.layers.get(layer)
         if entry is not None and not entry.open and part in codecs.part_suffixes():
-            raise GateError(path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}")
+            raise GateRecordError(
+                path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}"
+            )
         raise UnexpectedTensorError(path, f"tensor {show(stored)}: no layer, value, norm or head claims it")
 
 
@@ -278,7 +282,7 @@ def _check_piece(info: TensorInfo, claim: Claim, piece: memoryview, *, path: Pat
     if claim.group == "score":
         (score,) = struct.unpack("<f", piece)
         if not math.isfinite(score):
-            raise GateError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")
+            raise GateRecordError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """The `taps.*` entries of a task file: what each must hold, and which tensor belongs to which entry.
 
-    taps.format    "1.0"; another major is refused. A minor only adds optional entries and codecs, and a
+    taps.format    "1.0"; another major is refused. A minor only adds optional entries, kinds and codecs, and a
                    writer stamps the lowest minor that its content needs: a newer minor is read as long as
-                   every entry and codec in the file is known
-    taps.kind      "task" or "shared"
+                   every entry, kind and codec in the file is known. 1.1 added the kind "state"
+    taps.kind      "task", "shared", or "state": where a training run stands
     taps.name      name of the task (optional)
-    taps.method    JSON object: the method's configuration, with the method's own name under "method"
+    taps.method    JSON object: the method's configuration, with the method's own name under "method" (a state
+                   needs none)
     taps.parent    "sha256:<hex>": fingerprint of the base, or `taps.digest` of a shared file
     taps.layers    JSON: layer -> {"learn": bool, "open": bool}
     taps.codecs    JSON: layer -> codec, for exactly the open layers
@@ -17,7 +18,8 @@
     taps.digests   JSON: tensor -> "sha256:<hex>", for exactly the tensors in the file
     taps.digest    "sha256:<hex>" over the header without this entry: the identity of the file
 
-Any other `taps.*` key is refused; keys outside `taps.` are kept as they are.
+Any other `taps.*` key is refused; keys outside `taps.` are kept as they are. Version 0.1 wrote a state as a task whose
+method is "trainer-state": it is read as the state that it is.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from .errors import (
     CodecError,
     DigestError,
     FormatVersionError,
-    GateError,
+    GateRecordError,
     KindError,
     MetadataError,
     Path,
@@ -42,11 +44,12 @@ from .errors import (
 )
 from .format import FORMAT, check_name
 
-KINDS = ("task", "shared")
+KINDS = ("task", "shared", "state")
+_MINOR_OF_KIND = {"state": 1}
+_STATE_OF_0_1 = {"method": "trainer-state"}
 _REQUIRED = (
     "format",
     "kind",
-    "method",
     "parent",
     "layers",
     "codecs",
@@ -55,7 +58,7 @@ _REQUIRED = (
     "digests",
     "digest",
 )
-_OPTIONAL = ("name", "head", "labels", "metrics")
+_OPTIONAL = ("method", "name", "head", "labels", "metrics")
 _KNOWN = frozenset("taps." + key for key in _REQUIRED + _OPTIONAL)
 _TABLE_TOKENS = 1 << 20  # 65,536 layers or digests
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
@@ -84,13 +87,13 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """The `taps.*` entries, parsed. `extra` holds entries outside `taps.`; digests are the business of
-    `io`.
+    """The `taps.*` entries, parsed. `method` is empty where there is none, `extra` holds entries outside `taps.`;
+    digests are the business of `io`.
     """
 
     kind: str
-    method: dict[str, Any]
     parent: str
+    method: dict[str, Any] = field(default_factory=dict)
     layers: Mapping[str, LayerEntry] = field(default_factory=dict)
     values: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
@@ -106,9 +109,10 @@ class Metadata:
         """The entries as stored, without digests. Raises the errors of `validate`."""
         self.validate(path=path)
         strings = dict(self.extra)
-        strings["taps.format"] = f"{FORMAT[0]}.{FORMAT[1]}"
+        strings["taps.format"] = f"{FORMAT[0]}.{_MINOR_OF_KIND.get(self.kind, 0)}"
         strings["taps.kind"] = self.kind
-        strings["taps.method"] = strict_json.dumps(self.method)
+        if self.method:
+            strings["taps.method"] = strict_json.dumps(self.method)
         strings["taps.parent"] = self.parent
         strings["taps.layers"] = strict_json.dumps(
             {name: {"learn": entry.learn, "open": entry.open} for name, entry in self.layers.items()}
@@ -127,11 +131,11 @@ class Metadata:
         return strings
 
     def validate(self, *, path: Path) -> None:
-        """Raises MetadataError, KindError, GateError, CodecError, HeaderError, TensorNameError or
+        """Raises MetadataError, KindError, GateRecordError, CodecError, HeaderError, TensorNameError or
         LimitError.
         """
         if self.kind not in KINDS:
-            raise KindError(path, f"taps.kind: expected 'task' or 'shared', got {show(self.kind)}")
+            raise KindError(path, f"taps.kind: expected one of {', '.join(map(repr, KINDS))}, got {show(self.kind)}")
         if not isinstance(self.parent, str) or not _DIGEST.fullmatch(self.parent):
             raise MetadataError(path, f"taps.parent: expected 'sha256:' and 64 hex digits, got {show(self.parent)}")
         if self.name:
@@ -140,10 +144,8 @@ class Metadata:
             if not isinstance(value, dict) and (value is not None or key == "method"):
                 raise MetadataError(path, f"taps.{key}: expected a JSON object, got {show(value)}")
             strict_json.check(value, path=path, where=f"taps.{key}")
-        if not isinstance(self.method.get("method"), str) or not self.method["method"]:
-            raise MetadataError(
-                path, f"taps.method: expected the method's name under 'method', got {show(self.method)}"
-            )
+        if self.method or self.kind != "state":
+            _check_method(self.kind, self.method, path=path)
         if self.labels is not None and not _strings(self.labels):
             raise MetadataError(path, f"taps.labels: expected a list of strings, got {show(self.labels)}")
         strict_json.check(self.labels, path=path, where="taps.labels")
@@ -214,7 +216,8 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
             f"__metadata__: unknown key {show(unknown[0])}; the file is of format {strings['taps.format']}, "
             f"this reader knows {FORMAT[0]}.{FORMAT[1]}",
         )
-    if missing := [key for key in _REQUIRED if "taps." + key not in ours]:
+    required = _REQUIRED if strings.get("taps.kind") == "state" else ("method", *_REQUIRED)
+    if missing := [key for key in required if "taps." + key not in ours]:
         raise MetadataError(path, f"__metadata__: expected the key 'taps.{missing[0]}', got none")
 
     def table(key: str, default: object = None) -> Any:
@@ -247,9 +250,14 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
         raise MetadataError(path, f"taps.codecs: {show(min(codec_of))} is not a layer in taps.layers")
     if strings.get("taps.name") == "":
         raise MetadataError(path, "taps.name: expected a name, got ''")
+    kind, method = strings["taps.kind"], table("method", {})
+    if kind == "state" and "taps.method" in ours and not method:
+        raise MetadataError(path, f"taps.method: expected none in a state, or a method, got {show(method)}")
+    if kind == "task" and method == _STATE_OF_0_1:
+        kind, method = "state", {}
     metadata = Metadata(
-        kind=strings["taps.kind"],
-        method=table("method"),
+        kind=kind,
+        method=method,
         parent=strings["taps.parent"],
         layers=layers,
         values=tuple(contents["values"]),
@@ -264,6 +272,19 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
     )
     metadata.validate(path=path)
     return metadata
+
+
+def check_kind(expected: str | None, got: str, *, path: Path) -> None:
+    """Raises KindError, which says what to do with the file, unless its kind `got` is `expected` (None: any)."""
+    if expected in (None, got):
+        return
+    advice = ""
+    if got == "state":
+        advice = (
+            ", which says where an unfinished training run stands: train on with the same settings and out, and the "
+            "end of the run writes the task's file"
+        )
+    raise KindError(path, f"taps.kind: expected a {expected} file, got a {got} file{advice}")
 
 
 def parse_digests(strings: Mapping[str, str], tensors: Mapping[str, object], *, path: Path) -> dict[str, str]:
@@ -289,6 +310,14 @@ def _strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _check_method(kind: str, method: dict[str, Any], *, path: Path) -> None:
+    name = method.get("method")
+    if not isinstance(name, str) or not name:
+        raise MetadataError(path, f"taps.method: expected the method's name under 'method', got {show(method)}")
+    if kind == "task" and method == _STATE_OF_0_1:  # it would be read as a state
+        raise MetadataError(path, f"taps.method: expected a task's method, got {name!r}, the name of 0.1's states")
+
+
 def _check_names(group: str, names: tuple[str, ...], *, path: Path) -> None:
     for name in names:
         check_name(name, path=path, what=f"taps.contents {group}")
@@ -309,4 +338,6 @@ def _check_layer(name: str, entry: LayerEntry, *, path: Path) -> None:
     elif not isinstance(entry.codec, str):
         raise CodecError(path, f"layer {show(name)}: expected a codec's name, got {show(entry.codec)}")
     elif not entry.open:
-        raise GateError(path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}")
+        raise GateRecordError(
+            path, f"layer {show(name)}: closed, so no delta is expected, got codec {show(entry.codec)}"
+        )

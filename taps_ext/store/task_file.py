@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import TaskFileError
 from ..version import __version__
 from . import codecs, io
-from .errors import CodecError, GateError, KindError, Path, TaskFileError, show
-from .metadata import LayerEntry, Metadata
+from .errors import CodecError, GateRecordError, Path, show
+from .metadata import LayerEntry, Metadata, check_kind
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,8 +42,8 @@ def current_versions() -> dict[str, str]:
 class TaskFile:
     """The content of a `.taps` file.
 
-    kind        "task", or "shared" for weights that several tasks build on
-    method      the method's configuration (JSON object), its own name under "method"
+    kind        "task", "shared" for weights that several tasks build on, or "state": where a training run stands
+    method      the method's configuration (JSON object), its own name under "method"; {} for a state
     parent      "sha256:<hex>": `fingerprint` of the base, or `digest` of the shared file
     name        the task's name, "" for none
     layers      gated layers by module name
@@ -53,8 +54,8 @@ class TaskFile:
     path, digest    where it was read, and the file's identity; empty for a file not read, ignored by `save`
     """
 
-    method: dict[str, Any]
     parent: str
+    method: dict[str, Any] = field(default_factory=dict)
     kind: str = "task"
     name: str = ""
     layers: dict[str, LayerRecord] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class TaskFile:
     digest: str = ""
 
     def metadata(self, *, path: Path) -> Metadata:
-        """The file's tables, with every layer record checked. Raises GateError."""
+        """The file's tables, with every layer record checked. Raises GateRecordError."""
         for name, record in self.layers.items():
             _check_record(name, record, path=path)
         return Metadata(
@@ -93,7 +94,7 @@ class TaskFile:
 def save(path: Path, task: TaskFile) -> int:
     """Writes `task` to `path`, atomically and durably, and returns the size in bytes. Same task, same bytes.
 
-    Raises GateError (gate, score and delta contradict each other), CodecError, and as `io.write` does.
+    Raises GateRecordError (gate, score and delta contradict each other), CodecError, and as `io.write` does.
     """
     metadata = task.metadata(path=path)
     encoded = {name: _encode(name, record, path=path) for name, record in task.layers.items() if record.open}
@@ -122,12 +123,12 @@ def load(
     """Reads a task file. With `decode=False` deltas stay as the codec's `parts` (for kernels that read them
     packed).
 
-    Raises KindError if the file is not of `kind` (where given), and as `io.read` and the codec's decode do.
+    Raises KindError if the file is not of `kind` (where given; 0.1's states are states), and as `io.read` and the
+    codec's decode do.
     """
     stored = io.read(path, verify=verify, device=device)
     metadata = stored.header.metadata
-    if kind not in (None, metadata.kind):
-        raise KindError(path, f"taps.kind: expected a {kind} file, got a {metadata.kind} file")
+    check_kind(kind, metadata.kind, path=path)
     layers = {
         name: LayerRecord(
             learn=entry.learn, open=entry.open, codec=entry.codec or "dense", parts={} if entry.open else None
@@ -170,8 +171,8 @@ def load(
 
 
 def _check_record(name: str, record: LayerRecord, *, path: Path) -> None:
-    def refuse(problem: str) -> GateError:
-        return GateError(path, f"layer {show(name)}: {problem}")
+    def refuse(problem: str) -> GateRecordError:
+        return GateRecordError(path, f"layer {show(name)}: {problem}")
 
     if type(record.learn) is not bool or type(record.open) is not bool:
         raise refuse(f"expected booleans learn and open, got {show(record.learn)} and {show(record.open)}")

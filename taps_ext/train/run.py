@@ -264,7 +264,8 @@ class Run:
         average = {} if self.average is None else self.average.values
         if self.average is not None:
             counters["average_steps"] = self.average.steps
-        save_run(path, self.state, self.optimizer, {"best": self.best, "average": average}, counters, parent)
+        kept = {"best": self.best, "average": average}
+        save_run(path, self.state, self.optimizer, kept, counters, parent, self.name)
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import store
-from ..errors import ConfigError
+from ..errors import ConfigError, TaskFileError
+from ..store.errors import MetadataError, UnexpectedTensorError
 from ..task import TaskState
 from . import randomness
+
+GROUPS = ("part", "optimizer", "best", "average", "random")
+"""What a state's tensors belong to: each is called `<group>:<name>`."""
 
 
 def snapshot(state: TaskState) -> dict[str, Tensor]:
@@ -54,8 +58,9 @@ def save_run(
     kept: Mapping[str, Mapping[str, Tensor]],
     counters: Mapping[str, Any],
     parent: str,
+    name: str,
 ) -> None:
-    """Write the whole state of a run, atomically.
+    """Write the whole state of a run of the task `name`, atomically: a file of the kind "state".
 
     `kept` are further tensors: "best" (those of the best epoch) and "average". `counters` is JSON-ready.
     """
@@ -68,8 +73,9 @@ def save_run(
     }
     values = {f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()}
     record = store.TaskFile(
-        method={"method": "trainer-state"},
+        kind="state",
         parent=parent,
+        name=name,
         values=values,
         extra={"train.counters": json.dumps(dict(counters)), "train.numbers": json.dumps(numbers)},
     )
@@ -93,31 +99,41 @@ def same_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
             )
 
 
+def _table(record: store.TaskFile, key: str, path: Path) -> dict[str, Any]:
+    """A JSON object outside of the format's own entries; raises MetadataError where a state lacks it."""
+    try:
+        found = json.loads(record.extra.get(key, "null"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise MetadataError(path, f"{key}: expected a JSON object, got {record.extra.get(key, 'none')[:60]}")
+    return found
+
+
 def load_run(
     path: Path, state: TaskState, optimizer: torch.optim.Optimizer, parent: str, expected: Mapping[str, Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Put a saved run back; returns (what was `kept` beside it, counters).
+    """Put a saved run back, 0.1's among them; returns (what was `kept` beside it, counters).
 
     Raises:
-        TaskFileError: a damaged file or another base.
+        TaskFileError: a damaged file, no state of a run (KindError), or another base.
         ConfigError: `expected` (the settings) differ from those the run was started with, naming the first.
     """
     try:
-        record = store.load(path)
-    except store.TaskFileError as error:
+        record = store.load(path, kind="state")
+    except TaskFileError as error:
         hint = "another out, or resume=False (--restart), starts over"
         raise type(error)(error.path, f"{error.problem}; {hint}") from error
     store.check_parent(parent, record.parent, path=path)
-    if record.method != {"method": "trainer-state"}:
-        raise ConfigError(f"resume: expected a trainer state in {path}, got {record.method.get('method')!r}")
-    counters = json.loads(record.extra["train.counters"])
-    same_settings(path, counters["settings"], expected)
-    names = ("part", "optimizer", "best", "average", "random")
-    groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    counters, numbers = (_table(record, key, path) for key in ("train.counters", "train.numbers"))
+    same_settings(path, counters.get("settings", {}), expected)
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in GROUPS}
     for name, tensor in record.values.items():
         group, _, rest = name.partition(":")
+        if group not in groups:
+            raise UnexpectedTensorError(path, f"tensor {name!r}: expected one of {', '.join(GROUPS)} before a colon")
         groups[group][rest] = tensor
     restore(state, groups["part"])
-    _load_optimizer(optimizer, groups["optimizer"], json.loads(record.extra["train.numbers"]))
+    _load_optimizer(optimizer, groups["optimizer"], numbers)
     randomness.restore(groups["random"])
     return {"best": groups["best"], "average": groups["average"]}, counters

@@ -147,6 +147,50 @@ def test_verify_names_each_bad_file(call, taps: Path, tmp_path: Path) -> None:
     assert code == 1 and [r["ok"] for r in json.loads(out)] == [True, False]
 
 
+# ----------------------------------------------------------------------------------- the state of a run
+
+
+@pytest.fixture(params=["now", "0.1"])
+def state(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A run's state, as it is written now and as 0.1 wrote it."""
+    golden = Path(__file__).parents[1] / "files/golden/run/quadrants.state"
+    if request.param == "0.1":
+        return golden
+    record = store.load(golden)
+    record.name = "quadrants"
+    store.save(tmp_path / "quadrants.state", record)
+    return tmp_path / "quadrants.state"
+
+
+def test_inspect_and_verify_say_that_it_is_a_state(call, state: Path) -> None:
+    code, out, _ = call("inspect", state)
+    assert code == 0 and f"{state}: state of a training run" in out and "method" not in out and "layers" not in out
+    assert "2 epochs done, 8 steps; to go on, train with the same settings and out" in out
+    code, out, _ = call("inspect", state, "--json")
+    facts = json.loads(out)
+    assert code == 0 and (facts["kind"], facts["method"], facts["layers"]) == ("state", {}, [])
+    code, out, _ = call("verify", state)
+    assert code == 0 and f"{state}: state of a training run, " in out
+    code, out, _ = call("verify", state, "--json")
+    assert json.loads(out)[0]["kind"] == "state"
+
+
+def test_inspect_of_somebody_elses_state(call, tmp_path: Path) -> None:
+    store.save(tmp_path / "a.state", store.TaskFile(kind="state", parent="sha256:" + "0" * 64))
+    code, out, _ = call("inspect", tmp_path / "a.state")
+    assert code == 0 and "not of this package's trainer" in out
+
+
+def test_a_state_is_no_task(call, folder: Path, state: Path, image: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = ["--config", folder / "c.toml"]
+    words = (state.name, "expected a task file, got a state file", "train on with the same settings and out")
+    refused(call("eval", state, *config), *words)
+    refused(call("predict", state, image, *config), *words)
+    refused(call("merge", state, *config, "--out", tmp_path / "m.safetensors"), *words)
+    for command in ("estimate", "profile"):
+        refused(call(command, "python:taps_ext.zoo.small_resnet", "--task", state), *words)
+
+
 # ------------------------------------------------------------------------------------- env and selftest
 
 

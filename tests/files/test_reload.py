@@ -163,13 +163,15 @@ def test_compiled(gates, tmp_path) -> None:
 def test_another_process(kind, tmp_path) -> None:
     model = trained(kind, tmp_path / "t.taps")
     code = (
-        "import sys, torch, taps_ext; sys.path.insert(0, sys.argv[1]); import test_reload as t\n"
+        "import sys, torch, taps_ext\n"
+        "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/../helpers']\n"
+        "import test_reload as t\n"
         "torch.set_num_threads(1)\n"
         "model = taps_ext.TaskModel(t.base_of(sys.argv[3])).eval()\n"
         "model.load_task(sys.argv[2] + '/t.taps')\n"
         "torch.save(t.logits(model), sys.argv[2] + '/out.pt')\n"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1] / "helpers"), str(tmp_path), kind]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), kind]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert same_bits(torch.load(tmp_path / "out.pt", weights_only=True), logits(model))
 

@@ -89,6 +89,10 @@ BAD = {
     "pattern": (edit(lambda r: r.method.update({"target_modules": ["x*"]})), "target_modules: pattern"),
     "parent": (edit(lambda r: setattr(r, "parent", "sha256:" + "0" * 64)), "belongs to another base"),
     "shared file": (edit(lambda r: setattr(r, "kind", "shared")), "expected a task file, got a shared file"),
+    "state": (
+        edit(lambda r: (setattr(r, "kind", "state"), r.method.clear())),
+        "expected a task file, got a state file, which says where an unfinished training run stands: train on",
+    ),
     "flipped bit": (lambda path: flip(path), "digest|sha256"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-7]), "bytes"),
 }

@@ -2,40 +2,127 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import images
 from test_model import tiny
 
-from taps_ext import ConfigError, ProbeConfig, TapsConfig
+from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
+from taps_ext.nn import TapsConv2d, TapsLinear
+from taps_ext.taskfile import to_record
 
 
-def test_gates_follow_scores_with_one_copy(monkeypatch) -> None:
+def test_gates_follow_the_values_of_scores() -> None:
+    """However they were written: in place, past autograd and version counters, as a new tensor, from one vector."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    with torch.no_grad():
+        for _, part in model.state("t").gated():
+            part.delta.normal_(0, 0.1)
+    parts = dict(model.state("t").gated())
+    x = images()
+
+    def told() -> list[str]:
+        """The gate that ran is that of a report, of a file's record and of a merged copy."""
+        with torch.no_grad():
+            output = model(x, task="t")
+            plain = copy.deepcopy(model).merge_and_unload("t")
+            assert torch.equal(output, plain(x))
+        opened = [name for name, part in parts.items() if part.gate]
+        assert opened == [row.layer for row in model.report("t").rows if row.open]
+        record = to_record("t", model.state("t"), model.base)
+        assert opened == [name for name, entry in record.layers.items() if entry.open]
+        return opened
+
+    everything = ["conv1", "conv2", "depthwise", "hidden"]
+    assert told() == everything
+    with torch.no_grad():
+        parts["conv1"].score.fill_(0.0)
+        parts["hidden"].score.fill_(0.0)
+    assert told() == ["conv2", "depthwise"]
+    parts["conv1"].score.data.fill_(0.5)
+    parts["conv2"].score.data = torch.tensor(0.05)
+    assert told() == ["conv1", "depthwise"]
+    parts["depthwise"].score = torch.nn.Parameter(torch.tensor(0.01))
+    assert told() == ["conv1"]
+    scores = [part.score for part in parts.values()]
+    torch.nn.utils.vector_to_parameters(torch.tensor([0.0, 0.2, 0.2, 0.2]), scores)
+    assert told() == everything[1:]
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.module.state("t").table["hidden"].score.detach().zero_()
+    with torch.no_grad():
+        average(x, task="t")
+    assert not average.module.state("t").table["hidden"].gate and told() == everything[1:]
+
+
+def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
+    """On a GPU: a forward looks where a version changed, by one copy; eval() and a report compare values, and warn once
+    of a write that left no trace. The way to the values is the CPU's here."""
     model = tiny().eval()
     model.add_task("t", num_classes=2)
     state = model.state("t")
-    calls = []
+    monkeypatch.setattr(state, "_following", lambda: (state.learned(), False))
+    copies = []
     original = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(self.shape) or original(self))
-    x = images()
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(self.shape) or original(self))
+    x, parts = images(), dict(state.gated())
     model(x, task="t")
-    calls.clear()
+    copies.clear()
     model(x, task="t")
-    assert calls == []  # nothing changed: no copy
-    parts = dict(state.gated())
+    assert copies == []  # nothing changed: no copy
     with torch.no_grad():
         parts["conv1"].score.fill_(0.0)
         parts["hidden"].score.fill_(0.0)
     model(x, task="t")
-    assert calls == [torch.Size([2])] and parts["conv1"].gate is False and parts["conv2"].gate is True
-    parts["conv1"].score.data.fill_(0.5)  # leaves no trace
+    assert copies == [torch.Size([2])] and parts["conv1"].gate is False and parts["conv2"].gate is True
+    parts["conv1"].score.data.fill_(0.5)
     model(x, task="t")
-    assert parts["conv1"].gate is False
-    model.refresh_gates()
+    assert parts["conv1"].gate is False  # no trace to go by
+    with pytest.warns(UserWarning, match=r"conv1: its score was written in a way that leaves no trace"):
+        model.eval()
     assert parts["conv1"].gate is True
+    parts["conv2"].score.data.fill_(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert [row.layer for row in model.report("t").rows if row.open] == ["conv1", "depthwise"]
+    assert parts["conv2"].gate is False
+    parts["conv2"].score.data.fill_(float("nan"))
+    model.eval()
+    with pytest.raises(GateError, match="conv2: score"):
+        model.report("t")
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_layers_without_a_model_follow_their_scores(convolution: bool) -> None:
+    """After `refresh_gate` too, in training and without gradients, compiled and under autocast."""
+    torch.manual_seed(0)
+    layer = TapsConv2d(3, 4, 3) if convolution else TapsLinear(3, 4)
+    x = torch.randn(2, 3, 5, 5) if convolution else torch.randn(2, 3)
+    stock = F.conv2d if convolution else F.linear
+    with torch.no_grad():
+        layer.delta.normal_()
+        opened, closed = (stock(x, weight, layer.bias) for weight in (layer.weight + layer.delta, layer.weight))
+    compiled = torch.compile(layer, backend="aot_eager")
+    for refresh in (False, True):
+        for value, want in ((0.5, opened), (0.0, closed), (0.5, opened)):
+            layer.score.data.fill_(value)  # leaves no trace
+            if refresh and value:
+                assert layer.refresh_gate() is True
+            for run in (layer, compiled, copy.deepcopy(layer)):
+                assert torch.allclose(run(x), want, atol=1e-6)
+                with torch.no_grad():
+                    assert torch.allclose(run(x), want, atol=1e-6)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.allclose(layer(x).float(), want, atol=0.1)
+    layer.score.data.fill_(float("nan"))
+    with pytest.raises(GateError, match="score: expected a number, got NaN"):
+        layer(x)
 
 
 def test_set_gates_and_freeze_gates() -> None:

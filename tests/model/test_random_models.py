@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import tempfile
 from pathlib import Path
 
@@ -16,11 +15,12 @@ import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from stages import THOROUGH
 from torch import Tensor, nn
 
 from taps_ext import FullConfig, ProbeConfig, TapsConfig, TaskModel
 
-EXAMPLES = 500 if os.environ.get("TAPS_FUZZ") else 40
+EXAMPLES = 500 if THOROUGH else 40
 
 
 class Residual(nn.Module):

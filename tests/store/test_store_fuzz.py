@@ -1,27 +1,26 @@
 """No byte of a task file can change unnoticed, and no bytes make the reader do anything but refuse or read.
 
-`TAPS_FUZZ=1` flips all eight bits, and runs the random tests for minutes from a fresh seed.
+`make fuzz` flips all eight bits, and runs the random tests for minutes from a fresh seed.
 """
 
 from __future__ import annotations
 
-import os
 from json import dumps
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stages import THOROUGH
 from store_files import Draft, assemble, blob_of, example, tiny
 
 from taps_ext import store
 from taps_ext.store import TaskFileError
 
-LONG = bool(os.environ.get("TAPS_FUZZ"))
 RUNS = settings(
-    max_examples=20_000 if LONG else 200,
+    max_examples=20_000 if THOROUGH else 200,
     deadline=None,
-    derandomize=not LONG,
+    derandomize=not THOROUGH,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -52,7 +51,7 @@ def test_every_byte_counts(small: bytes, tmp_path: Path) -> None:
     path = tmp_path / "flipped.taps"
     assert accepted(path, small)
     for index in range(len(small)):
-        for bit in range(8) if LONG else (index % 8, 5):  # bit 5 is the case of a letter
+        for bit in range(8) if THOROUGH else (index % 8, 5):  # bit 5 is the case of a letter
             flipped = bytearray(small)
             flipped[index] ^= 1 << bit
             assert not accepted(path, flipped), f"byte {index} bit {bit}"

@@ -228,7 +228,7 @@ def _(d: Draft) -> None:
     d.metadata["taps.format"] = "1"
 
 
-@forged("unknown key", e.UnknownKeyError, "'taps.rotation'", "format 1.9", "knows 1.0")
+@forged("unknown key", e.UnknownKeyError, "'taps.rotation'", "format 1.9", "knows 1.1")
 def _(d: Draft) -> None:
     d.metadata.update({"taps.format": "1.9", "taps.rotation": "{}"})
 
@@ -251,6 +251,22 @@ def _(d: Draft) -> None:
 @forged("a shared file as a task", e.KindError, "expected a task file, got a shared file")
 def _(d: Draft) -> None:
     d.metadata["taps.kind"] = "shared"
+
+
+@forged("a run's state as a task", e.KindError, "a state file", "unfinished training run", "same settings and out")
+def _(d: Draft) -> None:
+    d.metadata["taps.kind"] = "state"
+    del d.metadata["taps.method"]
+
+
+@forged("a task without a method", e.MetadataError, "'taps.method', got none")
+def _(d: Draft) -> None:
+    del d.metadata["taps.method"]
+
+
+@forged("a state with half a method", e.MetadataError, "expected none in a state", "{}")
+def _(d: Draft) -> None:
+    d.metadata.update({"taps.kind": "state", "taps.method": "{}"})
 
 
 @forged("method without a name", e.MetadataError, "under 'method'", "'lam'")
@@ -314,12 +330,12 @@ def _(d: Draft) -> None:
     d.edit("taps.layers", lambda layers: layers["conv2"].update(open=0))
 
 
-@forged("closed with a codec", e.GateError, "'conv2'", "codec 'dense'")
+@forged("closed with a codec", e.GateRecordError, "'conv2'", "codec 'dense'")
 def _(d: Draft) -> None:
     d.edit("taps.codecs", lambda table: table.update(conv2="dense"))
 
 
-@forged("closed with a delta", e.GateError, "'conv2': closed", "tensor 'conv2.delta'")
+@forged("closed with a delta", e.GateRecordError, "'conv2': closed", "tensor 'conv2.delta'")
 def _(d: Draft) -> None:
     d.tensors["conv2.delta"] = ("F32", [1], bytes(4))
 
@@ -359,12 +375,12 @@ def _(d: Draft) -> None:
     d.tensors["conv4.score"] = ("F32", [], bytes(4))
 
 
-@forged("NaN score", e.GateError, "'conv2.score'", "got nan")
+@forged("NaN score", e.GateRecordError, "'conv2.score'", "got nan")
 def _(d: Draft) -> None:
     d.tensors["conv2.score"] = ("F32", [], struct.pack("<f", float("nan")))
 
 
-@forged("infinite score", e.GateError, "'conv2.score'", "got inf")
+@forged("infinite score", e.GateRecordError, "'conv2.score'", "got inf")
 def _(d: Draft) -> None:
     d.tensors["conv2.score"] = ("F32", [], struct.pack("<f", float("inf")))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from store_files import PARENT, VERSIONS, blob_of, example
+from store_files import PARENT, VERSIONS, Draft, blob_of, canonical, example
 from torch import Tensor
 
 from taps_ext import store
@@ -62,6 +62,33 @@ def test_nothing_at_all(tmp_path: Path) -> None:
     store.save(tmp_path / "a.taps", empty)
     assert_same(store.load(tmp_path / "a.taps"), empty)
     assert set(empty.versions) == {"taps_ext", "torch"}
+
+
+def test_a_state_needs_no_method(tmp_path: Path) -> None:
+    """What it holds is stored as a task's is; files of the other kinds keep the format that 0.1 reads."""
+    state = TaskFile(kind="state", parent=PARENT, name="birds", values={"part:a": torch.ones(2)})
+    store.save(tmp_path / "a.state", state)
+    assert_same(store.load(tmp_path / "a.state", kind="state"), state)
+    entries = store.read_safetensors(tmp_path / "a.state")[1]
+    assert entries["taps.format"] == "1.1" and "taps.method" not in entries
+    for kind in ("task", "shared"):
+        store.save(tmp_path / "a.taps", example(kind=kind))
+        assert store.read_safetensors(tmp_path / "a.taps")[1]["taps.format"] == "1.0"
+        with pytest.raises(errors.KindError, match=f"expected a state file, got a {kind} file$"):
+            store.read_header(tmp_path / "a.taps", kind="state")
+        with pytest.raises(errors.KindError, match=f"expected a {kind} file, got a state file, which says where"):
+            store.load(tmp_path / "a.state", kind=kind)
+
+
+def test_a_state_of_0_1_is_a_state(tmp_path: Path) -> None:
+    """It was written as a task of a method called trainer-state, with which no task is written any more."""
+    draft = Draft.of(blob_of(example(), tmp_path))
+    draft.metadata["taps.method"] = canonical({"method": "trainer-state"})
+    (tmp_path / "a.state").write_bytes(draft.build())
+    state = store.load(tmp_path / "a.state", kind="state")
+    assert (state.kind, state.method) == ("state", {})
+    store.save(tmp_path / "again.state", state)
+    assert_same(store.load(tmp_path / "again.state"), state)
 
 
 def test_a_closed_layer_costs_its_score(tmp_path: Path) -> None:
@@ -141,13 +168,13 @@ SCORE = torch.tensor(0.2)
 @pytest.mark.parametrize(
     ("record", "error", "words"),
     [
-        (dict(learn=True, open=False), errors.GateError, "a score is expected, got none"),
-        (dict(learn=False, open=False, score=SCORE), errors.GateError, "no score is expected"),
-        (dict(learn=False, open=True), errors.GateError, "got neither"),
-        (dict(learn=False, open=True, delta=ONE, parts={"delta": ONE}), errors.GateError, "got both"),
-        (dict(learn=False, open=False, delta=ONE), errors.GateError, "closed, so no delta"),
-        (dict(learn=1, open=False), errors.GateError, "booleans"),
-        (dict(learn=True, open=False, score=torch.tensor(float("nan"))), errors.GateError, "got nan"),
+        (dict(learn=True, open=False), errors.GateRecordError, "a score is expected, got none"),
+        (dict(learn=False, open=False, score=SCORE), errors.GateRecordError, "no score is expected"),
+        (dict(learn=False, open=True), errors.GateRecordError, "got neither"),
+        (dict(learn=False, open=True, delta=ONE, parts={"delta": ONE}), errors.GateRecordError, "got both"),
+        (dict(learn=False, open=False, delta=ONE), errors.GateRecordError, "closed, so no delta"),
+        (dict(learn=1, open=False), errors.GateRecordError, "booleans"),
+        (dict(learn=True, open=False, score=torch.tensor(float("nan"))), errors.GateRecordError, "got nan"),
         (dict(learn=True, open=False, score=ONE), errors.ShapeMismatchError, r"got \[1\]"),
         (dict(learn=True, open=False, score=SCORE.double()), errors.DtypeMismatchError, "got F64"),
         (dict(learn=False, open=True, delta=ONE, codec="fractal"), errors.CodecError, "'fractal'"),
@@ -174,6 +201,10 @@ def test_contradictions_are_not_written(
         (dict(parent="base"), errors.MetadataError),
         (dict(method={"lam": 1}), errors.MetadataError),
         (dict(method=[]), errors.MetadataError),
+        (dict(method={}), errors.MetadataError),
+        (dict(method={}, kind="shared"), errors.MetadataError),
+        (dict(method={"lam": 1}, kind="state"), errors.MetadataError),
+        (dict(method={"method": "trainer-state"}), errors.MetadataError),
         (dict(labels=["a", 1]), errors.MetadataError),
         (dict(labels=("a",)), errors.MetadataError),
         (dict(extra={"taps.more": "x"}), errors.UnknownKeyError),
@@ -298,7 +329,7 @@ def test_check_tensors() -> None:
 
 
 def test_errors_travel_between_processes() -> None:
-    for error in (errors.MissingFileError("f", "gone"), errors.GateError(Path("f"), "bad")):
+    for error in (errors.MissingFileError("f", "gone"), errors.GateRecordError(Path("f"), "bad")):
         back = pickle.loads(pickle.dumps(error))
         assert type(back) is type(error) and str(back) == str(error) and back.problem == error.problem
         assert isinstance(back, ValueError)

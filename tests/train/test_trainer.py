@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from models import TinyNet, settle
 
-from taps_ext import ConfigError, FullConfig, ProbeConfig, TapsConfig, TapsError, TaskModel
+from taps_ext import ConfigError, FullConfig, ProbeConfig, TapsConfig, TapsError, TaskModel, store
 from taps_ext.store import TaskFileError
+from taps_ext.store.errors import KindError, MetadataError, UnexpectedTensorError
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.task import Batches, as_dataset, split_off
 
@@ -290,6 +291,44 @@ def test_resuming_with_other_settings_is_refused(tmp_path) -> None:
         fit(build(), out=str(tmp_path))
     with pytest.raises(TrainingInterrupted, match="nothing was saved"):
         fit(build(), task={"loss": loss})
+
+
+def _stopping(outputs, targets):
+    os.kill(os.getpid(), signal.SIGINT)
+    return F.cross_entropy(outputs, targets)
+
+
+def _stopped(out: Path) -> Path:
+    """The state of a run that was stopped in its first epoch."""
+    with pytest.raises(TrainingInterrupted):
+        fit(build(), task={"loss": _stopping}, out=str(out))
+    return out / "t.state"
+
+
+def test_the_state_is_a_file_of_its_own_kind(tmp_path) -> None:
+    file = _stopped(tmp_path)
+    record = store.load(file, kind="state")
+    assert (record.kind, record.method, record.name, record.layers) == ("state", {}, "t", {})
+    model = build()
+    with pytest.raises(KindError, match="expected a task file, got a state file, which says where an unfinished"):
+        model.load_task(file, "u")
+    assert model.tasks == ["t"]
+
+
+def test_what_is_no_state_is_not_resumed(tmp_path) -> None:
+    file = _stopped(tmp_path)
+    record = store.load(file)
+    build().save_task("t", file)
+    with pytest.raises(KindError, match="expected a state file, got a task file; another out, or resume=False"):
+        fit(build(), task={"loss": _stopping}, out=str(tmp_path))
+    record.values["more:a"] = torch.ones(1)
+    store.save(file, record)
+    with pytest.raises(UnexpectedTensorError, match="'more:a': expected one of part, optimizer, best, average, random"):
+        fit(build(), task={"loss": _stopping}, out=str(tmp_path))
+    del record.extra["train.numbers"]
+    store.save(file, record)
+    with pytest.raises(MetadataError, match=r"train\.numbers: expected a JSON object, got none"):
+        fit(build(), task={"loss": _stopping}, out=str(tmp_path))
 
 
 def test_bf16_autocast_and_clipping_learn() -> None:

@@ -1,5 +1,8 @@
-"""The base models of the golden files, and data for them: every value is made by integer arithmetic, so that any machine
-makes the same bits. What is here must never change: files of 0.1 belong to these bases."""
+"""The base models of the golden files, and data for them.
+
+Every value is made by integer arithmetic, so that any machine makes the same bits. What is here must never change:
+files of 0.1 belong to these bases.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ using namespace host;  // NOLINT
 namespace {
 
 constexpr int64_t kSizes[] = {1, 3, 17, 33, 65, 257};
+bool every_shape = false;  // with any argument to the program
 constexpr std::pair<Known, double> kGates[] = {
     {Known::kClosed, 0.0}, {Known::kOpen, 0.0}, {Known::kRead, 0.15}, {Known::kRead, 0.05}, {Known::kReadDouble, 0.1}};
 
@@ -17,18 +18,17 @@ std::string one(Product kind, const Problem& problem) {
                                : check<Forward<MoreRows, T, W, D>, T, W, D>(kind, problem);
 }
 
-// A quarter of the small shapes, each with a gate and a split; or, where TAPS_THOROUGH is set, all of them, for one
-// type of each product with every gate and split.
+// A quarter of the small shapes, each with a gate and a split; or, with an argument to the program, all of them, for
+// one type of each product with every gate and split.
 template <class T, class W, class D>
 std::string shapes(Product kind) {
-  const bool thorough = std::getenv("TAPS_THOROUGH") != nullptr;
-  const bool every = thorough && std::is_same_v<T, bf16> && std::is_same_v<W, bf16>;
+  const bool every = every_shape && std::is_same_v<T, bf16> && std::is_same_v<W, bf16>;
   int i = 0;
   for (const int64_t m : kSizes) {
     for (const int64_t n : kSizes) {
       for (const int64_t k : kSizes) {
         ++i;
-        if (!thorough && (m * n * k > 100000 || i % 4 != 3)) continue;
+        if (!every_shape && (m * n * k > 100000 || i % 4 != 3)) continue;
         Problem problem{m, n, k};
         problem.bias = i / 4 % 2 == 0;
         problem.seed = static_cast<uint64_t>(i % 7);
@@ -122,7 +122,8 @@ TAPS_CASE(nothing_to_add) {
   return one<bf16, bf16, float>(Product::kForward, problem);
 }
 
-int main() {
+int main(int argc, char**) {
+  every_shape = argc > 1;
   const int failed = run_all();
   std::printf("%d problems\n", problems());
   return failed;

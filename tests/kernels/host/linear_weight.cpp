@@ -6,16 +6,16 @@ using namespace host;  // NOLINT
 namespace {
 
 constexpr int64_t kSizes[] = {1, 3, 17, 33, 65, 257};
+bool every_shape = false;  // with any argument to the program
 
 template <class T, class D>
 std::string shapes() {
-  const bool thorough = std::getenv("TAPS_THOROUGH") != nullptr;
   int i = 0;
   for (const int64_t m : kSizes) {
     for (const int64_t n : kSizes) {
       for (const int64_t k : kSizes) {
         ++i;
-        if (!thorough && (m * n * k > 100000 || i % 4 != 3)) continue;
+        if (!every_shape && (m * n * k > 100000 || i % 4 != 3)) continue;
         Problem problem{m, n, k};
         problem.seed = static_cast<uint64_t>(i % 7);
         problem.scale = i / 4 % 2 == 0 ? 1.0 : 2.5;
@@ -61,7 +61,8 @@ TAPS_CASE(leading_dimensions_and_offsets) {
 // No rows at all: zeros, and a product of zero.
 TAPS_CASE(no_rows) { return check_weight<WeightGradient<WeightTile, bf16, float>, bf16, float>({0, 5, 7}); }
 
-int main() {
+int main(int argc, char**) {
+  every_shape = argc > 1;
   const int failed = run_all();
   std::printf("%d problems\n", problems());
   return failed;

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from host_build import HOST, ROOT
 
-ROOT = Path(__file__).parents[2]
 
-
+@pytest.mark.thorough
 def test_layers_on_the_twin(tmp_path) -> None:
     cmake = pytest.importorskip("cmake").CMAKE_BIN_DIR
     build = [f"{cmake}/cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
@@ -21,6 +21,6 @@ def test_layers_on_the_twin(tmp_path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     (library,) = tmp_path.glob("_C.*.so")
-    script = [sys.executable, str(ROOT / "tests/host/layers.py"), str(library)]
+    script = [sys.executable, str(HOST / "layers.py"), str(library)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == "346 cases", (done.stdout + done.stderr)[-4000:]

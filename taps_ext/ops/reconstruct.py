@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import reference
-from .extension import C
+from .. import reference
+from ..extension import C
+from .fakes import register_fake
 
 
 def check_gate(gate: Any, name: str) -> None:
@@ -107,3 +108,16 @@ def foreach_reconstruct_(
     torch.ops.taps_ext.foreach_reconstruct(outs, weights, deltas, scores, known, threshold)
     if not is_compiling():
         torch.autograd.graph.increment_version([out for out in outs if not out.is_inference()])
+
+
+def _fake(out: Tensor, weight: Tensor, delta: Any, score: Any, gate: Any, threshold: float) -> None:
+    return None
+
+
+def _fake_foreach(outs: Any, weights: Any, deltas: Any, scores: Any, gates: Any, threshold: float) -> None:
+    return None
+
+
+if C is not None:
+    register_fake("reconstruct", _fake)
+    register_fake("foreach_reconstruct", _fake_foreach)

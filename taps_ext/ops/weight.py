@@ -1,0 +1,98 @@
+"""W_t as a tensor of its own, for readers of a weight that no gated layer serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..extension import C
+from .reconstruct import reconstruct_
+
+
+def effective_weight(
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """W_t = round(W + g * Delta) as a new tensor like `weight`, with the gradients of TAPS (equations 2 and 4).
+
+    It costs a weight-sized tensor, kept until backward.
+    """
+    if C is None or reference.transformed(weight, delta, score):
+        return reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold)
+    made: Tensor = _Made.apply(weight, delta, score, gate, threshold)
+    return made
+
+
+def unread_weight(
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None = None,
+    *,
+    gate: bool | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """W itself, not W_t, with the gradients of :func:`effective_weight`: for those who never look at its values.
+
+    Where the gate is known to be closed the two are the same, and this one costs no copy.
+    """
+    if reference.transformed(weight, delta, score):
+        return reference.reconstruct(weight, delta, score, gate=gate, threshold=threshold, read=False)
+    unread: Tensor = _Unread.apply(weight, delta, score, gate, threshold)
+    return unread
+
+
+def _keep(ctx: Any, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float) -> None:
+    ctx.gate, ctx.threshold = gate, threshold
+    ctx.save_for_backward(delta, score)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    delta, score = ctx.saved_tensors
+    need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
+    ddelta = dscore = None
+    if need_delta and ctx.gate is not False:
+        ddelta = grad.to(delta.dtype)
+        if ctx.gate is None:
+            ddelta = torch.where(score >= ctx.threshold, ddelta, torch.zeros_like(ddelta))
+    if need_score:
+        kind = reference.compute_dtype(grad, delta)
+        dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+        plain = type(grad) is Tensor and not torch.compiler.is_compiling()  # neither fake nor traced
+        if grad.device.type == "cpu" and plain:  # elsewhere it would synchronise
+            closed = ctx.gate is False or (ctx.gate is None and bool(score < ctx.threshold))
+            if closed and not bool(torch.isfinite(dscore)):
+                reference.check_closed(delta)
+    return grad if need_weight else None, ddelta, dscore, None, None
+
+
+_once: Any = once_differentiable(_backward)
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
+    ) -> Tensor:
+        _keep(ctx, delta, score, gate, threshold)
+        return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
+
+    backward = staticmethod(_once)
+
+
+class _Unread(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
+    ) -> Tensor:
+        _keep(ctx, delta, score, gate, threshold)
+        return weight.view_as(weight)
+
+    backward = staticmethod(_once)

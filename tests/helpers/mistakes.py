@@ -1,0 +1,260 @@
+"""Mistakes to plant in the device's kernels, and the sources with all of them in place, one to be chosen at run time.
+
+A mistake is written where it stands: `if («r >= rows → r > rows») return;` is a piece of one of the headers, with what
+is to become of a part of it. The headers are changed as text, line by line, so that lines keep their numbers: an
+expression becomes `(taps_planted == 7 ? (r > rows) : (r >= rows))`, a statement an `if`. What must be known to the
+compiler cannot be chosen that late; such a mistake is `constant`, and needs a program of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import NamedTuple
+
+from host_build import CUDA, KERNEL_HEADERS
+
+SOURCES = {name: (CUDA / name).read_text(encoding="utf-8") for name in KERNEL_HEADERS}
+# Included before everything else: which mistake is made, by its number; 0 is none.
+CHOICE = """#pragma once
+#include <cstdlib>
+inline const int taps_planted = std::atoi(std::getenv("TAPS_PLANTED"));
+"""
+PART = re.compile("«(.*?) → (.*?)»", re.DOTALL)
+
+
+class Mistake(NamedTuple):
+    """The program then says `said`, and where that names a line, it holds one of `shows`."""
+
+    places: str | tuple[str, ...]
+    said: str
+    shows: tuple[str, ...] = ()
+    constant: bool = False
+
+
+WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
+READS = ("ldsm_x4", "ld(w", "ld(d", "ld2(w", "ld2(d")
+WAIT, SYNC = "«cp_wait<kStages - 2>(); → {}»\n", "«block_sync(); → {}»  // what everyone fetched"
+
+MISTAKES = {
+    # --- the main loop, and what it fetches
+    "no barrier": Mistake(SYNC.format(";"), r"race at ([\w.]+):(\d+)", READS),
+    "wait for too few": Mistake(WAIT.format("cp_wait<kStages - 1>();"), r"pending copy at ([\w.]+):(\d+)", READS),
+    "barrier before the wait": Mistake(
+        (WAIT.format("block_sync();"), SYNC.format("cp_wait<kStages - 2>();")),
+        r"(?:pending copy|race) at ([\w.]+):(\d+)",
+        READS,
+    ),
+    "fetched before the barrier": Mistake(
+        (
+            WAIT.format("cp_wait<kStages - 2>(); load(step + kStages - 1, next);"),
+            "      «load(step + kStages - 1, next); → ;»",
+        ),
+        r"race at ([\w.]+):(\d+)",
+        ("cp_async<", "st(tile", *READS),
+    ),
+    "stage used too early": Mistake(
+        "int now = 0, next = «kStages - 1 → 0»;", r"(?:race|pending copy) at ([\w.]+):(\d+)", READS
+    ),
+    "rows, one too many": Mistake("«r < rows → r <= rows» && count", BEYOND),
+    "columns, one too many": Mistake(
+        "«(kTurned ? left_ : depth) → (kTurned ? left_ : depth) + 1» - column", f"{BEYOND}|{WRONG}"
+    ),
+    "rows of whole stages, one too many": Mistake("kTurned || «r < left_ → r <= left_»", BEYOND),
+    "columns of whole stages, one too many": Mistake("Mine::count(«left_ → left_ + 1» - column)", f"{BEYOND}|{WRONG}"),
+    "a short stage taken for a whole one": Mistake("piece_ == 16 && «depth == kDepth → true»", f"{BEYOND}|{WRONG}"),
+    "a stage skipped": Mistake(
+        "next_ += «kTurned ? kDepth * ld_ : kDepth → kTurned ? kDepth * ld_ : kDepth + 8»;", f"{BEYOND}|{WRONG}"
+    ),
+    "rows off 16 bytes": Mistake(
+        "(sizeof(T) == 2 ? «8 → 4» : 4))", r"misaligned at ([\w.]+):(\d+)", ("cp_async<", "ldsm_x4"), constant=True
+    ),
+    "slices written over a stage": Mistake(
+        "«block_sync(); → ;»  // the stages, or", r"race at ([\w.]+):(\d+)", ("st(sums", *READS)
+    ),
+    "slices read too early": Mistake(
+        "        });\n      }\n      «block_sync(); → ;»\n      if (S::slice() == 0)",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld(sums", "st(sums"),
+    ),
+    "both slices take the same depth": Mistake("«S::slice() → 0» * kPart + within", WRONG),
+    # --- fragments
+    "half a fragment beside": Mistake("inner + «kHalf → kHalf / 2»", WRONG),
+    "wrong rows for ldmatrix": Mistake("first + «lane() % 16 → lane() % 8») * kStride", WRONG),
+    "turned halves exchanged": Mistake(
+        "(k + «lane() / 16 * 8 → lane() / 8 % 2 * 8» + lane() % 8) * kStride + first + "
+        "«lane() / 8 % 2 * 8 → lane() / 16 * 8»",
+        WRONG,
+    ),
+    "columns exchanged": Mistake("b[j][1] = «both[1] → both[2]», b[j + 1][0] = «both[2] → both[1]»", WRONG),
+    "neighbours along the wrong side": Mistake("ld(d, at_d + «kStrideD → 1»)", WRONG),
+    "closed, but Delta is read": Mistake("if («open → true») delta.fetch", "SEGV|null pointer"),
+    "gate forgotten": Mistake("if («!open → open») {", f"{WRONG}|uninitialised"),
+    # --- the products, and what leaves
+    "rows of x, one too many": Mistake("p.x, place.row, «p.rows → p.rows + 1»)", BEYOND),
+    "rows of the weight, one too many": Mistake("place.column, «columns → columns + 1»)", BEYOND),
+    "depth of the input gradient, one too many": Mistake("kBackward ? «p.outputs → p.outputs + 1» : p.inputs;", BEYOND),
+    "rows of the weight gradient's depth, one too many": Mistake("0, «p.rows → p.rows + 1»)", BEYOND),
+    "rows of the result, one too many": Mistake("if («r >= rows → r > rows»)", BEYOND),
+    "columns of the result, one too many": Mistake("if («c + e >= columns → c + e > columns»)", f"{BEYOND}|{WRONG}"),
+    "rows of Delta's gradient, one too many": Mistake(
+        "if («r < p.outputs → r <= p.outputs» && c < p.inputs) to[0]", BEYOND
+    ),
+    "columns of Delta's gradient, one too many": Mistake(
+        "if (r < p.outputs && «c + 1 < p.inputs → c < p.inputs») to[1]", f"{BEYOND}|{WRONG}"
+    ),
+    "columns of Delta, one too many": Mistake(
+        "if (r < p.outputs && «c + 1 < p.inputs → c < p.inputs») change", f"{BEYOND}|{WRONG}"
+    ),
+    "a tile at the edge taken for a whole one": Mistake(
+        "«place.row + S::kRows <= p.outputs → place.row < p.outputs»", BEYOND
+    ),
+    "splits begin at zero": Mistake("begin = «bid_y() → 0» * p.depth_of_split", WRONG),
+    "bias added by every split": Mistake("if («p.splits > 1 → p.splits > 2») {", WRONG),
+    "sums written over a stage": Mistake(
+        "«block_sync(); → ;»  // the stages have been read", r"race at ([\w.]+):(\d+)", ("st(sums", "ldsm_x4")
+    ),
+    "sums read too early": Mistake(
+        "st(sums, warp(), dot);\n    «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld(sums", "st(sums"),
+    ),
+    "a lane short": Mistake("mask = «16 → 8»;", WRONG),
+    "closed, but its gradient leaves": Mistake("«open → true» ? scale * first", WRONG),
+    "scale forgotten": Mistake("open ? «scale * second → second»", WRONG),
+    "pairs of rows that cannot be read in them": Mistake(
+        "«View<D>(p.delta).even() → true» && ", "runtime error: .*misaligned"
+    ),
+    "pairs from an odd element": Mistake(
+        "return («reinterpret_cast<uintptr_t>(data) → uintptr_t{0}» | static_cast<uintptr_t>(ld) * sizeof(E)) % (2",
+        "runtime error: .*misaligned",
+    ),
+    "<G, Delta> in fp32": Mistake(
+        "dot += «static_cast<double>(first) * to_f32(change[at].x) → first * to_f32(change[at].x)»;", "expected|FAILED"
+    ),
+    "splits added from the last": Mistake("partial[«split → (p.splits - 1 - split)» * rows * columns + at]", WRONG),
+    # --- the gate
+    "the threshold not in the score's precision": Mistake(
+        "«*static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold) → "
+        "*static_cast<const float*>(gate.score) >= gate.threshold»",
+        WRONG,
+    ),
+    "closed at the threshold": Mistake(
+        "«*static_cast<const double*>(gate.score) >= gate.threshold → "
+        "*static_cast<const double*>(gate.score) > gate.threshold»",
+        WRONG,
+    ),
+    "NaN opens": Mistake(
+        "«*static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold) → "
+        "!(*static_cast<const float*>(gate.score) < static_cast<float>(gate.threshold))»",
+        WRONG,
+    ),
+    # --- W_t as a tensor, and the dot product
+    "a vector too many": Mistake("vectors ? «count → (count + 7)» / kVector : 0", BEYOND),
+    "an element too many": Mistake("«i < count → i <= count»; i += step", BEYOND),
+    "an element too few": Mistake("«i < count → i < count - 1»; i += step", WRONG),
+    "vectors where rows are misaligned": Mistake(
+        "«reinterpret_cast<uintptr_t>(data) % 16 == 0 → true»;",
+        r"misaligned at ([\w.]+):(\d+)",
+        ("gld16_once", "gst16"),
+    ),
+    "an open Delta is not added": Mistake("(open ? «weight + delta → weight» : weight)", WRONG),
+    "a closed Delta is taken alone": Mistake(
+        "bool open = args.delta && «is_open(args.gate) → true»;\n  const int64_t count", WRONG
+    ),
+    "scale of a rebuild forgotten": Mistake("«scale == T(1) ? sum : sum * scale → sum»", WRONG),
+    "halves of a word exchanged": Mistake("(«i → (i + 1)» % 2 * 16)", WRONG),
+    "words of a double exchanged": Mistake(
+        "{{«low_of(first) → high_of(first)», «high_of(first) → low_of(first)»,", WRONG
+    ),
+    "the next tensor's block": Mistake("«block < args.end[middle] → block <= args.end[middle]»", f"{WRONG}|{BEYOND}"),
+    "a tensor's first chunk": Mistake("«item > 0 ? args.end[item - 1] : 0 → 0»", f"{WRONG}|{BEYOND}"),
+    "a chunk beyond its tensor": Mistake("«left < kForeachChunk ? left : kForeachChunk → kForeachChunk»", BEYOND),
+    "the innermost size for all": Mistake(
+        "index /= «walk.sizes[dim] → walk.sizes[walk.ndim - 1]»", f"{WRONG}|{BEYOND}"
+    ),
+    "no weight, but it is read": Mistake(
+        "«args.weight ? load_one<T>(args.weight, args.weight_dtype, at[1]) : T(0) → "
+        "load_one<T>(args.weight, args.weight_dtype, at[1])»",
+        "SEGV|null pointer",
+    ),
+    "sums of more chunks than threads": Mistake("«i < count → i < nthreads()»; i += nthreads()) sum", WRONG),
+    "rows of a chunk beyond the end": Mistake(
+        "begin + «(left < per_chunk ? left : per_chunk) → per_chunk»", f"{BEYOND}|{WRONG}"
+    ),
+    "scale of a rebuild in fp32": Mistake("«static_cast<T>(args.scale) → static_cast<float>(args.scale)»;", WRONG),
+    "another operand's strides": Mistake(
+        "position * «walk.strides[k][dim] → walk.strides[0][dim]»", f"{WRONG}|{BEYOND}"
+    ),
+    "products of a chunk beyond the end": Mistake(
+        "begin + «(left < kDotChunk ? left : kDotChunk) → kDotChunk»", BEYOND
+    ),
+    "tail of the products forgotten": Mistake("i = done + tid(); «i < end → i < done»", WRONG),
+    "a step of the tree short": Mistake("width = «kThreads / 2 → kThreads / 4»;", WRONG),
+    "the tree without a barrier": Mistake(
+        "ld(sums, tid() + width));\n    «block_sync(); → ;»", r"race at ([\w.]+):(\d+)", ("sums",)
+    ),
+    "the tree before its leaves": Mistake(
+        "st(sums, tid(), value);\n  «block_sync(); → ;»", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("sums",)
+    ),
+}
+NUMBER = {name: number for number, name in enumerate(MISTAKES, 1)}
+
+
+class Edit(NamedTuple):
+    """From `begin` to `end` of a header, `old` may become `new`."""
+
+    file: str
+    begin: int
+    end: int
+    old: str
+    new: str
+
+
+@cache
+def edits(name: str) -> list[Edit]:
+    """Where a mistake stands: each of its places is found once."""
+    found = []
+    places = MISTAKES[name].places
+    for place in (places,) if isinstance(places, str) else places:
+        text = PART.sub(r"\1", place)
+        files = [file for file, source in SOURCES.items() for _ in range(source.count(text))]
+        assert len(files) == 1, f"{name}: expected {text!r} once, found it in {files}"
+        begin, at = SOURCES[files[0]].index(text), 0
+        for part in PART.finditer(place):
+            begin += part.start() - at
+            old, new = part.groups()
+            assert "\n" not in old + new, f"{name}: {old!r} and {new!r} are to be on one line"
+            found.append(Edit(files[0], begin, begin + len(old), old, new))
+            begin, at = begin + len(old), part.end()
+    return found
+
+
+def rewritten(changes: list[tuple[Edit, str]]) -> dict[str, str]:
+    """The headers with these texts instead."""
+    result = dict(SOURCES)
+    for edit, text in sorted(changes, reverse=True):  # from the end, so that places stay where they are
+        source = result[edit.file]
+        assert source[edit.begin : edit.end] == edit.old, f"{edit.old!r} overlaps another place"
+        result[edit.file] = source[: edit.begin] + text + source[edit.end :]
+    return result
+
+
+def planted(name: str) -> dict[str, str]:
+    """The headers with one mistake in them."""
+    return rewritten([(edit, edit.new) for edit in edits(name)])
+
+
+def all_planted() -> dict[str, str]:
+    """The headers with every mistake to choose from, but those of constants."""
+    choices: dict[Edit, list[tuple[int, str]]] = {}  # of the same place
+    for name, mistake in MISTAKES.items():
+        for edit in [] if mistake.constant else edits(name):
+            choices.setdefault(edit._replace(new=""), []).append((NUMBER[name], edit.new))
+    return rewritten([(edit, chosen(edit.old, among)) for edit, among in choices.items()])
+
+
+def chosen(old: str, among: list[tuple[int, str]]) -> str:
+    if old.endswith(";"):
+        return "".join(f"if (taps_planted == {n}) {{ {new} }} else " for n, new in among) + f"{{ {old} }}"
+    return "(" + "".join(f"taps_planted == {n} ? ({new}) : " for n, new in among) + f"({old}))"

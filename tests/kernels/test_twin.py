@@ -1,0 +1,48 @@
+"""Device code on the CPU: the twin of the device primitives, its own misuse suite, and the conformance file.
+
+The programs in tests/kernels/host are compiled here, plainly and with AddressSanitizer and UBSan.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from host_build import FLAGS, compile_objects, compiled, run, twin_runtime
+from stages import THOROUGH, drawn
+
+# How many problems each of them prints that it has checked, and how many where it takes every shape (docs/kernels.md).
+PROGRAMS = {
+    "misuse": (None, None),
+    "conformance": (None, None),
+    "elementwise": (390, 390),
+    "linear": (376, 5616),
+    "linear_weight": (423, 1944),
+}
+# `make test` runs one of them, `make kernels` each plainly with every shape and sanitized with some, and
+# `make sanitize` does so with every shape.
+(ONE,) = drawn("twin program", [*PROGRAMS], 1)
+CASES = [
+    *(pytest.param(name, "plain", THOROUGH, marks=pytest.mark.thorough if name != ONE else ()) for name in PROGRAMS),
+    *(pytest.param(name, "sanitized", False, marks=pytest.mark.thorough) for name in PROGRAMS),
+    *(
+        pytest.param(name, "sanitized", True, marks=pytest.mark.sanitize, id=f"{name}-sanitized-every-shape")
+        for name, (some, every) in PROGRAMS.items()
+        if some != every
+    ),
+]
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    "program, kind, every", [pytest.param(*c.values, marks=c.marks, id=c.id or "-".join(c.values[:2])) for c in CASES]
+)
+def test_program(program: str, kind: str, every: bool, tmp_path: Path, tmp_path_factory, record_property) -> None:
+    if not THOROUGH:
+        record_property("drawn", f"twin program {program}")
+    objects = [*twin_runtime(tmp_path_factory, kind), *compile_objects(tmp_path, kind, [program])]
+    compiled(*FLAGS[kind], *objects, "-o", tmp_path / program)
+    output = run(tmp_path / program, *(["every"] if every else []), timeout=7000)
+    assert " 0 failed" in output, output[-4000:]
+    problems = PROGRAMS[program][every]
+    assert problems is None or f"\n{problems} problems" in output, output[-4000:]
