@@ -191,12 +191,16 @@ def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [found for found in rows if found["variant"] != STOCK]
 
 
+def stock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [found for found in rows if found["variant"] == STOCK]
+
+
 def table(title: str, rows: Sequence[dict[str, Any]], all_rows: Sequence[dict[str, Any]]) -> str:
     """Rows in Markdown, each with what became of the stock op in the same turns."""
-    stock = {(found["part"], found["case"]): found for found in all_rows if found["variant"] == STOCK}
+    by_case = {(found["part"], found["case"]): found for found in stock(all_rows)}
     lines = [HEADER.format(title)]
     for found in rows:
-        of_stock = stock.get((found["part"], found["case"]))
+        of_stock = by_case.get((found["part"], found["case"]))
         lines.append(
             f"| {label(found)} | {found['weights']:,} | {1e3 * found['old']:.4g} | {1e3 * found['new']:.4g} "
             f"| {spread(found)} | {spread(of_stock) if of_stock else ''} |"
@@ -216,24 +220,27 @@ def lost(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def lists(rows: Sequence[dict[str, Any]]) -> str:
     """Both lists in Markdown."""
+    large = [found for found in ours(rows) if found["weights"] >= LARGE]
     parts = []
-    for title, chosen in (
-        (f"slower at a million weights or more (above {SLOWER}, the lower quartile above 1)", slower(rows)),
-        (f"what small layers lose (below a million weights, above {LOST})", lost(rows)),
+    for title, chosen, count in (
+        (f"Slower at a million weights or more (above {SLOWER}, lower quartile above 1)", slower(rows), len(large)),
+        (f"What small layers lose (below a million weights, above {LOST})", lost(rows), len(ours(rows)) - len(large)),
     ):
-        parts.append(table(title, chosen, rows) if chosen else f"{title}: none of {len(ours(rows))}")
-    return "\n\n".join(f"{part[0].upper()}{part[1:]}" for part in parts)
+        parts.append(f"{title}: {len(chosen)} of {count}.")
+        if chosen:
+            parts.append(table("case", chosen, rows))
+    return "\n\n".join(parts)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
 def commit(checkout: Path) -> dict[str, Any]:
-    """Which commit is checked out, and whether what is measured differs from it."""
+    """Which commit is checked out (empty where git cannot say), and whether what is measured differs from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "taps_ext", "csrc")
     return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
@@ -261,6 +268,9 @@ def main() -> None:
     if args.rounds < 1 or args.passes < 1:
         parser.error(f"--rounds, --passes: at least 1 was expected; got {args.rounds} and {args.passes}")
     args.old, args.new = args.old.resolve(), args.new.resolve()
+    for checkout in (args.old, args.new):
+        if not list(checkout.glob("taps_ext/_C.*.so")):
+            parser.error(f"{checkout}: a checkout with its extension compiled was expected")
     record: dict[str, Any] = {"old": commit(args.old), "new": commit(args.new)}
     settings = {"seconds": args.seconds, "rounds": args.rounds, "passes": args.passes}
     rows: list[dict[str, Any]] = []
