@@ -11,7 +11,8 @@ since where a process finds its memory makes a kernel fast or slow for as long a
 
 layers: those of `taps bench --full`, open or closed as it has them. forwards: a ResNet-50 and a ViT-S/16 without
 gradients, their task not merged, all gates open or closed. steps: their training step, all open or with the pattern of
-training_step.py. "stock" is torch alone in the same processes: what its ratio is off 1 is not the package's doing.
+training_step.py. "stock" is torch alone in the same processes, whose ratio tells what the machine adds; so does a run
+with one checkout as both.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ SIZE, BATCH = 224, 8  # of an image; of a training step
 
 @dataclass(frozen=True)
 class Entry:
-    """A case: the number of its layer's or model's gated weights, and what makes its variants."""
+    """A case: the number of its layer's or model's weights, and what makes its variants."""
 
     name: str
     weights: int

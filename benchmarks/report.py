@@ -77,17 +77,18 @@ fine-tuning's products that a variant cannot do without.
 
 CALLS = """### What the package's own calls cost
 
-Where kernels cost little: over the plain model, call by call in turns (`plumbing.py`), on one thread; the plain model's
+Where kernels cost little: over the plain model, call by call in turns (`plumbing.py`), on one thread, where the plain
 forward takes {microseconds:.0f} microseconds. "operator": without the plain functions that stand in for the operators
-where a call allows it. A ResNet-50 with all layers open, on two threads, its caches as the last forward left them
-(warm) or full of other memory (cold).
+where a call allows it. A ResNet-50 has all layers open, two threads, no gradients, and its caches as the last forward
+left them (warm) or full of other memory (cold).
 
 {table}"""
 
 BESIDE = """### Beside an earlier version
 
-{new} over {old}, both in turns in one run (`beside.py`): medians and quartiles of the ratios of {rounds} rounds or
-more. "stock": torch alone in the same processes; what its ratio is off 1 is the machine's doing.
+{new} over {old}, two checkouts in turns in one run (`beside.py`):
+medians and quartiles of the ratios of {rounds} rounds or more. "stock" is torch alone in the same two processes, whose
+ratio tells what the machine adds.
 
 {tables}"""
 
