@@ -24,6 +24,9 @@ from .nn.frame import gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
 from .nn.route import bind, original_class, unroute
 
+# Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
+_taking = threading.RLock()
+
 
 def module_key(name: str) -> str:
     """A dotted module or task name as a key that nn.ModuleDict accepts and has no attribute of."""
@@ -100,6 +103,10 @@ def make_head(
     if not isinstance(old, nn.Linear):
         raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
     return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
+
+
+def _values_of(layers: list[tuple[str, GatedLayer]]) -> list[float]:
+    return [part.score.item() for _, part in layers]  # type: ignore[union-attr]
 
 
 class TaskState(nn.Module):
@@ -320,17 +327,19 @@ class TaskState(nn.Module):
         layers, on_cpu = self._following()
         if not layers or self.told:
             return
-        if on_cpu:
-            values = [part.score.item() for _, part in layers]  # type: ignore[union-attr]
-            if values == self._values and not force:  # never so with a NaN
-                return
-        else:
-            layers = [(name, part) for name, part in layers if force or part.stale()]
-            if not layers:
-                return
-            values = torch.stack([part.score.detach() for _, part in layers]).tolist()  # type: ignore[union-attr]
-        self._take(layers, values)
-        self._values = values
+        if on_cpu and not force and _values_of(layers) == self._values:  # never so with a NaN
+            return
+        with _taking:
+            if on_cpu:
+                values = _values_of(layers)
+            else:
+                layers = [(name, part) for name, part in layers if force or part.stale()]
+                if not layers:
+                    return
+                values = torch.stack([part.score.detach() for _, part in layers]).tolist()  # type: ignore[union-attr]
+            self._values = None  # a NaN leaves some gates taken and others not: of no values that were read
+            self._take(layers, values)
+            self._values = values
 
     def _take(self, layers: list[tuple[str, GatedLayer]], values: list[float]) -> None:
         for (name, part), value in zip(layers, values, strict=True):
@@ -400,8 +409,9 @@ class TaskState(nn.Module):
                 "forwards since then ran the gate from before; call refresh_gates() after such writes",
                 stacklevel=5,
             )
-        self._take(learned, scores)
-        self._values = None
+        with _taking:
+            self._values = None
+            self._take(learned, scores)
 
     @torch.compiler.disable
     def look_again(self) -> None:

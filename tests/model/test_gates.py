@@ -61,6 +61,24 @@ def test_gates_follow_the_values_of_scores() -> None:
     assert not average.module.state("t").table["hidden"].gate and told() == everything[1:]
 
 
+def test_gates_are_those_of_the_scores_after_a_nan() -> None:
+    """A forward that refused a NaN had taken the gates before it: scores that are put back are read again."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    parts, x = dict(model.state("t").gated()), images()
+    with torch.no_grad():
+        model(x, task="t")
+        scores = {name: part.score.clone() for name, part in parts.items()}
+        parts["conv1"].score.fill_(0.0)
+        parts["hidden"].score.fill_(float("nan"))
+        with pytest.raises(GateError, match="hidden: score"):
+            model(x, task="t")
+        for name, part in parts.items():
+            part.score.copy_(scores[name])
+        model(x, task="t")
+    assert all(part.gate for part in parts.values())
+
+
 def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
     """On a GPU: a forward looks where a version changed, by one copy; eval() and a report compare values, and warn once
     of a write that left no trace. The way to the values is the CPU's here."""
