@@ -35,13 +35,19 @@ def bind_layer(host: Any, layer: Any) -> Bound:
     """
 
     def general(host: Any, input: Tensor, sample: Sample | None) -> Tensor:
-        hooked = layer._forward_pre_hooks or layer._forward_hooks  # pruning's, for one
-        run = layer._general if layer is host else layer if hooked else layer.forward
-        made: Tensor = run(host, input, sample)
+        made: Tensor = (layer._general if layer is host else forward_of(layer))(host, input, sample)
         return made
 
     roads = None if layer.gate is None and layer.whole is None else _roads(host, layer, general)
     return roads or (general, general)
+
+
+def forward_of(layer: Any) -> Callable[..., Tensor]:
+    """A gated layer's forward, with its own hooks where there are some (pruning's, for one) and never with global ones:
+    those see base modules alone."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks
+    run: Callable[..., Tensor] = layer if hooked else layer.forward
+    return run
 
 
 def setting_of(layer: Any) -> tuple[Any, ...]:
@@ -72,32 +78,51 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     closed = layer.gate is False
     own_bias = layer is not host and layer.bias is not None
 
+    # What is not among a module's parameters any more was pruned or parametrised since: the general road finds it.
+
     def base(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        held = host._parameters
-        return stock(input, held["weight"], layer._parameters["bias"] if own_bias else held["bias"], *geometry)
+        try:
+            weight, bias = host._parameters["weight"], (layer if own_bias else host)._parameters["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        return stock(input, weight, bias, *geometry)
 
     def whole(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        bias = (layer if own_bias else host)._parameters["bias"]
-        return stock(input, _whole_of(layer).detach(), bias, *geometry)
+        try:
+            weight, bias = _whole_of(layer), (layer if own_bias else host)._parameters["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        return stock(input, weight.detach(), bias, *geometry)
 
     def whole_with_gradients(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        return stock(input, _whole_of(layer), (layer if own_bias else host)._parameters["bias"], *geometry)
+        try:
+            weight, bias = _whole_of(layer), (layer if own_bias else host)._parameters["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        return stock(input, weight, bias, *geometry)
 
     def opened(host: Any, input: Tensor, sample: Sample | None) -> Any:
         own, held = layer._parameters, host._parameters
-        bias = own["bias"] if own_bias else held["bias"]
-        direct = getattr(C, name)
-        made = direct(input, held["weight"], own.get("delta"), own["score"], bias, *geometry, True, False, True)
+        try:
+            weight, delta, score = held["weight"], own["delta"], own["score"]
+            bias = own["bias"] if own_bias else held["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        made = getattr(C, name)(input, weight, delta, score, bias, *geometry, True, False, True)
         return general(host, input, sample) if made is None else made
 
     def trained(host: Any, input: Tensor, sample: Sample | None) -> Any:
         own, held = layer._parameters, host._parameters
-        weight, delta, score = held["weight"], own.get("delta"), own["score"]
+        try:
+            weight, delta, score = held["weight"], own["delta"], own["score"]
+            bias = own["bias"] if own_bias else held["bias"]
+        except KeyError:
+            return general(host, input, sample)
         if delta is None or input.dtype != weight.dtype or (closed and sample is not None):
             return general(host, input, sample)
         if not (score if closed else delta).requires_grad and not (input.requires_grad and not closed):
             return base(host, input, sample) if closed else general(host, input, sample)
-        return gated(input, weight, delta, score, own["bias"] if own_bias else held["bias"], *behind)
+        return gated(input, weight, delta, score, bias, *behind)
 
     if layer.whole is not None:
         return whole, whole_with_gradients

@@ -64,8 +64,9 @@ class _TapsLayer(nn.Module):
     def _follow(self) -> None:
         """Bring the host's gate up to date: on a CPU with the score's value, on a GPU, once the host has it, where the
         score's tensor or version changed."""
-        score = self._parameters["score"]
-        assert score is not None
+        score = self._parameters.get("score")
+        if score is None:  # pruned or parametrised
+            score = self.score
         if score.is_cpu:
             value = score.item()
             gate = value >= self.threshold

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ..errors import UnsupportedModuleError
 from . import changes, reads
 from . import forward as _forward
-from .bind import Bound, bind_layer
+from .bind import Bound, bind_layer, forward_of
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -229,7 +229,7 @@ class _RoutedLayer(_Readable):
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
         if isinstance(part, GatedLayer) and frame is not None:
-            return part.forward(self, input, frame.sample)
+            return forward_of(part)(self, input, frame.sample)
         if part is not None:
             return part(self, input)
         weight = _forward.resting_weight(self, _held(self, "weight"), input)

@@ -1,0 +1,102 @@
+"""Bindings: what is settled for a task at a module is what that module, its part and their tensors are at the call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import TinyNet, images, settle
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from taps_ext import FullConfig, TapsConfig, TaskModel
+from taps_ext.nn import TapsLinear
+
+
+def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
+    """With one task "t", which has run with gradients and without."""
+    model = TaskModel(settle(TinyNet()), config or TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    model.set_task("t")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, part in model.state("t").gated():
+            part.delta.normal_(0, 0.1)
+            if name in closed:
+                part.score.fill_(0.0)
+    both(model.eval())
+    return model
+
+
+def both(model: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    x = images() if x is None else x
+    with torch.no_grad():
+        without = model(x)
+    return model(x).detach(), without
+
+
+class Same(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 1.0
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden", "conv2")], ids=["open", "closed"])
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "autocast"])
+def test_a_pruned_part(closed: tuple[str, ...], amp: bool) -> None:
+    """Pruning takes a tensor from the parameters and makes it anew in a hook, for each forward."""
+    model = bound_model(closed=closed)
+    part = dict(model.state("t").gated())["hidden"]
+    want = copy.deepcopy(model)
+    prune.custom_from_mask(part, "delta", torch.ones_like(part.delta).triu())
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for factor in (1.0, 2.0):
+            with torch.no_grad():
+                part.delta_orig.mul_(factor)
+                wanted = dict(want.state("t").gated())["hidden"]
+                wanted.delta.copy_(part.delta_orig.triu())
+            for got, wants in zip(both(model), both(want), strict=True):
+                assert torch.allclose(got, wants, atol=1e-6)
+            model(images()).float().sum().backward()  # a graph of its own for each
+    assert (part.delta_orig.grad is None) == bool(closed)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight"])
+def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
+    model = bound_model(FullConfig())
+    other = settle(TinyNet(2))
+    with torch.no_grad():
+        other.hidden.weight.mul_(1e-6)  # no Delta gives these exactly
+        other.hidden.bias.add_(1.0)
+    model.extract_task("own", other.state_dict())
+    model.set_task("own")
+    before = both(model)
+    part = dict(model.state("own").gated())["hidden"]
+    assert part.weight is not None
+    prune.custom_from_mask(part, name, torch.ones_like(getattr(part, name)))
+    assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden",)], ids=["open", "closed"])
+def test_a_parametrised_score(closed: tuple[str, ...]) -> None:
+    model = bound_model(closed=closed)
+    before = both(model)
+    part = dict(model.state("t").gated())["hidden"]
+    parametrize.register_parametrization(part, "score", Same())
+    assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
+    model(images()).sum().backward()
+    assert part.parametrizations.score.original.grad.item() != 0.0
+
+
+@pytest.mark.parametrize("name", ["bias", "delta", "score"])
+@pytest.mark.parametrize("score", [0.5, 0.0])
+def test_a_layer_without_a_model_is_parametrised(name: str, score: float) -> None:
+    torch.manual_seed(0)
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    with torch.no_grad():
+        layer.delta.normal_()
+        layer.score.fill_(score)
+    before = both(layer, x)
+    parametrize.register_parametrization(layer, name, Same())
+    assert all(torch.equal(a, b) for a, b in zip(both(layer, x), before, strict=True))
