@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..extension import C
 from ..ops.call import Settings
-from ..ops.conv2d import GatedConv2d, Geometry
+from ..ops.conv2d import GatedConv2d, Geometry, two
 from ..ops.linear import GatedLinear
 from .sampling import Sample
 
@@ -71,7 +71,7 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     if isinstance(host, nn.Linear):
         stock, name, geometry, gated, behind = F.linear, "linear", (), GatedLinear.apply, (settings,)
     elif host.padding_mode == "zeros" and not isinstance(host.padding, str):
-        geometry = Geometry(host.stride, host.padding, host.dilation, host.groups)
+        geometry = Geometry(two(host.stride), two(host.padding), two(host.dilation), host.groups)
         stock, name, gated, behind = F.conv2d, "conv2d", GatedConv2d.apply, (geometry, settings)
     else:
         return None

@@ -100,3 +100,23 @@ def test_a_layer_without_a_model_is_parametrised(name: str, score: float) -> Non
     before = both(layer, x)
     parametrize.register_parametrization(layer, name, Same())
     assert all(torch.equal(a, b) for a, b in zip(both(layer, x), before, strict=True))
+
+
+@pytest.mark.parametrize("closed", [(), ("conv2",)], ids=["open", "closed"])
+@pytest.mark.parametrize(
+    ("name", "value", "pair"),
+    [("stride", (1,), (1, 1)), ("padding", [0], (0, 0)), ("dilation", 2, (2, 2)), ("stride", [2, 1], (2, 1))],
+)
+def test_settings_as_torch_takes_them(closed: tuple[str, ...], name: str, value: object, pair: tuple) -> None:
+    """One number may stand for both axes, in a container or not."""
+    model = bound_model(closed=closed)
+    want = copy.deepcopy(model)
+    setattr(model.base.conv2, name, value)
+    setattr(want.base.conv2, name, pair)
+    assert all(torch.equal(a, b) for a, b in zip(both(model), both(want), strict=True))
+    gradients = []
+    for made in (model, want):
+        torch.manual_seed(1)
+        made(images()).sum().backward()
+        gradients.append([p.grad for p in made.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
