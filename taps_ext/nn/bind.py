@@ -31,11 +31,13 @@ Bound = tuple[Road, Road]
 def bind_layer(host: Any, layer: Any) -> Bound:
     """The binding of a gated layer on a stock linear or convolution layer.
 
-    `layer` holds `delta`, `score`, `gate`, `whole` and `threshold`; it may be the host itself.
+    `layer` holds `delta`, `score`, `gate`, `whole` and `threshold`; it may be the host itself, which keeps its binding
+    and so is not kept by it: nothing but the cycle collector would free the two.
     """
+    part: Any = None if layer is host else layer
 
     def general(host: Any, input: Tensor, sample: Sample | None) -> Tensor:
-        made: Tensor = (layer._general if layer is host else forward_of(layer))(host, input, sample)
+        made: Tensor = (host._general if part is None else forward_of(part))(host, input, sample)
         return made
 
     roads = None if layer.gate is None and layer.whole is None else _roads(host, layer, general)
@@ -76,33 +78,34 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     else:
         return None
     closed = layer.gate is False
-    own_bias = layer is not host and layer.bias is not None
+    part: Any = None if layer is host else layer  # as in `bind_layer`
+    own_bias = part is not None and part.bias is not None
 
     # What is not among a module's parameters any more was pruned or parametrised since: the general road finds it.
 
     def base(host: Any, input: Tensor, sample: Sample | None) -> Any:
         try:
-            weight, bias = host._parameters["weight"], (layer if own_bias else host)._parameters["bias"]
+            weight, bias = host._parameters["weight"], (part if own_bias else host)._parameters["bias"]
         except KeyError:
             return general(host, input, sample)
         return stock(input, weight, bias, *geometry)
 
     def whole(host: Any, input: Tensor, sample: Sample | None) -> Any:
         try:
-            weight, bias = _whole_of(layer), (layer if own_bias else host)._parameters["bias"]
+            weight, bias = _whole_of(part), (part if own_bias else host)._parameters["bias"]
         except KeyError:
             return general(host, input, sample)
         return stock(input, weight.detach(), bias, *geometry)
 
     def whole_with_gradients(host: Any, input: Tensor, sample: Sample | None) -> Any:
         try:
-            weight, bias = _whole_of(layer), (layer if own_bias else host)._parameters["bias"]
+            weight, bias = _whole_of(part), (part if own_bias else host)._parameters["bias"]
         except KeyError:
             return general(host, input, sample)
         return stock(input, weight, bias, *geometry)
 
     def opened(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        own, held = layer._parameters, host._parameters
+        own, held = (host if part is None else part)._parameters, host._parameters
         try:
             weight, delta, score = held["weight"], own["delta"], own["score"]
             bias = own["bias"] if own_bias else held["bias"]
@@ -112,7 +115,7 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
         return general(host, input, sample) if made is None else made
 
     def trained(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        own, held = layer._parameters, host._parameters
+        own, held = (host if part is None else part)._parameters, host._parameters
         try:
             weight, delta, score = held["weight"], own["delta"], own["score"]
             bias = own["bias"] if own_bias else held["bias"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from taps_ext import FullConfig, TapsConfig, TaskModel
-from taps_ext.nn import TapsLinear
+from taps_ext.nn import TapsConv2d, TapsLinear
 
 
 def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
@@ -120,3 +122,23 @@ def test_settings_as_torch_takes_them(closed: tuple[str, ...], name: str, value:
         made(images()).sum().backward()
         gradients.append([p.grad for p in made.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0])
+def test_a_layer_that_ran_dies_with_its_last_reference(score: float) -> None:
+    """Without the cycle collector, which knows nothing of a GPU's memory."""
+    gc.disable()
+    try:
+        for layer, x in ((TapsLinear(3, 4), torch.randn(2, 3)), (TapsConv2d(3, 4, 3), torch.randn(2, 3, 5, 5))):
+            layer.score.data.fill_(score)
+            both(layer, x)
+        known = weakref.ref(layer), weakref.ref(layer.delta)
+        del layer
+        assert [each() for each in known] == [None, None]
+        model = bound_model()
+        state = model.state("t")
+        known = weakref.ref(model), weakref.ref(state), weakref.ref(state.table["hidden"].delta)
+        del model, state
+        assert [each() for each in known] == [None, None, None]
+    finally:
+        gc.enable()
