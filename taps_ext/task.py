@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import reference
-from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
+from .errors import ConfigError, GateError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors, changes
 from .nn.bind import Bound
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import bind, original_class, unroute
+from .nn.route import bind, misplaced, original_class, unroute
 
 # Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
 _taking = threading.RLock()
@@ -270,10 +270,7 @@ class TaskState(nn.Module):
         for name, parent, key, module in self.hosts:
             found = parent._modules.get(key)
             if found is not module and (found is None or all(inner is not module for inner in found.modules())):
-                raise TapsError(
-                    f"{name}: another module has taken its place in the base since the task was added, which does not "
-                    "know the task; change the base before it is adapted"
-                )
+                raise misplaced(name)
 
     def get_extra_state(self) -> Tensor:
         """The fixed gates, which no other tensor holds: by layer 0 (closed), 1 (open) or -1 (learned)."""

@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
-from ..errors import UnsupportedModuleError
+from ..errors import TapsError, UnsupportedModuleError
 from . import changes, reads
 from . import forward as _forward
-from .bind import Bound, bind_layer, forward_of
+from .bind import Bound, Road, bind_layer, forward_of
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -104,6 +104,8 @@ class _Routed(nn.Module):
         frame.entered.add(name)
         bound = frame.bound.get(name)
         if bound is not None and not is_compiling():
+            if bound[2] is not self:
+                raise misplaced(name)
             return bound[torch.is_grad_enabled()](*args, **kwargs)
         part = frame.parts.get(name)
         if part is not None:
@@ -218,6 +220,8 @@ class _RoutedLayer(_Readable):
                 name: str = self.__dict__["_taps_name"]
                 bound = frame.bound.get(name)
                 if bound is not None:
+                    if bound[2] is not self:
+                        raise misplaced(name)
                     frame.entered.add(name)
                     return bound[torch.is_grad_enabled()](self, input, frame.sample)
         return self._taps_general(input)
@@ -315,13 +319,19 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
 def bind(module: nn.Module, part: nn.Module) -> Bound | None:
     """The binding of a part at the routed module that it stands for; None where the module's own forward must run."""
     if isinstance(part, TaskTensors):
-        road = part.__dict__["clone"].forward
-        return road, road
-    if isinstance(part, TaskHead):
-        if isinstance(module, _RoutedLayer):
-            return part.instead, part.instead
-        return part.run, part.run
-    return bind_layer(module, part) if isinstance(module, _RoutedLayer) else None
+        road: Road = part.__dict__["clone"].forward
+    elif isinstance(part, TaskHead):
+        road = part.instead if isinstance(module, _RoutedLayer) else part.run
+    else:
+        return (*bind_layer(module, part), module) if isinstance(module, _RoutedLayer) else None
+    return road, road, module
+
+
+def misplaced(name: str) -> TapsError:
+    return TapsError(
+        f"{name}: another module has taken its place in the base since the task was added, which does not "
+        "know the task; change the base before it is adapted"
+    )
 
 
 def is_routed(module: nn.Module) -> bool:

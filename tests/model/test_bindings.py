@@ -12,7 +12,7 @@ from models import TinyNet, images, settle
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from taps_ext import FullConfig, TapsConfig, TaskModel
+from taps_ext import FullConfig, TapsConfig, TapsError, TaskModel
 from taps_ext.nn import TapsConv2d, TapsLinear
 
 
@@ -142,3 +142,18 @@ def test_a_layer_that_ran_dies_with_its_last_reference(score: float) -> None:
         assert [each() for each in known] == [None, None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["conv2", "bn1", "hidden"])
+def test_a_copy_in_the_place_of_a_module_is_refused(name: str) -> None:
+    """It asks for its task as the module did, whose settings and tensors the task was bound to."""
+    model = bound_model()
+    own = model.base.get_submodule(name)
+    setattr(model.base, name, copy.deepcopy(own))
+    for run in (model, torch.no_grad()(model)):
+        with pytest.raises(TapsError, match=f"{name}: another module has taken its place"):
+            run(images())
+    setattr(model.base, name, nn.Sequential(own))  # around it: as before
+    both(model)
+    setattr(model.base, name, own)
+    both(copy.deepcopy(model))  # a copy of all binds its own
