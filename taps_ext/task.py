@@ -194,6 +194,7 @@ class TaskState(nn.Module):
     def _start_anew(self) -> None:
         self.bound: Mapping[str, Bound] = {}
         self.settings: Mapping[str, Any] | None = None
+        self.resting: list[dict[str, Any]] = []  # the parameters of learned layers that are closed
         self._bound_at: object = None
         self._followed: tuple[object, list[tuple[str, GatedLayer]], bool] = (None, [], False)
         self._values: list[float] | None = None
@@ -212,6 +213,7 @@ class TaskState(nn.Module):
                 part.follow()
         made = {name: bind(host, self.table[name]) for name, _, _, host in self.hosts}
         self.bound = {name: bound for name, bound in made.items() if bound is not None}
+        self.resting = [part._parameters for _, part in self.learned() if part.gate is False]
         found = settings(self.table)
         known = all(part.gate is not None for _, part in self.gated())
         self.settings = None if not known else found if found != self.settings else self.settings
@@ -444,6 +446,7 @@ class TaskState(nn.Module):
             "changes": {},
             "bound": {},
             "settings": None,
+            "resting": [],
             "_bound_at": None,
             "_values": None,
         }
