@@ -18,11 +18,11 @@ from . import reference
 from .errors import ConfigError, GateError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors, changes
-from .nn.bind import Bound
 from .nn.forward import base_bias, base_weight
-from .nn.frame import gate_changed, sequence_number, settings
+from .nn.frame import Placed, gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import bind, misplaced, original_class, unroute
+from .nn.route import is_stock, misplaced, original_class, unroute
+from .parts import Part
 
 # Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
 _taking = threading.RLock()
@@ -132,7 +132,7 @@ class TaskState(nn.Module):
         self.gates_mode = gates
         self.head_path = head_path if head is not None else None
         self.parts = nn.ModuleDict()
-        self.table: dict[str, nn.Module] = {}
+        self.table: dict[str, Part] = {}
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False
         self.told = False  # the gates are as they were set, whatever the scores say
@@ -182,7 +182,7 @@ class TaskState(nn.Module):
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
-    def _add(self, name: str, part: nn.Module) -> None:
+    def _add(self, name: str, part: Part) -> None:
         key = module_key(name)
         if key in self.parts:
             raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
@@ -192,7 +192,7 @@ class TaskState(nn.Module):
             self.required.append(name)
 
     def _start_anew(self) -> None:
-        self.bound: Mapping[str, Bound] = {}
+        self.bound: Mapping[str, Placed] = {}
         self.settings: Mapping[str, Any] | None = None
         self.resting: list[dict[str, Any]] = []  # the parameters of learned layers that are closed
         self._bound_at: object = None
@@ -211,8 +211,8 @@ class TaskState(nn.Module):
         for part in self.table.values():
             if isinstance(part, TaskTensors):
                 part.follow()
-        made = {name: bind(host, self.table[name]) for name, _, _, host in self.hosts}
-        self.bound = {name: bound for name, bound in made.items() if bound is not None}
+        made = [(name, host, self.table[name].bind(host, stock=is_stock(host))) for name, _, _, host in self.hosts]
+        self.bound = {name: (*bound, host) for name, host, bound in made if bound is not None}
         self.resting = [part._parameters for _, part in self.learned() if part.gate is False]
         found = settings(self.table)
         known = all(part.gate is not None for _, part in self.gated())

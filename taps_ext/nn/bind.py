@@ -18,21 +18,14 @@ from ..extension import C
 from ..ops.call import Settings
 from ..ops.conv2d import GatedConv2d, Geometry, two
 from ..ops.linear import GatedLinear
+from ..parts import Bound
 from .sampling import Sample
 
 Road = Callable[..., Any]
 
 
-# A module's work without gradients and with them: `torch.is_grad_enabled()` is the place. A gated layer's are called
-# with (host, input, sample), other parts' with what the module's forward is called with.
-Roads = tuple[Road, Road]
-
-# The same and the module that they were made for, which a copy in its place is not.
-Bound = tuple[Road, Road, nn.Module]
-
-
-def bind_layer(host: Any, layer: Any) -> Roads:
-    """The roads of a gated layer on a stock linear or convolution layer.
+def bind_layer(host: Any, layer: Any) -> Bound:
+    """The binding of a gated layer on a stock linear or convolution layer.
 
     `layer` holds `delta`, `score`, `gate`, `whole` and `threshold`; it may be the host itself, which keeps its binding
     and so is not kept by it: nothing but the cycle collector would free the two.
@@ -67,7 +60,7 @@ def _whole_of(layer: Any) -> Tensor:
     return layer._parameters["weight"] if merged is None else merged
 
 
-def _roads(host: Any, layer: Any, general: Road) -> Roads | None:
+def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     """What runs without gradients and with them; None where only the general road will do."""
     settings = Settings(layer.gate, layer.threshold, training=True)
     stock: Road

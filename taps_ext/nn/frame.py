@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GateError, TapsError
-from .bind import Bound, setting_of
+from .bind import setting_of
 from .gated import GatedLayer
 from .sampling import Sample
+
+# A part's binding (`parts.Bound`) and the module that it was made for, which a copy in that one's place is not.
+Placed = tuple[Callable[..., Any], Callable[..., Any], nn.Module]
 
 
 class Frame(NamedTuple):
@@ -31,7 +34,7 @@ class Frame(NamedTuple):
     parts: Mapping[str, nn.Module]
     entered: set[str]
     sample: Sample | None = None
-    bound: Mapping[str, Bound] = {}
+    bound: Mapping[str, Placed] = {}
     settings: Mapping[str, tuple[Any, ...]] | None = None
 
 

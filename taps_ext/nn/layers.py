@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
-from .bind import Roads, bind_layer
+from ..parts import Bound
+from .bind import bind_layer
 from .forward import gated_forward
 from .gated import Stamp, float32_bound, keep_float32, same_stamp, stamp
 
@@ -29,7 +30,7 @@ class _TapsLayer(nn.Module):
     weight: Tensor
     bias: Any  # Tensor or None
     whole = merged = None  # no merged weight
-    _bound: Roads | None = None  # of the gate as it is; made at the next forward where there is none
+    _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
     _seen: Stamp | None = None
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
@@ -57,7 +58,7 @@ class _TapsLayer(nn.Module):
     def _general(self, host: nn.Module, input: Tensor, sample: None) -> Tensor:
         return gated_forward(self, self, input, self.bias, gate=self.gate)
 
-    def _bind(self) -> Roads:
+    def _bind(self) -> Bound:
         bound = self.__dict__["_bound"] = bind_layer(self, self)
         return bound
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ..errors import TapsError, UnsupportedModuleError
 from . import changes, reads
 from . import forward as _forward
-from .bind import Bound, Road, bind_layer, forward_of
+from .bind import forward_of
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -316,15 +316,9 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
             module.training = False
 
 
-def bind(module: nn.Module, part: nn.Module) -> Bound | None:
-    """The binding of a part at the routed module that it stands for; None where the module's own forward must run."""
-    if isinstance(part, TaskTensors):
-        road: Road = part.__dict__["clone"].forward
-    elif isinstance(part, TaskHead):
-        road = part.instead if isinstance(module, _RoutedLayer) else part.run
-    else:
-        return (*bind_layer(module, part), module) if isinstance(module, _RoutedLayer) else None
-    return road, road, module
+def is_stock(module: nn.Module) -> bool:
+    """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
+    return isinstance(module, _RoutedLayer)
 
 
 def misplaced(name: str) -> TapsError:
