@@ -100,7 +100,7 @@ class TaskModel(TaskSet):
         if learning:
             self._not_merged(name, "training")
         if learning and not torch._C._are_functorch_transforms_active():
-            for held in state.resting:
+            for held in state.bindings.resting:
                 delta = held.get("delta")
                 if delta is not None:
                     delta.grad = None  # zeros that someone put there, or of a forward before the gate closed

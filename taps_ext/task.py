@@ -6,8 +6,8 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -109,6 +109,22 @@ def _values_of(layers: list[tuple[str, GatedLayer]]) -> list[float]:
     return [part.score.item() for _, part in layers]  # type: ignore[union-attr]
 
 
+class Bindings(NamedTuple):
+    """What forwards use of a task until something changes.
+
+    Attributes:
+        at: `changes.now` when they were made.
+        bound: the parts' bindings by module name.
+        settings: the gates by layer, or None where the host does not know them all.
+        resting: the parameters of learned layers that are closed.
+    """
+
+    at: object = None
+    bound: Mapping[str, Placed] = {}
+    settings: Mapping[str, Any] | None = None
+    resting: Sequence[dict[str, Any]] = ()
+
+
 class TaskState(nn.Module):
     """One task's parts. `table` maps base module names to parts and is what a forward looks up.
 
@@ -192,32 +208,33 @@ class TaskState(nn.Module):
             self.required.append(name)
 
     def _start_anew(self) -> None:
-        self.bound: Mapping[str, Placed] = {}
-        self.settings: Mapping[str, Any] | None = None
-        self.resting: list[dict[str, Any]] = []  # the parameters of learned layers that are closed
-        self._bound_at: object = None
+        self.bindings = Bindings()
         self._followed: tuple[object, list[tuple[str, GatedLayer]], bool] = (None, [], False)
         self._values: list[float] | None = None
 
     @torch.compiler.disable
-    def catch_up(self) -> None:
+    def catch_up(self) -> Bindings:
         """Take over what was set on base modules, gates and modes since the last forward, in bindings made anew.
 
         They are swapped whole, so that a forward that runs in another thread keeps its own.
         """
-        now = changes.now
-        if self._bound_at is now:
-            return
+        now, last = changes.now, self.bindings
+        if last.at is now:
+            return last
         for part in self.table.values():
             if isinstance(part, TaskTensors):
                 part.follow()
         made = [(name, host, self.table[name].bind(host, stock=is_stock(host))) for name, _, _, host in self.hosts]
-        self.bound = {name: (*bound, host) for name, host, bound in made if bound is not None}
-        self.resting = [part._parameters for _, part in self.learned() if part.gate is False]
-        found = settings(self.table)
-        known = all(part.gate is not None for _, part in self.gated())
-        self.settings = None if not known else found if found != self.settings else self.settings
-        self._bound_at = now
+        found: Mapping[str, Any] | None = settings(self.table)
+        if any(part.gate is None for _, part in self.gated()):
+            found = None
+        self.bindings = bindings = Bindings(
+            now,
+            {name: (*bound, host) for name, host, bound in made if bound is not None},
+            last.settings if found == last.settings else found,
+            [part._parameters for _, part in self.learned() if part.gate is False],
+        )
+        return bindings
 
     # -- what there is
 
@@ -358,8 +375,8 @@ class TaskState(nn.Module):
         Raises:
             GateError: a gate changed between that forward and its recomputation.
         """
-        self.catch_up()
-        now = settings(self.table) if self.settings is None else self.settings
+        known = self.catch_up().settings
+        now = settings(self.table) if known is None else known
         thread, here, noted = threading.get_ident(), sequence_number(), self.noted
         changed = [] if noted is None or noted is now else [name for name in now if now[name] != noted.get(name)]
         since, last = self.changes.get(thread, (0, -1))
@@ -444,10 +461,7 @@ class TaskState(nn.Module):
         fresh: dict[str, Any] = {
             "noted": None,
             "changes": {},
-            "bound": {},
-            "settings": None,
-            "resting": [],
-            "_bound_at": None,
+            "bindings": Bindings(),
             "_values": None,
         }
         return {**self.__dict__, **fresh, "_followed": (None, [], False)}  # a copy binds its own modules

@@ -59,8 +59,11 @@ class _TapsLayer(nn.Module):
         return gated_forward(self, self, input, self.bias, gate=self.gate)
 
     def _bind(self) -> Bound:
-        bound = self.__dict__["_bound"] = bind_layer(self, self)
-        return bound
+        while True:
+            gate = self.gate
+            bound = self.__dict__["_bound"] = bind_layer(self, self)
+            if self.gate is gate:  # else another thread has taken another one, and this binding over its own
+                return bound
 
     def _follow(self) -> None:
         """Bring the host's gate up to date: on a CPU with the score's value, on a GPU, once the host has it, where the

@@ -8,12 +8,13 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import TinyNet, images, settle
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from taps_ext import FullConfig, TapsConfig, TapsError, TaskModel
-from taps_ext.nn import TapsConv2d, TapsLinear
+from taps_ext.nn import TapsConv2d, TapsLinear, layers
 
 
 def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
@@ -157,3 +158,24 @@ def test_a_copy_in_the_place_of_a_module_is_refused(name: str) -> None:
     both(model)
     setattr(model.base, name, own)
     both(copy.deepcopy(model))  # a copy of all binds its own
+
+
+def test_a_binding_made_while_another_thread_makes_one_is_not_kept(monkeypatch) -> None:
+    """The other thread's forward has seen a later score; here it runs where the binding is made."""
+    torch.manual_seed(0)
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    with torch.no_grad():
+        layer.delta.normal_()
+    original, ran = layers.bind_layer, []
+
+    def interrupted(host: TapsLinear, part: TapsLinear):
+        made = original(host, part)
+        if not ran:
+            ran.append(True)
+            host.score.data.zero_()
+            host(x)
+        return made
+
+    monkeypatch.setattr(layers, "bind_layer", interrupted)
+    layer(x)
+    assert ran and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
