@@ -31,6 +31,7 @@ class _TapsLayer(nn.Module):
     bias: Any  # Tensor or None
     whole = merged = None  # no merged weight
     _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
+    _asked = False  # whether the host is to know the gate on a GPU
     _seen: Stamp | None = None
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
@@ -46,7 +47,8 @@ class _TapsLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_compiling() or _transforms() or forward_ad._current_level >= 0:
-            known = None if self.score.is_cpu else self.gate  # on a CPU the operator reads the score itself
+            # The operator reads the score itself where the host was not asked to know the gate, and on a CPU.
+            known = self.gate if self._asked and not self.score.is_cpu else None
             return gated_forward(self, self, input, self.bias, gate=known)
         self._follow()
         if _autocast():
@@ -76,6 +78,8 @@ class _TapsLayer(nn.Module):
             gate = value >= self.threshold
             if gate is not self.gate or value != value:
                 self._take(value)
+        elif self.gate is not None and not self._asked:  # found on a CPU, where that costs nothing
+            self.gate = None
         elif self.gate is not None and not same_stamp(self._seen, score):
             self.refresh_gate()
 
@@ -92,7 +96,7 @@ class _TapsLayer(nn.Module):
             GateError: the score is NaN.
         """
         self._take(self.score.item())
-        self._seen = stamp(self.score)
+        self._asked, self._seen = True, stamp(self.score)
         return self.gate is True
 
     def __getstate__(self) -> dict[str, Any]:

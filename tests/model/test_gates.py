@@ -143,6 +143,23 @@ def test_layers_without_a_model_follow_their_scores(convolution: bool) -> None:
         layer(x)
 
 
+def test_what_a_cpu_found_is_not_asked_of_a_gpu() -> None:
+    """Moved after a forward, scores are read as where they are now: a task's by versions, a layer's on the device.
+
+    The device that no value can be read from is "meta" here.
+    """
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    model(images(), task="t")
+    assert model.state("t")._following()[1] is True
+    model.to("meta")
+    assert model.state("t")._following()[1] is False
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    layer(x)
+    assert layer.gate is True
+    assert layer.to("meta")(x.to("meta")).shape == (2, 4) and layer.gate is None
+
+
 def test_set_gates_and_freeze_gates() -> None:
     model = tiny()
     model.add_task("t", num_classes=2)
