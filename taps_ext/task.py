@@ -316,6 +316,12 @@ class TaskState(nn.Module):
                 if bool(gate) != bool(part.gate):
                     part.fix(bool(gate))
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Other values are on their way, with `assign` maybe on another device: closed Deltas are checked again."""
+        self.closed = {name for name, part in self.learned() if part.gate is False}
+        changes.note()
+        super()._load_from_state_dict(*args)
+
     @property
     def head(self) -> nn.Module | None:
         part = None if self.head_path is None else self.table[self.head_path]
