@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.parameter import is_lazy
 
 from . import reference
@@ -349,8 +350,11 @@ class TaskState(nn.Module):
         layers, on_cpu = self._following()
         if not layers or self.told:
             return
-        if on_cpu and not force and _values_of(layers) == self._values:  # never so with a NaN
-            return
+        try:
+            if on_cpu and not force and _values_of(layers) == self._values:  # never so with a NaN
+                return
+        except DataDependentOutputException:  # fake tensors are about, of which no value can be read
+            on_cpu = False
         with _taking:
             if on_cpu:
                 values = _values_of(layers)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -50,7 +51,10 @@ class _TapsLayer(nn.Module):
             # The operator reads the score itself where the host was not asked to know the gate, and on a CPU.
             known = self.gate if self._asked and not self.score.is_cpu else None
             return gated_forward(self, self, input, self.bias, gate=known)
-        self._follow()
+        try:
+            self._follow()
+        except DataDependentOutputException:  # fake tensors are about, of which no value can be read
+            return gated_forward(self, self, input, self.bias, gate=None)
         if _autocast():
             return gated_forward(self, self, input, self.bias, gate=self.gate)
         bound = self._bound or self._bind()

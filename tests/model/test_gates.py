@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from models import images
 from test_model import tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
 from taps_ext.nn import TapsConv2d, TapsLinear
@@ -158,6 +159,18 @@ def test_what_a_cpu_found_is_not_asked_of_a_gpu() -> None:
     layer(x)
     assert layer.gate is True
     assert layer.to("meta")(x.to("meta")).shape == (2, 4) and layer.gate is None
+
+
+def test_scores_among_fake_tensors() -> None:
+    """No value is read: a model that has run knows its gates, a layer's operator asks for none."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    model(images(), task="t")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(images()), task="t").shape == (3, 2)
+    with FakeTensorMode():
+        assert TapsLinear(3, 4)(torch.randn(2, 3)).shape == (2, 4)
+        assert TapsConv2d(3, 4, 3)(torch.randn(2, 3, 5, 5)).shape == (2, 4, 3, 3)
 
 
 def test_set_gates_and_freeze_gates() -> None:
