@@ -82,9 +82,10 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     def base(host: Any, input: Tensor, sample: Sample | None) -> Any:
         try:
             weight, bias = host._parameters["weight"], (part if own_bias else host)._parameters["bias"]
-        except KeyError:
-            return general(host, input, sample)
-        return stock(input, weight, bias, *geometry)
+            return stock(input, weight, bias, *geometry)
+        except (KeyError, RuntimeError, TypeError):
+            pass
+        return general(host, input, sample)  # says what is wrong as an open layer does, or casts a bias as it does
 
     def whole(host: Any, input: Tensor, sample: Sample | None) -> Any:
         try:
@@ -115,9 +116,10 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
         try:
             weight, delta, score = held["weight"], own["delta"], own["score"]
             bias = own["bias"] if own_bias else held["bias"]
-        except KeyError:
-            return general(host, input, sample)
-        if delta is None or input.dtype != weight.dtype or (closed and sample is not None):
+            usual = input.dtype == weight.dtype and delta is not None
+        except (KeyError, AttributeError):  # an input that is no tensor, too
+            usual = False
+        if not usual or (closed and sample is not None):
             return general(host, input, sample)
         if not (score if closed else delta).requires_grad and not (input.requires_grad and not closed):
             return base(host, input, sample) if closed else general(host, input, sample)

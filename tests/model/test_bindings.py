@@ -179,3 +179,18 @@ def test_a_binding_made_while_another_thread_makes_one_is_not_kept(monkeypatch) 
     monkeypatch.setattr(layers, "bind_layer", interrupted)
     layer(x)
     assert ran and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden", "conv1")], ids=["open", "closed"])
+@pytest.mark.parametrize("mode", [True, False], ids=["gradients", "inference"])
+def test_mistakes_are_told_alike(closed: tuple[str, ...], mode: bool) -> None:
+    """By layers that are open and closed, with gradients and without."""
+    model = bound_model(closed=closed)
+    with torch.set_grad_enabled(mode):
+        with pytest.raises(TypeError, match="input: expected dtype torch.float32 like weight"):
+            model(images().double())
+        with pytest.raises(TypeError, match="input: expected a tensor, got list"):
+            model([1.0, 2.0])
+        before = model(images().fill_(1.0))
+        model.base.hidden.bias.data = model.base.hidden.bias.data.double()
+        assert torch.equal(model(images().fill_(1.0)), before)
