@@ -231,7 +231,7 @@ class TaskState(nn.Module):
             found = None
         self.bindings = bindings = Bindings(
             now,
-            {name: (*bound, host) for name, host, bound in made if bound is not None},
+            {name: (bound, id(host)) for name, host, bound in made if bound is not None},
             last.settings if found == last.settings else found,
             [part._parameters for _, part in self.learned() if part.gate is False],
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GateError, TapsError
+from ..parts import Bound
 from .bind import setting_of
 from .gated import GatedLayer
 from .sampling import Sample
 
-# A part's binding (`parts.Bound`) and the module that it was made for, which a copy in that one's place is not.
-Placed = tuple[Callable[..., Any], Callable[..., Any], nn.Module]
+# A part's binding and the `id` of the module that it was made for, which a copy in that one's place has not. No more
+# than that: graphs hold frames, and are to hold no base.
+Placed = tuple[Bound, int]
 
 
 class Frame(NamedTuple):

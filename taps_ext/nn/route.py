@@ -102,9 +102,10 @@ class _Routed(nn.Module):
             return super().forward(*args, **kwargs)
         name: str = self.__dict__["_taps_name"]
         frame.entered.add(name)
-        bound = frame.bound.get(name)
-        if bound is not None and not is_compiling():
-            if bound[2] is not self:
+        placed = frame.bound.get(name)
+        if placed is not None and not is_compiling():
+            bound, host = placed
+            if host != id(self):
                 raise misplaced(name)
             return bound[torch.is_grad_enabled()](*args, **kwargs)
         part = frame.parts.get(name)
@@ -218,9 +219,10 @@ class _RoutedLayer(_Readable):
             frame = current()
             if frame is not None and not _autocast() and not _transforms() and forward_ad._current_level < 0:
                 name: str = self.__dict__["_taps_name"]
-                bound = frame.bound.get(name)
-                if bound is not None:
-                    if bound[2] is not self:
+                placed = frame.bound.get(name)
+                if placed is not None:
+                    bound, host = placed
+                    if host != id(self):
                         raise misplaced(name)
                     frame.entered.add(name)
                     return bound[torch.is_grad_enabled()](self, input, frame.sample)

@@ -138,9 +138,10 @@ def test_a_layer_that_ran_dies_with_its_last_reference(score: float) -> None:
         assert [each() for each in known] == [None, None]
         model = bound_model()
         state = model.state("t")
-        known = weakref.ref(model), weakref.ref(state), weakref.ref(state.table["hidden"].delta)
+        known = weakref.ref(model), weakref.ref(state), weakref.ref(model.base), weakref.ref(model.base.hidden)
+        output = model(images())
         del model, state
-        assert [each() for each in known] == [None, None, None]
+        assert [each() for each in known] == [None, None, None, None] and output.requires_grad
     finally:
         gc.enable()
 
