@@ -99,8 +99,13 @@ class TaskModel(TaskSet):
         learning = self.training and torch.is_grad_enabled()
         if learning:
             self._not_merged(name, "training")
-        if learning and state.closed and not torch._C._are_functorch_transforms_active():
-            state.lay_to_rest()
+        if learning and not torch._C._are_functorch_transforms_active():
+            for held in state.bindings.resting:
+                delta = held.get("delta")
+                if delta is not None:
+                    delta.grad = None  # zeros that someone put there, or of a forward before the gate closed
+            if state.closed:
+                state.lay_to_rest()
         return run_task(self, name, state, args, kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:

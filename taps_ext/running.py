@@ -46,9 +46,9 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
     _check_labels(model, name, state, args, kwargs)
     if model._guard.held is None:
         model._guard.note(model.base)
-    state.catch_up()
+    bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    frame = Frame(state.table, set(), sample, state.bound, state.settings)
+    frame = Frame(state.table, set(), sample, bindings.bound, bindings.settings)
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:

@@ -6,23 +6,27 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.parameter import is_lazy
 
 from . import reference
-from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
+from .errors import ConfigError, GateError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors, changes
 from .nn.forward import base_bias, base_weight
-from .nn.frame import gate_changed, sequence_number, settings
+from .nn.frame import Placed, gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import is_stock, original_class, unroute
-from .parts import Bound, Part
+from .nn.route import is_stock, misplaced, original_class, unroute
+from .parts import Part
+
+# Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
+_taking = threading.RLock()
 
 
 def module_key(name: str) -> str:
@@ -100,6 +104,26 @@ def make_head(
     if not isinstance(old, nn.Linear):
         raise ConfigError(f"head: expected a module, since {path!r} is a {original_class(old).__name__}, not a Linear")
     return nn.Linear(old.in_features, num_classes, old.bias is not None, old.weight.device, old.weight.dtype)
+
+
+def _values_of(layers: list[tuple[str, GatedLayer]]) -> list[float]:
+    return [part.score.item() for _, part in layers]  # type: ignore[union-attr]
+
+
+class Bindings(NamedTuple):
+    """What forwards use of a task until something changes.
+
+    Attributes:
+        at: `changes.now` when they were made.
+        bound: the parts' bindings by module name.
+        settings: the gates by layer, or None where the host does not know them all.
+        resting: the parameters of learned layers that are closed.
+    """
+
+    at: object = None
+    bound: Mapping[str, Placed] = {}
+    settings: Mapping[str, Any] | None = None
+    resting: Sequence[dict[str, Any]] = ()
 
 
 class TaskState(nn.Module):
@@ -185,30 +209,33 @@ class TaskState(nn.Module):
             self.required.append(name)
 
     def _start_anew(self) -> None:
-        self.bound: Mapping[str, Bound] = {}
-        self.settings: Mapping[str, Any] | None = None
-        self._bound_at: object = None
+        self.bindings = Bindings()
         self._followed: tuple[object, list[tuple[str, GatedLayer]], bool] = (None, [], False)
         self._values: list[float] | None = None
 
     @torch.compiler.disable
-    def catch_up(self) -> None:
+    def catch_up(self) -> Bindings:
         """Take over what was set on base modules, gates and modes since the last forward, in bindings made anew.
 
         They are swapped whole, so that a forward that runs in another thread keeps its own.
         """
-        now = changes.now
-        if self._bound_at is now:
-            return
+        now, last = changes.now, self.bindings
+        if last.at is now:
+            return last
         for part in self.table.values():
             if isinstance(part, TaskTensors):
                 part.follow()
-        made = {name: self.table[name].bind(host, stock=is_stock(host)) for name, _, _, host in self.hosts}
-        self.bound = {name: bound for name, bound in made.items() if bound is not None}
-        found = settings(self.table)
-        known = all(part.gate is not None for _, part in self.gated())
-        self.settings = None if not known else found if found != self.settings else self.settings
-        self._bound_at = now
+        made = [(name, host, self.table[name].bind(host, stock=is_stock(host))) for name, _, _, host in self.hosts]
+        found: Mapping[str, Any] | None = settings(self.table)
+        if any(part.gate is None for _, part in self.gated()):
+            found = None
+        self.bindings = bindings = Bindings(
+            now,
+            {name: (bound, id(host)) for name, host, bound in made if bound is not None},
+            last.settings if found == last.settings else found,
+            [part._parameters for _, part in self.learned() if part.gate is False],
+        )
+        return bindings
 
     # -- what there is
 
@@ -263,10 +290,7 @@ class TaskState(nn.Module):
         for name, parent, key, module in self.hosts:
             found = parent._modules.get(key)
             if found is not module and (found is None or all(inner is not module for inner in found.modules())):
-                raise TapsError(
-                    f"{name}: another module has taken its place in the base since the task was added, which does not "
-                    "know the task; change the base before it is adapted"
-                )
+                raise misplaced(name)
 
     def get_extra_state(self) -> Tensor:
         """The fixed gates, which no other tensor holds: by layer 0 (closed), 1 (open) or -1 (learned)."""
@@ -292,6 +316,12 @@ class TaskState(nn.Module):
                     )
                 if bool(gate) != bool(part.gate):
                     part.fix(bool(gate))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Other values are on their way, with `assign` maybe on another device: closed Deltas are checked again."""
+        self.closed = {name for name, part in self.learned() if part.gate is False}
+        changes.note()
+        super()._load_from_state_dict(*args)
 
     @property
     def head(self) -> nn.Module | None:
@@ -320,17 +350,22 @@ class TaskState(nn.Module):
         layers, on_cpu = self._following()
         if not layers or self.told:
             return
-        if on_cpu:
-            values = [part.score.item() for _, part in layers]  # type: ignore[union-attr]
-            if values == self._values and not force:  # never so with a NaN
+        try:
+            if on_cpu and not force and _values_of(layers) == self._values:  # never so with a NaN
                 return
-        else:
-            layers = [(name, part) for name, part in layers if force or part.stale()]
-            if not layers:
-                return
-            values = torch.stack([part.score.detach() for _, part in layers]).tolist()  # type: ignore[union-attr]
-        self._take(layers, values)
-        self._values = values
+        except DataDependentOutputException:  # fake tensors are about, of which no value can be read
+            on_cpu = False
+        with _taking:
+            if on_cpu:
+                values = _values_of(layers)
+            else:
+                layers = [(name, part) for name, part in layers if force or part.stale()]
+                if not layers:
+                    return
+                values = torch.stack([part.score.detach() for _, part in layers]).tolist()  # type: ignore[union-attr]
+            self._values = None  # a NaN leaves some gates taken and others not: of no values that were read
+            self._take(layers, values)
+            self._values = values
 
     def _take(self, layers: list[tuple[str, GatedLayer]], values: list[float]) -> None:
         for (name, part), value in zip(layers, values, strict=True):
@@ -350,8 +385,8 @@ class TaskState(nn.Module):
         Raises:
             GateError: a gate changed between that forward and its recomputation.
         """
-        self.catch_up()
-        now = settings(self.table) if self.settings is None else self.settings
+        known = self.catch_up().settings
+        now = settings(self.table) if known is None else known
         thread, here, noted = threading.get_ident(), sequence_number(), self.noted
         changed = [] if noted is None or noted is now else [name for name in now if now[name] != noted.get(name)]
         since, last = self.changes.get(thread, (0, -1))
@@ -400,8 +435,9 @@ class TaskState(nn.Module):
                 "forwards since then ran the gate from before; call refresh_gates() after such writes",
                 stacklevel=5,
             )
-        self._take(learned, scores)
-        self._values = None
+        with _taking:
+            self._values = None
+            self._take(learned, scores)
 
     @torch.compiler.disable
     def look_again(self) -> None:
@@ -435,9 +471,7 @@ class TaskState(nn.Module):
         fresh: dict[str, Any] = {
             "noted": None,
             "changes": {},
-            "bound": {},
-            "settings": None,
-            "_bound_at": None,
+            "bindings": Bindings(),
             "_values": None,
         }
         return {**self.__dict__, **fresh, "_followed": (None, [], False)}  # a copy binds its own modules

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..extension import C
 from ..ops.call import Settings
-from ..ops.conv2d import GatedConv2d, Geometry
+from ..ops.conv2d import GatedConv2d, Geometry, two
 from ..ops.linear import GatedLinear
 from ..parts import Bound
 from .sampling import Sample
@@ -27,17 +27,25 @@ Road = Callable[..., Any]
 def bind_layer(host: Any, layer: Any) -> Bound:
     """The binding of a gated layer on a stock linear or convolution layer.
 
-    `layer` holds `delta`, `score`, `gate`, `whole` and `threshold`; it may be the host itself.
+    `layer` holds `delta`, `score`, `gate`, `whole` and `threshold`; it may be the host itself, which keeps its binding
+    and so is not kept by it: nothing but the cycle collector would free the two.
     """
+    part: Any = None if layer is host else layer
 
     def general(host: Any, input: Tensor, sample: Sample | None) -> Tensor:
-        hooked = layer._forward_pre_hooks or layer._forward_hooks  # pruning's, for one
-        run = layer._general if layer is host else layer if hooked else layer.forward
-        made: Tensor = run(host, input, sample)
+        made: Tensor = (host._general if part is None else forward_of(part))(host, input, sample)
         return made
 
     roads = None if layer.gate is None and layer.whole is None else _roads(host, layer, general)
     return roads or (general, general)
+
+
+def forward_of(layer: Any) -> Callable[..., Tensor]:
+    """A gated layer's forward, with its own hooks where there are some (pruning's, for one) and never with global ones:
+    those see base modules alone."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks
+    run: Callable[..., Tensor] = layer if hooked else layer.forward
+    return run
 
 
 def setting_of(layer: Any) -> tuple[Any, ...]:
@@ -61,39 +69,61 @@ def _roads(host: Any, layer: Any, general: Road) -> Bound | None:
     if isinstance(host, nn.Linear):
         stock, name, geometry, gated, behind = F.linear, "linear", (), GatedLinear.apply, (settings,)
     elif host.padding_mode == "zeros" and not isinstance(host.padding, str):
-        geometry = Geometry(host.stride, host.padding, host.dilation, host.groups)
+        geometry = Geometry(two(host.stride), two(host.padding), two(host.dilation), host.groups)
         stock, name, gated, behind = F.conv2d, "conv2d", GatedConv2d.apply, (geometry, settings)
     else:
         return None
     closed = layer.gate is False
-    own_bias = layer is not host and layer.bias is not None
+    part: Any = None if layer is host else layer  # as in `bind_layer`
+    own_bias = part is not None and part.bias is not None
+
+    # What is not among a module's parameters any more was pruned or parametrised since: the general road finds it.
 
     def base(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        held = host._parameters
-        return stock(input, held["weight"], layer._parameters["bias"] if own_bias else held["bias"], *geometry)
+        try:
+            weight, bias = host._parameters["weight"], (part if own_bias else host)._parameters["bias"]
+            return stock(input, weight, bias, *geometry)
+        except (KeyError, RuntimeError, TypeError):
+            pass
+        return general(host, input, sample)  # says what is wrong as an open layer does, or casts a bias as it does
 
     def whole(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        bias = (layer if own_bias else host)._parameters["bias"]
-        return stock(input, _whole_of(layer).detach(), bias, *geometry)
+        try:
+            weight, bias = _whole_of(part), (part if own_bias else host)._parameters["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        return stock(input, weight.detach(), bias, *geometry)
 
     def whole_with_gradients(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        return stock(input, _whole_of(layer), (layer if own_bias else host)._parameters["bias"], *geometry)
+        try:
+            weight, bias = _whole_of(part), (part if own_bias else host)._parameters["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        return stock(input, weight, bias, *geometry)
 
     def opened(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        own, held = layer._parameters, host._parameters
-        bias = own["bias"] if own_bias else held["bias"]
-        direct = getattr(C, name)
-        made = direct(input, held["weight"], own.get("delta"), own["score"], bias, *geometry, True, False, True)
+        own, held = (host if part is None else part)._parameters, host._parameters
+        try:
+            weight, delta, score = held["weight"], own["delta"], own["score"]
+            bias = own["bias"] if own_bias else held["bias"]
+        except KeyError:
+            return general(host, input, sample)
+        made = getattr(C, name)(input, weight, delta, score, bias, *geometry, True, False, True)
         return general(host, input, sample) if made is None else made
 
     def trained(host: Any, input: Tensor, sample: Sample | None) -> Any:
-        own, held = layer._parameters, host._parameters
-        weight, delta, score = held["weight"], own.get("delta"), own["score"]
-        if delta is None or input.dtype != weight.dtype or (closed and sample is not None):
+        own, held = (host if part is None else part)._parameters, host._parameters
+        try:
+            weight, delta, score = held["weight"], own["delta"], own["score"]
+            bias = own["bias"] if own_bias else held["bias"]
+            usual = input.dtype == weight.dtype and delta is not None
+        except (KeyError, AttributeError):  # an input that is no tensor, too
+            usual = False
+        if not usual or (closed and sample is not None):
             return general(host, input, sample)
         if not (score if closed else delta).requires_grad and not (input.requires_grad and not closed):
             return base(host, input, sample) if closed else general(host, input, sample)
-        return gated(input, weight, delta, score, own["bias"] if own_bias else held["bias"], *behind)
+        return gated(input, weight, delta, score, bias, *behind)
 
     if layer.whole is not None:
         return whole, whole_with_gradients

@@ -24,6 +24,10 @@ from .bind import setting_of
 from .gated import GatedLayer
 from .sampling import Sample
 
+# A part's binding and the `id` of the module that it was made for, which a copy in that one's place has not. No more
+# than that: graphs hold frames, and are to hold no base.
+Placed = tuple[Bound, int]
+
 
 class Frame(NamedTuple):
     """One forward: parts and their bindings by module name, where entered modules are noted, the sample that closed
@@ -32,7 +36,7 @@ class Frame(NamedTuple):
     parts: Mapping[str, nn.Module]
     entered: set[str]
     sample: Sample | None = None
-    bound: Mapping[str, Bound] = {}
+    bound: Mapping[str, Placed] = {}
     settings: Mapping[str, tuple[Any, ...]] | None = None
 
 

@@ -204,6 +204,7 @@ class GatedLayer(Part):
         if self.merged is not None:
             moved = fn(self.merged.detach())
             self.merged = refusing(moved) if self.merged.requires_grad else moved
+        changes.note()  # scores may be where to read them costs more, or less
         return result
 
     def __getstate__(self) -> dict[str, Any]:

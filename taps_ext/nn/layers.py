@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -31,6 +32,7 @@ class _TapsLayer(nn.Module):
     bias: Any  # Tensor or None
     whole = merged = None  # no merged weight
     _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
+    _asked = False  # whether the host is to know the gate on a GPU
     _seen: Stamp | None = None
 
     def _add_gate(self, threshold: float, score_init: float) -> None:
@@ -46,9 +48,13 @@ class _TapsLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_compiling() or _transforms() or forward_ad._current_level >= 0:
-            known = None if self.score.is_cpu else self.gate  # on a CPU the operator reads the score itself
+            # The operator reads the score itself where the host was not asked to know the gate, and on a CPU.
+            known = self.gate if self._asked and not self.score.is_cpu else None
             return gated_forward(self, self, input, self.bias, gate=known)
-        self._follow()
+        try:
+            self._follow()
+        except DataDependentOutputException:  # fake tensors are about, of which no value can be read
+            return gated_forward(self, self, input, self.bias, gate=None)
         if _autocast():
             return gated_forward(self, self, input, self.bias, gate=self.gate)
         bound = self._bound or self._bind()
@@ -59,19 +65,25 @@ class _TapsLayer(nn.Module):
         return gated_forward(self, self, input, self.bias, gate=self.gate)
 
     def _bind(self) -> Bound:
-        bound = self.__dict__["_bound"] = bind_layer(self, self)
-        return bound
+        while True:
+            gate = self.gate
+            bound = self.__dict__["_bound"] = bind_layer(self, self)
+            if self.gate is gate:  # else another thread has taken another one, and this binding over its own
+                return bound
 
     def _follow(self) -> None:
         """Bring the host's gate up to date: on a CPU with the score's value, on a GPU, once the host has it, where the
         score's tensor or version changed."""
-        score = self._parameters["score"]
-        assert score is not None
+        score = self._parameters.get("score")
+        if score is None:  # pruned or parametrised
+            score = self.score
         if score.is_cpu:
             value = score.item()
             gate = value >= self.threshold
             if gate is not self.gate or value != value:
                 self._take(value)
+        elif self.gate is not None and not self._asked:  # found on a CPU, where that costs nothing
+            self.gate = None
         elif self.gate is not None and not same_stamp(self._seen, score):
             self.refresh_gate()
 
@@ -88,7 +100,7 @@ class _TapsLayer(nn.Module):
             GateError: the score is NaN.
         """
         self._take(self.score.item())
-        self._seen = stamp(self.score)
+        self._asked, self._seen = True, stamp(self.score)
         return self.gate is True
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
-from ..errors import UnsupportedModuleError
+from ..errors import TapsError, UnsupportedModuleError
 from . import changes, reads
 from . import forward as _forward
+from .bind import forward_of
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -101,8 +102,11 @@ class _Routed(nn.Module):
             return super().forward(*args, **kwargs)
         name: str = self.__dict__["_taps_name"]
         frame.entered.add(name)
-        bound = frame.bound.get(name)
-        if bound is not None and not is_compiling():
+        placed = frame.bound.get(name)
+        if placed is not None and not is_compiling():
+            bound, host = placed
+            if host != id(self):
+                raise misplaced(name)
             return bound[torch.is_grad_enabled()](*args, **kwargs)
         part = frame.parts.get(name)
         if part is not None:
@@ -215,8 +219,11 @@ class _RoutedLayer(_Readable):
             frame = current()
             if frame is not None and not _autocast() and not _transforms() and forward_ad._current_level < 0:
                 name: str = self.__dict__["_taps_name"]
-                bound = frame.bound.get(name)
-                if bound is not None:
+                placed = frame.bound.get(name)
+                if placed is not None:
+                    bound, host = placed
+                    if host != id(self):
+                        raise misplaced(name)
                     frame.entered.add(name)
                     return bound[torch.is_grad_enabled()](self, input, frame.sample)
         return self._taps_general(input)
@@ -228,7 +235,7 @@ class _RoutedLayer(_Readable):
             frame.entered.add(name)
         part = None if frame is None else frame.parts.get(name)
         if isinstance(part, GatedLayer) and frame is not None:
-            return part.forward(self, input, frame.sample)
+            return forward_of(part)(self, input, frame.sample)
         if part is not None:
             return part(self, input)
         weight = _forward.resting_weight(self, _held(self, "weight"), input)
@@ -314,6 +321,13 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
 def is_stock(module: nn.Module) -> bool:
     """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
     return isinstance(module, _RoutedLayer)
+
+
+def misplaced(name: str) -> TapsError:
+    return TapsError(
+        f"{name}: another module has taken its place in the base since the task was added, which does not "
+        "know the task; change the base before it is adapted"
+    )
 
 
 def is_routed(module: nn.Module) -> bool:

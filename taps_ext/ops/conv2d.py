@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
-def _two(value: int | Sequence[int]) -> tuple[int, ...]:
+def two(value: int | Sequence[int]) -> tuple[int, ...]:
     """One int or a list of one for both axes, as `F.conv2d` takes them."""
     if type(value) is tuple and len(value) == 2:
         return value
@@ -52,7 +52,7 @@ def _padding(
 ) -> tuple[Sequence[int], list[int] | None]:
     """Symmetric padding `[h, w]`, and what `F.pad` must add first where "same" is asymmetric."""
     if not isinstance(padding, str):
-        return _two(padding), None
+        return two(padding), None
     if padding == "valid":
         return (0, 0), None
     if padding != "same":
@@ -125,7 +125,7 @@ def gated_conv2d(
     if C is None:
         known = {"gate": gate, "threshold": threshold, "rows": rows, "row_scale": row_scale}
         return reference.gated_conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, **known)
-    steps, spread = _two(stride), _two(dilation)
+    steps, spread = two(stride), two(dilation)
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from models import images
 from test_model import tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
 from taps_ext.nn import TapsConv2d, TapsLinear
@@ -59,6 +60,24 @@ def test_gates_follow_the_values_of_scores() -> None:
     with torch.no_grad():
         average(x, task="t")
     assert not average.module.state("t").table["hidden"].gate and told() == everything[1:]
+
+
+def test_gates_are_those_of_the_scores_after_a_nan() -> None:
+    """A forward that refused a NaN had taken the gates before it: scores that are put back are read again."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    parts, x = dict(model.state("t").gated()), images()
+    with torch.no_grad():
+        model(x, task="t")
+        scores = {name: part.score.clone() for name, part in parts.items()}
+        parts["conv1"].score.fill_(0.0)
+        parts["hidden"].score.fill_(float("nan"))
+        with pytest.raises(GateError, match="hidden: score"):
+            model(x, task="t")
+        for name, part in parts.items():
+            part.score.copy_(scores[name])
+        model(x, task="t")
+    assert all(part.gate for part in parts.values())
 
 
 def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
@@ -123,6 +142,35 @@ def test_layers_without_a_model_follow_their_scores(convolution: bool) -> None:
     layer.score.data.fill_(float("nan"))
     with pytest.raises(GateError, match="score: expected a number, got NaN"):
         layer(x)
+
+
+def test_what_a_cpu_found_is_not_asked_of_a_gpu() -> None:
+    """Moved after a forward, scores are read as where they are now: a task's by versions, a layer's on the device.
+
+    The device that no value can be read from is "meta" here.
+    """
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    model(images(), task="t")
+    assert model.state("t")._following()[1] is True
+    model.to("meta")
+    assert model.state("t")._following()[1] is False
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    layer(x)
+    assert layer.gate is True
+    assert layer.to("meta")(x.to("meta")).shape == (2, 4) and layer.gate is None
+
+
+def test_scores_among_fake_tensors() -> None:
+    """No value is read: a model that has run knows its gates, a layer's operator asks for none."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    model(images(), task="t")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(images()), task="t").shape == (3, 2)
+    with FakeTensorMode():
+        assert TapsLinear(3, 4)(torch.randn(2, 3)).shape == (2, 4)
+        assert TapsConv2d(3, 4, 3)(torch.randn(2, 3, 5, 5)).shape == (2, 4, 3, 3)
 
 
 def test_set_gates_and_freeze_gates() -> None:

@@ -98,6 +98,26 @@ def test_a_nonfinite_closed_delta_raises_when_training() -> None:
         model(images())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_nonfinite_closed_delta_that_is_loaded_raises_when_training(assign: bool) -> None:
+    """Before anything is computed from it, on a GPU too, whose backward does not look at it."""
+    from taps_ext import GateError
+
+    _, model = build()
+    state = model.state("t")
+    with torch.no_grad():
+        state.table["conv2"].score.fill_(0.0)
+    model.train()
+    model(images()).sum().backward()  # found good
+    loaded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if parameter is state.table["conv2"].delta:
+            loaded[name].fill_(float("inf"))
+    model.load_state_dict(loaded, assign=assign)
+    with pytest.raises(GateError, match="conv2: delta: expected finite"):
+        model(images())
+
+
 def test_a_nan_score_raises() -> None:
     from taps_ext import GateError
 

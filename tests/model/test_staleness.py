@@ -161,6 +161,29 @@ def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
     assert torch.equal(part.delta, before)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_that_others_put_there_do_not_move_a_closed_delta(late: bool) -> None:
+    """Zeros for every parameter before each forward; or the gradient of a forward before the gate closed."""
+    model = build().train()
+    part = dict(model.state("t").gated())["conv2"]
+    optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
+    part.score.register_hook(torch.zeros_like)
+    model(images(), task="t").sum().backward()
+    optimizer.step()
+    loss = model(images(), task="t").sum()
+    part.score.data.zero_()
+    (loss + model(images(), task="t").sum()).backward()
+    optimizer.step()
+    before = part.delta.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        for parameter in () if late else model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        model(images(), task="t").sum().backward()
+        optimizer.step()
+    assert part.gate is False and torch.equal(part.delta, before)
+
+
 def test_gates_of_other_tensors_drop_no_gradient() -> None:
     """After `functional_call` with other scores, the model's own decide what an optimizer may act on."""
     model = build()

@@ -1,0 +1,197 @@
+"""Bindings: what is settled for a task at a module is what that module, its part and their tensors are at the call."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TinyNet, images, settle
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from taps_ext import FullConfig, TapsConfig, TapsError, TaskModel
+from taps_ext.nn import TapsConv2d, TapsLinear, layers
+
+
+def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
+    """With one task "t", which has run with gradients and without."""
+    model = TaskModel(settle(TinyNet()), config or TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=2)
+    model.set_task("t")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, part in model.state("t").gated():
+            part.delta.normal_(0, 0.1)
+            if name in closed:
+                part.score.fill_(0.0)
+    both(model.eval())
+    return model
+
+
+def both(model: nn.Module, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    x = images() if x is None else x
+    with torch.no_grad():
+        without = model(x)
+    return model(x).detach(), without
+
+
+class Same(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 1.0
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden", "conv2")], ids=["open", "closed"])
+@pytest.mark.parametrize("amp", [False, True], ids=["plain", "autocast"])
+def test_a_pruned_part(closed: tuple[str, ...], amp: bool) -> None:
+    """Pruning takes a tensor from the parameters and makes it anew in a hook, for each forward."""
+    model = bound_model(closed=closed)
+    part = dict(model.state("t").gated())["hidden"]
+    want = copy.deepcopy(model)
+    prune.custom_from_mask(part, "delta", torch.ones_like(part.delta).triu())
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for factor in (1.0, 2.0):
+            with torch.no_grad():
+                part.delta_orig.mul_(factor)
+                wanted = dict(want.state("t").gated())["hidden"]
+                wanted.delta.copy_(part.delta_orig.triu())
+            for got, wants in zip(both(model), both(want), strict=True):
+                assert torch.allclose(got, wants, atol=1e-6)
+            model(images()).float().sum().backward()  # a graph of its own for each
+    assert (part.delta_orig.grad is None) == bool(closed)
+
+
+@pytest.mark.parametrize("name", ["bias", "weight"])
+def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
+    model = bound_model(FullConfig())
+    other = settle(TinyNet(2))
+    with torch.no_grad():
+        other.hidden.weight.mul_(1e-6)  # no Delta gives these exactly
+        other.hidden.bias.add_(1.0)
+    model.extract_task("own", other.state_dict())
+    model.set_task("own")
+    before = both(model)
+    part = dict(model.state("own").gated())["hidden"]
+    assert part.weight is not None
+    prune.custom_from_mask(part, name, torch.ones_like(getattr(part, name)))
+    assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden",)], ids=["open", "closed"])
+def test_a_parametrised_score(closed: tuple[str, ...]) -> None:
+    model = bound_model(closed=closed)
+    before = both(model)
+    part = dict(model.state("t").gated())["hidden"]
+    parametrize.register_parametrization(part, "score", Same())
+    assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
+    model(images()).sum().backward()
+    assert part.parametrizations.score.original.grad.item() != 0.0
+
+
+@pytest.mark.parametrize("name", ["bias", "delta", "score"])
+@pytest.mark.parametrize("score", [0.5, 0.0])
+def test_a_layer_without_a_model_is_parametrised(name: str, score: float) -> None:
+    torch.manual_seed(0)
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    with torch.no_grad():
+        layer.delta.normal_()
+        layer.score.fill_(score)
+    before = both(layer, x)
+    parametrize.register_parametrization(layer, name, Same())
+    assert all(torch.equal(a, b) for a, b in zip(both(layer, x), before, strict=True))
+
+
+@pytest.mark.parametrize("closed", [(), ("conv2",)], ids=["open", "closed"])
+@pytest.mark.parametrize(
+    ("name", "value", "pair"),
+    [("stride", (1,), (1, 1)), ("padding", [0], (0, 0)), ("dilation", 2, (2, 2)), ("stride", [2, 1], (2, 1))],
+)
+def test_settings_as_torch_takes_them(closed: tuple[str, ...], name: str, value: object, pair: tuple) -> None:
+    """One number may stand for both axes, in a container or not."""
+    model = bound_model(closed=closed)
+    want = copy.deepcopy(model)
+    setattr(model.base.conv2, name, value)
+    setattr(want.base.conv2, name, pair)
+    assert all(torch.equal(a, b) for a, b in zip(both(model), both(want), strict=True))
+    gradients = []
+    for made in (model, want):
+        torch.manual_seed(1)
+        made(images()).sum().backward()
+        gradients.append([p.grad for p in made.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0])
+def test_a_layer_that_ran_dies_with_its_last_reference(score: float) -> None:
+    """Without the cycle collector, which knows nothing of a GPU's memory."""
+    gc.disable()
+    try:
+        for layer, x in ((TapsLinear(3, 4), torch.randn(2, 3)), (TapsConv2d(3, 4, 3), torch.randn(2, 3, 5, 5))):
+            layer.score.data.fill_(score)
+            both(layer, x)
+        known = weakref.ref(layer), weakref.ref(layer.delta)
+        del layer
+        assert [each() for each in known] == [None, None]
+        model = bound_model()
+        state = model.state("t")
+        known = weakref.ref(model), weakref.ref(state), weakref.ref(model.base), weakref.ref(model.base.hidden)
+        output = model(images())
+        del model, state
+        assert [each() for each in known] == [None, None, None, None] and output.requires_grad
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["conv2", "bn1", "hidden"])
+def test_a_copy_in_the_place_of_a_module_is_refused(name: str) -> None:
+    """It asks for its task as the module did, whose settings and tensors the task was bound to."""
+    model = bound_model()
+    own = model.base.get_submodule(name)
+    setattr(model.base, name, copy.deepcopy(own))
+    for run in (model, torch.no_grad()(model)):
+        with pytest.raises(TapsError, match=f"{name}: another module has taken its place"):
+            run(images())
+    setattr(model.base, name, nn.Sequential(own))  # around it: as before
+    both(model)
+    setattr(model.base, name, own)
+    both(copy.deepcopy(model))  # a copy of all binds its own
+
+
+def test_a_binding_made_while_another_thread_makes_one_is_not_kept(monkeypatch) -> None:
+    """The other thread's forward has seen a later score; here it runs where the binding is made."""
+    torch.manual_seed(0)
+    layer, x = TapsLinear(3, 4), torch.randn(2, 3)
+    with torch.no_grad():
+        layer.delta.normal_()
+    original, ran = layers.bind_layer, []
+
+    def interrupted(host: TapsLinear, part: TapsLinear):
+        made = original(host, part)
+        if not ran:
+            ran.append(True)
+            host.score.data.zero_()
+            host(x)
+        return made
+
+    monkeypatch.setattr(layers, "bind_layer", interrupted)
+    layer(x)
+    assert ran and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("closed", [(), ("hidden", "conv1")], ids=["open", "closed"])
+@pytest.mark.parametrize("mode", [True, False], ids=["gradients", "inference"])
+def test_mistakes_are_told_alike(closed: tuple[str, ...], mode: bool) -> None:
+    """By layers that are open and closed, with gradients and without."""
+    model = bound_model(closed=closed)
+    with torch.set_grad_enabled(mode):
+        with pytest.raises(TypeError, match="input: expected dtype torch.float32 like weight"):
+            model(images().double())
+        with pytest.raises(TypeError, match="input: expected a tensor, got list"):
+            model([1.0, 2.0])
+        before = model(images().fill_(1.0))
+        model.base.hidden.bias.data = model.base.hidden.bias.data.double()
+        assert torch.equal(model(images().fill_(1.0)), before)
