@@ -98,7 +98,10 @@ def layers(found: dict[str, Any]) -> list[bench.Result]:
     keys = ("group", "layer", "rows", "path", "seconds", "limit")
     return [
         bench.Result(
-            dtype=getattr(torch, row["dtype"]), ratios=tuple(row.get("ratios", ())), **{k: row[k] for k in keys}
+            dtype=getattr(torch, row["dtype"]),
+            ratios=tuple(row.get("ratios", ())),
+            predicted=row.get("predicted", False),
+            **{k: row[k] for k in keys},
         )
         for row in found["results"]
     ]

@@ -68,8 +68,8 @@ struct Images {
   bool empty() const { return sizes[2] < 1 || sizes[3] < 1; }
   std::optional<int64_t> pixels() const {  // unless there are more than can be counted
     int64_t count = 0;
-    const bool over = __builtin_mul_overflow(sizes[2], sizes[3], &count) ||
-                      __builtin_mul_overflow(count, sizes[0], &count);
+    const bool over =
+        __builtin_mul_overflow(sizes[2], sizes[3], &count) || __builtin_mul_overflow(count, sizes[0], &count);
     return over ? std::nullopt : std::optional<int64_t>(count);
   }
 };

@@ -48,7 +48,8 @@ class Call:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.chance = seed, random.Random(seed)
-        self.name, self.arguments = "", {}  # type: str, dict[str, Any]
+        self.name = ""
+        self.arguments: dict[str, Any] = {}
         self.path = self.chance.choice([None, None, "fused", "rebuild"])
         self.isa = self.chance.choice(ops._C.isas())
 

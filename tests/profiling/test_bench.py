@@ -125,6 +125,13 @@ def test_results_say_what_was_measured() -> None:
     assert "| 1024 x 1024 | 8 | float32 | fused |" in bench.table([result])
 
 
+def test_a_path_picked_by_a_prediction_says_so() -> None:
+    for predicted, cell in ((True, "| fused (predicted) |"), (False, "| fused |")):
+        seconds = {"taps": 1.0, "stock": 2.0}
+        result = bench.Result("linear", "768 -> 768", 8, torch.float32, "fused", seconds, None, predicted=predicted)
+        assert cell in bench.table([result]) and result.to_dict()["predicted"] is predicted
+
+
 def test_passes_are_combined_by_shares() -> None:
     """A slow minute slows stock and ours alike; the second of three passes was one."""
     times = [{"stock": 2.0, "taps": 3.0, "other": 1.0}, {"stock": 8.0, "taps": 8.0, "other": 8.0}]
