@@ -10,8 +10,10 @@
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests: task files, and 500 random models
-#   make bench         gated layers against the best alternatives and the committed results, a training step against
-#                      fine-tuning, docs/benchmarks.md (keep the machine quiet); make bench-layers measures them anew
+#   make bench         gated layers against the best alternatives and the committed results, what calls cost against
+#                      bounds, a training step against fine-tuning, docs/benchmarks.md (keep the machine quiet);
+#                      make bench-layers measures the layers anew
+#   make beside        OLD=checkout: another version, compiled, beside this one, in turns (a quarter of an hour)
 #   make study         TAPS against fine-tuning on real data in ../shared/data (docs/study.md), resumable (hours);
 #                      make study-table prints it
 #   make transfer      four pretrained bases, two tasks: which layers open, and accuracy against size (a day), resumable;
@@ -74,7 +76,7 @@ build: $(VENV)/.built
 
 # --- what users and developers run --------------------------------------------------------------
 
-.PHONY: demo test lint fuzz kernels sanitize bench bench-layers study study-table transfer transfer-table fraction \
+.PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
   fraction-table architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
@@ -107,9 +109,11 @@ REPORT = $(PY) benchmarks/report.py --results benchmarks/results --docs docs
 bench: build
 	mkdir -p build $(OF_MACHINE)
 	$(PY) -m pytest benchmarks/test_layers.py -q --benchmark-json build/benchmark.json --benchmark-columns=median,iqr,rounds
+	$(PY) -m pytest benchmarks/test_plumbing.py -q
+	$(PY) benchmarks/plumbing.py --json $(OF_MACHINE)/plumbing.json
 	$(PY) benchmarks/inference.py --results $(OF_MACHINE)/inference.json
 	$(PY) benchmarks/training_step.py --json $(OF_MACHINE)/training-step.json
-	$(REPORT) --measured $(OF_MACHINE) inference training-step
+	$(REPORT) --measured $(OF_MACHINE) inference training-step plumbing
 
 bench-layers: build
 	mkdir -p build $(OF_MACHINE)
@@ -117,6 +121,12 @@ bench-layers: build
 	$(PY) -m taps_ext bench --full --seconds 800 --passes 3 --json > build/layers.json
 	mv build/layers.json $(OF_MACHINE)/layers.json
 	$(REPORT) --measured $(OF_MACHINE) inference layers
+
+beside: build
+	$(if $(OLD),,$(error OLD: a checkout with its extension compiled was expected))
+	mkdir -p $(OF_MACHINE)
+	$(PY) benchmarks/beside.py --old $(OLD) --json $(OF_MACHINE)/beside.json
+	$(REPORT)
 
 STUDY := --results benchmarks/results/study-resnet20.jsonl
 study: build

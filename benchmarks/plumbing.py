@@ -29,6 +29,7 @@ from taps_ext import TapsConfig, TaskModel
 from taps_ext.ops import _C
 
 Run = Callable[[], Any]
+SMALL, RESNET = "thirty Linear(64, 64), one row", "ResNet-50, one image"
 
 
 @contextmanager
@@ -80,6 +81,9 @@ def opened(base: nn.Module, share: float) -> TaskModel:
 
 
 def small(rounds: int) -> dict[str, Any]:
+    """Of thirty small layers and one thread, by what is run: ratios to the plain model, and its microseconds."""
+    torch.set_num_threads(1)
+
     def layers() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(*[nn.Linear(64, 64) for _ in range(30)], nn.Linear(64, 2)).eval()
@@ -115,8 +119,10 @@ def small(rounds: int) -> dict[str, Any]:
 
 
 def resnet(rounds: int) -> dict[str, Any]:
+    """Of one image and two threads: milliseconds with the plain functions, and the operator's ratio to them."""
     import timm
 
+    torch.set_num_threads(2)
     torch.manual_seed(0)
     base = timm.create_model("resnet50").eval()
     model = opened(base, 1)
@@ -140,6 +146,20 @@ def resnet(rounds: int) -> dict[str, Any]:
     return results
 
 
+def table(results: dict[str, Any]) -> str:
+    """What was written with --json, in Markdown."""
+    found = results[SMALL]
+    lines = [f"| {SMALL} | closed | open | closed, operator | open, operator |", "|---|---|---|---|---|"]
+    for name in ("no gradients", "forward and backward"):
+        ratios = [found[name + operator][gate] for operator in ("", ", operator") for gate in ("closed", "open")]
+        lines.append(f"| {name} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    if RESNET in results:
+        lines += ["", f"| {RESNET} | plain functions, ms | operator / plain functions |", "|---|---|---|"]
+        for name, row in results[RESNET].items():
+            lines.append(f"| {name} | {row['direct, ms']:.1f} | {row['operator over direct']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
@@ -148,11 +168,9 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, Any] = {"torch": torch.__version__, "taps_ext": taps_ext.__version__}
     results["isa"] = None if _C is None else _C.isa()
-    torch.set_num_threads(1)
-    results["thirty Linear(64, 64), one row"] = small(args.rounds)
+    results[SMALL] = small(args.rounds)
     if not args.skip_resnet:
-        torch.set_num_threads(2)
-        results["ResNet-50, one image"] = resnet(max(10, args.rounds // 20))
+        results[RESNET] = resnet(max(10, args.rounds // 20))
     print(json.dumps(results, indent=1))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:

@@ -2,20 +2,23 @@
 
 python benchmarks/report.py --results benchmarks/results --docs docs --measured benchmarks/results/avx2 layers inference
 
-A section for each machine, the last of the alphabet first: a folder of the results that holds all parts. What is to be
-known of a machine is in its `machine.txt`; which commit a part was measured at, in its `commits.json`, where --measured
-notes the present one.
+A section for each machine, the last of the alphabet first: a folder of the results that holds all PARTS; those of MORE
+are shown where they are. What is to be known of a machine is in its `machine.txt`; which commit a part was measured at,
+in its `commits.json`, where --measured notes the present one. `beside.json` names its two commits itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import beside
 import inference
+import plumbing
 import torch
 from training_step import HEADER, table
 
@@ -44,6 +47,7 @@ on one variant or another.
 """
 
 PARTS = {"layers": "layers", "inference": "forwards", "training-step": "training steps"}
+MORE = {"plumbing": "calls"}
 
 COMMITS = "commits.json"
 
@@ -71,6 +75,23 @@ fine-tuning's products that a variant cannot do without.
 
 {steps}"""
 
+CALLS = """### What the package's own calls cost
+
+Where kernels cost little: over the plain model, call by call in turns (`plumbing.py`), on one thread, where the plain
+forward takes {microseconds:.0f} microseconds. "operator": without the plain functions that stand in for the operators
+where a call allows it. A ResNet-50 has all layers open, two threads, no gradients, and its caches as the last forward
+left them (warm) or full of other memory (cold).
+
+{table}"""
+
+BESIDE = """### Beside an earlier version
+
+{new} over {old}, two checkouts in turns in one run (`beside.py`):
+medians and quartiles of the ratios of {rounds} rounds or more. "stock" is torch alone in the same two processes, whose
+ratio tells what the machine adds.
+
+{tables}"""
+
 
 def layers(found: dict[str, Any]) -> list[bench.Result]:
     """Results as `taps bench --json` wrote them."""
@@ -93,22 +114,63 @@ def note(folder: Path, parts: list[str]) -> None:
     file.write_text(json.dumps(commits, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def calls(found: dict[str, Any]) -> str:
+    """What plumbing.py measured."""
+    microseconds = found[plumbing.SMALL]["plain, microseconds"]
+    return CALLS.format(microseconds=microseconds, table=plumbing.table(found))
+
+
+def versions(found: dict[str, Any]) -> str:
+    """What beside.py measured: layers by their groups and where the new one is slower, whole models in full."""
+    rows = found["rows"]
+    of_part = {part: [row for row in rows if row["part"] == part] for part in beside.PARTS}
+    tables = [groups(of_part["layers"])] if of_part["layers"] else []
+    tables += [beside.table(part, beside.ours(of_part[part]), rows) for part in beside.PARTS[1:] if of_part[part]]
+    names = {
+        side: f"commit {found[side]['commit'][:7]}{' with changes' if found[side]['changed'] else ''}"
+        for side in ("new", "old")
+    }
+    return BESIDE.format(
+        **{**names, "new": names["new"].capitalize()},
+        rounds=found["settings"]["rounds"],
+        tables="\n\n".join([*tables, beside.lists(rows)]),
+    )
+
+
+def groups(rows: list[dict[str, Any]]) -> str:
+    """Ratios of layers' cases by group."""
+    lines = ["| layers | cases | new / old: median | lowest | highest | stock, new / old: median | lowest | highest |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for group in dict.fromkeys(row["case"].partition(":")[0] for row in rows):
+        own = [row for row in rows if row["case"].startswith(f"{group}:")]
+        ratios = [[row["ratio"] for row in chosen] for chosen in (beside.ours(own), beside.stock(own))]
+        cells = [f"{value:.3f}" for of in ratios for value in (statistics.median(of), min(of), max(of))]
+        lines.append(f"| {group} | {len(ratios[0])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def section(folder: Path) -> str:
     """What was measured on one machine."""
     known = folder / "machine.txt"
     found, inferred, step = (json.loads((folder / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS)
     machine, commits = found["machine"], json.loads((folder / COMMITS).read_text(encoding="utf-8"))
-    return SECTION.format(
+    text = SECTION.format(
         threads=machine["cpu"]["threads"],
         isa=machine["extension"]["isa"],
         torch=machine["torch"],
         known=known.read_text(encoding="utf-8").strip() if known.exists() else f"{machine['cpu']['model']}.",
-        commits=", ".join(f"{commits[part]} ({name})" for part, name in PARTS.items()),
+        commits=", ".join(f"{commits[part]} ({name})" for part, name in {**PARTS, **MORE}.items() if part in commits),
         tables=bench.table(layers(found)),
         forwards=inference.table(inferred["rows"]),
         batch=step["batch"],
         steps="\n".join([HEADER, *(table(model, part["rows"]) for model, part in step["models"].items())]),
     )
+    sections = [text]
+    for part, of_part in (("plumbing", calls), ("beside", versions)):
+        file = folder / f"{part}.json"
+        if file.exists():
+            sections.append(of_part(json.loads(file.read_text(encoding="utf-8"))))
+    return "\n\n".join(sections)
 
 
 def main() -> None:

@@ -7,10 +7,10 @@
 
 #include "core/choose.h"
 #include "core/python.h"
+#include "core/weight.h"
 #include "core/workspace.h"
 #include "cpu/isa.h"
-#include "direct.h"
-#include "rebuild.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -95,9 +95,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
-
-  // No longer there, but still asked for by the profiler.
-  m.def("workspace_limit", [] { return 0; });
 
   m.def(
       "linear",

@@ -1,0 +1,125 @@
+#include "core/check.h"
+
+#include <cmath>
+
+#include "core/device.h"
+
+namespace taps {
+
+void expect_place(const Described& got, const char* name, const Described& like, const char* like_name) {
+  if (!(got.place == like.place)) {
+    fail(name, ": expected a tensor on ", to_string(like.place), " like ", like_name, ", got one on ",
+         to_string(got.place));
+  }
+}
+
+void expect_shape(const Described& got, const char* name, Span expected) {
+  bool same = got.sizes.size() == expected.size();
+  for (size_t i = 0; same && i < expected.size(); ++i) same = got.sizes[i] == expected[i];
+  if (!same) {
+    fail(name, ": expected shape ", shape_string(expected), ", got ", shape_string(got.sizes));
+  }
+}
+
+namespace {
+
+Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& score, double threshold) {
+  Gate resolved;
+  resolved.threshold = threshold;
+  if (gate) {
+    resolved.open = *gate;
+    return resolved;
+  }
+  if (!score) fail("gate: expected a bool, or a score to read it from, got None for both");
+  if (std::isnan(threshold)) fail("threshold: expected a number, got NaN");
+  if (cuda::runs(score->place.cuda)) {
+    resolved.score = score->data();
+    resolved.score_dtype = score->dtype;
+    return resolved;
+  }
+  // Compared in the score's own precision, as `score >= threshold` is in torch.
+  if (score->dtype == Dtype::kFloat64) {
+    const double value = *static_cast<const double*>(score->data());
+    if (std::isnan(value)) fail("score: expected a number, got NaN");
+    resolved.open = value >= threshold;
+  } else {
+    const float value = *static_cast<const float*>(score->data());
+    if (std::isnan(value)) fail("score: expected a number, got NaN");
+    resolved.open = value >= static_cast<float>(threshold);
+  }
+  return resolved;
+}
+
+}  // namespace
+
+GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+                                std::optional<bool> gate, double threshold, int64_t ndim) {
+  GatedWeight checked;
+  checked.weight = describe(weight, "weight");
+  if (ndim > 0 && checked.weight.ndim() != ndim) {
+    fail("weight: expected ", ndim, " dimensions, got shape ", shape_string(checked.weight.sizes));
+  }
+  if (score) {
+    checked.score = describe(*score, "score");
+    const Described& s = *checked.score;
+    if (s.dtype != Dtype::kFloat32 && s.dtype != Dtype::kFloat64) {
+      fail("score: expected dtype float32 or float64, got ", to_string(s.dtype));
+    }
+    if (s.numel() != 1) fail("score: expected one element, got shape ", shape_string(s.sizes));
+    expect_place(s, "score", checked.weight, "weight");
+  }
+  if (delta) {
+    checked.delta = describe(*delta, "delta");
+    expect_shape(*checked.delta, "delta", checked.weight.sizes);
+    expect_place(*checked.delta, "delta", checked.weight, "weight");
+    checked.gate = resolve_gate(gate, checked.score, threshold);
+  }
+  return checked;
+}
+
+Described check_activation(const Tensor& tensor, const char* name, const Described& weight) {
+  Described checked = describe(tensor, name);
+  expect_place(checked, name, weight, "weight");
+  return checked;
+}
+
+Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w) {
+  if (mask.size() != 5) fail("output_mask: expected 5 bools, got ", mask.size());
+  const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4]};
+  if (wanted.delta && !w.delta) fail("delta: expected a tensor, its gradient is asked for; got None");
+  if (wanted.score && !w.delta) {
+    fail("delta: expected a tensor, the score's gradient <G, delta> is asked for; got None");
+  }
+  if (wanted.score && !w.score) fail("score: expected a tensor, its gradient is asked for; got None");
+  return wanted;
+}
+
+void check_rows(const OptionalTensor& rows, const Described& activation, const char* name, int64_t limit) {
+  if (!rows) return;
+  int64_t ndim = 0;
+  int32_t dtype = 0, device_type = 0;
+  check_torch(aoti_torch_get_dim(rows->get(), &ndim), "rows");
+  check_torch(aoti_torch_get_dtype(rows->get(), &dtype), "rows");
+  check_torch(aoti_torch_get_device_type(rows->get(), &device_type), "rows");
+  if (ndim != 1 || dtype != aoti_torch_dtype_int64()) {
+    fail("rows: expected int64 indices of shape [R], got ", ndim, " dimensions of dtype ", name_of_dtype(dtype));
+  }
+  const bool cuda = device_type == aoti_torch_device_type_cuda();
+  if (cuda != activation.place.cuda || (!cuda && device_type != aoti_torch_device_type_cpu())) {
+    fail("rows: expected a tensor on ", to_string(activation.place), " like ", name);
+  }
+  const int64_t count = rows->numel(), step = rows->stride(0);
+  if (count > 1 && step == 0) {  // no memory bounds how many there are
+    fail("rows: expected memory for each of the indices, got one that is expanded to ", count);
+  }
+  expect_memory(*rows, Span(&count, 1), Span(&step, 1), sizeof(int64_t), "rows");
+  if (cuda) return;  // the gather itself checks there; looking would synchronise
+  const int64_t* index = static_cast<const int64_t*>(rows->data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    if (index[i * step] < 0 || index[i * step] >= limit) {
+      fail("rows: expected indices in [0, ", limit, "), got ", index[i * step]);
+    }
+  }
+}
+
+}  // namespace taps
