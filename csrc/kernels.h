@@ -1,64 +1,14 @@
-// What a kernel sees: pointers, sizes, strides. No torch here, so that the CUDA sources compile in
-// a second and the CPU lanes can be compiled per instruction set.
+// What the kernels compute, and what they see of it: pointers, sizes, strides. No torch here, so that the CUDA sources
+// compile in a second and the CPU lanes can be compiled per instruction set.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define TAPS_BOTH __host__ __device__
-#else
-#define TAPS_BOTH
-#endif
+#include "core/dtype.h"
+#include "core/gate.h"
+#include "core/walk.h"
 
 namespace taps {
-
-enum class Dtype : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-TAPS_BOTH constexpr int64_t size_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
-constexpr int kMaxDims = 8;
-
-// Operands walked together, element by element. Dimensions are coalesced and sorted by the strides
-// of operand 0, innermost last; `ndim == 1` with unit strides is the flat case that matters.
-template <int N>
-struct Walk {
-  int64_t numel = 0;
-  int ndim = 0;
-  int64_t sizes[kMaxDims];
-  int64_t strides[N][kMaxDims];  // in elements
-
-  bool flat() const {
-    if (ndim > 1) return false;
-    for (int k = 0; k < N; ++k) {
-      if (ndim == 1 && strides[k][0] != 1) return false;
-    }
-    return true;
-  }
-};
-
-// Of operands that lie dense and alike.
-template <int N>
-Walk<N> flat_walk(int64_t numel) {
-  Walk<N> walk;
-  walk.numel = numel;
-  walk.ndim = 1;
-  walk.sizes[0] = numel;
-  for (auto& stride : walk.strides) stride[0] = 1;
-  return walk;
-}
-
-// g = 1[s >= tau]. Either the host knows it (`score == nullptr`, use `open`) or the device reads
-// the score itself.
-struct Gate {
-  bool open = false;
-  const void* score = nullptr;
-  Dtype score_dtype = Dtype::kFloat32;
-  double threshold = 0.0;
-
-  bool on_device() const { return score != nullptr; }
-};
 
 // out = scale * (weight + (gate ? delta : 0)), computed in fp32 (fp64 where an operand is fp64)
 // and rounded once. A null weight or delta counts as 0; a closed gate never reads the delta.

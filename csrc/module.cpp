@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "borrow.h"
-#include "choose.h"
+#include <array>
+
+#include "core/choose.h"
+#include "core/python.h"
+#include "core/weight.h"
+#include "core/workspace.h"
 #include "cpu/isa.h"
-#include "direct.h"
-#include "rebuild.h"
-#include "workspace.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -47,6 +49,42 @@ taps::Stock stock_of(const std::string& name) {
   throw std::runtime_error("stock: expected usual, halved, emulated or matrix unit, got " + name);
 }
 
+// One rule of choose(), in Python's words; a bound that is none is None.
+py::dict told(const taps::Rule& rule) {
+  constexpr std::array<const char*, 5> kStocks{"usual", "halved", "emulated", "matrix unit", "unmatched"};
+  constexpr std::array<const char*, 3> kWidths{"narrow", "wide", "pairs"};
+  const auto named = [](uint8_t bits, const auto& names) {
+    py::list found;
+    for (size_t at = 0; at < names.size(); ++at) {
+      if (bits >> at & 1) found.append(names[at]);
+    }
+    return found;
+  };
+  const auto most = [](long long bound) {
+    return bound == taps::rules::kAll ? py::object(py::none()) : py::object(py::int_(bound));
+  };
+  py::dict facts;
+  facts["key"] = rule.key;
+  facts["predicted"] = rule.mark == taps::Mark::kPredicted;
+  facts["of"] = rule.of == taps::Of::kGradient ? "gradient" : "product";
+  facts["cuda"] = rule.cuda;
+  facts["stocks"] = named(rule.stocks, kStocks);
+  facts["widths"] = named(rule.widths, kWidths);
+  facts["least_outputs"] = rule.least_outputs;
+  facts["least_rows"] = rule.least_rows;
+  facts["most_rows"] = most(rule.most_rows);
+  facts["most_places"] = most(rule.most_places);
+  facts["least_weights"] = rule.least_weights;
+  facts["least_work"] = rule.least_work;
+  return facts;
+}
+
+py::list choose_rules() {
+  py::list all;
+  for (const taps::Rule& rule : taps::rules::kTable) all.append(told(rule));
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -57,9 +95,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("workspace_bytes", &taps::workspace_bytes, "Bytes held in workspaces of the CPU.");
   m.def("workspace_clear", &taps::workspace_clear, "Free the workspaces that are not in use.");
-
-  // No longer there, but still asked for by the profiler.
-  m.def("workspace_limit", [] { return 0; });
 
   m.def(
       "linear",
@@ -121,11 +156,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "taken_path",
       []() -> std::optional<std::string> {
-        const int path = std::exchange(taps::taken_path(), -1);
+        const int path = std::exchange(taps::taken_path().path, -1);
         if (path < 0) return std::nullopt;
         return std::string(taps::name_of(static_cast<taps::Path>(path)));
       },
       "The path of this thread's last product with W_t, or None if there was none since the last call.");
+  m.def(
+      "taken_by_prediction", [] { return taps::taken_path().predicted; },
+      "Whether a predicted threshold, none that was measured, had a say in that path.");
+  m.def("choose_rules", &choose_rules, "The rules of choose(), in their order.");
   m.def(
       "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); }, py::arg("path"),
       "Make every layer take this path; None lets choose() decide. For tests.");

@@ -1,11 +1,11 @@
-// The ops, as C++ functions over stable tensors. Schemas and meaning: ops.cpp.
+// The operators, as C++ functions over stable tensors, and what Python calls in place of two of them. Schemas and
+// meaning: ops.cpp. Each has a file of its own in csrc/ops.
 #pragma once
 
-#include "rebuild.h"
+#include "core/gradient.h"
+#include "core/layer.h"
 
 namespace taps {
-
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // input, delta, score, bias, weight
 
 void reconstruct(const Tensor& out, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                  std::optional<bool> gate, double threshold);
@@ -15,8 +15,8 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
                          const Ints& gates, double threshold);
 
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
-                    const OptionalTensor& bias, std::optional<bool> gate, double threshold,
-                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0, bool training = false);
+                    const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
+                    double row_scale, bool training);
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
                             const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,
@@ -25,8 +25,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
-                    int64_t groups, std::optional<bool> gate, double threshold,
-                    const OptionalTensor& rows = std::nullopt, double row_scale = 1.0, bool training = false);
+                    int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
+                    double row_scale, bool training);
 
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
                             const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
@@ -34,13 +34,9 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
                             const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
                             const OptionalTensor& rows, double row_scale);
 
-// --- shared by linear.cpp and conv2d.cpp ---------------------------------------------------------
-
-Tensor cast_to(const Described& from, Dtype dtype);  // small tensors: a bias
-OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight, Dtype compute);
-
-// The five results; one that was not asked for is an empty tensor of shape [0].
-Grads pack_grads(const GatedWeight& w, Dtype compute, const OptionalTensor& dinput, const WeightGrads& grads,
-                 const OptionalTensor& dbias);
+// What eager calls of Python use instead, or None (core/layer.h).
+pybind11::object direct_linear(const Layer& layer, const Call& call);
+pybind11::object direct_conv2d(const Layer& layer, pybind11::handle stride, pybind11::handle padding,
+                               pybind11::handle dilation, pybind11::handle groups, const Call& call);
 
 }  // namespace taps

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from .nn import GatedLayer, TaskNorm, TaskTensors
 from .task import TaskState
 
 
@@ -18,14 +17,8 @@ def parameter_groups(
     groups: dict[str, list[nn.Parameter]] = {key: [] for key in ("delta", "score", "norm", "other", "head")}
     for state in states:
         for part in state.table.values():
-            if isinstance(part, GatedLayer):
-                groups["delta"] += [p for p in [part.delta] if p is not None]
-                groups["score"] += [p for p in [part.score] if p is not None]
-                groups["other"] += [p for p in [part.bias, part.weight] if p is not None]
-            elif isinstance(part, TaskTensors):
-                groups["norm" if isinstance(part, TaskNorm) else "other"] += part.parameters()
-            else:
-                groups["head"] += part.parameters()
+            for role, parameters in part.roles().items():
+                groups["other" if role in ("weight", "bias") else role] += parameters
     result = []
     for key, parameters in groups.items():
         trained = [p for p in parameters if p.requires_grad]

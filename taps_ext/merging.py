@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .errors import TapsError
 from .modes import Flags
-from .nn import TaskNorm, TaskTensors
-from .nn.forward import base_weight, bias_name, weight_name
+from .nn.forward import base_weight
 from .nn.gated import refusing
 from .nn.own import HOOKS
 from .nn.rebind import rebind
@@ -22,29 +20,13 @@ from .scan import names_of, shared_tensors
 from .task import TaskState
 
 
-def _merged_weights(state: TaskState, base: nn.Module) -> dict[str, Tensor]:
-    """round(W + Delta) in the weight's dtype, or the task's own weight, for every open layer."""
-    merged: dict[str, Tensor] = {}
-    outs, weights, deltas = [], [], []
-    opened = set(state.open_layers())
-    for layer, part in state.gated():
-        if layer in opened and part.weight is not None:
-            merged[layer] = part.weight.detach().clone(memory_format=torch.preserve_format)
-        elif layer in opened and part.delta is not None:
-            weights.append(base_weight(base.get_submodule(layer)).detach())
-            deltas.append(part.delta.detach())
-            outs.append(torch.empty_like(weights[-1]))
-            merged[layer] = outs[-1]
-    ops.foreach_reconstruct_(outs, weights, deltas, gates=[True] * len(outs))
-    return merged
-
-
 def merge(state: TaskState, base: nn.Module) -> None:
     """Give every gated layer the weight it multiplies by: merged where open, the base's own where closed."""
-    merged = _merged_weights(state, base)
+    state.open_layers()  # refuses a NaN score
     for layer, part in state.gated():
         weight = base_weight(base.get_submodule(layer))
-        part.merged = refusing(merged[layer]) if layer in merged else weight.detach()
+        folded = part.fold(weight)
+        part.merged = weight.detach() if folded is weight else refusing(folded)
 
 
 def unmerge(state: TaskState) -> None:
@@ -52,20 +34,6 @@ def unmerge(state: TaskState) -> None:
     for _, part in state.gated():
         part.merged = None
         part.__dict__.pop("_taps_cast", None)
-
-
-def task_tensors(state: TaskState, base: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """module -> tensor name -> the value it has under the task, for every tensor that the task changes."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for layer, weight in _merged_weights(state, base).items():
-        tensors[layer] = {weight_name(base.get_submodule(layer)): weight}
-    for layer, part in state.gated():
-        if part.bias is not None:
-            tensors.setdefault(layer, {})[bias_name(base.get_submodule(layer))] = part.bias
-    for kind in (TaskNorm, TaskTensors):
-        for module, own in state.owned(kind):
-            tensors[module] = {**own._parameters, **own._buffers}  # type: ignore[dict-item]
-    return tensors
 
 
 def _install(target: nn.Module, key: str, value: Tensor) -> None:
@@ -80,7 +48,8 @@ def _install(target: nn.Module, key: str, value: Tensor) -> None:
 
 def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
     """A copy of the routed base as it will be when unloaded, with the task's tensors and head in place."""
-    tensors = task_tensors(state, base)
+    state.open_layers()  # refuses a NaN score
+    tensors = {name: part.values(base.get_submodule(name)) for name, part in state.table.items()}
     plain, head = copy.deepcopy((base, state.head))
     flags.restore_copy(plain, base)
     clones = {id(module): own for module, own in zip(base.modules(), plain.modules(), strict=True)}
@@ -89,11 +58,9 @@ def plain_copy(base: nn.Module, state: TaskState, flags: Flags) -> nn.Module:
     for name, values in tensors.items():
         target = plain.get_submodule(name)
         for key, value in values.items():
-            if value is not None:
-                _install(target, key, value.detach())
-    for kind in (TaskNorm, TaskTensors):
-        for name, part in state.owned(kind):
-            part.give_caches(plain.get_submodule(name))
+            _install(target, key, value.detach())
+    for name, part in state.table.items():
+        part.hand_over(plain.get_submodule(name))
     if head is not None and state.head_path is not None:
         _take_hooks(head, plain.get_submodule(state.head_path))
         for name in names_of(base, base.get_submodule(state.head_path)):

@@ -112,6 +112,9 @@ class TaskModel(TaskSet):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         with whole_model(mode):
             super().train(mode)
+        if not mode and not torch.compiler.is_compiling():
+            for state in self._names.values():
+                state.look_again()
         return self
 
     # -- reports and files

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
-from .nn import TaskNorm, TaskTensors
 from .nn.forward import base_weight
 from .task import TaskState
 
@@ -87,31 +87,26 @@ class Report:
     __str__ = table
 
 
-def _values(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
     """The report of a task; reads the scores from their device."""
     open_layers = set(state.open_layers())
     rows = []
-    biases = 0
     for layer, part in state.gated():
-        weight = base_weight(base.get_submodule(layer))
-        size = weight.numel()
-        is_open = layer in open_layers
+        size, is_open = base_weight(base.get_submodule(layer)).numel(), layer in open_layers
         score = part.score.item() if part.learn and part.score is not None else None
-        stored = part.change.nbytes if is_open and part.change is not None else 0
-        rows.append(Row(layer, is_open, score, size, stored))
-        biases += 0 if part.bias is None else part.bias.numel()
+        rows.append(Row(layer, is_open, score, size, part.change.nbytes if is_open and part.change is not None else 0))
+    held: Counter[str] = Counter()
+    for own in state.table.values():
+        for role, parameters in own.roles().items():
+            held[role] += sum(parameter.numel() for parameter in parameters)
     return Report(
         task=name,
         method=state.config.method,
         rows=rows,
         gated=sum(row.parameters for row in rows),
         open=sum(row.parameters for row in rows if row.open),
-        norms=sum(_values(part) for _, part in state.owned(TaskNorm)),
-        others=biases + sum(_values(part) for _, part in state.owned(TaskTensors)),
-        head=0 if state.head is None else _values(state.head),
+        norms=held["norm"],
+        others=held["bias"] + held["other"],
+        head=held["head"],
         base_parameters=sum(p.numel() for p in base.parameters()),
     )

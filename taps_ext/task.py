@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import warnings
@@ -17,11 +18,11 @@ from . import reference
 from .errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from .methods import MethodConfig, Plan
 from .nn import GatedLayer, TaskNorm, TaskTensors, changes
-from .nn.bind import Bound
 from .nn.forward import base_bias, base_weight
 from .nn.frame import gate_changed, sequence_number, settings
 from .nn.own import HOOKS, TaskHead, shared_containers
-from .nn.route import bind, original_class, unroute
+from .nn.route import is_stock, original_class, unroute
+from .parts import Bound, Part
 
 
 def module_key(name: str) -> str:
@@ -124,8 +125,9 @@ class TaskState(nn.Module):
         self.gates_mode = gates
         self.head_path = head_path if head is not None else None
         self.parts = nn.ModuleDict()
-        self.table: dict[str, nn.Module] = {}
+        self.table: dict[str, Part] = {}
         self.closed: set[str] = set()  # layers that closed since the last forward in training
+        self.warned = False
         self.told = False  # the gates are as they were set, whatever the scores say
         self.watched = False
         self.seen: dict[bool, frozenset[str]] = {}  # by mode: what a forward entered that was checked
@@ -173,7 +175,7 @@ class TaskState(nn.Module):
         if head is not None and head_path is not None:
             self._add(head_path, TaskHead(head))
 
-    def _add(self, name: str, part: nn.Module) -> None:
+    def _add(self, name: str, part: Part) -> None:
         key = module_key(name)
         if key in self.parts:
             raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
@@ -201,7 +203,7 @@ class TaskState(nn.Module):
         for part in self.table.values():
             if isinstance(part, TaskTensors):
                 part.follow()
-        made = {name: bind(host, self.table[name]) for name, _, _, host in self.hosts}
+        made = {name: self.table[name].bind(host, stock=is_stock(host)) for name, _, _, host in self.hosts}
         self.bound = {name: bound for name, bound in made.items() if bound is not None}
         found = settings(self.table)
         known = all(part.gate is not None for _, part in self.gated())
@@ -385,15 +387,28 @@ class TaskState(nn.Module):
         return [name for name, is_open in state.items() if is_open]
 
     def _follow_late(self, learned: list[tuple[str, GatedLayer]], scores: list[float]) -> None:
-        """What is told is what runs: take gates that no forward has seen, and say so where only values showed it."""
-        if any(not part.stale() for _, part in learned) and not self._following()[1]:
+        """What is told is what runs: take gates that no forward has seen, and say once where only values showed it."""
+        unseen = [
+            name
+            for (name, part), value in zip(learned, scores, strict=True)
+            if part.gate is not (value >= part.threshold) and not part.stale()
+        ]
+        if unseen and not self._following()[1] and not self.warned:
+            self.warned = True
             warnings.warn(
-                "a score was written in a way that leaves no trace (.data, graph replay), so that forwards since then "
-                "may have run another gate; call refresh_gates() after such writes",
-                stacklevel=4,
+                f"{unseen[0]}: its score was written in a way that leaves no trace (.data, graph replay), so that "
+                "forwards since then ran the gate from before; call refresh_gates() after such writes",
+                stacklevel=5,
             )
         self._take(learned, scores)
         self._values = None
+
+    @torch.compiler.disable
+    def look_again(self) -> None:
+        """Compare the host's gates with the scores' values where forwards go by versions alone: on a GPU."""
+        if self.gates_mode == "host" and not self._following()[1]:
+            with contextlib.suppress(GateError):  # the next forward's affair
+                self.open_layers()
 
     @torch.compiler.disable
     def lay_to_rest(self) -> None:

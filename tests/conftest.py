@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import stages
 import torch
 from fused import C, instructions
-from stages import SEED, THOROUGH
 
 from taps_ext.cli import main
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long tests to the targets that ask for them; a selection by marks (-m) is taken as it is."""
-    if config.option.markexpr:
-        return
-    marks = {"sanitize"} if THOROUGH else {"sanitize", "thorough"}
-    later = {item for item in items if any(mark.name in marks for mark in item.iter_markers())}
-    if later:
-        config.hook.pytest_deselected(items=[item for item in items if item in later])
-        items[:] = [item for item in items if item not in later]
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    stages.leave_out(session.config, items)
+    stages.fold(session, items)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -26,7 +21,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for found in terminalreporter.stats.values() for r in found if isinstance(r, pytest.TestReport)]
     drawn = sorted({value for report in reports for key, value in report.user_properties if key == "drawn"})
     if drawn:
-        terminalreporter.section(f"drawn by TAPS_SEED={SEED}")
+        terminalreporter.section(f"drawn by TAPS_SEED={stages.SEED}")
         for value in drawn:
             terminalreporter.line(value)
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/device.h"
 #include "cuda/device.cuh"
-#include "device.h"
 
 namespace taps::cuda {
 

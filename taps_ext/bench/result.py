@@ -17,7 +17,8 @@ class Result:
     """What came of a case. `seconds`: medians by variant; "taps" is ours, "stock" the least that a task could cost.
 
     `limit`: the seconds that this machine needs at least for the operations and bytes, or None where it was not asked.
-    `ratios`: to the stock op in each of several passes, the lowest first; empty where there was one.
+    `ratios`: to the stock op in each of several passes, the lowest first; empty where there was one. `predicted`: the
+    path was picked by a threshold that nobody has measured yet (docs/choose.md).
     """
 
     group: str
@@ -28,6 +29,7 @@ class Result:
     seconds: dict[str, float]
     limit: float | None
     ratios: tuple[float, ...] = ()
+    predicted: bool = False
 
     @property
     def ratio(self) -> float:
@@ -93,7 +95,7 @@ def cells(result: Result) -> list[str]:
         result.layer,
         str(result.rows),
         str(result.dtype).removeprefix("torch."),
-        result.path or "",
+        (result.path or "") + (" (predicted)" if result.predicted else ""),
         f"{1e3 * result.seconds['taps']:.3g}",
         f"{result.ratio:.2f}" + (f" ({result.ratios[0]:.2f}-{result.ratios[-1]:.2f})" if result.ratios else ""),
         against,

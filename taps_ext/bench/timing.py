@@ -75,9 +75,10 @@ def _measured(case: Case, machine: Machine, seconds: float, device: torch.device
         extension.taken_path()  # forget the path of what ran before
         variants["taps"](0)
         path = None if case.gradients else extension.taken_path()
+        predicted = path is not None and extension.taken_by_prediction()
         times = interleaved(variants, seconds - (time.perf_counter() - began), device)
     limit = machine.seconds(case.operations, case.moved) if case.moved else None
-    return Result(case.group, case.layer, case.rows, case.dtype, path, times, limit)
+    return Result(case.group, case.layer, case.rows, case.dtype, path, times, limit, predicted=predicted)
 
 
 def interleaved(variants: dict[str, Variant], seconds: float, device: torch.device) -> dict[str, float]:

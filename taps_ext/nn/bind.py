@@ -18,14 +18,10 @@ from ..extension import C
 from ..ops.call import Settings
 from ..ops.conv2d import GatedConv2d, Geometry
 from ..ops.linear import GatedLinear
+from ..parts import Bound
 from .sampling import Sample
 
 Road = Callable[..., Any]
-
-
-# A module's work without gradients and with them: `torch.is_grad_enabled()` is the place. A gated layer's are called
-# with (host, input, sample), other parts' with what the module's forward is called with.
-Bound = tuple[Road, Road]
 
 
 def bind_layer(host: Any, layer: Any) -> Bound:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import GateError, TapsError
-from .bind import Bound, setting_of
+from ..parts import Bound
+from .bind import setting_of
 from .gated import GatedLayer
 from .sampling import Sample
 

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import GateError, TapsError
+from ..parts import Bound, Part
 from . import changes
-from .forward import base_bias, gated_forward
+from .bind import bind_layer
+from .forward import base_bias, base_weight, bias_name, gated_forward, weight_name
 from .sampling import Sample
 
 
@@ -58,7 +61,7 @@ def refusing(weight: Tensor) -> Tensor:
     return own
 
 
-class GatedLayer(nn.Module):
+class GatedLayer(Part):
     """A task's share of one layer: `W_t = W + g * Delta`, `g = 1[score >= threshold]`.
 
     A converted checkpoint may have a `weight` of its own instead: `W_t = weight` where the (fixed) gate is open, since
@@ -141,6 +144,32 @@ class GatedLayer(nn.Module):
     def change(self) -> nn.Parameter | None:
         """What an open gate lets in: Delta, or the task's own weight; None for a layer that is closed for good."""
         return self.weight if self.delta is None else self.delta
+
+    @property
+    def open(self) -> bool:
+        """The gate, read from the score's device where the host does not know it."""
+        return bool(self.gate) if self.gate is not None or self.score is None else self.score.item() >= self.threshold
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        return bind_layer(host, self) if stock else None
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        named = {"delta": self.delta, "weight": self.weight, "score": self.score, "bias": self.bias}
+        return {role: [parameter] for role, parameter in named.items() if parameter is not None}
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W_t in the type of the base's `weight`, which a closed layer is itself."""
+        if not self.open or self.change is None:
+            return weight
+        if self.delta is None:
+            return self.change.detach().clone(memory_format=torch.preserve_format)
+        return ops.reconstruct_(torch.empty_like(weight), weight.detach(), self.delta.detach(), gate=True)
+
+    def values(self, host: nn.Module) -> dict[str, Tensor]:
+        weight = base_weight(host)
+        folded = self.fold(weight)
+        own: dict[str, Tensor] = {} if folded is weight else {weight_name(host): folded}
+        return own if self.bias is None else {**own, bias_name(host): self.bias}
 
     # The general road; bind.py has the usual ones.
     def forward(self, host: nn.Module, input: Tensor, sample: Sample | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
-from .bind import Bound, bind_layer
+from ..parts import Bound
+from .bind import bind_layer
 from .forward import gated_forward
 from .gated import Stamp, float32_bound, keep_float32, same_stamp, stamp
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
+from ..parts import Bound, Part
 from . import changes
 from .rebind import rebind
 
@@ -92,7 +93,7 @@ def _let_train(module: nn.Module, *modes: bool) -> None:
             module.__dict__[key] = value
 
 
-class TaskHead(nn.Module):
+class TaskHead(Part):
     """A task's own head, called in the place of the base's."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -101,6 +102,13 @@ class TaskHead(nn.Module):
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        road = self.instead if stock else self.run
+        return road, road
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        return {"head": list(self.parameters())}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The head, called with what the base's head is called with."""
@@ -125,7 +133,7 @@ class TaskHead(nn.Module):
         return found
 
 
-class TaskTensors(nn.Module):
+class TaskTensors(Part):
     """A task's own copies of one module's direct parameters and buffers, used in its original forward.
 
     Args:
@@ -133,6 +141,8 @@ class TaskTensors(nn.Module):
         cls: the class whose forward runs (the host's class before it was routed).
         shared: :func:`shared_containers` of the base, which stay shared.
     """
+
+    role = "other"
 
     def __init__(
         self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()
@@ -205,8 +215,18 @@ class TaskTensors(nn.Module):
         clone = self.__dict__["clone"]
         _let_train(clone, True, clone.training)
 
-    def give_caches(self, plain: nn.Module) -> None:
-        """A plain module with this task's tensors gets what this task made of them, not what the base did."""
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        road = self.__dict__["clone"].forward
+        return road, road
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        return {self.role: list(self.parameters())}
+
+    def values(self, host: nn.Module) -> dict[str, Tensor]:
+        named = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def hand_over(self, plain: nn.Module) -> None:
         self.follow()
         for key, value in self.__dict__["clone"].__dict__.items():
             kept = isinstance(value, (bool, int, float, str, Tensor)) or value is None or _may_be_cache(value)
@@ -231,6 +251,8 @@ class TaskNorm(TaskTensors):
     Raises:
         UnsupportedModuleError: `host` is no normalisation layer.
     """
+
+    role = "norm"
 
     def __init__(
         self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()

@@ -21,7 +21,6 @@ from torch.nn.utils import parametrize
 from ..errors import UnsupportedModuleError
 from . import changes, reads
 from . import forward as _forward
-from .bind import Bound, bind_layer
 from .frame import Frame, current, in_backward, running
 from .gated import GatedLayer
 from .own import NORM_TYPES, ROUTING, TaskHead, TaskTensors
@@ -312,16 +311,9 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
             module.training = False
 
 
-def bind(module: nn.Module, part: nn.Module) -> Bound | None:
-    """The binding of a part at the routed module that it stands for; None where the module's own forward must run."""
-    if isinstance(part, TaskTensors):
-        road = part.__dict__["clone"].forward
-        return road, road
-    if isinstance(part, TaskHead):
-        if isinstance(module, _RoutedLayer):
-            return part.instead, part.instead
-        return part.run, part.run
-    return bind_layer(module, part) if isinstance(module, _RoutedLayer) else None
+def is_stock(module: nn.Module) -> bool:
+    """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
+    return isinstance(module, _RoutedLayer)
 
 
 def is_routed(module: nn.Module) -> bool:

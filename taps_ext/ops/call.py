@@ -182,7 +182,8 @@ def keep(
         input = _rows_of(input, rows, weight.dim()) if picked else input
     else:
         rows, scale = None, 1.0
-    ctx.kept = Settings(gate, threshold, None, scale), picked, None if bias is None else bias.dtype
+    ctx.settings, ctx.picked = Settings(gate, threshold, None, scale), picked
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(
         input if ddelta or dscore or dweight else None,
         weight,
@@ -206,12 +207,11 @@ class Kept(NamedTuple):
 def kept(ctx: Any) -> Kept:
     """What :func:`keep` kept, and which gradients are asked for now (maybe fewer than in forward)."""
     input, weight, delta, score, rows = ctx.saved_tensors
-    settings, picked, _ = ctx.kept
-    if not picked:
+    if not ctx.picked:
         input = _rows_of(input, rows, weight.dim())
     dinput, dweight, ddelta, dscore, dbias = ctx.needs_input_grad[:5]
-    wanted = Wanted(dinput, ddelta and settings.gate is not False, dscore, dbias, dweight)
-    return Kept(input, weight, delta, score, settings._replace(rows=rows), wanted)
+    wanted = Wanted(dinput, ddelta and ctx.settings.gate is not False, dscore, dbias, dweight)
+    return Kept(input, weight, delta, score, ctx.settings._replace(rows=rows), wanted)
 
 
 def in_order(ctx: Any, grads: tuple[Tensor, ...], wanted: Wanted) -> tuple[Tensor | None, ...]:
@@ -222,7 +222,7 @@ def in_order(ctx: Any, grads: tuple[Tensor, ...], wanted: Wanted) -> tuple[Tenso
         dweight if wanted.weight else None,
         ddelta if wanted.delta else None,
         dscore if wanted.score else None,
-        dbias.to(ctx.kept[2]) if wanted.bias else None,
+        dbias.to(ctx.bias_dtype) if wanted.bias else None,
     )
 
 

@@ -1,7 +1,7 @@
 """Which tests a run covers: those of `make test`, or with TAPS_THOROUGH=1 the long ones too; samples drawn by a seed.
 
 `make kernels` and `make fuzz` set TAPS_THOROUGH. Tests marked `thorough` wait for it, tests marked `sanitize` are those
-of `make sanitize`, and a test in either can ask here for how much it should do.
+of `make sanitize`, tests marked `cuda` wait for a GPU, and any can ask here for how much it should do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import torch
+
+from taps_ext import ops
 
 T = TypeVar("T")
 
@@ -42,3 +45,45 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(part)
             part.rename(folder)
     return folder
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests to the targets that ask for them; a selection by marks (-m) is taken as it is."""
+    if config.option.markexpr:
+        return
+    marks = {"sanitize"} if THOROUGH else {"sanitize", "thorough"}
+    later = {item for item in items if any(mark.name in marks for mark in item.iter_markers())}
+    if later:
+        config.hook.pytest_deselected(items=[item for item in items if item in later])
+        items[:] = [item for item in items if item not in later]
+
+
+def fold(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Where there is no GPU, put a single item in the place of all that wait for one; TAPS_REQUIRE_CUDA=1 refuses."""
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif ops._C is None or not ops._C.build_info().get("cuda"):
+        reason = "the extension was built without CUDA kernels"
+    else:
+        return
+    waiting = {item for item in items if item.get_closest_marker("cuda")}
+    if not waiting:
+        return
+    if os.environ.get("TAPS_REQUIRE_CUDA") == "1":
+        raise pytest.UsageError(f"TAPS_REQUIRE_CUDA=1, but {reason}")
+    items[:] = [item for item in items if item not in waiting]
+    items.append(Waiting.from_parent(session, name="cuda", reason=f"{reason}: {len(waiting)} tests wait (make gpu)"))
+
+
+class Waiting(pytest.Item):
+    """Skips, and says why and for how many."""
+
+    def __init__(self, *, reason: str, **settings) -> None:
+        super().__init__(**settings)
+        self.reason = reason
+
+    def runtest(self) -> None:
+        pytest.skip(self.reason)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return Path(__file__).parents[1] / "cuda", None, self.name

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import Call, guarded
+from stages import THOROUGH
 
 from taps_ext import ops
 
 if ops._C is None:
     pytest.skip("the extension is missing, and with it the operators", allow_module_level=True)
 
-COUNT = 2000 if "TAPS_THOROUGH" in os.environ else 150
+COUNT = 2000 if THOROUGH else 150
 TOGETHER = 50
 SECONDS = 20.0  # of one call, on a machine that does much else
 MEMORY = 4 << 30  # more than that no call may take

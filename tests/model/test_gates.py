@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -58,6 +59,43 @@ def test_gates_follow_the_values_of_scores() -> None:
     with torch.no_grad():
         average(x, task="t")
     assert not average.module.state("t").table["hidden"].gate and told() == everything[1:]
+
+
+def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
+    """On a GPU: a forward looks where a version changed, by one copy; eval() and a report compare values, and warn once
+    of a write that left no trace. The way to the values is the CPU's here."""
+    model = tiny().eval()
+    model.add_task("t", num_classes=2)
+    state = model.state("t")
+    monkeypatch.setattr(state, "_following", lambda: (state.learned(), False))
+    copies = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(self.shape) or original(self))
+    x, parts = images(), dict(state.gated())
+    model(x, task="t")
+    copies.clear()
+    model(x, task="t")
+    assert copies == []  # nothing changed: no copy
+    with torch.no_grad():
+        parts["conv1"].score.fill_(0.0)
+        parts["hidden"].score.fill_(0.0)
+    model(x, task="t")
+    assert copies == [torch.Size([2])] and parts["conv1"].gate is False and parts["conv2"].gate is True
+    parts["conv1"].score.data.fill_(0.5)
+    model(x, task="t")
+    assert parts["conv1"].gate is False  # no trace to go by
+    with pytest.warns(UserWarning, match=r"conv1: its score was written in a way that leaves no trace"):
+        model.eval()
+    assert parts["conv1"].gate is True
+    parts["conv2"].score.data.fill_(0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert [row.layer for row in model.report("t").rows if row.open] == ["conv1", "depthwise"]
+    assert parts["conv2"].gate is False
+    parts["conv2"].score.data.fill_(float("nan"))
+    model.eval()
+    with pytest.raises(GateError, match="conv2: score"):
+        model.report("t")
 
 
 @pytest.mark.parametrize("convolution", [False, True])

@@ -112,9 +112,9 @@ def test_choice_of_path():
         assert _C.choose(rows=rows, **{**large, **more}) == path, (rows, more)
     with pytest.raises(RuntimeError, match="stock: expected usual, .*, got slow"):
         _C.choose(open=True, stock="slow")
-    assert _C.choose(open=True, fusable=True, rows=128, cuda=True) == "fused"
+    assert _C.choose(open=True, fusable=True, rows=64, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
-    assert _C.choose(open=True, fusable=True, rows=129, cuda=True) == "rebuild"
+    assert _C.choose(open=True, fusable=True, rows=65, cuda=True) == "rebuild"
     assert _C.choose(open=False, fusable=True, rows=1) == "stock"
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     _C.force_path("rebuild")

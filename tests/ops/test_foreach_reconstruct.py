@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from taps_ext import TapsConfig, TaskModel, ops
+from taps_ext import ops
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KINDS = [F32, F64, BF16, F16]
@@ -175,29 +175,3 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.taps_ext.foreach_reconstruct.default, (outs, weights, deltas, [None] * 3, [1, 0, 1], 0.1)
     )
-
-
-def test_merging_takes_one_call(monkeypatch) -> None:
-    """All open layers of a task at once, with the bits of a call for each."""
-    torch.manual_seed(0)
-    model = TaskModel(
-        torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)], torch.nn.Linear(8, 2)), TapsConfig(lam=1.0)
-    )
-    model.add_task("t", num_classes=3)
-    parts = dict(model.state("t").gated())
-    with torch.no_grad():
-        for part in parts.values():
-            part.delta.normal_()
-        parts["1"].score.fill_(0.0)
-    model.refresh_gates()
-    calls: list[int] = []
-    real = ops.foreach_reconstruct_
-    monkeypatch.setattr(
-        ops, "foreach_reconstruct_", lambda outs, *a, **k: (calls.append(len(outs)), real(outs, *a, **k))
-    )
-    model.merge_task("t")
-    assert calls == [3]
-    for name, part in parts.items():
-        weight = model.base.get_submodule(name).weight.detach()
-        want = weight if name == "1" else weight + part.delta.detach()
-        assert torch.equal(part.merged, want)

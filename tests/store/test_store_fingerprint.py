@@ -137,7 +137,6 @@ def test_an_empty_tensor_has_a_shape() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_does_not_matter(tmp_path: Path) -> None:
     expected = fingerprint(state(model()))
     assert fingerprint(state(model().cuda().to(memory_format=torch.channels_last))) == expected

@@ -2,7 +2,7 @@
 
     python tests/kernels/host/layers.py PATH_OF_C
 
-Run by test_host_layers.py with a build of its own (TAPS_TWIN); prints the number of cases.
+Run by test_layers_on_twin.py with a build of its own (TAPS_TWIN); prints the number of cases.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "core/dtype.h"
 
 namespace taps {
 
@@ -126,46 +126,5 @@ bool channels_last(const Described& image);
 bool is_dense(Span sizes, Span strides);    // every element once, no gaps
 bool overlaps(Span sizes, Span strides);    // expanded: some elements share memory
 Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones
-
-// --- walks --------------------------------------------------------------------------------------
-
-template <int N>
-Walk<N> make_walk(Span sizes, const std::array<Span, N>& strides) {
-  Walk<N> walk;
-  walk.numel = 1;
-  for (size_t dim = 0; dim < sizes.size(); ++dim) {
-    walk.numel *= sizes[dim];
-    if (sizes[dim] == 1) continue;
-    if (walk.ndim == kMaxDims) fail("expected at most ", kMaxDims, " dimensions");
-    // Insertion by the strides of operand 0, ties by those of the next.
-    int at = walk.ndim++;
-    const auto goes_before = [&](int other) {
-      for (int k = 0; k < N; ++k) {
-        if (strides[k][dim] != walk.strides[k][other]) {
-          return strides[k][dim] > walk.strides[k][other];
-        }
-      }
-      return false;
-    };
-    for (; at > 0 && goes_before(at - 1); --at) {
-      walk.sizes[at] = walk.sizes[at - 1];
-      for (int k = 0; k < N; ++k) walk.strides[k][at] = walk.strides[k][at - 1];
-    }
-    walk.sizes[at] = sizes[dim];
-    for (int k = 0; k < N; ++k) walk.strides[k][at] = strides[k][dim];
-  }
-  int kept = 0;  // merge neighbours that every operand walks as one
-  for (int dim = 1; dim < walk.ndim; ++dim) {
-    bool merges = true;
-    for (int k = 0; k < N; ++k) {
-      merges &= walk.strides[k][kept] == walk.strides[k][dim] * walk.sizes[dim];
-    }
-    if (!merges) ++kept;
-    walk.sizes[kept] = merges ? walk.sizes[kept] * walk.sizes[dim] : walk.sizes[dim];
-    for (int k = 0; k < N; ++k) walk.strides[k][kept] = walk.strides[k][dim];
-  }
-  if (walk.ndim > 0) walk.ndim = kept + 1;
-  return walk;
-}
 
 }  // namespace taps

@@ -6,8 +6,8 @@
 
 #include <memory>
 
-#include "tensor.h"
-#include "workspace.h"
+#include "core/tensor.h"
+#include "core/workspace.h"
 
 namespace taps {
 

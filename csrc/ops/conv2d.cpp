@@ -1,22 +1,49 @@
-// y = conv2d(x, W_t) + b and its backward, the same on every device: W_t comes from rebuild.h, the
-// convolutions from torch (cuDNN, oneDNN) through its dispatcher.
-#include "fused.h"
+// y = conv2d(x, W_t) + b and its gradients, the same on every device: arguments are checked once, choose() picks, and
+// torch's own convolutions (cuDNN, oneDNN) run on W or on W_t in the workspace, or, on the CPU and without gradients,
+// kernels that make W_t on its way.
+#include <algorithm>
+#include <limits>
+
+#include "core/python.h"
+#include "core/weight.h"
 #include "ops.h"
+
+namespace py = pybind11;
 
 namespace taps {
 namespace {
 
+// --- what comes in, and what goes out ------------------------------------------------------------
+
+// [h, w] each.
+struct Geometry {
+  Ints stride, padding, dilation;
+  int64_t groups;
+
+  int64_t output_size(int64_t input, int64_t kernel, size_t axis) const {
+    const Wide span = Wide{input} + 2 * Wide{padding[axis]} - Wide{dilation[axis]} * (kernel - 1) - 1;
+    return span < 0 ? 0 : static_cast<int64_t>(span / stride[axis] + 1);
+  }
+
+ private:
+  using Wide = __int128;  // sizes of expanded tensors know no bounds
+};
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of what a geometry counts
+
 Geometry check_geometry(const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
                         const Described& weight) {
   const auto check_pair = [](const Ints& pair, const char* name, int64_t least) {
-    if (pair.size() != 2 || pair[0] < least || pair[1] < least) {
-      fail(name, ": expected two integers of at least ", least, ", got ", shape_string(Span(pair.data(), pair.size())));
+    const auto fits = [&](int64_t value) { return value >= least && value <= kMost; };
+    if (pair.size() != 2 || !fits(pair[0]) || !fits(pair[1])) {
+      fail(name, ": expected two integers of at least ", least, " and at most ", kMost, ", got ",
+           shape_string(Span(pair.data(), pair.size())));
     }
   };
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
-  if (groups < 1 || weight.sizes[0] % groups != 0) {
+  if (groups < 1 || groups > kMost || weight.sizes[0] % groups != 0) {
     fail("groups: expected a divisor of the ", weight.sizes[0], " output channels, got ", groups);
   }
   return {stride, padding, dilation, groups};
@@ -35,9 +62,35 @@ void check_batch(const OptionalTensor& rows, const Described& image, const char*
   check_rows(rows, image, name, image.sizes[0]);
 }
 
+// The forward's result, laid out as torch would.
+struct Images {
+  Ints sizes, strides;  // [B, O, H, W]
+  bool empty() const { return sizes[2] < 1 || sizes[3] < 1; }
+  std::optional<int64_t> pixels() const {  // unless there are more than can be counted
+    int64_t count = 0;
+    const bool over = __builtin_mul_overflow(sizes[2], sizes[3], &count) ||
+                      __builtin_mul_overflow(count, sizes[0], &count);
+    return over ? std::nullopt : std::optional<int64_t>(count);
+  }
+};
+
+Images convolved(const Described& weight, const Described& x, const Geometry& geometry) {
+  Images result{{x.ndim() == 3 ? 1 : x.sizes[0], weight.sizes[0], 0, 0}, {}};
+  Ints& sizes = result.sizes;
+  for (size_t axis = 0; axis < 2; ++axis) {
+    sizes[2 + axis] = geometry.output_size(x.sizes[x.ndim() - 2 + axis], weight.sizes[2 + axis], axis);
+  }
+  const bool last = channels_last(x) || channels_last(weight);
+  result.strides = last ? Ints{sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]}
+                        : contiguous_strides(Span(sizes.data(), 4));
+  return result;
+}
+
 Tensor batched(const Tensor& image, bool single) {
   return single ? call("aten::unsqueeze", "", image, int64_t{0}) : image;
 }
+
+// --- torch's convolutions ------------------------------------------------------------------------
 
 Tensor convolve(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Geometry& g) {
   return call("aten::conv2d", "", input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
@@ -91,6 +144,63 @@ Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, c
   return dot_like(*w.score, describe(moved, "conv2d(input, delta)"), describe(dy, "grad_output"), scale);
 }
 
+// --- the CPU's fused kernel ----------------------------------------------------------------------
+
+// The order of a weight's row, C, kH, kW (false) or kH, kW, C (true), where its elements are next to each other.
+std::optional<bool> channels_inside(const Described& weight) {
+  const auto ordered = [&](std::array<size_t, 3> dims) {
+    int64_t step = 1;
+    for (const size_t dim : dims) {
+      if (weight.sizes[dim] != 1 && weight.strides[dim] != step) return false;
+      step *= weight.sizes[dim];
+    }
+    return weight.sizes[0] == 1 || weight.strides[0] >= 0;
+  };
+  if (ordered({3, 2, 1})) return false;
+  if (ordered({1, 3, 2})) return true;
+  return std::nullopt;
+}
+
+bool fusable(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
+  if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
+  const Span kernel = w.weight.sizes;
+  if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
+  const std::optional<bool> order = channels_inside(w.weight);
+  return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
+}
+
+// The bias is dense or none.
+void fused_forward(const GatedWeight& w, const Described& x, const void* bias, const Geometry& geometry,
+                   const Images& result, void* y) {
+  const Span kernel = w.weight.sizes;
+  const bool single = x.ndim() == 3;
+  Convolution args;
+  for (size_t dim = 0; dim < 4; ++dim) {
+    if (dim > 0 || !single) args.x_strides[dim] = x.strides[dim - single];
+  }
+  for (size_t axis = 0; axis < 2; ++axis) {
+    args.size[axis] = x.sizes[x.ndim() - 2 + axis];
+    args.kernel[axis] = kernel[2 + axis];
+    args.stride[axis] = geometry.stride[axis];
+    args.padding[axis] = geometry.padding[axis];
+    args.dilation[axis] = geometry.dilation[axis];
+    args.result_size[axis] = result.sizes[2 + axis];
+  }
+  args.channels = kernel[1];
+  args.channels_inside = *channels_inside(w.weight);
+  args.rows = *result.pixels();
+  args.outputs = kernel[0];
+  args.inputs = kernel[1] * kernel[2] * kernel[3];
+  std::copy(result.strides.begin(), result.strides.end(), args.result_strides);
+  args.x.data = x.data();
+  args.bias = bias;
+  args.result = y;
+  set_weight(args, w, x.dtype);
+  const Lease memory(false, 0, static_cast<size_t>(cpu::conv2d_bytes(args)));
+  args.memory = memory.data();
+  cpu::conv2d(args);
+}
+
 }  // namespace
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
@@ -103,19 +213,22 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   const Described x = check_activation(input, "input", w.weight);
   check_image(x, "input", w.weight.sizes[1] * groups);
   check_batch(rows, x, "input");
-  int64_t pixels = x.ndim() == 4 ? x.sizes[0] : 1;  // of the result
-  for (size_t axis = 0; axis < 2; ++axis) {
-    const int64_t size = x.sizes[x.ndim() - 2 + axis];
-    const int64_t result = g.output_size(size, w.weight.sizes[2 + axis], axis);
-    pixels *= result;
-    if (result < 1) {
-      fail("input: expected a padded image no smaller than the kernel, got shape ", shape_string(x.sizes),
-           " for a weight of shape ", shape_string(w.weight.sizes));
-    }
+  const Images result = convolved(w.weight, x, g);
+  const std::optional<int64_t> pixels = result.pixels();
+  if (result.empty() || !pixels) {
+    fail("input: expected a padded image no smaller than the kernel", result.empty() ? "" : ", nor beyond all memory",
+         ", got shape ", shape_string(x.sizes), " for a weight of shape ", shape_string(w.weight.sizes));
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, pixels, fusable_convolution(w, x, g, training));
-  if (path == Path::kFused) return fused_convolution(w, x, b, g);
+  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, g, training));
+  if (path == Path::kFused) {
+    const size_t from = x.ndim() == 3;
+    const Tensor y = empty_strided(Span(result.sizes.data() + from, 4 - from),
+                                   Span(result.strides.data() + from, 4 - from), x.dtype, x.place);
+    const OptionalTensor dense_bias = dense(b);
+    fused_forward(w, x, data_of(dense_bias), g, result, y.data_ptr());
+    return y;
+  }
   Scratch scratch;
   const Tensor kernel = layer_weight(w, x.dtype, path, scratch);
   const Tensor y = convolve(input, kernel, b, g);
@@ -145,15 +258,14 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     }
   }
   const Dtype compute = dy.dtype;
-  const int64_t channels = w.weight.sizes[1] * groups;
   if (input) {
     const Described x = check_activation(*input, "input", w.weight);
     Ints expected(dy.sizes.begin(), dy.sizes.end());
     if (rows) expected[0] = rows->numel();
-    expected[expected.size() - 3] = channels;
+    expected[expected.size() - 3] = w.weight.sizes[1] * groups;
     expected[expected.size() - 2] = input_size[0];
     expected[expected.size() - 1] = input_size[1];
-    expect_shape(x, "input", expected);
+    expect_shape(x, "input", Span(expected.data(), expected.size()));
     if (x.dtype != compute) {
       fail("input: expected dtype ", to_string(compute), " like grad_output, got ", to_string(x.dtype));
     }
@@ -164,7 +276,6 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
   // A closed delta's gradient is a plain zero; without it and without dW, G is never formed.
   const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed());
-
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
@@ -202,13 +313,47 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     if (gradient) {
       grads = settle(side, *gradient, Holder::kFresh);
     } else {
-      if (wanted.score) {
-        grads.score = score_gradient(w, *x4, dy_taken, g, row_scale, compute, scratch);
-      }
+      if (wanted.score) grads.score = score_gradient(w, *x4, dy_taken, g, row_scale, compute, scratch);
       if (wanted.delta) grads.delta = zeros_like(*w.delta);
     }
   }
   return pack_grads(w, compute, dinput, grads, dbias);
+}
+
+// --- straight from Python ------------------------------------------------------------------------
+
+py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle padding, py::handle dilation,
+                         py::handle groups, const Call& call) {
+  Geometry geometry{};
+  int overflow = 0;
+  geometry.groups = is_int(groups.ptr()) ? PyLong_AsLongAndOverflow(groups.ptr(), &overflow) : 0;
+  if (geometry.groups < 1 || overflow != 0 || !both_axes(stride, 1, geometry.stride) ||
+      !both_axes(padding, 0, geometry.padding) || !both_axes(dilation, 1, geometry.dilation)) {
+    return py::none();
+  }
+  const auto operands = borrow_layer(layer, call, 4);
+  if (!operands) return py::none();
+  const auto& [x, w, bias] = *operands;
+  if (x.ndim() != 4 || w.weight.numel() == 0 || w.weight.sizes[0] % geometry.groups != 0 ||
+      x.sizes[1] % geometry.groups != 0 || x.sizes[1] / geometry.groups != w.weight.sizes[1]) {
+    return py::none();
+  }
+  const Images result = convolved(w.weight, x, geometry);
+  const std::optional<int64_t> pixels = result.pixels();
+  if (result.empty() || !pixels) return py::none();
+  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, geometry, call.training));
+  if (path != Path::kFused) {
+    const py::object weight = weight_of(layer, *operands, path);
+    if (weight.is_none()) return weight;
+    return stock_conv2d(layer.input, weight, layer.bias, stride, padding, dilation, groups);
+  }
+  if (!readable(layer, *operands)) return py::none();
+  const Result y = new_result(Span(result.sizes.data(), 4), Span(result.strides.data(), 4), x.dtype);
+  {
+    const py::gil_scoped_release released;
+    fused_forward(w, x, data_of(bias), geometry, result, y.data);
+  }
+  return y.tensor;
 }
 
 }  // namespace taps

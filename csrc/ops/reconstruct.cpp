@@ -1,6 +1,8 @@
 // W_t = round(W + g * Delta) into a tensor, or into many of them by few launches.
 #include <algorithm>
 
+#include "core/device.h"
+#include "core/weight.h"
 #include "ops.h"
 
 namespace taps {

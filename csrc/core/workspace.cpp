@@ -1,4 +1,4 @@
-#include "workspace.h"
+#include "core/workspace.h"
 
 #include <sys/mman.h>
 
@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensor.h"
+#include "core/tensor.h"
 
 namespace taps {
 

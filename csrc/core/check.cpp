@@ -1,22 +1,19 @@
-// Argument checks of every op, once, into plain structs. Messages name the argument, what was
-// expected and what came.
-#pragma once
+#include "core/check.h"
 
 #include <cmath>
 
-#include "device.h"
-#include "tensor.h"
+#include "core/device.h"
 
 namespace taps {
 
-inline void expect_place(const Described& got, const char* name, const Described& like, const char* like_name) {
+void expect_place(const Described& got, const char* name, const Described& like, const char* like_name) {
   if (!(got.place == like.place)) {
     fail(name, ": expected a tensor on ", to_string(like.place), " like ", like_name, ", got one on ",
          to_string(got.place));
   }
 }
 
-inline void expect_shape(const Described& got, const char* name, Span expected) {
+void expect_shape(const Described& got, const char* name, Span expected) {
   bool same = got.sizes.size() == expected.size();
   for (size_t i = 0; same && i < expected.size(); ++i) same = got.sizes[i] == expected[i];
   if (!same) {
@@ -24,17 +21,9 @@ inline void expect_shape(const Described& got, const char* name, Span expected) 
   }
 }
 
-// The weight with its optional delta and gate.
-struct GatedWeight {
-  Described weight;
-  std::optional<Described> delta;
-  std::optional<Described> score;
-  Gate gate;  // resolved: on the CPU the host reads the score itself
+namespace {
 
-  bool known_closed() const { return !delta || (!gate.on_device() && !gate.open); }
-};
-
-inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& score, double threshold) {
+Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& score, double threshold) {
   Gate resolved;
   resolved.threshold = threshold;
   if (gate) {
@@ -61,7 +50,9 @@ inline Gate resolve_gate(std::optional<bool> gate, const std::optional<Described
   return resolved;
 }
 
-inline GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
+}  // namespace
+
+GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                                 std::optional<bool> gate, double threshold, int64_t ndim) {
   GatedWeight checked;
   checked.weight = describe(weight, "weight");
@@ -86,26 +77,13 @@ inline GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delt
   return checked;
 }
 
-inline void check_bias(const Described& bias, const Described& weight) {
-  const int64_t outputs = weight.sizes[0];
-  expect_shape(bias, "bias", Span(&outputs, 1));
-  expect_place(bias, "bias", weight, "weight");
-}
-
-// An activation: same device as the weight, and the dtype the product is computed in.
-inline Described check_activation(const Tensor& tensor, const char* name, const Described& weight) {
+Described check_activation(const Tensor& tensor, const char* name, const Described& weight) {
   Described checked = describe(tensor, name);
   expect_place(checked, name, weight, "weight");
   return checked;
 }
 
-// What a backward op is asked for, in the order of its results.
-struct Wanted {
-  bool input, delta, score, bias, weight;
-  bool weight_side() const { return delta || score || weight; }
-};
-
-inline Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w) {
+Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w) {
   if (mask.size() != 5) fail("output_mask: expected 5 bools, got ", mask.size());
   const Wanted wanted{mask[0], mask[1], mask[2], mask[3], mask[4]};
   if (wanted.delta && !w.delta) fail("delta: expected a tensor, its gradient is asked for; got None");
@@ -116,8 +94,7 @@ inline Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w) {
   return wanted;
 }
 
-// The rows, below `limit`, of an activation called `name` that the weight gradient is estimated from.
-inline void check_rows(const OptionalTensor& rows, const Described& activation, const char* name, int64_t limit) {
+void check_rows(const OptionalTensor& rows, const Described& activation, const char* name, int64_t limit) {
   if (!rows) return;
   int64_t ndim = 0;
   int32_t dtype = 0, device_type = 0;

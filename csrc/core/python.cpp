@@ -1,8 +1,10 @@
-#include "borrow.h"
+#include "core/python.h"
 
 #include <algorithm>
 #include <array>
 #include <utility>
+
+#include "core/walk.h"
 
 // Plain C with an ABI of its own, so it may pass where the target version keeps torch's C++ out.
 #pragma push_macro("TORCH_TARGET_VERSION")
