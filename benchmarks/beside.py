@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--new", type=Path, default=HERE.parent, metavar="CHECKOUT")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases that have one of these in them")
-    parser.add_argument("--seconds", type=float, default=1.6, help="for each case, if its rounds take no longer (1.6)")
+    parser.add_argument("--seconds", type=float, default=1.2, help="for each case, if its rounds take no longer (1.2)")
     parser.add_argument("--rounds", type=int, default=8, help="at least, of each case in all passes (8)")
     parser.add_argument("--passes", type=int, default=2, help="of all cases, with new processes in each (2)")
     parser.add_argument("--json", type=Path, metavar="FILE")
