@@ -442,7 +442,9 @@ class TaskState(nn.Module):
     @torch.compiler.disable
     def look_again(self) -> None:
         """Compare the host's gates with the scores' values where forwards go by versions alone: on a GPU."""
-        if self.gates_mode == "host" and not self._following()[1]:
+        layers, on_cpu = self._following()
+        without_values = any(part.score is not None and part.score.is_meta for _, part in layers)
+        if self.gates_mode == "host" and not on_cpu and not without_values:
             with contextlib.suppress(GateError):  # the next forward's affair
                 self.open_layers()
 

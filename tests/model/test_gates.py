@@ -155,6 +155,7 @@ def test_what_a_cpu_found_is_not_asked_of_a_gpu() -> None:
     assert model.state("t")._following()[1] is True
     model.to("meta")
     assert model.state("t")._following()[1] is False
+    assert not model.train().eval().training  # which on a GPU compares values, of which there are none here
     layer, x = TapsLinear(3, 4), torch.randn(2, 3)
     layer(x)
     assert layer.gate is True
