@@ -53,7 +53,7 @@ Gate resolve_gate(std::optional<bool> gate, const std::optional<Described>& scor
 }  // namespace
 
 GatedWeight check_weight(const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
-                                std::optional<bool> gate, double threshold, int64_t ndim) {
+                         std::optional<bool> gate, double threshold, int64_t ndim) {
   GatedWeight checked;
   checked.weight = describe(weight, "weight");
   if (ndim > 0 && checked.weight.ndim() != ndim) {

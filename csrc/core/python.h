@@ -1,5 +1,5 @@
 // Python's tensors as plain memory, and leased memory as a tensor of Python, through DLPack's exchange API: a table of
-// C functions that torch hands out, the same in every version served. For calls too small for an operator (direct.h).
+// C functions that torch hands out, the same in every version served. For calls too small for an operator (layer.h).
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -50,7 +50,7 @@ Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scr
 
 // --- as the fused kernels take it ----------------------------------------------------------------
 
-bool on_tiles(Place place);                               // tile kernels run there (csrc/cuda), not the CPU's own
+bool on_tiles(Place place);                                // tile kernels run there (csrc/cuda), not the CPU's own
 bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);  // the CPU's forward knows these types
 bool in_rows(const Described& matrix);  // elements of a row are next to each other; for tiles, to be read in words
 

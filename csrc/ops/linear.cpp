@@ -280,8 +280,8 @@ Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& inp
     const int64_t taken = x2->size(0);  // rows that the weight side is estimated from
     const Tensor dy_taken = rows ? call("aten::index_select", "", dy2, int64_t{0}, *rows) : dy2;
     const bool dy_taken_known = rows ? sizes.outputs * size_of(compute) % 4 == 0 : dy_known;
-    const bool known = !wanted.weight && fusable_gradient(w, compute) && dy_taken_known &&
-                       fusable_activation(describe(*x2, "input"));
+    const bool known =
+        !wanted.weight && fusable_gradient(w, compute) && dy_taken_known && fusable_activation(describe(*x2, "input"));
     if (gradient_path_for(w, compute, taken, known) == Path::kFused) {
       const LinearSizes of_taken{taken, sizes.inputs, sizes.outputs};
       grads = fused_weight_gradient(side, describe(dy_taken, "grad_output"), describe(*x2, "input"), of_taken);
