@@ -40,8 +40,8 @@ NOTE = """\
 GFLOP of one image, and the others over the base's. A step is a forward, the gradient of every input but the first
 layer's, and the gradient of every weight. An open layer's step is fine-tuning's: W + g * Delta and <G, Delta> are done
 element by element, which counts nothing. A closed layer's score needs <G, Delta>, too: one product as large as the
-weight's gradient (in convolutions conv(x, Delta)). "closed, 1/8": `gate_fraction=0.125`, of one image in eight. A
-merged task is a plain model.
+weight's gradient (in convolutions that, or conv(x, Delta)). "closed, 1/8": `gate_fraction=0.125`, of one image in
+eight. A merged task is a plain model.
 """
 
 

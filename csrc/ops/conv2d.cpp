@@ -277,7 +277,9 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   // A closed delta's gradient is a plain zero; without it and without dW nobody needs G, but the score may be cheaper
   // to have by it: oneDNN makes dL/dx and G of small weights in less time than dL/dx and conv(x, Delta), which is as
   // large as dL/dy (ResNet-14 of 16 to 64 channels, 32 x 32, all closed: 1.04 instead of 1.12 of fine-tuning's step).
-  const bool score_by_gradient = wanted.score && !w.weight.place.cuda && w.weight.numel() <= dy.numel();
+  // Not in fp16: the sums of G over all pixels leave its range, and their infinity times a zero of Delta is a NaN.
+  const bool score_by_gradient =
+      wanted.score && !w.weight.place.cuda && compute != Dtype::kFloat16 && w.weight.numel() <= dy.numel();
   const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed()) || score_by_gradient;
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;

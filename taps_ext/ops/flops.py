@@ -6,8 +6,8 @@ and a gated layer's forward counts what the stock layer's does, whatever its gat
 
 A backward counts one product for the input's gradient and one for the weight side, of the samples that `rows` picked
 where it did. The weight side is one product however it is done: G = dL/dW_t, of which Delta, score and weight take what
-they need; or, of a convolution whose score alone asks for a gradient, conv(x, Delta), as <conv(x, Delta), dL/dy> is
-<G, Delta>. Of layers in groups torch's own formula for a convolution's weight gradient counts `groups` times what is
+they need; or, of a convolution whose score alone asks for a gradient, maybe conv(x, Delta), as <conv(x, Delta), dL/dy>
+is <G, Delta>. Of layers in groups torch's own formula for a convolution's weight gradient counts `groups` times what is
 multiplied (torch 2.14); these do not.
 """
 

@@ -228,6 +228,45 @@ def test_score_gradient_is_the_inner_product(gate) -> None:
     assert torch.allclose(s.grad, (wt.grad * d).sum(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("size", [3, 24], ids=["weights", "pixels"])  # which there are more of decides how it is made
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [None, [2, 0]], ids=["all", "sampled"])
+def test_score_gradient_of_a_closed_convolution_alone(size, dtype, rows) -> None:
+    """<dL/dW, Delta> without a gradient of W or Delta, beside the input's and without it."""
+    torch.manual_seed(9)
+    delta_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x, w, d = draw(3, 8, size, size, dtype=dtype), draw(8, 8, 3, 3, dtype=dtype), draw(8, 8, 3, 3, dtype=delta_dtype)
+    grad, score, picked = draw(3, 8, size, size, dtype=dtype), torch.tensor(0.0, dtype=delta_dtype), rows or [0, 1, 2]
+    exact = torch.nn.grad.conv2d_weight(x[picked].double(), w.shape, grad[picked].double(), padding=1)
+    terms = len(picked) * size * size
+    for wanted in (True, False):
+        _, _, got, _, _ = torch.ops.taps_ext.gated_conv2d_backward(
+            grad,
+            x[picked],
+            [size, size],
+            w,
+            d,
+            score,
+            False,
+            0.1,
+            *([1, 1], [1, 1], [1, 1], 1),
+            [wanted, False, True, False, False],
+            None if rows is None else torch.tensor(rows),
+            2.0,
+        )
+        factors = (x, grad, 2.0 * d)
+        assert_close(got, 2.0 * (exact * d.double()).sum(), dtype, terms, *factors, outer=d.numel())
+
+
+def test_score_gradient_of_a_closed_convolution_in_fp16_stays_in_range() -> None:
+    """The weight's own gradient, a sum over all pixels, does not: with a Delta of zeros it would make a NaN."""
+    x, w = torch.ones(8, 4, 96, 96, dtype=torch.float16), torch.ones(4, 4, 1, 1, dtype=torch.float16)
+    for value in (0.0, 2.0**-10):
+        d, s = torch.full((4, 4, 1, 1), value), torch.tensor(0.0, requires_grad=True)
+        gated_conv2d(x.requires_grad_(), w, d, s, gate=False).sum().backward()
+        assert s.grad == pytest.approx(value * 4 * x.numel(), rel=1e-3)
+
+
 def test_layouts_agree() -> None:
     """Non-contiguous inputs, weights and Deltas give what contiguous ones give."""
     torch.manual_seed(6)
