@@ -9,12 +9,9 @@ namespace taps::cuda {
 
 #ifdef TAPS_WITH_CUDA
 
-constexpr bool kCompiled = true;
 void* current_stream(int device);
 
 #else
-
-constexpr bool kCompiled = false;
 
 [[noreturn]] inline void absent() {
   throw std::runtime_error(

@@ -116,23 +116,4 @@ Result new_result(Span sizes, Span strides, Dtype dtype) {
   return result;
 }
 
-bool is_int(PyObject* value) { return PyLong_Check(value) && !PyBool_Check(value); }
-
-bool both_axes(py::handle value, int64_t least, Ints& axes) {
-  constexpr long kMost = long{1} << 24;
-  const bool list = PyTuple_Check(value.ptr()) || PyList_Check(value.ptr());
-  const Py_ssize_t count = list ? PySequence_Fast_GET_SIZE(value.ptr()) : 1;
-  if (count != 1 && count != 2) return false;
-  axes.resize(2);
-  for (Py_ssize_t axis = 0; axis < 2; ++axis) {
-    PyObject* item = list ? PySequence_Fast_GET_ITEM(value.ptr(), count == 1 ? 0 : axis) : value.ptr();
-    if (!is_int(item)) return false;
-    int overflow = 0;
-    const long given = PyLong_AsLongAndOverflow(item, &overflow);
-    if (overflow != 0 || given < least || given > kMost) return false;
-    axes[static_cast<size_t>(axis)] = given;
-  }
-  return true;
-}
-
 }  // namespace taps

@@ -46,9 +46,4 @@ Result new_result(Span sizes, Span strides, Dtype dtype);
 
 inline const void* data_of(const std::optional<Described>& tensor) { return tensor ? tensor->data() : nullptr; }
 
-bool is_int(PyObject* value);
-
-// One int or two, as torch's functions take them; false for anything else, and for what no image has.
-bool both_axes(pybind11::handle value, int64_t least, Ints& axes);
-
 }  // namespace taps

@@ -115,7 +115,6 @@ Lease::~Lease() {
 }
 
 void* Lease::data() const { return buffer_ ? buffer_->data : nullptr; }
-size_t Lease::bytes() const { return buffer_ ? buffer_->bytes : 0; }
 
 size_t workspace_bytes() {
   const std::lock_guard<std::mutex> lock(pool().mutex);

@@ -19,7 +19,6 @@ class Lease {
   Lease& operator=(Lease&& other) noexcept;
 
   void* data() const;
-  size_t bytes() const;
 
  private:
   std::unique_ptr<Buffer> buffer_;

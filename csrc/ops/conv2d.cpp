@@ -327,6 +327,30 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
 
 // --- straight from Python ------------------------------------------------------------------------
 
+namespace {
+
+bool is_int(PyObject* value) { return PyLong_Check(value) && !PyBool_Check(value); }
+
+// One int or two, as torch's functions take them; false for anything else, and for what no image has.
+bool both_axes(py::handle value, int64_t least, Ints& axes) {
+  constexpr long kMost = long{1} << 24;
+  const bool list = PyTuple_Check(value.ptr()) || PyList_Check(value.ptr());
+  const Py_ssize_t count = list ? PySequence_Fast_GET_SIZE(value.ptr()) : 1;
+  if (count != 1 && count != 2) return false;
+  axes.resize(2);
+  for (Py_ssize_t axis = 0; axis < 2; ++axis) {
+    PyObject* item = list ? PySequence_Fast_GET_ITEM(value.ptr(), count == 1 ? 0 : axis) : value.ptr();
+    if (!is_int(item)) return false;
+    int overflow = 0;
+    const long given = PyLong_AsLongAndOverflow(item, &overflow);
+    if (overflow != 0 || given < least || given > kMost) return false;
+    axes[static_cast<size_t>(axis)] = given;
+  }
+  return true;
+}
+
+}  // namespace
+
 py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle padding, py::handle dilation,
                          py::handle groups, const Call& call) {
   Geometry geometry{};
