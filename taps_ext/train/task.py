@@ -82,6 +82,8 @@ class Task:
     preprocessing: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise ConfigError(f"metrics: expected a mapping of names to functions, got {type(self.metrics).__name__}")
         if "loss" in self.metrics:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
         if self.augment is not None and not callable(self.augment):
