@@ -150,11 +150,13 @@ class TaskModel(TaskSet):
             metrics, preprocessing: JSON-ready notes, kept as they are.
 
         Raises:
-            ConfigError: another number of labels than outputs.
+            ConfigError: another number of labels than outputs; one string instead of a list.
             GateError: Inf or NaN in what is to be saved. OSError: the file cannot be written.
         """
         state = self.state(name)
         outputs = getattr(state.head, "out_features", None)
+        if isinstance(labels, str):
+            raise ConfigError(f"labels: expected a list of strings, got {labels!r}")
         if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
             raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
         self._check_base()

@@ -231,7 +231,9 @@ def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[
         file = Path(path)
         try:
             tree = _toml(file.read_text(encoding="utf-8"))
-        except (ConfigError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: expected a configuration (TOML in UTF-8), got other bytes") from None
+        except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         _anchor(tree, file.resolve().parent)
         for folder in (str(file.resolve().parent), str(Path.cwd())):

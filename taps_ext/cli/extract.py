@@ -69,7 +69,13 @@ def read_checkpoint(path: str, key: str | None) -> dict[str, Tensor]:
         raise ConfigError(f"key: expected none, since {path} is read as a safetensors file")
     from .. import store
 
-    return store.read_safetensors(path)[0]
+    tensors, metadata = store.read_safetensors(path)
+    if "taps.format" in metadata:
+        raise ConfigError(
+            f"checkpoint: {path}: expected all tensors of a fine-tuned model, got a file of taps_ext's own; "
+            "`taps merge` makes a checkpoint of a task file"
+        )
+    return tensors
 
 
 def read_labels(path: str, outputs: int) -> list[str]:

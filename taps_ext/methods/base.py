@@ -113,10 +113,15 @@ class MethodConfig:
             hint = suggestion(str(method), _METHODS)
             raise ConfigError(f"method: expected one of {sorted(_METHODS)}, got {method!r}{hint}")
         cls = _METHODS[method]
-        known = [f.name for f in dataclasses.fields(cls)]
+        fields = dataclasses.fields(cls)
+        known = [f.name for f in fields]
         for key in settings:
             if key not in known:
                 raise ConfigError(f"{method}: unknown key {key!r}{suggestion(key, known)}; known: {known}")
+        for f in fields:
+            missing = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if missing and f.name not in settings:
+                raise ConfigError(f"{method}: expected a value for {f.name!r}, got none")
         try:
             return cls(**settings)
         except TypeError as error:

@@ -163,7 +163,8 @@ def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
         raise TruncatedFileError(path, f"expected the 8 bytes of a header length, got a file of {len(prefix)} bytes")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise LimitError(path, f"header length {length}, at most {MAX_HEADER_BYTES} allowed; not a task file?")
+        why = "not a task file, nor safetensors?"
+        raise LimitError(path, f"header length {length}, at most {MAX_HEADER_BYTES} allowed; {why}")
     if length > file_bytes - 8:
         raise TruncatedFileError(path, f"header length {length}, but only {file_bytes - 8} bytes follow")
     return length

@@ -82,12 +82,18 @@ class Task:
     preprocessing: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise ConfigError(f"metrics: expected a mapping of names to functions, got {type(self.metrics).__name__}")
         if "loss" in self.metrics:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
         if self.augment is not None and not callable(self.augment):
             raise ConfigError(f"augment: expected a function or a transform, got {type(self.augment).__name__}")
         if type(self.augment).__name__ in ("MixUp", "CutMix"):
             raise ConfigError(f"augment: {type(self.augment).__name__} mixes labels too, and gets samples here")
+        try:  # now, not when the file is written, after the last epoch
+            json.dumps(self.preprocessing, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"preprocessing: expected what JSON holds, got {type(error).__name__}: {error}") from None
         if self.labels is not None:
             listed = isinstance(self.labels, (list, tuple)) and all(isinstance(label, str) for label in self.labels)
             if not listed:

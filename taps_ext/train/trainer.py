@@ -268,9 +268,9 @@ class Trainer:
 
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
         """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
-        task = self.tasks[name] if task is None else task
-        was_training = self.model.training
-        self.model.eval()
+        task = self.tasks.get(name) if task is None else task
+        if task is None:
+            raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
         totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
         batches = Batches(
             as_dataset(data, "data"), self.config.eval_batch_size or self.config.batch_size, 0, train=False
@@ -278,6 +278,8 @@ class Trainer:
         amp = self.config.amp is not None
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
+        was_training = self.model.training
+        self.model.eval()
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
