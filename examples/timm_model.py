@@ -2,7 +2,7 @@
 
     python examples/timm_model.py --model resnet50 --pretrained --data imagefolder:data/birds --size 224
 
-Without arguments it trains a small untrained network on scikit-learn's handwritten digits, in seconds.
+Without arguments it trains a small untrained network on scikit-learn's handwritten digits.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Task adaptive parameter sharing for PyTorch (TAPS, arXiv 2203.16708)."""
 
-from . import nn
+from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
 from .methods import FullConfig, MethodConfig, ProbeConfig, TapsConfig, register_method
 from .model import TaskModel
@@ -33,7 +33,6 @@ __all__ = [
     "estimate",
     "gated_conv2d",
     "gated_linear",
-    "nn",
     "profile",
     "register_method",
     "workspace_bytes",

@@ -48,25 +48,31 @@ class Report:
 
     @property
     def share(self) -> float:
+        """The share of the gated weights that are open, in [0, 1]."""
         return self.open / self.gated if self.gated else 0.0
 
     @property
     def parameters(self) -> int:
+        """All values that the task adds."""
         return self.open + self.norms + self.others + self.head
 
     @property
     def bytes(self) -> int:
+        """What the open layers store."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def layers_open(self) -> int:
+        """How many gated layers are open."""
         return sum(row.open for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: every attribute and total, the rows among them."""
         extra = {name: getattr(self, name) for name in ("share", "parameters", "bytes", "layers_open")}
         return {**asdict(self), **extra}
 
     def to_json(self, **kwargs: Any) -> str:
+        """:meth:`to_dict` as text; `kwargs` are those of `json.dumps`."""
         return json.dumps(self.to_dict(), **kwargs)
 
     def table(self) -> str:

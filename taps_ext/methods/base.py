@@ -94,6 +94,7 @@ class MethodConfig:
             object.__setattr__(self, name, tuple_of_str(getattr(self, name), name))
 
     def plan(self, scan: Scan) -> Plan:
+        """What a task of this method adds to a base of these modules. Every method defines it."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:

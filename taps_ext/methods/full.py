@@ -14,5 +14,6 @@ class FullConfig(MethodConfig):
     """Settings of full fine-tuning: all gates fixed open; norms, biases and all other tensors the task's own."""
 
     def plan(self, scan: Scan) -> Plan:
+        """Every layer open, every norm and every other tensor of the base."""
         gate = GateSpec(delta=True, learn=False, open=True, bias=True)
         return Plan(dict.fromkeys(scan.gated, gate), list(scan.norms), list(scan.others))

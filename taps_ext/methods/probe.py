@@ -14,4 +14,5 @@ class ProbeConfig(MethodConfig):
     """Settings of a linear probe: all gates fixed closed without a Delta; norms frozen, in evaluation mode."""
 
     def plan(self, scan: Scan) -> Plan:
+        """Nothing but the head."""
         return Plan(dict.fromkeys(scan.gated, GateSpec(delta=False, learn=False, open=False)))

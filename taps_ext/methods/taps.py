@@ -75,6 +75,7 @@ class TapsConfig(MethodConfig):
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def plan(self, scan: Scan) -> Plan:
+        """A learned gate and a Delta on every layer, and the norms and other tensors that the settings name."""
         if not scan.gated and self.exclude_modules is None:
             warnings.warn(
                 "TapsConfig: no layer outside the head can be gated (Linear, Conv2d and MultiheadAttention can)",

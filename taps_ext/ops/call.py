@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from ..extension import C
 from ..reference import may_be_transformed
 from .reconstruct import check_gate
 
@@ -107,6 +109,11 @@ def usual(
         )
     except (AttributeError, TypeError):  # something that is no tensor: `checked` says which
         return False
+
+
+def at_once() -> bool:
+    """True where no gradients are asked for in eager code, so that an open layer may be one plain function's affair."""
+    return C is not None and not is_compiling() and not torch.is_grad_enabled() and forward_ad._current_level < 0
 
 
 def rests(weight: Tensor, score: Tensor | None, gate: bool | None, dtype: torch.dtype) -> bool:

@@ -16,6 +16,7 @@ from .. import reference
 from ..extension import C
 from .call import (
     Settings,
+    at_once,
     below_autograd,
     checked,
     fitting,
@@ -110,8 +111,14 @@ def gated_conv2d(
     """
     if delta is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    asked = gate is True and rows is None and not isinstance(padding, str) and at_once()
+    if asked:  # the plain function looks at everything itself
+        geometry = (stride, padding, dilation, groups)
+        made = C.conv2d(input, weight, delta, score, bias, *geometry, True, False, True)  # type: ignore[union-attr]
+        if made is not None:
+            return made
     if not usual(input, weight, delta, score, bias, gate):
-        input = checked(input, weight, delta, score, bias, gate)
+        input, asked = checked(input, weight, delta, score, bias, gate), False
         if reference.transformed(input, weight, delta, score, bias):
             known: dict[str, Any] = {"gate": gate, "threshold": threshold}
             return reference.gated_conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, **known)
@@ -129,14 +136,28 @@ def gated_conv2d(
     pad, ahead = _padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
-    geometry = Geometry(steps, pad, spread, groups)
+    shape = Geometry(steps, pad, spread, groups)
     training = wants_gradient(input, weight, delta, score, bias)
     settings = Settings(gate, threshold, rows, row_scale, training)
     if is_compiling():
-        return torch.ops.taps_ext.gated_conv2d(input, weight, delta, score, bias, *geometry, *settings)
+        return torch.ops.taps_ext.gated_conv2d(input, weight, delta, score, bias, *shape, *settings)
     if training:
-        return GatedConv2d.apply(input, weight, delta, score, bias, geometry, settings)
-    return product(input, weight, delta, score, bias, geometry, settings)
+        return GatedConv2d.apply(input, weight, delta, score, bias, shape, settings)
+    return (operator if asked else product)(input, weight, delta, score, bias, shape, settings)
+
+
+def operator(
+    input: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    score: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+    settings: Settings,
+) -> Tensor:
+    """The layer without autograd, by the operator."""
+    with below_autograd():
+        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *geometry, *settings)
 
 
 def product(
@@ -149,14 +170,14 @@ def product(
     settings: Settings,
 ) -> Tensor:
     """The layer without autograd, for batches and paddings of two ints: as `linear.product`."""
-    with below_autograd():
-        if settings.gate is not None and settings.rows is None:
+    if settings.gate is not None and settings.rows is None:
+        with below_autograd():
             made = C.conv2d(  # type: ignore[union-attr]
                 input, weight, delta, score, bias, *geometry, settings.gate, settings.training, False
             )
-            if made is not None:
-                return made
-        return torch.ops.taps_ext.gated_conv2d.default(input, weight, delta, score, bias, *geometry, *settings)
+        if made is not None:
+            return made
+    return operator(input, weight, delta, score, bias, geometry, settings)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from .. import reference
 from ..extension import C
 from .call import (
     Settings,
+    at_once,
     below_autograd,
     checked,
     fitting,
@@ -68,8 +69,13 @@ def gated_linear(
     """
     if delta is None:
         return F.linear(input, weight, bias)
+    asked = gate is True and rows is None and at_once()
+    if asked:  # the plain function looks at everything itself
+        made = C.linear(input, weight, delta, score, bias, True, False, True)  # type: ignore[union-attr]
+        if made is not None:
+            return made
     if not usual(input, weight, delta, score, bias, gate):
-        input = checked(input, weight, delta, score, bias, gate)
+        input, asked = checked(input, weight, delta, score, bias, gate), False
         if reference.transformed(input, weight, delta, score, bias):
             return reference.gated_linear(input, weight, delta, score, bias, gate=gate, threshold=threshold)
     if rests(weight, score, gate, input.dtype):
@@ -84,7 +90,15 @@ def gated_linear(
         return torch.ops.taps_ext.gated_linear(input, weight, delta, score, bias, *settings)
     if training:
         return GatedLinear.apply(input, weight, delta, score, bias, settings)
-    return product(input, weight, delta, score, bias, settings)
+    return (operator if asked else product)(input, weight, delta, score, bias, settings)
+
+
+def operator(
+    input: Tensor, weight: Tensor, delta: Tensor, score: Tensor | None, bias: Tensor | None, settings: Settings
+) -> Tensor:
+    """The layer without autograd, by the operator."""
+    with below_autograd():
+        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
 
 
 def product(
@@ -95,12 +109,12 @@ def product(
     To call an operator of an extension from Python costs several times what `torch.add` costs, and most where caches
     are cold (benchmarks/plumbing.py). The results are the operator's to the bit: both do the same.
     """
-    with below_autograd():
-        if settings.gate is not None and settings.rows is None:
+    if settings.gate is not None and settings.rows is None:
+        with below_autograd():
             made = C.linear(input, weight, delta, score, bias, settings.gate, settings.training, False)  # type: ignore[union-attr]
-            if made is not None:
-                return made
-        return torch.ops.taps_ext.gated_linear.default(input, weight, delta, score, bias, *settings)
+        if made is not None:
+            return made
+    return operator(input, weight, delta, score, bias, settings)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:

@@ -49,6 +49,7 @@ class Profile:
         return sum(row.seconds for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what was measured, layer by layer and in all."""
         rows = [row.to_dict() for row in self.rows]
         facts = {"task": self.task, "phase": self.phase, "device": self.device, "threads": self.threads}
         times = {"seconds": self.seconds, "gated_seconds": self.gated_seconds, "steps": self.steps}
@@ -62,6 +63,7 @@ class Profile:
         }
 
     def to_json(self, **kwargs: Any) -> str:
+        """:meth:`to_dict` as text; `kwargs` are those of `json.dumps`."""
         return json.dumps(self.to_dict(), **kwargs)
 
     def table(self) -> str:

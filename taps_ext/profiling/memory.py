@@ -35,9 +35,11 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """The sum of the parts, in bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: bytes by part, and the peak."""
         return {**asdict(self), "peak": self.peak}
 
 

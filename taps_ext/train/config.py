@@ -145,11 +145,13 @@ class TrainConfig:
         return 1.0
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready settings; :meth:`from_dict` is the inverse."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "betas": list(self.betas)}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of :meth:`to_dict`. Unknown keys are errors with a suggestion."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in settings:
             if key not in known:

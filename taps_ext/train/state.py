@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import store
 from ..errors import ConfigError, TaskFileError
-from ..store.errors import MetadataError, UnexpectedTensorError
+from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorError
 from ..task import TaskState
 from . import randomness
 
@@ -124,7 +124,10 @@ def load_run(
     except TaskFileError as error:
         hint = "another out, or resume=False (--restart), starts over"
         raise type(error)(error.path, f"{error.problem}; {hint}") from error
-    store.check_parent(parent, record.parent, path=path)
+    if record.parent != parent:
+        raise ParentMismatchError(
+            path, "was started on another base; give that one, another out, or resume=False (--restart) to start over"
+        )
     counters, numbers = (_table(record, key, path) for key in ("train.counters", "train.numbers"))
     same_settings(path, counters.get("settings", {}), expected)
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in GROUPS}

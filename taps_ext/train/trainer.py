@@ -112,6 +112,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return next(self.model.parameters()).device
 
     def fit(self, mode: str = "incremental", resume: str | bool = "auto") -> dict[str, Result]:
@@ -293,6 +294,12 @@ class Trainer:
                         totals[key] += float(metric(outputs, targets)) * len(targets)
         finally:
             self.model.train(was_training)
+        if not math.isfinite(totals["loss"]):
+            warnings.warn(
+                f"task {name!r}: the loss on {batches.samples} samples to evaluate is not finite; look for Inf or NaN "
+                "in them",
+                stacklevel=2,
+            )
         return {key: value / batches.samples for key, value in totals.items()}
 
     def _stopped(self, name: str, path: Path | None) -> str:

@@ -228,7 +228,7 @@ def test_score_gradient_is_the_inner_product(gate) -> None:
     assert torch.allclose(s.grad, (wt.grad * d).sum(), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("size", [3, 24], ids=["weights", "pixels"])  # which there are more of decides how it is made
+@pytest.mark.parametrize("size", [3, 56], ids=["weights", "pixels"])  # 64 times as many pixels decide how it is made
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [None, [2, 0]], ids=["all", "sampled"])
 def test_score_gradient_of_a_closed_convolution_alone(size, dtype, rows) -> None:
