@@ -17,7 +17,6 @@ from . import ops, store
 from .checks import check_state
 from .errors import ConfigError
 from .methods import FullConfig, GateSpec, Plan
-from .nn import TaskTensors
 from .nn.forward import base_weight, bias_name, weight_name
 from .nn.route import original_class, unroute
 from .scan import inside, names_of, scan
@@ -170,9 +169,8 @@ def extract(
             if part.bias is not None:
                 part.bias.copy_(given[join(layer, bias_name(base.get_submodule(layer)))])
         for module, own_part in state.table.items():
-            if isinstance(own_part, TaskTensors):
-                for name, tensor in own_part.tensors().items():
-                    tensor.copy_(given[join(module, name)])
-                    held.add(join(module, name))
+            for name, tensor in {} if own_part.gated else own_part.stored().items():
+                tensor.copy_(given[join(module, name)])
+                held.add(join(module, name))
     _check_rest(base, held, given, heads)
     return state

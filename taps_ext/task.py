@@ -7,7 +7,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -223,8 +223,7 @@ class TaskState(nn.Module):
         if last.at is now:
             return last
         for part in self.table.values():
-            if isinstance(part, TaskTensors):
-                part.follow()
+            part.follow()
         made = [(name, host, self.table[name].bind(host, stock=is_stock(host))) for name, _, _, host in self.hosts]
         found: Mapping[str, Any] | None = settings(self.table)
         if any(part.gate is None for _, part in self.gated()):
@@ -242,8 +241,8 @@ class TaskState(nn.Module):
     def gated(self) -> Iterator[tuple[str, GatedLayer]]:
         """(layer name, part) in module order."""
         for name, part in self.table.items():
-            if isinstance(part, GatedLayer):
-                yield name, part
+            if part.gated:
+                yield name, cast(GatedLayer, part)
 
     def _build(self) -> tuple[Any, ...]:
         """What decides whether two states differ in their values alone."""
@@ -259,19 +258,12 @@ class TaskState(nn.Module):
         for parameter in self.parameters():
             parameter.grad = None  # of the values that are gone
         for part in self.table.values():
-            if isinstance(part, TaskTensors):
-                part.drop_caches()
+            part.drop_caches()
         self.refresh(force=True)
         return True
 
     def learned(self) -> list[tuple[str, GatedLayer]]:
         return [(name, part) for name, part in self.gated() if part.learn]
-
-    def owned(self, kind: type[TaskTensors]) -> Iterator[tuple[str, TaskTensors]]:
-        """(module name, part) of exactly this kind: TaskNorm, or TaskTensors for the others."""
-        for name, part in self.table.items():
-            if type(part) is kind:
-                yield name, part
 
     def remember_hosts(self, base: nn.Module) -> None:
         """The modules that the parts stand in for, once they are routed."""
@@ -326,7 +318,7 @@ class TaskState(nn.Module):
     @property
     def head(self) -> nn.Module | None:
         part = None if self.head_path is None else self.table[self.head_path]
-        return part.module if isinstance(part, TaskHead) else None
+        return None if part is None else part.replacement
 
     # -- gates
 

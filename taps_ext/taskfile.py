@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import store
 from .errors import ConfigError, GateError, TapsError
 from .methods import GateSpec, MethodConfig, Plan
-from .nn import TaskNorm, TaskTensors
 from .nn.route import original_class
 from .scan import inside, names_of, scan
 from .store.errors import GateRecordError, MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
@@ -48,39 +47,24 @@ def _head_spec(state: TaskState) -> dict[str, Any] | None:
     return {"type": "custom", "module": state.head_path, "class": type(head).__qualname__}
 
 
-def _owned(state: TaskState, kind: type[TaskTensors]) -> dict[str, Tensor]:
+def _stored(state: TaskState, group: str) -> dict[str, Tensor]:
     return {
         join(module, name): tensor.detach()
-        for module, part in state.owned(kind)
-        for name, tensor in part.tensors().items()
+        for module, part in state.table.items()
+        if part.group == group
+        for name, tensor in part.stored().items()
     }
-
-
-def _values(state: TaskState) -> dict[str, Tensor]:
-    biases = {join(n, "bias"): p.bias.detach() for n, p in state.gated() if p.bias is not None}
-    return {**biases, **_owned(state, TaskTensors)}
 
 
 def _say_what_is_lost(state: TaskState) -> None:
     """Warn where a module of the task holds what no file keeps, so that another model might be loaded."""
-    for kind in (TaskNorm, TaskTensors):
-        for module, part in state.owned(kind):
-            lost = []
-            for key, buffer in part._buffers.items():
-                lasting = key not in part._non_persistent_buffers_set
-                if lasting and buffer is not None and part.host._buffers.get(key) is None:
-                    raise TapsError(
-                        f"{module}: its buffer {key} was None when the task was added, so that a fresh base has no "
-                        "place for it; run the base once before it is adapted"
-                    )
-            if original_class(part.host).get_extra_state is not nn.Module.get_extra_state:
-                lost.append("extra state")
-            for key in part._non_persistent_buffers_set:
-                own, base = part._buffers.get(key), part.host._buffers.get(key)
-                if own is not None and base is not None and not torch.equal(own, base):
-                    lost.append(f"a buffer {key} that is not persistent and has changed")
-            if lost:
-                warnings.warn(f"{module}: has {' and '.join(lost)}, which the task's file does not hold", stacklevel=5)
+    for module, part in state.table.items():
+        try:
+            lost = part.lost()
+        except TapsError as error:
+            raise TapsError(f"{module}: {error}") from None
+        if lost:
+            warnings.warn(f"{module}: has {' and '.join(lost)}, which the task's file does not hold", stacklevel=5)
 
 
 def to_record(
@@ -114,8 +98,8 @@ def to_record(
         parent=base_fingerprint(base, state.head_path),
         name=name,
         layers=layers,
-        norms=_owned(state, TaskNorm),
-        values=_values(state),
+        norms=_stored(state, "norms"),
+        values=_stored(state, "values"),
         head={} if head is None else {k: v.detach() for k, v in head.state_dict().items()},
         head_spec=_head_spec(state),
         labels=None if labels is None else list(labels),
@@ -250,8 +234,8 @@ def build(
     own = _make_head(record, base, head, path, allow_dtype_cast)
     state = TaskState(base, config, plan, None if own is None else record.head_spec["module"], own, gates)  # type: ignore[index]
     pairs = [
-        ("", _owned(state, TaskNorm), record.norms),
-        ("", _values(state), record.values),
+        ("", _stored(state, "norms"), record.norms),
+        ("", _stored(state, "values"), record.values),
         ("head.", {} if own is None else own.state_dict(), record.head),
     ]
     for layer, part in state.gated():

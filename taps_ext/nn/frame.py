@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from ..errors import GateError, TapsError
 from ..parts import Bound
 from .bind import setting_of
-from .gated import GatedLayer
 from .sampling import Sample
 
 # A part's binding and the `id` of the module that it was made for, which a copy in that one's place has not. No more
@@ -68,7 +67,7 @@ def _attributes(value: Any) -> list[Any]:
 
 def settings(parts: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
     """The gates of a task as they are now, by layer."""
-    return {name: setting_of(part) for name, part in parts.items() if isinstance(part, GatedLayer)}
+    return {name: setting_of(part) for name, part in parts.items() if part.gated}
 
 
 def gate_changed(name: str) -> GateError:

@@ -79,6 +79,9 @@ class GatedLayer(Part):
 
     """
 
+    gated = True
+    group = "values"
+
     delta: nn.Parameter | None
     score: nn.Parameter | None
     bias: nn.Parameter | None
@@ -164,6 +167,9 @@ class GatedLayer(Part):
         if self.delta is None:
             return self.change.detach().clone(memory_format=torch.preserve_format)
         return ops.reconstruct_(torch.empty_like(weight), weight.detach(), self.delta.detach(), gate=True)
+
+    def stored(self) -> dict[str, Tensor]:
+        return {} if self.bias is None else {"bias": self.bias}
 
     def values(self, host: nn.Module) -> dict[str, Tensor]:
         weight = base_weight(host)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModuleError
+from ..errors import TapsError, UnsupportedModuleError
 from ..parts import Bound, Part
 from . import changes
 from .rebind import rebind
@@ -107,6 +107,10 @@ class TaskHead(Part):
         road = self.instead if stock else self.run
         return road, road
 
+    @property
+    def replacement(self) -> nn.Module:
+        return self.module
+
     def roles(self) -> dict[str, list[nn.Parameter]]:
         return {"head": list(self.parameters())}
 
@@ -143,6 +147,7 @@ class TaskTensors(Part):
     """
 
     role = "other"
+    group = "values"
 
     def __init__(
         self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()
@@ -240,9 +245,25 @@ class TaskTensors(Part):
         _let_train(clone, clone.training)
         return self
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name: what a task file must hold."""
+    def stored(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))
+
+    def lost(self) -> list[str]:
+        for key, buffer in self._buffers.items():
+            lasting = key not in self._non_persistent_buffers_set
+            if lasting and buffer is not None and self.host._buffers.get(key) is None:
+                raise TapsError(
+                    f"its buffer {key} was None when the task was added, so that a fresh base has no place for it; run "
+                    "the base once before it is adapted"
+                )
+        cls = self.host.__dict__.get("_taps_class", type(self.host))
+        lost = ["extra state"] if cls.get_extra_state is not nn.Module.get_extra_state else []
+        for key in self._non_persistent_buffers_set:
+            own, base = self._buffers.get(key), self.host._buffers.get(key)
+            if own is not None and base is not None and not torch.equal(own, base):
+                lost.append(f"a buffer {key} that is not persistent and has changed")
+        return lost
 
 
 class TaskNorm(TaskTensors):
@@ -253,6 +274,7 @@ class TaskNorm(TaskTensors):
     """
 
     role = "norm"
+    group = "norms"
 
     def __init__(
         self, host: nn.Module, cls: type[nn.Module] | None = None, shared: frozenset[int] = frozenset()

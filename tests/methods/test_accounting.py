@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from taps_ext import TapsConfig, TaskModel, store
-from taps_ext.nn import TaskNorm
 
 models = pytest.importorskip("torchvision").models
 
@@ -28,7 +27,11 @@ def test_cub_run_of_the_authors(cub: TaskModel) -> None:
     report = cub.report("cub")
     assert len(report.rows) == 53 and report.gated == 23_454_912
     assert [index for index, row in enumerate(report.rows) if row.open] == CUB
-    norms = {name: sum(p.numel() for p in own.parameters()) for name, own in cub.state("cub").owned(TaskNorm)}
+    norms = {
+        name: sum(p.numel() for p in own.parameters())
+        for name, own in cub.state("cub").table.items()
+        if own.group == "norms"
+    }
     assert sum(norms.values()) == report.norms
     counted = sum(size for name, size in norms.items() if "downsample" not in name)  # theirs leaves those out
     assert counted == 45_440
@@ -46,7 +49,7 @@ def test_the_file_holds_what_the_report_counts(cub: TaskModel, tmp_path) -> None
     assert sum(size for name, size in sizes.items() if name.endswith(".delta")) == report.bytes == 4 * report.open
     scores = sum(size for name, size in sizes.items() if name.endswith(".score"))
     assert scores == 4 * len(report.rows)
-    statistics = sum(b.nbytes for _, own in cub.state("cub").owned(TaskNorm) for b in own.buffers())
+    statistics = sum(b.nbytes for own in cub.state("cub").table.values() if own.group == "norms" for b in own.buffers())
     assert sum(sizes.values()) == report.bytes + scores + 4 * (report.norms + report.head) + statistics
     overhead = path.stat().st_size - sum(sizes.values())
     assert 0 < overhead < 100_000  # names, digests, settings
