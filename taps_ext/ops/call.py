@@ -180,22 +180,26 @@ def keep(
     Of the input of a layer known to be closed, whose score alone asks for it, only what `rows` picks, unless the graph
     holds it anyway. A closed Delta rests: no gradient of it is asked for.
     """
-    gate, threshold, rows, scale, _ = settings
     dinput, dweight, ddelta, dscore, _ = ctx.needs_input_grad[:5]
-    ddelta = ddelta and gate is not False
+    closed, rows = settings.gate is False, settings.rows
+    ddelta = ddelta and not closed
     picked = True
-    if rows is not None and gate is False and dscore and not dweight:
-        picked = not _kept_by_its_maker(input)
-        input = _rows_of(input, rows, weight.dim()) if picked else input
-    else:
-        rows, scale = None, 1.0
-    ctx.settings, ctx.picked = Settings(gate, threshold, None, scale), picked
+    if rows is not None:
+        if closed and dscore and not dweight:
+            picked = not _kept_by_its_maker(input)
+            input = _rows_of(input, rows, weight.dim()) if picked else input
+            settings = settings._replace(rows=None)  # kept beside the tensors
+        else:
+            rows, settings = None, settings._replace(rows=None, row_scale=1.0)
+    elif settings.row_scale != 1.0:  # of no rows
+        settings = settings._replace(row_scale=1.0)
+    ctx.settings, ctx.picked = settings, picked
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(
         input if ddelta or dscore or dweight else None,
         weight,
-        delta if ddelta or dscore or (dinput and gate is not False) else None,
-        score if dscore or gate is None else None,
+        delta if ddelta or dscore or (dinput and not closed) else None,
+        score if dscore or settings.gate is None else None,
         rows,
     )
 
@@ -217,8 +221,9 @@ def kept(ctx: Any) -> Kept:
     if not ctx.picked:
         input = _rows_of(input, rows, weight.dim())
     dinput, dweight, ddelta, dscore, dbias = ctx.needs_input_grad[:5]
-    wanted = Wanted(dinput, ddelta and ctx.settings.gate is not False, dscore, dbias, dweight)
-    return Kept(input, weight, delta, score, ctx.settings._replace(rows=rows), wanted)
+    settings = ctx.settings if rows is None else ctx.settings._replace(rows=rows)
+    wanted = Wanted(dinput, ddelta and settings.gate is not False, dscore, dbias, dweight)
+    return Kept(input, weight, delta, score, settings, wanted)
 
 
 def in_order(ctx: Any, grads: tuple[Tensor, ...], wanted: Wanted) -> tuple[Tensor | None, ...]:

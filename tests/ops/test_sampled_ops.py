@@ -173,3 +173,16 @@ def test_images_and_weights_of_other_shapes_are_named(gate) -> None:
     with pytest.raises(ValueError, match=r"weight: expected \[O, C / groups, kh, kw\]"):
         gated_conv2d(x, w[0], w[0], gate=gate, padding="same")
     assert gated_conv2d(x[0], w, w, gate=gate).shape == (4, 5, 5)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_scale_of_no_rows_scales_nothing(gate) -> None:
+    torch.manual_seed(0)
+    x, w, d = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5, 6)
+    found = []
+    for scale in (1.0, 3.0):
+        delta, score = d.clone().requires_grad_(), torch.tensor(0.2, requires_grad=True)
+        gated_linear(x, w, delta, score, gate=gate, row_scale=scale).square().sum().backward()
+        found.append((score.grad, delta.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] is found[1][1] is None if not gate else torch.equal(found[0][1], found[1][1])
