@@ -175,7 +175,8 @@ class TaskModel(TaskSet):
         """Add the task in a `.taps` file under its own name or `name`; returns the name.
 
         A file holds no closed Delta: after loading these are zero, so that their gates get no gradient and stay closed
-        if the task is trained on. A run that is to go on is the Trainer's (`TrainConfig(out=...)`).
+        if the task is trained on. They take no memory until `parameter_groups` is asked for the task, or a gate opens.
+        A run that is to go on is the Trainer's (`TrainConfig(out=...)`).
 
         Args:
             head: a module of the saved head's structure, needed where the head is not a plain linear layer.
@@ -202,7 +203,8 @@ class TaskModel(TaskSet):
         """
         old = self.state(name)
         self._not_merged(name, "reload_task")
-        state = taskfile.build(taskfile.read(path, self.base), self.base, self.gates, copy.deepcopy(old.head), path)
+        record, head = taskfile.read(path, self.base), copy.deepcopy(old.head)
+        state = taskfile.build(record, self.base, self.gates, head, path, whole=True)
         if not old.take_over(state):
             self._install(name, state)
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -166,7 +166,7 @@ class TaskState(nn.Module):
             host = base.get_submodule(name)
             weight = base_weight(host)
             part = GatedLayer(
-                weight.shape if spec.delta else None,
+                weight.shape if spec.delta and spec.held else None,
                 learn=spec.learn,
                 open=spec.open,
                 score_init=spec.score_init,
@@ -175,6 +175,9 @@ class TaskState(nn.Module):
                 weight=weight if spec.weight else None,
                 device=weight.device,
             )
+            part.size = weight.numel()
+            if spec.delta and not spec.held:
+                part.owe(weight.numel())
             if part.delta is not None:
                 part.delta.data = torch.zeros_like(weight, dtype=torch.float32)  # the weight's strides
                 part.delta.requires_grad_(spec.learn or spec.open)
@@ -272,6 +275,21 @@ class TaskState(nn.Module):
             if name:
                 self.hosts.append((name, base.get_submodule(parent), key, base.get_submodule(name)))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def grow(self, layers: Collection[str] | None = None) -> tuple[int, int]:
+        """Make the zero Deltas that loaded layers do without while they are closed: (how many, their bytes).
+
+        `layers`: those alone.
+        """
+        parts = dict(self.gated())
+        grown = [
+            parts[name].grow(base_weight(host).detach())
+            for name, _, _, host in self.hosts
+            if name in parts and (layers is None or name in layers)
+        ]
+        return sum(nbytes > 0 for nbytes in grown), sum(grown)
+
     @torch.compiler.disable
     def check_hosts(self) -> None:
         """Raise if a module that has a part is not in its place any more: the task would be left out there.
@@ -313,6 +331,8 @@ class TaskState(nn.Module):
         """Other values are on their way, with `assign` maybe on another device: closed Deltas are checked again."""
         self.closed = {name for name, part in self.learned() if part.gate is False}
         changes.note()
+        state_dict, prefix = args[:2]
+        self.grow([name for name in self.table if f"{prefix}parts.{module_key(name)}.delta" in state_dict])
         super()._load_from_state_dict(*args)
 
     @property
@@ -363,6 +383,8 @@ class TaskState(nn.Module):
         for (name, part), value in zip(layers, values, strict=True):
             before = part.gate
             part.take(value, name)
+            if part.gate and part.owed:
+                self.grow([name])
             if self.gates_mode == "device":
                 part.gate = None
             elif before is not part.gate:
@@ -475,7 +497,7 @@ class TaskState(nn.Module):
         learned = self.learned()
         if getattr(self.config, "penalty", "layer") == "layer":
             return [1.0] * len(learned)
-        sizes = [part.delta.numel() for _, part in learned if part.delta is not None]
+        sizes = [part.size for _, part in learned]
         mean = sum(sizes) / max(1, len(sizes))
         return [size / mean for size in sizes]
 

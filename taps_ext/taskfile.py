@@ -78,6 +78,7 @@ def to_record(
 ) -> store.TaskFile:
     """The content of a task's file. Raises GateError for a NaN score or an open layer with Inf or NaN in Delta."""
     opened = set(state.open_layers())
+    state.grow(opened)
     layers = {}
     for layer, part in state.gated():
         is_open = layer in opened
@@ -181,8 +182,8 @@ def _make_head(
     return nn.utils.skip_init(nn.Linear, spec["in"], spec["out"], bias=spec["bias"], device=like.device, dtype=dtype)
 
 
-def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: Any) -> Plan:
-    """The config's plan for this base with the gates as the file holds them."""
+def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: Any, whole: bool) -> Plan:
+    """The config's plan for this base with the gates as the file holds them; `whole`: with closed Deltas in memory."""
     module = None if record.head_spec is None else record.head_spec.get("module")
     found = scan(base, module, target=config.target_modules, exclude=config.exclude_modules)
     plan = config.plan(found)
@@ -205,6 +206,7 @@ def _plan(record: store.TaskFile, config: MethodConfig, base: nn.Module, path: A
             weight=own,
             threshold=spec.threshold,
             score_init=spec.score_init,
+            held=whole or entry.open,
         )
     return plan
 
@@ -217,10 +219,12 @@ def build(
     path: str | PathLike[str],
     *,
     allow_dtype_cast: bool = False,
+    whole: bool = False,
 ) -> TaskState:
     """The parts that a file describes, with every tensor checked against the base before one is copied.
 
-    With `allow_dtype_cast` floating-point tensors take the types that this base has.
+    With `allow_dtype_cast` floating-point tensors take the types that this base has. The Delta of a closed layer, which
+    no file holds, takes no memory unless the task is to be `whole`.
 
     Raises:
         TaskFileError: a missing, unexpected or ill-shaped tensor, named; a gate that contradicts its score.
@@ -228,7 +232,7 @@ def build(
     """
     try:
         config = MethodConfig.from_dict(record.method)
-        plan = _plan(record, config, base, path)
+        plan = _plan(record, config, base, path, whole)
     except ConfigError as error:
         raise MetadataError(path, f"taps.method: {error}") from None
     own = _make_head(record, base, head, path, allow_dtype_cast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -252,6 +253,7 @@ class TaskSet(nn.Module):
         if isinstance(open, str):
             raise ConfigError(f"open: expected a list of patterns, got {open!r}")
         chosen = match(open, list(layers), "open")
+        state.grow(chosen)
         for layer in chosen:
             if layers[layer].change is None:
                 raise ConfigError(f"open: {layer} has no Delta under method {state.config.method!r}")
@@ -310,8 +312,19 @@ class TaskSet(nn.Module):
             tasks: which tasks; by default all.
             lr: learning rate. score_lr: that of the scores (default: lr).
             weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
+
+        A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
         """
-        return groups.parameter_groups(self._states_for(tasks), lr=lr, score_lr=score_lr, weight_decay=weight_decay)
+        chosen = self._states_for(tasks)
+        for name, state in self._names.items():
+            count, nbytes = state.grow() if state in chosen else (0, 0)
+            if count:
+                warnings.warn(
+                    f"task {name!r}: {count} closed layers were loaded without a Delta and get one of zeros to train "
+                    f"({nbytes / 2**20:.1f} MiB)",
+                    stacklevel=2,
+                )
+        return groups.parameter_groups(chosen, lr=lr, score_lr=score_lr, weight_decay=weight_decay)
 
     # -- merging
 

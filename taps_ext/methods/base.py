@@ -19,7 +19,8 @@ _METHODS: dict[str, type[MethodConfig]] = {}
 class GateSpec:
     """One layer's part: whether it has a Delta, whether its gate is learned, and how it starts.
 
-    `weight`: it has a weight of its own instead of a Delta (only with a fixed gate).
+    `weight`: it has a weight of its own instead of a Delta (only with a fixed gate). `held`: False where a closed
+    layer's Delta is zero and takes no memory until somebody trains on it.
     """
 
     delta: bool
@@ -29,6 +30,7 @@ class GateSpec:
     weight: bool = False
     threshold: float = 0.1
     score_init: float = 0.15
+    held: bool = True
 
 
 @dataclass

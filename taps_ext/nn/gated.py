@@ -109,6 +109,8 @@ class GatedLayer(Part):
             self.register_parameter(name, None if own is None else nn.Parameter(own))
         self.threshold = float32_bound(threshold)
         self.learn = learn
+        self.size = 0 if shape is None else shape.numel()
+        self.owed = False  # its Delta is zero and not there yet
         self.gate = (score_init >= threshold) if learn else open
         self.merged = None
         self._seen: Stamp | None = None
@@ -193,6 +195,19 @@ class GatedLayer(Part):
             raise GateError(f"{name}: score: expected a number, got NaN")
         self.gate = score >= self.threshold
         self._seen = stamp(self.score)
+
+    def owe(self, size: int) -> None:
+        """Be a closed layer whose Delta of `size` elements is zero, and takes no memory until it is to be trained."""
+        self.size, self.owed = size, True
+
+    def grow(self, weight: Tensor) -> int:
+        """Make the zero Delta that is owed, like the base's `weight`; returns its bytes."""
+        if not self.owed:
+            return 0
+        self.owed = False
+        self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32), self.learn or bool(self.gate))
+        changes.note()
+        return self.delta.nbytes
 
     def fix(self, open: bool) -> None:
         """Turn a learned gate into a fixed one; Delta keeps its values."""

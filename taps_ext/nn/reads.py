@@ -36,7 +36,7 @@ def rests(host: nn.Module, layer: Any) -> bool:
         closed = not layer.whole.requires_grad
     else:
         learns = _learns(layer) and (host.training or torch.is_grad_enabled())
-        closed = layer.delta is None or (layer.gate is False and not learns)
+        closed = (layer.delta is None and not layer.owed) or (layer.gate is False and not learns)
     return closed and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
 
 
@@ -46,6 +46,8 @@ def read_weight(host: nn.Module, layer: Any) -> Tensor:
         return whole_weight(layer)
     weight = base_weight(host)
     learns = (_learns(layer) and torch.is_grad_enabled()) or reference.transformed(layer.score)
+    if layer.owed and learns:  # as a zero Delta would: torch picks some products by that flag
+        return weight.detach().requires_grad_()
     if layer.delta is None or (layer.gate is False and not learns):
         return weight
     make = ops.unread_weight if layer.gate is False else ops.effective_weight
@@ -100,7 +102,7 @@ class TaskWeight(Tensor):
         elif layer.delta is not None and torch.is_grad_enabled() and (layer.delta.requires_grad or _learns(layer)):
             node = ops.unread_weight(weight, layer.delta, layer.score, gate=layer.gate, threshold=layer.threshold)
         else:
-            node = weight.detach()
+            node = weight.detach().requires_grad_(layer.owed and _learns(layer) and torch.is_grad_enabled())
         weight = node.as_subclass(TaskWeight)
         weight._host, weight._layer, weight._enter, weight._sample = host, layer, enter, sample
         return weight

@@ -3,13 +3,16 @@
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from models import settle
 from torch import nn
 
 import taps_ext
+from taps_ext import TapsConfig, TaskModel
 from taps_ext.convert import same_bits
 from taps_ext.store.errors import ParentMismatchError
 from taps_ext.zoo import SmallResNet
@@ -186,3 +189,53 @@ def test_moving_between_devices_keeps_the_bits(tmp_path) -> None:
     fresh.load_task(tmp_path / "t.taps")
     fresh.load_state_dict(model.state_dict())
     assert same_bits(logits(fresh), wanted)
+
+
+def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
+    """A closed layer's Delta is in no file, and takes no memory until somebody trains: then it is as it was, zero."""
+    base = settle(SmallResNet(channels=3, widths=(16, 32, 64), blocks=2))
+    model = TaskModel(base, TapsConfig(lam=0.5, penalty="size")).eval()
+    model.add_task("t", num_classes=4)
+    parts = dict(model.state("t").gated())
+    with torch.no_grad():
+        for name, part in parts.items():
+            part.delta.normal_(0, 0.1)
+            part.score.fill_(0.2 if name == "stem" else 0.02)
+    x = torch.randn(2, 3, 16, 16)
+    want, penalty = model(x, task="t"), model.sparsity_loss("t")
+    size = model.save_task("t", tmp_path / "t.taps")
+    trained = {name: tensor.clone() for name, tensor in model.state("t").state_dict().items()}
+    other = TaskModel(model.unload(), TapsConfig(lam=0.5)).eval()
+    other.load_task(tmp_path / "t.taps")
+    state = other.state("t")
+    held = sum(tensor.nbytes for tensor in (*state.parameters(), *state.buffers()))
+    assert held <= 1.2 * size and [n for n, p in state.gated() if p.delta is not None] == ["stem"]
+    assert torch.equal(other(x, task="t"), want) and torch.equal(other.sparsity_loss("t"), penalty)
+    assert (other.report("t").open, other.report("t").gated) == (
+        parts["stem"].size,
+        sum(p.size for p in parts.values()),
+    )
+    assert other.save_task("t", tmp_path / "again.taps") == size
+    assert (tmp_path / "again.taps").read_bytes() == (tmp_path / "t.taps").read_bytes()
+    copied = copy.deepcopy(other)
+    copied.set_gates("t", open=["stages.0.0.*"])  # opened by hand: of zeros
+    assert [n for n, p in copied.state("t").gated() if p.gate] == ["stages.0.0.conv1", "stages.0.0.conv2"]
+    assert not any(copied.state("t").table[f"stages.0.0.conv{n}"].delta.any() for n in (1, 2))
+    scored = copy.deepcopy(other)
+    with torch.no_grad():
+        scored.state("t").table["stages.1.0.conv1"].score.fill_(0.5)
+        assert torch.equal(scored(x, task="t"), want)
+    scored.save_task("t", tmp_path / "scored.taps")
+    restored = copy.deepcopy(other)
+    restored.state("t").load_state_dict(trained)
+    assert all(torch.equal(t, trained[n]) for n, t in restored.state("t").state_dict().items())
+    with pytest.warns(UserWarning, match=r"task 't': 14 closed layers were loaded without a Delta"):
+        groups = other.parameter_groups("t", lr=0.1)
+    assert sum(len(g["params"]) for g in groups if g["name"] == "delta") == 15
+    assert not any(part.delta.any() for name, part in state.gated() if name != "stem")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        other.parameter_groups("t", lr=0.1)
+    other.train()
+    other(x, task="t").square().sum().backward()
+    assert all(part.delta.grad is None and part.score.grad == 0 for name, part in state.gated() if name != "stem")
