@@ -275,11 +275,10 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
   // A closed delta's gradient is a plain zero; without it and without dW nobody needs G, but beside dL/dx the score of
-  // a layer with few weights and many pixels is cheaper to have by it: as dL/dy is 64 times as large as G, conv(x,
-  // Delta) is so too, and oneDNN makes dL/dx and G together. Over dL/dx and conv(x, Delta) they took, on two cores with
-  // AVX-512, 0.91 of the time for 16 -> 16, 3x3 on 32x32 in fp32 (0.96 in bf16), 0.56 (0.94) for 64 -> 256, 1x1 on
-  // 14x14; with 7 times as many pixels as weights 1.00 (1.14). Not in fp16: the sums of G over all pixels leave its
-  // range, and their infinity times a zero of Delta is a NaN.
+  // a layer with few weights and many pixels is cheaper to have by it: conv(x, Delta) is as large as dL/dy, at least 64
+  // times as large as G, and oneDNN makes dL/dx and G together (`taps bench --groups step` shows a model of such
+  // layers). Not in fp16: the sums of G over all pixels leave its range, and their infinity times a zero of Delta is a
+  // NaN.
   const int64_t taken = rows && dy.sizes[0] > 0 ? dy.numel() / dy.sizes[0] * rows->numel() : dy.numel();
   constexpr int64_t kLeastTimes = 64;
   const bool score_by_gradient = wanted.score && wanted.input && !w.weight.place.cuda && compute != Dtype::kFloat16 &&
