@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import taps_ext
 from taps_ext import running
-from taps_ext.nn.forward import weight_name
+from taps_ext.parts.host import weight_name
 
 MODELS = (
     "timm:resnet18",
@@ -130,16 +130,16 @@ def entered_layers(model: taps_ext.TaskModel, x: Tensor) -> set[str]:
 def fill(model: taps_ext.TaskModel, scale: float = 0.1) -> None:
     """Random Deltas, each `scale` times as large as its weight on average."""
     generator = torch.Generator().manual_seed(2)
-    for layer, part in model.state("t").gated():
+    for layer, part, _ in model.state("t").gated():
         host = model.base.get_submodule(layer)
         size = host._parameters[weight_name(host)].float().std().item() or 1.0
-        part.delta.copy_(torch.randn(part.delta.shape, generator=generator) * scale * size)
+        part.change.delta.copy_(torch.randn(part.change.delta.shape, generator=generator) * scale * size)
 
 
 @torch.no_grad()
 def gates(model: taps_ext.TaskModel, opened: set[str] | None) -> None:
-    for layer, part in model.state("t").gated():
-        part.score.fill_(0.15 if opened is None or layer in opened else 0.05)
+    for layer, part, _ in model.state("t").gated():
+        part.gate.score.fill_(0.15 if opened is None or layer in opened else 0.05)
 
 
 def check_each_layer_counts(model: taps_ext.TaskModel, x: Tensor) -> None:
@@ -147,7 +147,7 @@ def check_each_layer_counts(model: taps_ext.TaskModel, x: Tensor) -> None:
     with torch.no_grad():
         gates(model, set())
         closed = logits(model(x, task="t"))
-        for layer, _ in model.state("t").gated():
+        for layer, _, _ in model.state("t").gated():
             gates(model, {layer})
             expect(not torch.equal(logits(model(x, task="t")), closed), f"{layer} opened alone changes the output")
         gates(model, None)
@@ -165,16 +165,16 @@ def check_gradients(base: nn.Module, x: Tensor) -> float:
     F.cross_entropy(logits(model(x, task="t")), target).backward()
     F.cross_entropy(logits(plain(x)), target).backward()
     worst = 0.0
-    for layer, part in model.state("t").gated():
+    for layer, part, _ in model.state("t").gated():
         host = plain.get_submodule(layer)
         want = host._parameters[weight_name(host)].grad
-        expect(part.delta.grad is not None, f"{layer}: Delta has a gradient")
-        error = float((part.delta.grad.double() - want).abs().max() / want.abs().max())
+        expect(part.change.delta.grad is not None, f"{layer}: Delta has a gradient")
+        error = float((part.change.delta.grad.double() - want).abs().max() / want.abs().max())
         # Rounded once to float32, of float64 sums whose own errors are smaller by 2^-29 times their length.
         expect(error <= 2 * torch.finfo(torch.float32).eps, f"{layer}: dDelta is dW_t ({error:.2e})")
-        score = float((want * part.delta.detach().double()).sum())
-        spread = float(want.norm() * part.delta.detach().double().norm()) or 1.0
-        off = abs(float(part.score.grad) - score) / spread
+        score = float((want * part.change.delta.detach().double()).sum())
+        spread = float(want.norm() * part.change.delta.detach().double().norm()) or 1.0
+        off = abs(float(part.gate.score.grad) - score) / spread
         expect(off <= 2 * torch.finfo(torch.float32).eps, f"{layer}: ds is <dW_t, Delta> ({off:.2e})")
         worst = max(worst, error)
     return worst
@@ -182,8 +182,8 @@ def check_gradients(base: nn.Module, x: Tensor) -> float:
 
 def check_closed(base: nn.Module, model: taps_ext.TaskModel, x: Tensor) -> None:
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.fill_(float("nan"))
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.fill_(float("nan"))
         gates(model, set())
         plain = copy.deepcopy(model).merge_and_unload("t")
         expect(torch.equal(logits(model(x, task="t")), logits(plain(x))), "all closed is the plain model bit for bit")

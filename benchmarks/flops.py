@@ -92,8 +92,8 @@ def task(name: str, score: float, fraction: float = 1.0) -> taps_ext.TaskModel:
     model = taps_ext.TaskModel(base(name).eval(), config)
     model.add_task("t", num_classes=CLASSES)
     with torch.no_grad():
-        for _, part in model.state("t").learned():
-            part.score.fill_(score)
+        for _, part, _ in model.state("t").learned():
+            part.gate.score.fill_(score)
     model.refresh_gates()
     model.set_task("t")
     return model

@@ -24,7 +24,7 @@ import taps_ext
 from taps_ext.bench import keep_freed_memory
 from taps_ext.bench.timing import interleaved
 from taps_ext.cli.env import shareable_facts
-from taps_ext.nn.forward import base_weight
+from taps_ext.parts.host import base_weight
 
 SIZE = 224
 HEADER = """| model | images | type | merged, ms | all open | pattern | W + Delta on every call |
@@ -48,10 +48,10 @@ def task_model(name: str, pattern: bool) -> taps_ext.TaskModel:
     model = taps_ext.TaskModel(base(name), taps_ext.TapsConfig(lam=0.5))
     model.add_task("t", num_classes=CLASSES)
     with torch.no_grad():
-        for index, (layer, part) in enumerate(model.state("t").gated()):
-            assert part.delta is not None and part.score is not None
-            part.delta.normal_(std=1e-3)
-            part.score.fill_(0.15 if not pattern or is_open(name, index, layer) else 0.05)
+        for index, (layer, part, _) in enumerate(model.state("t").gated()):
+            assert part.change.delta is not None and part.gate.score is not None
+            part.change.delta.normal_(std=1e-3)
+            part.gate.score.fill_(0.15 if not pattern or is_open(name, index, layer) else 0.05)
     model.set_task("t")
     return model.eval()
 
@@ -63,9 +63,9 @@ def merged(model: taps_ext.TaskModel) -> nn.Module:
 def written_out(name: str, model: taps_ext.TaskModel) -> nn.Module:
     """The merged copy with every gated weight as a sum."""
     plain = merged(model)
-    for layer, part in model.state("t").gated():
-        assert part.delta is not None
-        delta = part.delta.detach()
+    for layer, part, _ in model.state("t").gated():
+        assert part.change.delta is not None
+        delta = part.change.delta.detach()
         module: Any = plain.get_submodule(layer)
         module.weight = nn.Parameter(base_weight(model.base.get_submodule(layer)).detach(), requires_grad=False)
         parametrize.register_parametrization(module, "weight", Added(delta), unsafe=True)

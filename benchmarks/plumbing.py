@@ -72,10 +72,10 @@ def opened(base: nn.Module, share: float) -> TaskModel:
     model = TaskModel(base, TapsConfig(lam=1.0)).eval()
     model.add_task("t")
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            assert part.delta is not None and part.score is not None
-            part.delta.normal_(0, 0.01)
-            part.score.fill_(0.2 if share else 0.0)
+        for _, part, _ in model.state("t").gated():
+            assert part.change.delta is not None and part.gate.score is not None
+            part.change.delta.normal_(0, 0.01)
+            part.gate.score.fill_(0.2 if share else 0.0)
     model.set_task("t")
     return model
 

@@ -103,9 +103,9 @@ def build(name: str, variant: Variant) -> tuple[Callable[[Tensor], Tensor], Any]
     tasks.add_task("t", num_classes=CLASSES)
     if variant.closed:
         with torch.no_grad():
-            for index, (layer, part) in enumerate(tasks.state("t").gated()):
-                if part.score is not None:
-                    part.score.fill_(0.15 if is_open(name, index, layer) else 0.05)
+            for index, (layer, part, _) in enumerate(tasks.state("t").gated()):
+                if part.gate.score is not None:
+                    part.gate.score.fill_(0.15 if is_open(name, index, layer) else 0.05)
     tasks.set_task("t")
     tasks.train()
     return tasks, tasks.parameter_groups(lr=0.0)

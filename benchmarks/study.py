@@ -25,7 +25,7 @@ from scipy.stats import t as student
 from torch import nn
 
 import taps_ext
-from taps_ext.report import Report
+from taps_ext.model.report import Report
 from taps_ext.train import Result, Task, TrainConfig, Trainer
 
 LAMBDAS = (0.25, 0.5, 1.0)

@@ -2,11 +2,20 @@
 
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
-from .methods import FullConfig, MethodConfig, ProbeConfig, TapsConfig, register_method
-from .model import TaskModel
+from .methods import (
+    DepthwiseConfig,
+    FullConfig,
+    LoraConfig,
+    MethodConfig,
+    ProbeConfig,
+    ScaleBiasConfig,
+    SeparateLayersConfig,
+    TapsConfig,
+    register_method,
+)
+from .model import Report, TaskModel
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Profile, estimate, profile
-from .report import Report
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
 from .workspace import workspace_bytes
@@ -14,13 +23,17 @@ from .workspace import workspace_bytes
 __all__ = [
     "BypassedLayerError",
     "ConfigError",
+    "DepthwiseConfig",
     "FullConfig",
     "GateError",
+    "LoraConfig",
     "Memory",
     "MethodConfig",
     "ProbeConfig",
     "Profile",
     "Report",
+    "ScaleBiasConfig",
+    "SeparateLayersConfig",
     "TapsConfig",
     "TapsError",
     "Task",

@@ -358,9 +358,9 @@ def _step_maker(batch: int, closed: bool, fraction: float, device: torch.device)
         model.add_task("task", num_classes=10)
         if closed:
             with torch.no_grad():
-                for _, part in model.state("task").learned():
-                    if part.score is not None:
-                        part.score.fill_(0.05)
+                for _, _, gate in model.state("task").learned():
+                    if gate.score is not None:
+                        gate.score.fill_(0.05)
         model.set_task("task")
         return {
             "stock": stepped(stock, stock.parameters()),

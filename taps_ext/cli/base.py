@@ -99,7 +99,7 @@ def load_weights(model: nn.Module, path: str) -> None:
         TaskFileError: the file cannot be read as safetensors.
     """
     from .. import store
-    from ..checks import check_state
+    from ..base.ownership import check_state
 
     try:
         stored, _ = store.read_safetensors(path)

@@ -67,7 +67,7 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     import torch
 
     from .. import FullConfig, MethodConfig, ProbeConfig, TapsConfig, TaskModel, store
-    from ..scan import match
+    from ..base.scan import match
     from .base import build_base
 
     for name in ("open", "method", "gate_fraction"):
@@ -91,14 +91,14 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     model.add_task("task", config=methods[method])
     state = model.state("task")
     if args.open is not None:
-        layers = dict(state.learned())
+        layers = {name: gate for name, _, gate in state.learned()}
         if not layers:
             raise ConfigError(f"open: method {method!r} has no gates that could be closed")
         opened = match(args.open, list(layers), "open")
         with torch.no_grad():
-            for name, part in layers.items():
-                if part.score is not None and name not in opened:
-                    part.score.fill_(0.5 * part.threshold)
+            for name, gate in layers.items():
+                if gate.score is not None and name not in opened:
+                    gate.score.fill_(0.5 * gate.threshold)
         state.refresh()
     return model, "task"
 

@@ -80,7 +80,7 @@ def digest(logits: Tensor) -> str:
 
 def fingerprint(base: nn.Module) -> str:
     """The identity of the whole base, its head included."""
-    from ..taskfile import base_fingerprint
+    from ..base.fingerprint import base_fingerprint
 
     return base_fingerprint(base, None)
 
@@ -124,14 +124,13 @@ def methods() -> dict[str, MethodConfig]:
 
 
 def changes(model: TaskModel, name: str) -> list[float | None]:
-    """||Delta|| / ||W|| of each layer, None where it is closed."""
+    """||W_t - W|| / ||W|| of each layer, None where it is closed."""
     state = model.state(name)
     opened = set(state.open_layers())
     found: list[float | None] = []
-    for layer, part in state.gated():
+    for layer, part, _ in state.gated():
         weight: Any = model.base.get_submodule(layer).weight
-        is_open = layer in opened and part.delta is not None
-        found.append(float(part.delta.detach().norm() / weight.norm()) if is_open else None)  # type: ignore[union-attr]
+        found.append(float((part.fold(weight) - weight).norm() / weight.norm()) if layer in opened else None)
     return found
 
 

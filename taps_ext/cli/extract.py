@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
         labels = read_labels(args.labels, len(list(head.parameters())[-1]))
     written = model.save_task(name, args.out, labels=labels)
     report = model.report(name)
-    parts = dict(model.state(name).gated())
-    whole = sum(row.open and parts[row.layer].weight is not None for row in report.rows)
+    whole = sum(row.open and row.change == "whole" for row in report.rows)
     facts = {
         "file": args.out,
         "task": name,

@@ -138,10 +138,11 @@ def check_files() -> str:
     model.add_task("a", num_classes=3)
     state = model.state("a")
     with torch.no_grad():
-        for index, (_, part) in enumerate(state.gated()):
-            assert part.delta is not None and part.score is not None
-            part.delta.normal_(std=0.05)
-            part.score.fill_(0.2 if index % 2 else 0.05)
+        for index, (_, part, gate) in enumerate(state.gated()):
+            assert gate.score is not None
+            for parameter in part.changes():
+                parameter.normal_(std=0.05)
+            gate.score.fill_(0.2 if index % 2 else 0.05)
     model.eval()
     x = torch.randn(4, 1, 16, 16)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,23 @@
-"""The methods: one file each, a config that plans which parts a task adds to a base model."""
+"""The methods: one file each, a config that makes the parts a task has over a base model."""
 
-from .base import GateSpec, MethodConfig, Plan, register_method
+from .base import MethodConfig, UnknownMethod, register_method
+from .depthwise import DepthwiseConfig
 from .full import FullConfig
+from .lora import LoraConfig
 from .probe import ProbeConfig
+from .scale_bias import ScaleBiasConfig
+from .separate_layers import SeparateLayersConfig
 from .taps import TapsConfig
 
-__all__ = ["FullConfig", "GateSpec", "MethodConfig", "Plan", "ProbeConfig", "TapsConfig", "register_method"]
+__all__ = [
+    "DepthwiseConfig",
+    "FullConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "ProbeConfig",
+    "ScaleBiasConfig",
+    "SeparateLayersConfig",
+    "TapsConfig",
+    "UnknownMethod",
+    "register_method",
+]

@@ -1,45 +1,24 @@
-"""MethodConfig: the frozen settings of one method, and the plan it makes for one base model."""
+"""MethodConfig: the frozen settings of one method, and the parts that its tasks have over one base model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from ..errors import ConfigError, suggestion
-from ..scan import Scan
+import torch
+from torch import Tensor
+
+from ..base.scan import Scan
+from ..errors import ConfigError, TapsError, suggestion
+from ..parts import Part
+from ..parts.sampling import Sample
 
 _Config = TypeVar("_Config", bound="MethodConfig")
 _METHODS: dict[str, type[MethodConfig]] = {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateSpec:
-    """One layer's part: whether it has a Delta, whether its gate is learned, and how it starts.
-
-    `weight`: it has a weight of its own instead of a Delta (only with a fixed gate). `held`: False where a closed
-    layer's Delta is zero and takes no memory until somebody trains on it.
-    """
-
-    delta: bool
-    learn: bool
-    open: bool
-    bias: bool = False
-    weight: bool = False
-    threshold: float = 0.1
-    score_init: float = 0.15
-    held: bool = True
-
-
-@dataclass
-class Plan:
-    """What a task adds: gates by layer name, and the modules that get their own tensors."""
-
-    gates: dict[str, GateSpec] = field(default_factory=dict)
-    norms: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
 
 
 def register_method(name: str) -> Any:
@@ -95,9 +74,52 @@ class MethodConfig:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, tuple_of_str(getattr(self, name), name))
 
-    def plan(self, scan: Scan) -> Plan:
-        """What a task of this method adds to a base of these modules. Every method defines it."""
+    def parts(self, base: Scan) -> dict[str, Part]:
+        """One task's parts over the modules of a base, by name; its head comes from :meth:`TaskModel.add_task`. Every
+        method defines it, and it is called when a file is loaded, too: to compare."""
         raise NotImplementedError
+
+    def shared(self, base: Scan) -> dict[str, Part]:
+        """The parts that all tasks of a family have together, below their own (`TaskModel.save_shared`). They have no
+        learned gates."""
+        return {}
+
+    def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
+        """What a task adds to its loss, a scalar; None for nothing. `parts` are the task's, `shared` its family's."""
+        return None
+
+    def sample(
+        self, parts: Mapping[str, Part], batch: int | None, device: torch.device, *, gates: str = "host"
+    ) -> Sample | None:
+        """The samples of a training batch that closed layers learn from in one forward; None for all of them.
+
+        Args:
+            batch: how many there are, or None where no argument of the forward says so.
+            gates: "host" or "device", as :class:`TaskModel`.
+
+        Raises:
+            ConfigError: samples are wanted, and cannot be had.
+        """
+        return None
+
+    @property
+    def own_head(self) -> bool:
+        """Whether its tasks have a head of their own."""
+        return True
+
+    def sampled(self, batch: int) -> int:
+        """How many of `batch` samples closed layers learn from."""
+        return batch
+
+    @staticmethod
+    def known(method: Any) -> bool:
+        """True for the name of a registered method."""
+        return method in _METHODS
+
+    @property
+    def family(self) -> str:
+        """What the tasks that have the shared parts together are called."""
+        return self.method
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready settings, `method` first."""
@@ -129,3 +151,47 @@ class MethodConfig:
             return cls(**settings)
         except TypeError as error:
             raise ConfigError(f"{method}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownMethod(MethodConfig):
+    """The config of a task whose method is not registered here: the task runs, reports, merges and is saved as it was
+    read; what only its method can do raises.
+
+    Attributes:
+        settings: the config as the file has it.
+    """
+
+    settings: Mapping[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.settings, sort_keys=True))
+
+    def _missing(self, what: str) -> TapsError:
+        return TapsError(
+            f"{what}: the task's method {self.settings.get('method')!r} is not registered; import the package that "
+            "registers it"
+        )
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        """Raises TapsError."""
+        raise self._missing("parts")
+
+    def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
+        """Raises TapsError."""
+        raise self._missing("sparsity_loss")
+
+    def sample(
+        self, parts: Mapping[str, Part], batch: int | None, device: torch.device, *, gates: str = "host"
+    ) -> Sample | None:
+        """Raises TapsError."""
+        raise self._missing("training")
+
+    @property
+    def family(self) -> str:
+        """As every method's: its name."""
+        return str(self.settings.get("method"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they were read."""
+        return dict(self.settings)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..scan import Scan
-from .base import GateSpec, MethodConfig, Plan, register_method
+from ..base.scan import Scan
+from ..parts import Dense, Gate, Layer, Part
+from ..parts.host import base_bias
+from .base import MethodConfig, register_method
 
 
 @register_method("full")
@@ -13,7 +15,9 @@ from .base import GateSpec, MethodConfig, Plan, register_method
 class FullConfig(MethodConfig):
     """Settings of full fine-tuning: all gates fixed open; norms, biases and all other tensors the task's own."""
 
-    def plan(self, scan: Scan) -> Plan:
+    def parts(self, base: Scan) -> dict[str, Part]:
         """Every layer open, every norm and every other tensor of the base."""
-        gate = GateSpec(delta=True, learn=False, open=True, bias=True)
-        return Plan(dict.fromkeys(scan.gated, gate), list(scan.norms), list(scan.others))
+        layers: dict[str, Part] = {
+            name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host)) for name, host in base.gated.items()
+        }
+        return {**layers, **base.own(base.norms), **base.own(base.others)}

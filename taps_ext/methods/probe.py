@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..scan import Scan
-from .base import GateSpec, MethodConfig, Plan, register_method
+from ..base.scan import Scan
+from ..parts import Gate, Layer, Part
+from .base import MethodConfig, register_method
 
 
 @register_method("probe")
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(MethodConfig):
-    """Settings of a linear probe: all gates fixed closed without a Delta; norms frozen, in evaluation mode."""
+    """Settings of a linear probe: all gates fixed closed, with no change behind them; norms frozen, in evaluation
+    mode."""
 
-    def plan(self, scan: Scan) -> Plan:
+    def parts(self, base: Scan) -> dict[str, Part]:
         """Nothing but the head."""
-        return Plan(dict.fromkeys(scan.gated, GateSpec(delta=False, learn=False, open=False)))
+        return {name: Layer(Gate(learn=False, open=False), None) for name in base.gated}

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..base.scan import Scan, match
 from ..errors import ConfigError, suggestion
-from ..scan import Scan, match
-from .base import GateSpec, MethodConfig, Plan, number, one_of, register_method
+from ..parts import Dense, Gate, Layer, Part
+from ..parts.host import base_bias
+from ..parts.sampling import Sample, draw, sample_size
+from .base import MethodConfig, number, one_of, register_method
 
 _OVERRIDES = ("threshold", "score_init", "learn", "open")
 
@@ -74,30 +81,74 @@ class TapsConfig(MethodConfig):
     def __hash__(self) -> int:
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
-    def plan(self, scan: Scan) -> Plan:
+    def parts(self, base: Scan) -> dict[str, Part]:
         """A learned gate and a Delta on every layer, and the norms and other tensors that the settings name."""
-        if not scan.gated and self.exclude_modules is None:
+        if not base.gated and self.exclude_modules is None:
             warnings.warn(
                 "TapsConfig: no layer outside the head can be gated (Linear, Conv2d and MultiheadAttention can)",
                 stacklevel=3,
             )
-        plan = Plan()
-        settings: dict[str, dict[str, Any]] = {name: {} for name in scan.gated}
+        settings: dict[str, dict[str, Any]] = {name: {} for name in base.gated}
         for pattern, override in self.overrides.items():
-            for name in match([pattern], list(scan.gated), "overrides"):
+            for name in match([pattern], list(base.gated), "overrides"):
                 settings[name].update(override)
-        for name, own in settings.items():
-            learn = own.get("learn", True)
-            plan.gates[name] = GateSpec(
-                delta=True,
-                learn=learn,
-                open=own.get("open", True),
-                bias=self.others == "task",
-                threshold=own.get("threshold", self.threshold),
-                score_init=own.get("score_init", self.score_init),
-            )
+        parts: dict[str, Part] = {}
+        for name, host in base.gated.items():
+            gate = Gate(**{"threshold": self.threshold, "score_init": self.score_init, **settings[name]})
+            parts[name] = Layer(gate, Dense(host), bias=base_bias(host) if self.others == "task" else None)
         if self.norm == "task":
-            plan.norms = list(scan.norms)
+            parts |= base.own(base.norms)
         if self.others == "task":
-            plan.others = list(scan.others)
-        return plan
+            parts |= base.own(base.others)
+        return parts
+
+    def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
+        """lam / L * sum w_i |s_i| over the L learned gates (equation 5)."""
+        return gate_penalty(parts, self.lam, self.penalty)
+
+    def sampled(self, batch: int) -> int:
+        """ceil(gate_fraction * batch), at least one."""
+        return sample_size(self.gate_fraction, batch)
+
+    def sample(
+        self, parts: Mapping[str, Part], batch: int | None, device: torch.device, *, gates: str = "host"
+    ) -> Sample | None:
+        """ceil(gate_fraction * batch) samples, where a closed gate learns."""
+        if self.gate_fraction >= 1.0:
+            return None
+        if gates == "device":
+            raise ConfigError(
+                'gate_fraction: expected 1.0 with gates="device", where the host does not know which layers are '
+                f"closed, got {self.gate_fraction}"
+            )
+        if batch is None:
+            raise ConfigError(
+                "gate_fraction: expected a tensor with a batch dimension among the forward's arguments, which samples "
+                "can be drawn from"
+            )
+        if not batch or not any(gate.learns and gate.known is False for gate in learned_gates(parts)):
+            return None
+        return draw(self.gate_fraction, batch, device)
+
+
+def learned_gates(parts: Mapping[str, Part]) -> list[Gate]:
+    """The learned gates among a task's parts, in their order."""
+    return [part.gate for part in parts.values() if part.gate is not None and part.gate.learn]
+
+
+def penalty_weights(gates: Sequence[Gate], kind: str) -> list[float]:
+    """w_i: 1 ("layer"), or in proportion to the weights behind each gate, with mean 1 ("size")."""
+    if kind == "layer":
+        return [1.0] * len(gates)
+    mean = sum(gate.size for gate in gates) / max(1, len(gates))
+    return [gate.size / mean for gate in gates]
+
+
+def gate_penalty(parts: Mapping[str, Part], lam: float, kind: str = "layer") -> Tensor | None:
+    """lam / L * sum w_i |s_i| over the L learned gates (TAPS, equation 5), or None if there are none."""
+    gates = learned_gates(parts)
+    scores: list[Tensor] = [gate.score for gate in gates if gate.score is not None]
+    if not scores:
+        return None
+    stacked = torch.stack(scores)
+    return reference.sparsity_loss(stacked, stacked.new_tensor(penalty_weights(gates, kind)), float(lam))

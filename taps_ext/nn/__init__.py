@@ -1,7 +1,6 @@
-"""Drop-in layers, and the parts a task puts in the place of a base module."""
+"""Drop-in layers: torch's linear and convolution layers with a gated Delta, for use without a TaskModel."""
 
-from .gated import GatedLayer
+from .convert import convert, revert, sparsity_loss
 from .layers import TapsConv2d, TapsLinear
-from .own import TaskNorm, TaskTensors
 
-__all__ = ["GatedLayer", "TapsConv2d", "TapsLinear", "TaskNorm", "TaskTensors"]
+__all__ = ["TapsConv2d", "TapsLinear", "convert", "revert", "sparsity_loss"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,9 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
-from ..parts import Bound
-from .bind import bind_layer
-from .forward import gated_forward
-from .gated import Stamp, float32_bound, keep_float32, same_stamp, stamp
+from ..parts import Below, Dense, Gate, Layer
+from ..parts.bind import Bound
+from ..parts.gate import same_stamp, stamp
 
 _Self = TypeVar("_Self", bound="_TapsLayer")
 
@@ -25,72 +23,105 @@ _autocast = torch._C._is_any_autocast_enabled
 _transforms = torch._C._are_functorch_transforms_active
 
 
+class _Read(NamedTuple):
+    """A gate as one call sees it."""
+
+    score: Tensor | None
+    threshold: float
+    known: bool | None
+
+
 class _TapsLayer(nn.Module):
-    """What both layers share: `delta`, `score`, `threshold` and the host's copy of the gate."""
+    """What both layers share: a frozen stock layer, and a :class:`taps_ext.parts.Layer` over it."""
 
     weight: Tensor
     bias: Any  # Tensor or None
-    whole = merged = None  # no merged weight
+    part: Layer
     _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
     _asked = False  # whether the host is to know the gate on a GPU
-    _seen: Stamp | None = None
 
-    def _add_gate(self, threshold: float, score_init: float) -> None:
-        weight = self.weight
-        options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
-        weight.requires_grad_(False)
+    def _add_part(self, threshold: float, score_init: float) -> None:
+        self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.delta = nn.Parameter(torch.zeros(weight.shape, **options))
-        self.score = nn.Parameter(torch.full([], score_init, **options))
-        self.threshold = float32_bound(threshold)
-        self.gate: bool | None = None
+        self.part = Layer(Gate(score_init=score_init, threshold=threshold), Dense(self))
+        self.part.gate.size = self.weight.numel()
+        self.part.gate.known = None
+
+    @property
+    def delta(self) -> Tensor:
+        """Delta, shaped like `weight`, float32."""
+        delta: Tensor = self.part.change.delta  # type: ignore[union-attr, assignment]
+        return delta
+
+    @property
+    def score(self) -> Tensor | None:
+        """The score, shape [], float32; None where the gate is fixed."""
+        return self.part.gate.score
+
+    @property
+    def gate(self) -> bool | None:
+        """The gate as the host knows it; None where the score is read on its device."""
+        return self.part.gate.known
+
+    @property
+    def threshold(self) -> float:
+        """tau: the gate is open where `score >= threshold`."""
+        return self.part.gate.threshold
 
     def forward(self, input: Tensor) -> Tensor:
+        gate = self.part.gate
         if is_compiling() or _transforms() or forward_ad._current_level >= 0:
             # The operator reads the score itself where the host was not asked to know the gate, and on a CPU.
-            known = self.gate if self._asked and not self.score.is_cpu else None
-            return gated_forward(self, self, input, self.bias, gate=known)
+            known = gate.known if gate.score is None or (self._asked and not gate.score.is_cpu) else None
+            return self._with(_Read(gate.score, gate.threshold, known), input)
         try:
-            self._follow()
+            self._follow(gate)
         except DataDependentOutputException:  # fake tensors are about, of which no value can be read
-            return gated_forward(self, self, input, self.bias, gate=None)
+            return self._with(_Read(gate.score, gate.threshold, None), input)
         if _autocast():
-            return gated_forward(self, self, input, self.bias, gate=self.gate)
+            return self.part(Below(self), input)
         bound = self._bound or self._bind()
         made: Tensor = bound[torch.is_grad_enabled()](self, input, None)
         return made
 
-    def _general(self, host: nn.Module, input: Tensor, sample: None) -> Tensor:
-        return gated_forward(self, self, input, self.bias, gate=self.gate)
+    def _with(self, gate: Any, input: Tensor) -> Tensor:
+        assert self.part.change is not None
+        return self.part.change.product(Below(self), input, gate, self.bias)
 
     def _bind(self) -> Bound:
         while True:
-            gate = self.gate
-            bound = self.__dict__["_bound"] = bind_layer(self, self)
-            if self.gate is gate:  # else another thread has taken another one, and this binding over its own
+            known = self.part.gate.known
+            bound = self.part.bind(self, stock=True)
+            assert bound is not None
+            self.__dict__["_bound"] = bound
+            if (
+                self.part.gate.known is known
+            ):  # else another thread has taken another one, and this binding over its own
                 return bound
 
-    def _follow(self) -> None:
+    def _follow(self, gate: Gate) -> None:
         """Bring the host's gate up to date: on a CPU with the score's value, on a GPU, once the host has it, where the
         score's tensor or version changed."""
-        score = self._parameters.get("score")
-        if score is None:  # pruned or parametrised
-            score = self.score
+        score = gate._parameters.get("score")
+        if score is None:  # fixed, or pruned or parametrised
+            score = gate.score
+            if score is None:
+                return
         if score.is_cpu:
             value = score.item()
-            gate = value >= self.threshold
-            if gate is not self.gate or value != value:
+            known = value >= gate.threshold
+            if known is not gate.known or value != value:
                 self._take(value)
-        elif self.gate is not None and not self._asked:  # found on a CPU, where that costs nothing
-            self.gate = None
-        elif self.gate is not None and not same_stamp(self._seen, score):
+        elif gate.known is not None and not self._asked:  # found on a CPU, where that costs nothing
+            gate.known = None
+        elif gate.known is not None and not same_stamp(gate._seen, score):
             self.refresh_gate()
 
     def _take(self, score: float) -> None:
         if score != score:
             raise GateError("score: expected a number, got NaN")
-        self.gate, self._bound = score >= self.threshold, None
+        self.part.gate.known, self._bound = score >= self.threshold, None
 
     def refresh_gate(self) -> bool:
         """Copy the gate to the host (one synchronisation on a GPU), which follows the score from then on: a GPU's where
@@ -99,21 +130,25 @@ class _TapsLayer(nn.Module):
         Raises:
             GateError: the score is NaN.
         """
-        self._take(self.score.item())
-        self._asked, self._seen = True, stamp(self.score)
+        score = self.score
+        if score is not None:
+            self._take(score.item())
+            self._asked, self.part.gate._seen = True, stamp(score)
         return self.gate is True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_bound", "_seen", "_taps_cast")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_bound", "_taps_cast")}
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in self.__dict__ and name not in ("_bound", "_seen", "training"):  # a setting, such as `stride`
+        if name in self.__dict__ and name not in ("_bound", "training"):  # a setting, such as `stride`
             self.__dict__["_bound"] = None
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        self._seen = None
-        return super()._apply(keep_float32(self, fn, ("delta", "score")), recurse)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for old, new in (("delta", "part.change.delta"), ("score", "part.gate.score")):  # as 0.1 called them
+            if (found := state_dict.pop(prefix + old, None)) is not None:
+                state_dict[prefix + new] = found
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _from(cls: type[_Self], stock: nn.Module, kind: type[nn.Module], threshold: float, score_init: float) -> _Self:
@@ -123,8 +158,24 @@ class _TapsLayer(nn.Module):
         nn.Module.__init__(layer)
         for key, value in stock.__dict__.items():
             layer.__dict__[key] = dict(value) if isinstance(value, dict) else value
-        layer._add_gate(threshold, score_init)
+        layer._add_part(threshold, score_init)
         return layer
+
+    def to_stock(self, *, merge: bool = True) -> nn.Module:
+        """The stock layer, with its mode. `merge`: with `W_t` for its weight, a new tensor where the gate is open;
+        otherwise with the base's own weight."""
+        kind: Any = type(self).__mro__[2]
+        plain: nn.Module = kind.__new__(kind)
+        nn.Module.__init__(plain)
+        skipped = ("part", "_bound", "_asked", "_taps_cast")
+        for key, value in self.__dict__.items():
+            if key not in skipped:
+                plain.__dict__[key] = dict(value) if isinstance(value, dict) else value
+        plain._modules.pop("part", None)
+        folded = self.part.fold(self.weight) if merge else self.weight
+        if folded is not self.weight:
+            plain._parameters["weight"] = nn.Parameter(folded, requires_grad=False)
+        return plain
 
 
 class TapsLinear(_TapsLayer, nn.Linear):
@@ -151,12 +202,17 @@ class TapsLinear(_TapsLayer, nn.Linear):
         score_init: float = 0.15,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._add_gate(threshold, score_init)
+        self._add_part(threshold, score_init)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, threshold: float = 0.1, score_init: float = 0.15) -> TapsLinear:
         """Wrap a plain `nn.Linear`, sharing (and freezing) its parameters."""
         return cls._from(linear, nn.Linear, threshold, score_init)
+
+    @classmethod
+    def from_stock(cls, stock: nn.Module, *, threshold: float = 0.1, score_init: float = 0.15) -> TapsLinear:
+        """As :meth:`from_linear`."""
+        return cls._from(stock, nn.Linear, threshold, score_init)
 
 
 class TapsConv2d(_TapsLayer, nn.Conv2d):
@@ -201,9 +257,14 @@ class TapsConv2d(_TapsLayer, nn.Conv2d):
             device,
             dtype,
         )
-        self._add_gate(threshold, score_init)
+        self._add_part(threshold, score_init)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, threshold: float = 0.1, score_init: float = 0.15) -> TapsConv2d:
         """Wrap a plain `nn.Conv2d`, sharing (and freezing) its parameters."""
         return cls._from(conv, nn.Conv2d, threshold, score_init)
+
+    @classmethod
+    def from_stock(cls, stock: nn.Module, *, threshold: float = 0.1, score_init: float = 0.15) -> TapsConv2d:
+        """As :meth:`from_conv2d`."""
+        return cls._from(stock, nn.Conv2d, threshold, score_init)

@@ -1,5 +1,30 @@
-"""What a task puts over one module of the base."""
+"""What a task puts over one module of the base: a `Part`, of which a `Layer` lets a `Change` in through a `Gate`."""
 
-from .part import Bound, Part
+from .change import Change, change_kinds, register_change
+from .dense import Dense, Whole
+from .gate import Gate
+from .instead import Instead
+from .layer import Installed, Layer
+from .lowrank import LowRank
+from .own import Own
+from .part import Below, Part, part_kinds, register_part
+from .rows import Rows
 
-__all__ = ["Bound", "Part"]
+__all__ = [
+    "Below",
+    "Change",
+    "Dense",
+    "Gate",
+    "Installed",
+    "Instead",
+    "Layer",
+    "LowRank",
+    "Own",
+    "Part",
+    "Rows",
+    "Whole",
+    "change_kinds",
+    "part_kinds",
+    "register_change",
+    "register_part",
+]

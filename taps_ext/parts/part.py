@@ -1,54 +1,224 @@
-"""Part: what the rest of the house knows of a task.
+"""Part: what the rest of the house knows of a task, and what a part stands on.
 
-Reports, optimizer groups and merging speak to parts in these words and ask for nothing of a part's kind.
+Reports, files, optimizer groups, merging, profiling and routing speak to parts in these words and ask for nothing of a
+part's kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-# A module's work without gradients and with them: `torch.is_grad_enabled()` is the place. A stock linear or convolution
-# layer's are called with (host, input, sample), all others with what the module's forward is called with.
-Bound = tuple[Callable[..., Any], Callable[..., Any]]
+from ..errors import TapsError, UnsupportedModuleError
+from ..store.record import Record
+from .bind import Bound
+from .gate import Gate
+from .host import Op, base_bias, base_weight, original_class, resting_weight, stock_forward
+from .sampling import Sample
+
+_Kind = TypeVar("_Kind", bound="type[Part]")
+
+
+def forward_of(part: Part) -> Callable[..., Any]:
+    """A part's forward, with its own hooks where there are some (pruning's, for one) and never with global ones: those
+    see base modules alone."""
+    hooked = part._forward_pre_hooks or part._forward_hooks
+    run: Callable[..., Any] = part if hooked else part.forward
+    return run
+
+
+class Below(NamedTuple):
+    """What a part stands on at one module: the shared parts over the base, or the base alone.
+
+    Attributes:
+        host: the base's module.
+        parts: the parts between, the lowest first.
+        sample: what closed layers estimate their score gradients from; None is everything.
+    """
+
+    host: nn.Module
+    parts: tuple[Part, ...] = ()
+    sample: Sample | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        if self.parts:
+            return forward_of(self.parts[-1])(self.under, *args, **kwargs)
+        return original_class(self.host).forward(self.host, *args, **kwargs)
+
+    @property
+    def under(self) -> Below:
+        """What its uppermost part stands on."""
+        return self._replace(parts=self.parts[:-1])
+
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Its product with `input`, of a stock linear or convolution layer, and another bias."""
+        if self.parts:
+            return self.parts[-1].product(self.under, input, bias)
+        return stock_forward(self.host, input, resting_weight(self.host, base_weight(self.host), input), bias)
+
+    def weight(self) -> Tensor:
+        """The weight that it multiplies with, differentiable in what the parts train."""
+        return self.parts[-1].weight_over(self.under) if self.parts else base_weight(self.host)
+
+    def folded(self) -> Tensor:
+        """The same as it is now, for merging: the base's own weight where nothing changes it."""
+        weight = base_weight(self.host)
+        for part in self.parts:
+            weight = part.fold(weight)
+        return weight
+
+    def resting(self, input: Tensor) -> Tensor:
+        """The same in the type of the product, for a part that changes nothing of it."""
+        return self.weight() if self.parts else resting_weight(self.host, base_weight(self.host), input)
+
+    def bias(self) -> Tensor | None:
+        """The bias that it adds."""
+        return self.parts[-1].bias_over(self.under) if self.parts else base_bias(self.host)
+
+
+class Cost(NamedTuple):
+    """What one call of a module does: floating-point operations, and the bytes that have to be read and written at
+    least once; backward included where gradients are on."""
+
+    operations: int
+    moved: int
 
 
 class Part(nn.Module):
-    """What a task has at one module of the base, its host. A part that adds nothing is the host as it is.
+    """What a task has at one module of the base, its host. A part that adds nothing is what lies below it.
 
     Attributes:
-        gated: whether it has a gate.
-        group: where a task's file keeps what :meth:`stored` gives: "norms", "values", or None for its own place.
+        kind: its name in files.
+        gate: what decides whether it acts; None for a part that always does.
     """
 
-    gated: ClassVar[bool] = False
-    group: ClassVar[str | None] = None
+    kind: ClassVar[str]
+    gate: Gate | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = None
 
     @property
     def replacement(self) -> nn.Module | None:
         """The module that stands in the host's place, where one does."""
         return None
 
+    @property
+    def change_kind(self) -> str:
+        """The kind of what its gate lets in, as files name it; "" for nothing."""
+        return ""
+
+    def forward(self, below: Below, *args: Any, **kwargs: Any) -> Any:
+        """The host's work under the task."""
+        raise NotImplementedError
+
+    def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` of a stock linear or convolution layer with another bias, for parts above."""
+        raise NotImplementedError(f"{self.kind}: another part cannot stand on it")
+
+    def run_over(self, op: Op, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        """A product of any geometry with W_t."""
+        return op.stock(input, self.weight_over(below), bias, *op.geometry)
+
+    def weight_over(self, below: Below) -> Tensor:
+        """W_t, differentiable in what it trains."""
+        return below.weight()
+
+    def unread(self, below: Below) -> Tensor:
+        """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""
+        return self.weight_over(below)
+
+    def rests(self, below: Below) -> bool:
+        """True where a reader of the weight may have a plain tensor at once: what it trains has no say in it, and no
+        cast is to be kept."""
+        return False
+
+    def bias_over(self, below: Below) -> Tensor | None:
+        """The bias under the task."""
+        return below.bias()
+
     def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
-        """The one thing to do at the host, settled for now; None where the host's own forward must run and read what it
-        needs (`nn/reads.py`). `stock`: the host is a linear or convolution layer with the stock forward."""
+        """What to do at the host without gradients and with them, settled for now, where nothing lies between the two;
+        None where `forward` must be asked at every call.
+
+        Args:
+            stock: the host is a linear or convolution layer with the stock forward, whose bindings are called with
+                (host, input, sample); all others with what the module's forward is called with.
+        """
         return None
+
+    def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
+        """The host's tensor `key` as it is under the task, for code that reads it instead of calling the host.
+
+        Args:
+            enter: to be called with a tensor's name, or "" for the host itself, where its values are used.
+            fused: a plain tensor is wanted where no gradients are.
+        """
+        return NotImplemented
+
+    @property
+    def runs_host(self) -> bool:
+        """True if the forward of a host that is no stock layer is to run as it is, and read what it needs."""
+        return False
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W_t in the type of `weight`, which lies below; the same object where nothing is changed."""
+        return weight
+
+    def setting(self) -> tuple[Any, ...]:
+        """What its arithmetic depends on beside the tensors that autograd watches: a recomputation must find it
+        again."""
+        return () if self.gate is None else self.gate.setting()
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
         """All parameters by what they are: "delta", "weight" (the task's own in the place of W + Delta), "score",
-        "bias" (a gated layer's own), "norm", "other" or "head"."""
+        "bias" (a layer's own), "norm", "other" or "head"."""
         raise NotImplementedError
 
-    def values(self, host: nn.Module) -> dict[str, Tensor]:
-        """The tensors that the host has under the task, by their names in it, for merging and plain checkpoints; those
-        that are missing are the base's. They may be the task's own: copy before writing."""
+    def held(self) -> Mapping[str, nn.Parameter | None]:
+        """What its gate lets in, as it is at any time."""
         return {}
 
-    def stored(self) -> dict[str, Tensor]:
-        """What a task's file must hold of it under :attr:`group`, by the names that the host has for it."""
+    def changes(self) -> list[nn.Parameter]:
+        """What its gate lets in: no optimizer may move it while the gate is closed."""
+        return [parameter for parameter in self.held().values() if parameter is not None]
+
+    def fix(self, open: bool) -> None:
+        """Turn a learned gate into a fixed one."""
+
+    def values(self, below: Below) -> dict[str, Tensor]:
+        """The tensors that the host has under the task, by their names in it, for plain checkpoints; those that are
+        missing are as they are below. They may be the task's own: copy before writing."""
         return {}
+
+    def record(self, *, open: bool) -> Record:
+        """What a task's file holds of it. `open`: the gate as it was read for the file."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Part:
+        """The part that a file's record describes, over this host, with every tensor checked before one is copied.
+
+        Args:
+            given: a module that the user brings, for a part that needs one.
+
+        Raises:
+            TaskFileError: the record does not fit the host. ConfigError: `given` does not fit the record.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def typed_as_base(cls, record: Record) -> list[Tensor]:
+        """Those tensors of a record that have the type of the base's."""
+        return []
+
+    def differs(self, other: Part) -> str | None:
+        """In what it is built differently than `other`, in words, or None: values and the state of gates aside."""
+        return None if self.kind == other.kind else f"expected a {other.kind!r}, got a {self.kind!r}"
 
     def lost(self) -> list[str]:
         """What it holds that no file keeps, in words.
@@ -58,11 +228,66 @@ class Part(nn.Module):
         """
         return []
 
+    def settle(self, shared: frozenset[int]) -> None:
+        """Called once, when the part gets its place in a model. `shared`: the containers (by id) that modules of the
+        base share with each other."""
+
     def follow(self) -> None:
         """Take over what was set on the host, and its mode."""
+
+    def mode(self) -> None:
+        """The host's mode was set: take it."""
+
+    def sets(self, key: str, value: Any) -> bool:
+        """An attribute is set on the host while the task runs. True if it was taken as the task's own."""
+        return False
+
+    def needs_forward(self) -> bool:
+        """True if a forward that never enters the host leaves out what the task has there."""
+        return True
+
+    def awaits(self, name: str) -> bool:
+        """True for a tensor, by its name in the part, that it left out while it was closed."""
+        return False
+
+    def grow(self, weight: Tensor) -> int:
+        """Make what it left out while it was closed, over the base's `weight`; returns the bytes."""
+        return 0
 
     def drop_caches(self) -> None:
         """Forget what was made of values that are gone."""
 
     def hand_over(self, plain: nn.Module) -> None:
         """Give a plain module that has this part's values what the task made of them and keeps beside them."""
+
+    def installed(self) -> list[Tensor]:
+        """Weights that it holds beside its parameters: those of a merged task."""
+        return []
+
+    def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
+        """What one call costs. `fraction`: of the batch that a closed layer's score learns from."""
+        raise UnsupportedModuleError(f"{self.kind}: expected a part over a linear or convolution layer")
+
+    def scratch(self, host: nn.Module, dtype: Any, rows: int, *, training: bool) -> int:
+        """Bytes that a product of `rows` rows rebuilds or packs beside its results."""
+        return 0
+
+
+_KINDS: dict[str, type[Part]] = {}
+
+
+def register_part(name: str) -> Callable[[_Kind], _Kind]:
+    """Class decorator: make a kind of part known under the name that files have for it."""
+
+    def register(cls: _Kind) -> _Kind:
+        if name in _KINDS:
+            raise TapsError(f"register_part: {name!r} is already {_KINDS[name].__name__}")
+        cls.kind, _KINDS[name] = name, cls
+        return cls
+
+    return register
+
+
+def part_kinds() -> Mapping[str, type[Part]]:
+    """The known kinds by name."""
+    return _KINDS

@@ -15,10 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .. import ops
 from ..model import TaskModel
-from ..nn import GatedLayer
-from ..nn.forward import base_weight
+from ..parts.host import base_weight
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -110,49 +108,14 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
 
 def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:
     """The largest weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""
-    if step.state is None or ops._C is None:
+    if step.state is None:
         return 0
-    largest = 0
-    for name, part in step.state.gated():
-        host = step.model.base.get_submodule(name)
-        weight = base_weight(host)
-        if part.delta is None or part.merged is not None:
-            continue
-        learns = step.phase == "train" and part.score is not None and part.score.requires_grad
+    training, largest = step.phase == "train", 0
+    for name, part, _ in step.state.gated():
+        host, running = step.model.base.get_submodule(name), step.state.installed.get(name, part)
         for dtype, rows in calls.get(name, ()):
-            fused = None
-            if step.phase == "infer" and part.gate:
-                fused = _fused_bytes(weight, part.delta, dtype, rows, getattr(host, "groups", 1))
-            if fused is not None:
-                largest = max(largest, fused)
-            elif part.gate is not False or (learns and (weight.dim() == 2 or dtype != part.delta.dtype)):
-                largest = max(largest, weight.numel() * dtype.itemsize)
+            largest = max(largest, running.scratch(host, dtype, rows, training=training))
     return largest
-
-
-def _one_layout(weight: Tensor, delta: Tensor) -> bool:
-    if weight.is_contiguous():
-        return delta.is_contiguous()
-    last = torch.channels_last
-    return weight.dim() == 4 and weight.is_contiguous(memory_format=last) and delta.is_contiguous(memory_format=last)
-
-
-def _fused_bytes(weight: Tensor, delta: Tensor, dtype: torch.dtype, rows: int, groups: int = 1) -> int | None:
-    """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
-    assert ops._C is not None
-    convolution, narrow = weight.dim() == 4, dtype == torch.bfloat16
-    known = not convolution or (groups == 1 and weight[0, 0].numel() <= ops._C.most_places)
-    fusable = (
-        known
-        and weight.device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and _one_layout(weight, delta)
-    )
-    sizes = {"rows": rows, "inputs": weight[0].numel()}
-    packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)
-    places = weight[0, 0].numel() if convolution else 0
-    path = ops._C.choose(open=True, fusable=fusable, narrow=narrow, places=places, outputs=weight.shape[0], **sizes)
-    return packed if path == "fused" else None
 
 
 def estimate(
@@ -224,7 +187,7 @@ def _calls(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
     """Name -> the types in which a layer computes and its rows (pixels of its result), filled while it runs."""
     found: dict[str, set[tuple[torch.dtype, int]]] = {}
 
-    def watch(name: str, part: GatedLayer) -> None:
+    def watch(name: str) -> None:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 rows = output.numel() // max(1, base_weight(module).shape[0])
@@ -232,6 +195,6 @@ def _calls(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
 
         step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
 
-    for name, part in () if step.state is None else step.state.gated():
-        watch(name, part)
+    for name, _, _ in () if step.state is None else step.state.gated():
+        watch(name)
     return found

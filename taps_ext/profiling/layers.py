@@ -13,10 +13,10 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 
 from .. import ops
-from ..nn import GatedLayer
-from ..nn.forward import base_weight
-from ..nn.frame import sequence_number
-from ..nn.sampling import batch_size, draw
+from ..parts import Gate
+from ..parts.part import Part
+from ..parts.sampling import batch_size
+from ..routing.frame import sequence_number
 from .step import Step
 
 PREFIX = "taps:layer:"
@@ -59,39 +59,14 @@ class Layer:
         return {**asdict(self), "seconds": self.seconds, "share": self.share}
 
 
-def gate_of(part: GatedLayer) -> str:
-    return "device" if part.gate is None else "open" if part.gate else "closed"
-
-
-def work(part: GatedLayer, weight: Tensor, input: Tensor, output: Tensor, fraction: float) -> tuple[int, int]:
-    """(operations, bytes) of one call of a layer, backward included where gradients are on.
-
-    `fraction`: of the batch that a closed layer's score learns from.
-    """
-    product = 2 * output.numel() * weight.shape[1:].numel()
-    x, y, w = input.nbytes, output.nbytes, weight.nbytes
-    opened = part.gate is not False and part.change is not None
-    change = part.change.nbytes if opened and part.change is not None and part.merged is None else 0
-    if part.weight is not None and opened:  # a weight of its own instead of W
-        change = 0
-    operations, moved = product, x + w + change + y
-    if not torch.is_grad_enabled():
-        return operations, moved
-    if input.requires_grad:
-        operations, moved = operations + product, moved + y + w + change + x
-    if opened and part.change is not None and part.change.requires_grad:
-        operations, moved = operations + product, moved + y + x + part.change.nbytes
-    elif part.gate is False and part.score is not None and part.score.requires_grad:
-        delta = 0 if part.delta is None else part.delta.nbytes
-        operations, moved = operations + int(fraction * product), moved + int(fraction * (x + y)) + delta
-    return operations, moved
+def gate_of(gate: Gate) -> str:
+    return "device" if gate.known is None else "open" if gate.known else "closed"
 
 
 def _fraction(step: Step) -> float:
     """The share of the batch that closed layers learn from: whole samples."""
-    fraction = float(getattr(None if step.state is None else step.state.config, "gate_fraction", 1.0))
     batch = batch_size(step.inputs, {}, step.model.batch_dim)
-    return fraction if not batch or fraction >= 1.0 else len(draw(fraction, batch, torch.device("cpu")).rows) / batch
+    return 1.0 if step.state is None or not batch else step.state.config.sampled(batch) / batch
 
 
 @contextmanager
@@ -103,8 +78,8 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
     extension = ops._C
     fraction = _fraction(step)
 
-    def watch(name: str, part: GatedLayer, host: nn.Module) -> None:
-        row = layers[name] = Layer(name, gate_of(part))
+    def watch(name: str, part: Part, gate: Gate, host: nn.Module) -> None:
+        row = layers[name] = Layer(name, gate_of(gate))
         nodes[name] = []
         marks: list[Any] = []
         firsts: list[int] = []
@@ -121,18 +96,19 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
             marks.pop().__exit__(None, None, None)
             if extension is not None:
                 row.path = extension.taken_path() or "stock"
-            row.gate = gate_of(part)
+            row.gate = gate_of(gate)
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if inputs and isinstance(output, Tensor):  # nn.MultiheadAttention gives a tuple: not measured
-                operations, moved = work(part, base_weight(host), inputs[0], output, fraction)
+                running: Any = step.state.installed.get(name, part)  # type: ignore[union-attr]
+                operations, moved = running.cost(host, inputs[0], output, fraction)
                 row.calls, row.operations, row.moved = row.calls + 1, row.operations + operations, row.moved + moved
 
         handles.append(host.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(host.register_forward_hook(after, with_kwargs=True))
 
     if step.state is not None:
-        for name, part in step.state.gated():
-            watch(name, part, step.model.base.get_submodule(name))
+        for name, part, gate in step.state.gated():
+            watch(name, part, gate, step.model.base.get_submodule(name))
     try:
         yield layers, nodes
     finally:

@@ -51,14 +51,15 @@ def size(tensors: Iterable[Tensor | None]) -> int:
 
 def casts(model: TaskModel) -> list[Tensor]:
     """The weights that are kept in autocast's type."""
-    kept = [module.__dict__.get("_taps_cast") for module in model.modules()]
+    installed = [part for name in model.tasks for part in model.state(name).installed.values()]
+    kept = [module.__dict__.get("_taps_cast") for module in (*model.modules(), *installed)]
     return [found[1] for found in kept if found is not None]
 
 
 def merged(model: TaskModel) -> list[Tensor]:
     """The whole weights of a merged task."""
-    parts = [part for name in model.tasks for _, part in model.state(name).gated()]
-    return [part.merged for part in parts if part.merged is not None]
+    parts = [part for name in model.tasks for part in model.state(name).installed.values()]
+    return [tensor for part in parts for tensor in part.installed()]
 
 
 def resident(model: TaskModel, task: str | None) -> Memory:
@@ -66,7 +67,7 @@ def resident(model: TaskModel, task: str | None) -> Memory:
     memory = Memory(weights=size([*model.base.parameters(), *model.base.buffers(), *merged(model), *casts(model)]))
     if task is not None:
         state = model.state(task)
-        changes = [part.change for _, part in state.gated()]
-        memory.deltas = size(changes)
-        memory.task = size([*state.parameters(), *state.buffers()]) - memory.deltas
+        family = [] if state.family is None else [*state.family.parameters(), *state.family.buffers()]
+        memory.deltas = size([parameter for _, part, _ in state.gated() for parameter in part.changes()])
+        memory.task = size([*state.parameters(), *state.buffers(), *family]) - memory.deltas
     return memory

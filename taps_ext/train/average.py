@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..task import TaskState
+from ..model.state import TaskState
 
 
 class Average:
@@ -29,7 +29,7 @@ class Average:
         }
 
     def _trained(self) -> list[tuple[str, Tensor]]:
-        scores = {id(part.score) for _, part in self.state.learned()}
+        scores = {id(gate.score) for _, _, gate in self.state.learned()}
         return [(n, p) for n, p in self.state.named_parameters() if p.requires_grad and id(p) not in scores]
 
     @torch.no_grad()

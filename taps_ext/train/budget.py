@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..report import Report
-from ..task import TaskState
+from ..model import Report
+from ..model.state import TaskState
 
 
 def chosen(report: Report, budget: float) -> set[str]:
@@ -27,10 +27,10 @@ def chosen(report: Report, budget: float) -> set[str]:
 def settle(state: TaskState, report: Report, budget: float) -> None:
     """Open the layers that :func:`chosen` names and close the others, moving a score just across its threshold."""
     kept, opened = chosen(report, budget), {row.layer for row in report.rows if row.open}
-    for name, part in state.learned():
-        if part.score is None or (name in kept) == (name in opened):
+    for name, _, gate in state.learned():
+        if gate.score is None or (name in kept) == (name in opened):
             continue
-        threshold = part.score.new_tensor(part.threshold)
+        threshold = gate.score.new_tensor(gate.threshold)
         toward = torch.full_like(threshold, torch.inf if name in kept else -torch.inf)
-        part.score.copy_(torch.nextafter(threshold, toward))  # beyond it also where fp32 rounds it
+        gate.score.copy_(torch.nextafter(threshold, toward))  # beyond it also where fp32 rounds it
     state.refresh()

@@ -71,7 +71,7 @@ class Run:
         self.optimizer = self._optimizer()
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
-        learned = [part.score for _, part in self.state.learned() if part.score is not None]
+        learned = [gate.score for _, _, gate in self.state.learned() if gate.score is not None]
         self.scores = [(score, score.requires_grad) for score in learned]
 
     def _training_loss(self) -> Callable[[Any, Any], Tensor]:
@@ -244,7 +244,7 @@ class Run:
 
     def _count_reopened(self) -> None:
         """Note which gates the host saw closed in the step before and open in this one."""
-        now = [name for name, part in self.state.learned() if part.gate]
+        now = [name for name, _, gate in self.state.learned() if gate.known]
         before = self.progress.open
         if before is not None:
             self.progress.reopened += len(set(now) - set(before))

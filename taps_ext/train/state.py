@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import store
 from ..errors import ConfigError, TaskFileError
+from ..model.state import TaskState
 from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorError
-from ..task import TaskState
 from . import randomness
 
 GROUPS = ("part", "optimizer", "best", "average", "random")

@@ -161,7 +161,7 @@ class Trainer:
         plain = {
             key: value for key, value in self.config.to_dict().items() if key not in ("out", "device", "tensorboard")
         }
-        layers = {layer: [part.learn, None if part.learn else part.gate] for layer, part in state.gated()}
+        layers = {layer: [gate.learn, None if gate.learn else gate.known] for layer, _, gate in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
         splits = ("train", "val")
         data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}

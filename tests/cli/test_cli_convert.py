@@ -8,7 +8,7 @@ import torch
 from test_cli import folder, refused  # noqa: F401  (fixtures)
 
 from taps_ext import TaskModel, store
-from taps_ext.convert import same_bits
+from taps_ext.files.checkpoint import same_bits
 from taps_ext.zoo import SmallResNet
 
 

@@ -19,11 +19,11 @@ def build(config, gates="host", dtype=torch.float64) -> TaskModel:
     model = TaskModel(settle(TinyNet()).to(dtype), config, gates=gates)
     model.add_task("t", num_classes=5)
     with torch.no_grad():
-        for index, (_, part) in enumerate(model.state("t").gated()):
-            if part.delta is not None:
-                part.delta.normal_(0, 0.05)
-            if part.score is not None and index % 2:
-                part.score.fill_(0.05)
+        for index, (_, part, _) in enumerate(model.state("t").gated()):
+            if part.change.delta is not None:
+                part.change.delta.normal_(0, 0.05)
+            if part.gate.score is not None and index % 2:
+                part.gate.score.fill_(0.05)
     return model.eval()
 
 
@@ -59,8 +59,8 @@ def test_gates_cost_one_copy_and_only_after_a_change() -> None:
             model(x, task="t")  # nothing changed: not a single synchronisation
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for _, part in model.state("t").gated():
-            part.score.fill_(0.0)
+        for _, part, _ in model.state("t").gated():
+            part.gate.score.fill_(0.0)
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
@@ -95,7 +95,7 @@ def test_one_workspace_and_no_other_weight_sized_allocation() -> None:
     model.add_task("t", num_classes=10)
     x, y = torch.randn(4, 2048, device="cuda"), torch.arange(4, device="cuda")
     weight = base[0].weight.nbytes
-    part = dict(model.state("t").gated())["0"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["0"]
 
     def step() -> None:
         model.zero_grad()
@@ -103,7 +103,7 @@ def test_one_workspace_and_no_other_weight_sized_allocation() -> None:
 
     for is_open in (True, False):
         with torch.no_grad():
-            part.score.fill_(0.15 if is_open else 0.05)
+            part.gate.score.fill_(0.15 if is_open else 0.05)
         step()
         step()
         model.zero_grad()
@@ -146,6 +146,6 @@ def test_autocast_trains(amp) -> None:
     with torch.autocast("cuda", amp):
         loss = F.cross_entropy(model(images().cuda(), task="t"), torch.arange(3).cuda())
     loss.backward()
-    for _, part in model.state("t").gated():
-        assert part.score.grad.dtype == torch.float32 and torch.isfinite(part.score.grad)
-        assert part.gate is not True or part.delta.grad.dtype == torch.float32
+    for _, part, _ in model.state("t").gated():
+        assert part.gate.score.grad.dtype == torch.float32 and torch.isfinite(part.gate.score.grad)
+        assert part.gate.known is not True or part.change.delta.grad.dtype == torch.float32

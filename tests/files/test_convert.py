@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import taps_ext
-from taps_ext.convert import exact_delta, same_bits
+from taps_ext.files.checkpoint import exact_delta, same_bits
 from taps_ext.errors import ConfigError
 from taps_ext.zoo import SmallResNet
 
@@ -118,7 +118,7 @@ def test_what_each_layer_holds() -> None:
         tuned[1].weight.zero_()
     model = taps_ext.TaskModel(base, head_module="2")
     model.extract_task("t", tuned.state_dict())
-    parts = dict(model.state("t").gated())
+    parts = {name: part for name, part, _ in model.state("t").gated()}
     assert parts["0"].delta is None and same_bits(parts["0"].weight, tiny)
     assert parts["1"].weight is None and same_bits(parts["1"].delta, -base[1].weight)
     report = model.report("t")
@@ -136,7 +136,7 @@ def test_a_layer_with_its_own_weight_is_a_layer(tmp_path) -> None:
     plain_base = copy.deepcopy(base)
     model = taps_ext.TaskModel(base)
     model.extract_task("t", tuned.state_dict())
-    part = dict(model.state("t").gated())["0"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["0"]
     loss, reference = model(x, task="t").square().sum(), tuned(x).square().sum()
     loss.backward()
     reference.backward()

@@ -13,7 +13,7 @@ from torch import nn
 
 import taps_ext
 from taps_ext import TapsConfig, TaskModel
-from taps_ext.convert import same_bits
+from taps_ext.files.checkpoint import same_bits
 from taps_ext.store.errors import ParentMismatchError
 from taps_ext.zoo import SmallResNet
 
@@ -56,8 +56,8 @@ def trained(kind: str, path: Path, *, dtype=torch.float32, layout=torch.contiguo
         optimizer.step()
         if step == 1:
             with torch.no_grad():
-                for _, part in list(model.state("t").gated())[::3]:
-                    part.score.fill_(0.05)
+                for _, part, _ in list(model.state("t").gated())[::3]:
+                    part.gate.score.fill_(0.05)
     model.save_task("t", path)
     report = model.report("t")
     assert 0 < report.layers_open < len(report.rows)
@@ -145,7 +145,7 @@ def test_a_converted_task_is_cast_too(tmp_path) -> None:
         tuned.stem.weight.mul_(1e-3)
     model = taps_ext.TaskModel(base)
     model.extract_task("t", tuned.state_dict())
-    assert dict(model.state("t").gated())["stem"].weight is not None
+    assert {name: part for name, part, _ in model.state("t").gated()}["stem"].weight is not None
     model.save_task("t", tmp_path / "t.taps")
     half = taps_ext.TaskModel(base_of("resnet", torch.float16)).eval()
     half.load_task(tmp_path / "t.taps", allow_dtype_cast=True)
@@ -196,11 +196,11 @@ def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
     base = settle(SmallResNet(channels=3, widths=(16, 32, 64), blocks=2))
     model = TaskModel(base, TapsConfig(lam=0.5, penalty="size")).eval()
     model.add_task("t", num_classes=4)
-    parts = dict(model.state("t").gated())
+    parts = {name: part for name, part, _ in model.state("t").gated()}
     with torch.no_grad():
         for name, part in parts.items():
-            part.delta.normal_(0, 0.1)
-            part.score.fill_(0.2 if name == "stem" else 0.02)
+            part.change.delta.normal_(0, 0.1)
+            part.gate.score.fill_(0.2 if name == "stem" else 0.02)
     x = torch.randn(2, 3, 16, 16)
     want, penalty = model(x, task="t"), model.sparsity_loss("t")
     size = model.save_task("t", tmp_path / "t.taps")
@@ -209,7 +209,7 @@ def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
     other.load_task(tmp_path / "t.taps")
     state = other.state("t")
     held = sum(tensor.nbytes for tensor in (*state.parameters(), *state.buffers()))
-    assert held <= 1.2 * size and [n for n, p in state.gated() if p.delta is not None] == ["stem"]
+    assert held <= 1.2 * size and [n for n, p, _ in state.gated() if p.change.delta is not None] == ["stem"]
     assert torch.equal(other(x, task="t"), want) and torch.equal(other.sparsity_loss("t"), penalty)
     assert (other.report("t").open, other.report("t").gated) == (
         parts["stem"].size,
@@ -219,11 +219,11 @@ def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
     assert (tmp_path / "again.taps").read_bytes() == (tmp_path / "t.taps").read_bytes()
     copied = copy.deepcopy(other)
     copied.set_gates("t", open=["stages.0.0.*"])  # opened by hand: of zeros
-    assert [n for n, p in copied.state("t").gated() if p.gate] == ["stages.0.0.conv1", "stages.0.0.conv2"]
-    assert not any(copied.state("t").table[f"stages.0.0.conv{n}"].delta.any() for n in (1, 2))
+    assert [n for n, p, _ in copied.state("t").gated() if p.gate] == ["stages.0.0.conv1", "stages.0.0.conv2"]
+    assert not any(copied.state("t").table[f"stages.0.0.conv{n}"].change.delta.any() for n in (1, 2))
     scored = copy.deepcopy(other)
     with torch.no_grad():
-        scored.state("t").table["stages.1.0.conv1"].score.fill_(0.5)
+        scored.state("t").table["stages.1.0.conv1"].gate.score.fill_(0.5)
         assert torch.equal(scored(x, task="t"), want)
     scored.save_task("t", tmp_path / "scored.taps")
     restored = copy.deepcopy(other)
@@ -232,10 +232,14 @@ def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
     with pytest.warns(UserWarning, match=r"task 't': 14 closed layers were loaded without a Delta"):
         groups = other.parameter_groups("t", lr=0.1)
     assert sum(len(g["params"]) for g in groups if g["name"] == "delta") == 15
-    assert not any(part.delta.any() for name, part in state.gated() if name != "stem")
+    assert not any(part.change.delta.any() for name, part, _ in state.gated() if name != "stem")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once
         other.parameter_groups("t", lr=0.1)
     other.train()
     other(x, task="t").square().sum().backward()
-    assert all(part.delta.grad is None and part.score.grad == 0 for name, part in state.gated() if name != "stem")
+    assert all(
+        part.change.delta.grad is None and part.gate.score.grad == 0
+        for name, part, _ in state.gated()
+        if name != "stem"
+    )

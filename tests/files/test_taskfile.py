@@ -19,9 +19,9 @@ def saved(tmp_path):
     model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0)).eval()
     model.add_task("t", num_classes=5)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
-        dict(model.state("t").gated())["conv2"].score.fill_(0.02)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
+        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.02)
     model.save_task("t", tmp_path / "t.taps")
     return model, tmp_path / "t.taps"
 
@@ -185,7 +185,7 @@ def test_an_open_delta_with_nan_is_not_saved(saved, tmp_path) -> None:
 
     model, _ = saved
     with torch.no_grad():
-        dict(model.state("t").gated())["conv1"].delta[0, 0, 0, 0] = float("nan")
+        {name: part for name, part, _ in model.state("t").gated()}["conv1"].delta[0, 0, 0, 0] = float("nan")
     with pytest.raises(GateError, match="conv1: delta: expected finite"):
         model.save_task("t", tmp_path / "bad.taps")
     assert not (tmp_path / "bad.taps").exists()
@@ -202,8 +202,8 @@ def test_reloading_keeps_the_parameters_that_an_optimizer_holds(tmp_path):
     model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5))
     model.add_task("t", num_classes=3)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(std=0.1)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(std=0.1)
     model.save_task("t", tmp_path / "t.taps")
     x = images()
     model.eval()
@@ -230,4 +230,4 @@ def test_reloading_another_build_replaces_the_parts(tmp_path):
     other = TaskModel(model.unload(), TapsConfig(lam=0.5))
     other.add_task("t", num_classes=3)
     other.reload_task("t", tmp_path / "t.taps")
-    assert all(not part.learn and part.gate for _, part in other.state("t").gated())
+    assert all(not part.gate.learn and part.gate.known for _, part, _ in other.state("t").gated())

@@ -50,10 +50,10 @@ def two_tasks(base: nn.Module, gates: str = "host", config=None) -> TaskModel:
     for name in ("a", "b"):
         model.add_task(name, num_classes=4)
         with torch.no_grad():
-            for layer, part in model.state(name).gated():
-                part.delta.normal_(0, 0.1)
-                if part.score is not None:
-                    part.score.fill_(0.05 if (layer.startswith("first") == (name == "a")) else 0.15)
+            for layer, part, _ in model.state(name).gated():
+                part.change.delta.normal_(0, 0.1)
+                if part.gate.score is not None:
+                    part.gate.score.fill_(0.05 if (layer.startswith("first") == (name == "a")) else 0.15)
     return model.train()
 
 

@@ -18,8 +18,8 @@ def cub() -> TaskModel:
     model = TaskModel(models.resnet50(), TapsConfig(lam=0.1))
     model.add_task("cub", num_classes=200)
     with torch.no_grad():
-        for index, (_, part) in enumerate(model.state("cub").gated()):
-            part.score.fill_(0.15 if index in CUB else 0.05)
+        for index, (_, part, _) in enumerate(model.state("cub").gated()):
+            part.gate.score.fill_(0.15 if index in CUB else 0.05)
     return model
 
 

@@ -24,10 +24,10 @@ def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
     model.set_task("t")
     torch.manual_seed(0)
     with torch.no_grad():
-        for name, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
+        for name, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
             if name in closed:
-                part.score.fill_(0.0)
+                part.gate.score.fill_(0.0)
     both(model.eval())
     return model
 
@@ -50,14 +50,14 @@ class Same(nn.Module):
 def test_a_pruned_part(closed: tuple[str, ...], amp: bool) -> None:
     """Pruning takes a tensor from the parameters and makes it anew in a hook, for each forward."""
     model = bound_model(closed=closed)
-    part = dict(model.state("t").gated())["hidden"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["hidden"]
     want = copy.deepcopy(model)
-    prune.custom_from_mask(part, "delta", torch.ones_like(part.delta).triu())
+    prune.custom_from_mask(part, "delta", torch.ones_like(part.change.delta).triu())
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for factor in (1.0, 2.0):
             with torch.no_grad():
                 part.delta_orig.mul_(factor)
-                wanted = dict(want.state("t").gated())["hidden"]
+                wanted = {name: part for name, part, _ in want.state("t").gated()}["hidden"]
                 wanted.delta.copy_(part.delta_orig.triu())
             for got, wants in zip(both(model), both(want), strict=True):
                 assert torch.allclose(got, wants, atol=1e-6)
@@ -75,7 +75,7 @@ def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
     model.extract_task("own", other.state_dict())
     model.set_task("own")
     before = both(model)
-    part = dict(model.state("own").gated())["hidden"]
+    part = {name: part for name, part, _ in model.state("own").gated()}["hidden"]
     assert part.weight is not None
     prune.custom_from_mask(part, name, torch.ones_like(getattr(part, name)))
     assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
@@ -85,7 +85,7 @@ def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
 def test_a_parametrised_score(closed: tuple[str, ...]) -> None:
     model = bound_model(closed=closed)
     before = both(model)
-    part = dict(model.state("t").gated())["hidden"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["hidden"]
     parametrize.register_parametrization(part, "score", Same())
     assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
     model(images()).sum().backward()

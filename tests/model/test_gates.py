@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
 from taps_ext.nn import TapsConv2d, TapsLinear
-from taps_ext.taskfile import to_record
+from taps_ext.files.task import to_record
 
 
 def test_gates_follow_the_values_of_scores() -> None:
@@ -24,9 +24,9 @@ def test_gates_follow_the_values_of_scores() -> None:
     model = tiny().eval()
     model.add_task("t", num_classes=2)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
-    parts = dict(model.state("t").gated())
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
+    parts = {name: part for name, part, _ in model.state("t").gated()}
     x = images()
 
     def told() -> list[str]:
@@ -35,7 +35,7 @@ def test_gates_follow_the_values_of_scores() -> None:
             output = model(x, task="t")
             plain = copy.deepcopy(model).merge_and_unload("t")
             assert torch.equal(output, plain(x))
-        opened = [name for name, part in parts.items() if part.gate]
+        opened = [name for name, part in parts.items() if part.gate.known]
         assert opened == [row.layer for row in model.report("t").rows if row.open]
         record = to_record("t", model.state("t"), model.base)
         assert opened == [name for name, entry in record.layers.items() if entry.open]
@@ -52,32 +52,32 @@ def test_gates_follow_the_values_of_scores() -> None:
     assert told() == ["conv1", "depthwise"]
     parts["depthwise"].score = torch.nn.Parameter(torch.tensor(0.01))
     assert told() == ["conv1"]
-    scores = [part.score for part in parts.values()]
+    scores = [part.gate.score for part in parts.values()]
     torch.nn.utils.vector_to_parameters(torch.tensor([0.0, 0.2, 0.2, 0.2]), scores)
     assert told() == everything[1:]
     average = torch.optim.swa_utils.AveragedModel(model)
-    average.module.state("t").table["hidden"].score.detach().zero_()
+    average.module.state("t").table["hidden"].gate.score.detach().zero_()
     with torch.no_grad():
         average(x, task="t")
-    assert not average.module.state("t").table["hidden"].gate and told() == everything[1:]
+    assert not average.module.state("t").table["hidden"].gate.known and told() == everything[1:]
 
 
 def test_gates_are_those_of_the_scores_after_a_nan() -> None:
     """A forward that refused a NaN had taken the gates before it: scores that are put back are read again."""
     model = tiny().eval()
     model.add_task("t", num_classes=2)
-    parts, x = dict(model.state("t").gated()), images()
+    parts, x = {name: part for name, part, _ in model.state("t").gated()}, images()
     with torch.no_grad():
         model(x, task="t")
-        scores = {name: part.score.clone() for name, part in parts.items()}
+        scores = {name: part.gate.score.clone() for name, part in parts.items()}
         parts["conv1"].score.fill_(0.0)
         parts["hidden"].score.fill_(float("nan"))
         with pytest.raises(GateError, match="hidden: score"):
             model(x, task="t")
         for name, part in parts.items():
-            part.score.copy_(scores[name])
+            part.gate.score.copy_(scores[name])
         model(x, task="t")
-    assert all(part.gate for part in parts.values())
+    assert all(part.gate.known for part in parts.values())
 
 
 def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
@@ -90,7 +90,7 @@ def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
     copies = []
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(self.shape) or original(self))
-    x, parts = images(), dict(state.gated())
+    x, parts = images(), {name: part for name, part, _ in state.gated()}
     model(x, task="t")
     copies.clear()
     model(x, task="t")
@@ -182,7 +182,7 @@ def test_set_gates_and_freeze_gates() -> None:
     with pytest.raises(ConfigError, match="scores are learned"):
         model.set_gates("t", open=["conv1"], learn=True)
     with torch.no_grad():
-        dict(model.state("t").gated())["hidden"].score.fill_(0.0)
+        {name: part for name, part, _ in model.state("t").gated()}["hidden"].score.fill_(0.0)
     model.freeze_gates("t")
     assert {r.layer: (r.open, r.score) for r in model.report("t").rows}["hidden"] == (False, None)
     model.set_gates("t", open=["conv*"])
@@ -200,7 +200,7 @@ def test_report_counts() -> None:
     model = tiny()
     model.add_task("t", num_classes=5)
     with torch.no_grad():
-        dict(model.state("t").gated())["conv2"].score.fill_(0.0)
+        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.0)
     report = model.report("t")
     sizes = {"conv1": 216, "conv2": 1152, "depthwise": 144, "hidden": 192}
     assert {r.layer: r.parameters for r in report.rows} == sizes
@@ -216,7 +216,7 @@ def test_sparsity_loss_values() -> None:
     for penalty in ("layer", "size"):
         model = tiny(TapsConfig(lam=2.0, penalty=penalty))
         model.add_task("t", num_classes=2)
-        parts = dict(model.state("t").gated())
+        parts = {name: part for name, part, _ in model.state("t").gated()}
         with torch.no_grad():
             parts["conv1"].score.fill_(0.0)
             parts["conv2"].score.fill_(-0.3)
@@ -226,7 +226,7 @@ def test_sparsity_loss_values() -> None:
         loss = model.sparsity_loss("t", scale=0.5)
         assert loss.item() == pytest.approx((0.5 * 2.0 / 4 * weights * scores).sum().item(), rel=1e-6)
         loss.backward()
-        got = torch.tensor([p.score.grad.item() for p in parts.values()])
+        got = torch.tensor([p.gate.score.grad.item() for p in parts.values()])
         assert torch.allclose(got, 0.25 * weights * torch.tensor([0.0, -1.0, 1.0, 1.0]))
 
 
@@ -259,16 +259,16 @@ def test_compiled_equals_eager(gates) -> None:
     model = tiny(gates=gates)
     model.add_task("t", num_classes=5)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
-        dict(model.state("t").gated())["conv2"].score.fill_(0.02)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
+        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.02)
     model.eval()
     x = images()
     compiled = torch.compile(model)
     for closing in (None, "hidden"):
         if closing is not None:
             with torch.no_grad():
-                dict(model.state("t").gated())[closing].score.fill_(0.02)
+                {name: part for name, part, _ in model.state("t").gated()}[closing].score.fill_(0.02)
         results = []
         for net in (model, compiled):
             model.zero_grad()
@@ -296,8 +296,8 @@ def test_device_gates_do_not_recompile() -> None:
     compiled = torch.compile(model, backend=counter)
     compiled(x, task="t")
     frames = counter.frame_count
-    for _, part in model.state("t").gated():
+    for _, part, _ in model.state("t").gated():
         with torch.no_grad():
-            part.score.fill_(0.0)
+            part.gate.score.fill_(0.0)
         compiled(x, task="t")
     assert counter.frame_count == frames

@@ -9,7 +9,7 @@ from torch import nn
 
 import taps_ext
 from taps_ext import ConfigError, TapsConfig, Task, TaskModel, TrainConfig, Trainer
-from taps_ext.convert import same_bits
+from taps_ext.files.checkpoint import same_bits
 from taps_ext.train import accuracy
 
 
@@ -105,7 +105,7 @@ def test_torchvisions_segmentation_models(tmp_path) -> None:
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1))
     cross_entropy(model(x, task="roads"), y).backward()
     optimizer.step()
-    moved = [name for name, part in model.state("roads").gated() if part.delta.abs().max() > 0]
+    moved = [name for name, part, _ in model.state("roads").gated() if part.change.delta.abs().max() > 0]
     assert len(moved) == len(list(model.state("roads").gated()))
     model.save_task("roads", tmp_path / "roads.taps")
     fresh = TaskModel(twin, head_module="classifier.4").eval()

@@ -36,9 +36,9 @@ def weight_gradients(model, x, target, layer):
         if name in ("bn1", "gn", "ln"):
             plain.get_submodule(name).load_state_dict(part.state_dict())
     with torch.no_grad():
-        for name, part in state.gated():
-            if part.gate:
-                plain.get_submodule(name).weight += part.delta
+        for name, part, _ in state.gated():
+            if part.gate.known:
+                plain.get_submodule(name).weight += part.change.delta
     weight = plain.get_submodule(layer).weight.requires_grad_()
     loss = F.cross_entropy(plain.eval()(x), target)
     return torch.autograd.grad(loss, weight)[0], loss
@@ -50,11 +50,11 @@ def test_every_layer_counts(layer, is_open) -> None:
     """A random Delta in one layer changes the output, and its gradients are those of the float64 oracle."""
     _, model = build(torch.float64)
     x, target = images(4, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    part = dict(model.state("t").gated())[layer]
+    part = {name: part for name, part, _ in model.state("t").gated()}[layer]
     before = model(x).detach()
     with torch.no_grad():
-        part.delta.normal_(0, 0.1)
-        part.score.fill_(0.15 if is_open else 0.05)
+        part.change.delta.normal_(0, 0.1)
+        part.gate.score.fill_(0.15 if is_open else 0.05)
     model.eval()
     output = model(x)
     assert torch.equal(output, before) is not is_open
@@ -64,10 +64,10 @@ def test_every_layer_counts(layer, is_open) -> None:
     assert loss.item() == pytest.approx(reference_loss.item(), rel=1e-12)
     eps = torch.finfo(torch.float32).eps  # Delta, and so its gradient, is float32 over a float64 base
     if is_open:
-        assert torch.allclose(part.delta.grad.double(), want, rtol=eps, atol=1e-12)
+        assert torch.allclose(part.change.delta.grad.double(), want, rtol=eps, atol=1e-12)
     else:
-        assert part.delta.grad is None
-    assert part.score.grad.item() == pytest.approx((want * part.delta).sum().item(), rel=4 * eps)
+        assert part.change.delta.grad is None
+    assert part.gate.score.grad.item() == pytest.approx((want * part.change.delta).sum().item(), rel=4 * eps)
 
 
 def test_all_closed_is_the_base_bit_for_bit_even_with_nan() -> None:
@@ -75,9 +75,9 @@ def test_all_closed_is_the_base_bit_for_bit_even_with_nan() -> None:
     x = images()
     with torch.no_grad():
         want = model(x, task=None)
-        for _, part in model.state("t").gated():
-            part.delta.fill_(float("nan"))
-            part.score.fill_(0.05)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.fill_(float("nan"))
+            part.gate.score.fill_(0.05)
         model.add_task("copy")  # a copy of the base's own head
         model.state("t").table["fc"].module = model.state("copy").head
         assert torch.equal(model(x), want)
@@ -89,10 +89,10 @@ def test_a_nonfinite_closed_delta_raises_when_training() -> None:
     from taps_ext import GateError
 
     _, model = build()
-    part = dict(model.state("t").gated())["conv2"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
     with torch.no_grad():
-        part.delta[0, 0] = float("inf")
-        part.score.fill_(0.0)
+        part.change.delta[0, 0] = float("inf")
+        part.gate.score.fill_(0.0)
     model.train()
     with pytest.raises(GateError, match="conv2: delta: expected finite"):
         model(images())
@@ -106,12 +106,12 @@ def test_a_nonfinite_closed_delta_that_is_loaded_raises_when_training(assign: bo
     _, model = build()
     state = model.state("t")
     with torch.no_grad():
-        state.table["conv2"].score.fill_(0.0)
+        state.table["conv2"].gate.score.fill_(0.0)
     model.train()
     model(images()).sum().backward()  # found good
     loaded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        if parameter is state.table["conv2"].delta:
+        if parameter is state.table["conv2"].change.delta:
             loaded[name].fill_(float("inf"))
     model.load_state_dict(loaded, assign=assign)
     with pytest.raises(GateError, match="conv2: delta: expected finite"):
@@ -123,7 +123,7 @@ def test_a_nan_score_raises() -> None:
 
     _, model = build()
     with torch.no_grad():
-        dict(model.state("t").gated())["hidden"].score.fill_(float("nan"))
+        {name: part for name, part, _ in model.state("t").gated()}["hidden"].score.fill_(float("nan"))
     with pytest.raises(GateError, match="hidden: score"):
         model(images())
 
@@ -188,12 +188,12 @@ def test_no_weight_sized_allocation(amp, closed) -> None:
     model = TaskModel(base, TapsConfig(lam=1.0))
     model.add_task("t", num_classes=10)
     model.set_task("t")
-    parts = dict(model.state("t").gated())
+    parts = {name: part for name, part, _ in model.state("t").gated()}
     with torch.no_grad():
         for name in closed:
             parts[name].score.fill_(0.01)
     for part in parts.values():  # the scores keep their side of the threshold during the count
-        part.score.register_hook(torch.zeros_like)
+        part.gate.score.register_hook(torch.zeros_like)
     optimizer = torch.optim.SGD(model.parameter_groups(lr=1e-3), momentum=0.9)
     x, y = torch.randn(2, 64, 2, 2), torch.randint(0, 10, (2,))
     smallest = base.conv.weight.nbytes // 2 if amp else base.conv.weight.nbytes
@@ -266,13 +266,13 @@ def test_the_base_never_changes(config) -> None:
 def test_a_closed_delta_rests(optimizer, gates) -> None:
     """50 closed steps leave Delta and its optimizer state alone; reopening resumes with the old state."""
     _, model = build(gates=gates)
-    parts = dict(model.state("t").gated())
+    parts = {name: part for name, part, _ in model.state("t").gated()}
     part = parts["conv2"]
     groups = model.parameter_groups(lr=0.01, weight_decay=0.1)
     make = {"sgd": lambda g: torch.optim.SGD(g, momentum=0.9), "adamw": torch.optim.AdamW}[optimizer]
     optim = make(groups)
     for p in parts.values():
-        p.score.register_hook(torch.zeros_like)
+        p.gate.score.register_hook(torch.zeros_like)
     x = images()
     target = torch.tensor([0, 1, 2])
 
@@ -286,20 +286,20 @@ def test_a_closed_delta_rests(optimizer, gates) -> None:
     for _ in range(3):
         step()
     with torch.no_grad():
-        part.score.fill_(0.05)
-    delta = part.delta.detach().clone()
-    state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optim.state[part.delta].items()}
+        part.gate.score.fill_(0.05)
+    delta = part.change.delta.detach().clone()
+    state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optim.state[part.change.delta].items()}
     other = parts["hidden"].delta.detach().clone()
     for _ in range(50):
         step()
-    assert torch.equal(part.delta, delta) and part.delta.grad is None
-    for key, value in optim.state[part.delta].items():
+    assert torch.equal(part.change.delta, delta) and part.change.delta.grad is None
+    for key, value in optim.state[part.change.delta].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[key])), key
     assert not torch.equal(parts["hidden"].delta, other)
     with torch.no_grad():
-        part.score.fill_(0.15)
+        part.gate.score.fill_(0.15)
     step()
-    assert not torch.equal(part.delta, delta)
+    assert not torch.equal(part.change.delta, delta)
 
 
 # -------------------------------------------------------------------------------------------- law 12
@@ -313,8 +313,8 @@ def test_tasks_do_not_meet_across_threads() -> None:
         if name is not None:
             model.add_task(name, num_classes=4)
             with torch.no_grad():
-                for _, part in model.state(name).gated():
-                    part.delta.normal_(0, 0.3)
+                for _, part, _ in model.state(name).gated():
+                    part.change.delta.normal_(0, 0.3)
     x = images()
     with torch.no_grad():
         want = {name: model(x, task=name) for name in names}
@@ -360,12 +360,12 @@ def test_standalone_layers_match_the_stock_layer() -> None:
 
 def test_scores_and_deltas_stay_float32() -> None:
     _, model = build()
-    value = dict(model.state("t").gated())["conv1"].score.item()
+    value = {name: part for name, part, _ in model.state("t").gated()}["conv1"].score.item()
     for cast in (torch.bfloat16, torch.float16, torch.float64):
         model.to(cast)
-        for _, part in model.state("t").gated():
-            assert part.score.dtype == part.delta.dtype == torch.float32
-        assert dict(model.state("t").gated())["conv1"].score.item() == value
+        for _, part, _ in model.state("t").gated():
+            assert part.gate.score.dtype == part.change.delta.dtype == torch.float32
+        assert {name: part for name, part, _ in model.state("t").gated()}["conv1"].score.item() == value
         assert model.base.conv1.weight.dtype == cast
         model(images(dtype=cast))
     layer = TapsLinear(3, 3).half()

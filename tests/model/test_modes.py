@@ -129,15 +129,15 @@ def test_the_fused_encoder_path_sees_the_task_or_is_not_taken() -> None:
     model.add_task("t", num_classes=2)
     x = torch.randn(2, 4, 8)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_()
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_()
     unfused = model(x, task="t")
     with torch.no_grad():
         assert torch.equal(model(x, task="t"), unfused)
         plain = copy.deepcopy(model).merge_and_unload("t").eval()
         torch.testing.assert_close(plain(x), unfused)  # the fused kernel sums in another order
-        for _, part in model.state("t").gated():
-            part.score.fill_(0.0)
+        for _, part, _ in model.state("t").gated():
+            part.gate.score.fill_(0.0)
         plain = copy.deepcopy(model).merge_and_unload("t").eval()
         assert torch.equal(model(x, task="t"), plain(x))
 

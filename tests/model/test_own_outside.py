@@ -89,7 +89,7 @@ def test_hooks_of_the_head_run_once(tmp_path, classes) -> None:
     own = model.state("t").head
     with torch.no_grad():
         want = model(x, task="t")
-        hidden = F.linear(x, base[0].weight + model.state("t").table["0"].delta, base[0].bias)
+        hidden = F.linear(x, base[0].weight + model.state("t").table["0"].change.delta, base[0].bias)
         torch.testing.assert_close(want, 2 * F.linear(hidden + 1, own.weight, own.bias))
         model.save_task("t", tmp_path / "t.taps")
         fresh.load_task(tmp_path / "t.taps")

@@ -50,9 +50,9 @@ def model_of(layers: int, kind: str, is_open: bool) -> tuple[TaskModel, torch.Te
     model.add_task("t")
     model.set_task("t")
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.1)
-            part.score.fill_(0.3 if is_open else 0.0)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
+            part.gate.score.fill_(0.3 if is_open else 0.0)
     return model, x
 
 

@@ -182,11 +182,11 @@ def test_adapt_train_save_load_unload(base, config, gates, adamw, seed, scores) 
     model = TaskModel(base, config, gates=gates).train()
     model.add_task("t", num_classes=3)
     with torch.no_grad():
-        for index, (_, part) in enumerate(model.state("t").gated()):
-            if part.delta is not None:
-                part.delta.normal_(0, 0.1)
-            if part.score is not None:
-                part.score.fill_(scores[index % len(scores)])
+        for index, (_, part, _) in enumerate(model.state("t").gated()):
+            if part.change.delta is not None:
+                part.change.delta.normal_(0, 0.1)
+            if part.gate.score is not None:
+                part.gate.score.fill_(scores[index % len(scores)])
     groups = model.parameter_groups("t", lr=0.05)
     optimizer = torch.optim.AdamW(groups) if adamw else torch.optim.SGD(groups, momentum=0.9)
     for _ in range(2):

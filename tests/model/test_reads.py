@@ -61,14 +61,16 @@ def images() -> Tensor:
 
 
 def parts(model: TaskModel) -> dict[str, nn.Module]:
-    return dict(model.state("t").gated())
+    return {name: part for name, part, _ in model.state("t").gated()}
 
 
 @torch.no_grad()
 def fill(model: TaskModel, names: tuple[str, ...] = LAYERS) -> None:
     for name, part in parts(model).items():
-        part.delta.copy_(torch.randn(part.delta.shape, generator=torch.Generator().manual_seed(len(name))))
-        part.score.fill_(0.15 if name in names else 0.05)
+        part.change.delta.copy_(
+            torch.randn(part.change.delta.shape, generator=torch.Generator().manual_seed(len(name)))
+        )
+        part.gate.score.fill_(0.15 if name in names else 0.05)
 
 
 def reference(base: nn.Module, model: TaskModel, x: Tensor, upstream: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,8 +78,8 @@ def reference(base: nn.Module, model: TaskModel, x: Tensor, upstream: Tensor) ->
     plain = copy.deepcopy(base).double()
     plain.fc = copy.deepcopy(model.state("t").head).double()
     for name, part in parts(model).items():
-        if part.score >= 0.1:
-            plain.get_submodule(name).weight.data += part.delta.detach().double()
+        if part.gate.score >= 0.1:
+            plain.get_submodule(name).weight.data += part.change.delta.detach().double()
     y = plain(x.double())
     y.backward(upstream.double())
     return y.detach(), {name: plain.get_submodule(name).weight.grad for name in LAYERS}
@@ -98,21 +100,23 @@ def test_values_and_gradients(opened: tuple[str, ...], gates: str) -> None:
     scale = torch.tensor([float(want.abs().max())])
     assert_close(y, want, torch.float32, 4 * 54, scale)
     for name, part in parts(model).items():
-        g, delta = gradient[name], part.delta.detach()
+        g, delta = gradient[name], part.change.delta.detach()
         scale = torch.tensor([float(g.abs().max())])
-        assert_close(part.score.grad, (g * delta.double()).sum(), torch.float32, 4 * 80, scale, delta, outer=g.numel())
+        assert_close(
+            part.gate.score.grad, (g * delta.double()).sum(), torch.float32, 4 * 80, scale, delta, outer=g.numel()
+        )
         if name in opened:
-            assert_close(part.delta.grad, g, torch.float32, 4 * 80, scale)
+            assert_close(part.change.delta.grad, g, torch.float32, 4 * 80, scale)
         else:
-            assert part.delta.grad is None or not part.delta.grad.any()
+            assert part.change.delta.grad is None or not part.change.delta.grad.any()
 
 
 def test_closed_is_the_base_bit_for_bit() -> None:
     base, model = make()
     with torch.no_grad():
         for part in parts(model).values():
-            part.delta.fill_(float("nan"))
-            part.score.fill_(0.0)
+            part.change.delta.fill_(float("nan"))
+            part.gate.score.fill_(0.0)
     model.eval()
     x = images()
     plain = copy.deepcopy(base)
@@ -149,7 +153,7 @@ def test_full_config_trains_what_is_read() -> None:
     model.train()
     model(images(), task="t").square().sum().backward()
     for part in parts(model).values():
-        assert part.delta.grad.abs().max() > 0
+        assert part.change.delta.grad.abs().max() > 0
         assert part.bias.grad.abs().max() > 0
 
 
@@ -161,7 +165,7 @@ def test_autocast_reads() -> None:
         y = model(images(), task="t")
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert all(part.delta.grad.abs().max() > 0 for part in parts(model).values())
+    assert all(part.change.delta.grad.abs().max() > 0 for part in parts(model).values())
 
 
 def test_compiled_reads_equal_eager() -> None:
@@ -233,8 +237,8 @@ def attention_reference(base: nn.Module, model: TaskModel, upstream: Tensor) -> 
     named = dict(plain.named_parameters())
     keys = {name: f"{name}.in_proj_weight" if name.endswith("self_attn") else f"{name}.weight" for name in ENCODER}
     for name, part in parts(model).items():
-        if part.score >= 0.1:
-            named[keys[name]].data += part.delta.detach().double()
+        if part.gate.score >= 0.1:
+            named[keys[name]].data += part.change.delta.detach().double()
     y = plain(tokens().double())
     y.backward(upstream.double())
     return y.detach(), {name: named[key].grad for name, key in keys.items()}
@@ -254,14 +258,14 @@ def test_attention_values_and_gradients(opened: tuple[str, ...], gates: str) -> 
     terms = 8 * (24 + 8 + 16 + 16 + 4)  # at most: every product on the way to one output
     assert_close(y, want, torch.float32, terms, torch.tensor([float(want.abs().max())]))
     for name, part in parts(model).items():
-        g, delta = gradient[name], part.delta.detach()
+        g, delta = gradient[name], part.change.delta.detach()
         scale = torch.tensor([float(g.abs().max())])
         want_score = (g * delta.double()).sum()
-        assert_close(part.score.grad, want_score, torch.float32, terms, scale, delta, outer=g.numel())
+        assert_close(part.gate.score.grad, want_score, torch.float32, terms, scale, delta, outer=g.numel())
         if name in opened:
-            assert_close(part.delta.grad, g, torch.float32, terms, scale)
+            assert_close(part.change.delta.grad, g, torch.float32, terms, scale)
         else:
-            assert part.delta.grad is None or not part.delta.grad.any()
+            assert part.change.delta.grad is None or not part.change.delta.grad.any()
     with torch.no_grad():  # in evaluation the fused paths are not taken for an open layer, or see its weights
         assert_close(
             model.eval()(tokens(), task="t"), want, torch.float32, terms, torch.tensor([float(want.abs().max())])
@@ -272,8 +276,8 @@ def test_closed_attention_is_the_base_bit_for_bit() -> None:
     base, model = encoder()
     with torch.no_grad():
         for part in parts(model).values():
-            part.delta.fill_(float("nan"))
-            part.score.fill_(0.0)
+            part.change.delta.fill_(float("nan"))
+            part.gate.score.fill_(0.0)
     plain = copy.deepcopy(base)
     plain[1] = model.state("t").head
     model.eval()
@@ -310,5 +314,5 @@ def test_full_config_trains_the_joint_projection() -> None:
     model.train()
     model(tokens(), task="t").square().sum().backward()
     part = parts(model)["0.self_attn"]
-    assert part.delta.grad.abs().max() > 0
+    assert part.change.delta.grad.abs().max() > 0
     assert part.bias.grad.abs().max() > 0

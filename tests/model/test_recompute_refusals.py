@@ -46,13 +46,13 @@ def test_what_changed_before_a_reentrant_backward_is_an_error(whole: bool, gates
         model.base.reentrant = None
         model(x, task="a")  # gates seen before, and again after they changed
         with torch.no_grad():
-            dict(model.state("a").gated())["stem"].score.fill_(0.05)
+            {name: part for name, part, _ in model.state("a").gated()}["stem"].score.fill_(0.05)
         loss = checkpoint(lambda x: model(x, task="a")["logits"], x, use_reentrant=True).square().sum()
     else:
         loss = model(x, task="a")["logits"].square().sum()
     if how == "score":
         with torch.no_grad():
-            dict(model.state("a").gated())["second.conv"].score.fill_(0.05)
+            {name: part for name, part, _ in model.state("a").gated()}["second.conv"].score.fill_(0.05)
     elif how == "set_gates":
         model.set_gates("a", open=["stem"])
     else:

@@ -54,9 +54,9 @@ def task_on(base: nn.Module, *, score: float = 0.15, **settings) -> TaskModel:
     torch.manual_seed(1)
     model.add_task("t", num_classes=3)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.3)
-            part.score.fill_(score)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.3)
+            part.gate.score.fill_(score)
     return model
 
 
@@ -70,7 +70,7 @@ def test_every_reader_trains_the_layer(reader: str, score: float) -> None:
         model = task_on(Reads(READERS[name]), score=score)
         model(x.clone().requires_grad_(), task="t").square().sum().backward()
         part = model.state("t").table["body"]
-        found.append((part.score.grad, part.delta.grad))
+        found.append((part.gate.score.grad, part.change.delta.grad))
     (want_score, want_delta), (score_grad, delta_grad) = found
     assert want_score is not None and score_grad is not None
     # The same 30 products of float32 numbers of order one, summed in another order.
@@ -90,7 +90,7 @@ def test_a_weight_read_without_gradients_can_be_used_with_them() -> None:
     for score in (0.15, 0.05):
         model = task_on(Early(None), score=score).train()
         model(torch.randn(5, 6), task="t").square().sum().backward()
-        assert model.state("t").table["body"].score.grad is not None
+        assert model.state("t").table["body"].gate.score.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_weight_tied_to_something_frozen_is_the_tasks_own_when_merged() -> Non
 def test_hooks_in_backward_read_the_base() -> None:
     """Gradients are off in hooks, on where checkpointing repeats a forward: only the latter needs to know the task."""
     model, seen = task_on(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))), []
-    delta = model.state("t").table["0"].delta
+    delta = model.state("t").table["0"].change.delta
     delta.register_post_accumulate_grad_hook(lambda _: seen.append(model.base[0].weight.norm()))
     delta.register_hook(lambda _: seen.append(model.base[0](torch.ones(1, 6)).sum()))
     model(torch.randn(5, 6), task="t").sum().backward()
@@ -274,7 +274,7 @@ def test_attention_compiles_whole(score: float) -> None:
         model = task_on(Net(), score=score)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         run(x, task="t").square().sum().backward()
-        grads.append([part.score.grad for _, part in model.state("t").gated()])
+        grads.append([part.gate.score.grad for _, part, _ in model.state("t").gated()])
     # Reductions of a few hundred float32 products in another order.
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
 
@@ -297,4 +297,4 @@ def test_a_closed_attention_copies_no_weight(monkeypatch) -> None:
 
     model = task_on(Net(), score=0.05).train()
     model(torch.randn(2, 5, 8), task="t").square().sum().backward()
-    assert made == [] and all(part.score.grad is not None for _, part in model.state("t").gated())
+    assert made == [] and all(part.gate.score.grad is not None for _, part, _ in model.state("t").gated())

@@ -13,8 +13,8 @@ from models import TinyNet, settle
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from taps_ext import ConfigError, TapsConfig, TaskModel, running
-from taps_ext.nn.sampling import Sample, draw, rows_of
+from taps_ext import ConfigError, TapsConfig, TaskModel
+from taps_ext.parts.sampling import Sample, draw, rows_of
 
 # --- drawing, and finding the samples in a layer's input --------------------------------------------
 
@@ -128,12 +128,12 @@ def adapted(base: nn.Module, fraction: float = 0.5, opened: int = 1, **kwargs) -
     model = TaskModel(base.double(), TapsConfig(lam=0.5, gate_fraction=fraction), **kwargs)
     model.add_task("t")
     with torch.no_grad():
-        for i, (_, part) in enumerate(model.state("t").gated()):
-            part.delta.normal_()
-            part.score.fill_(0.2 if i < opened else 0.05)
+        for i, (_, part, _) in enumerate(model.state("t").gated()):
+            part.change.delta.normal_()
+            part.gate.score.fill_(0.2 if i < opened else 0.05)
     model.state("t").double()
-    for _, part in model.state("t").gated():  # Delta and score stay float32 through .double(); here they need more
-        part.delta.data, part.score.data = part.delta.data.double(), part.score.data.double()
+    for _, part, _ in model.state("t").gated():  # Delta and score stay float32 through .double(); here they need more
+        part.change.delta.data, part.gate.score.data = part.change.delta.data.double(), part.gate.score.data.double()
     model.refresh_gates()
     model.set_task("t")
     return model.train()
@@ -155,10 +155,10 @@ def test_expectation_is_the_exact_gradient(name, monkeypatch) -> None:
     torch.manual_seed(0)
     base, x = make(), data().double()
     model = adapted(base)
-    closed = [n for n, part in model.state("t").gated() if not part.gate]
+    closed = [n for n, part, _ in model.state("t").gated() if not part.gate.known]
     assert len(closed) >= 1
     samples = iter([torch.tensor(s) for s in itertools.combinations(range(4), 2)])
-    monkeypatch.setattr(running, "draw", lambda fraction, batch, device: Sample(batch, next(samples), []))
+    monkeypatch.setattr("taps_ext.methods.taps.draw", lambda fraction, batch, device: Sample(batch, next(samples), []))
     found = [gradients(model, x) for _ in range(6)]
     model.state("t").config = TapsConfig(lam=0.5)
     exact = gradients(model, x)
@@ -180,7 +180,9 @@ def test_the_sum_of_samples_that_are_one_each(monkeypatch) -> None:
     torch.manual_seed(0)
     model, x = adapted(Tokens(), 0.2, opened=0), torch.randn(4, 6, 6).double()
     rows = iter(range(4))
-    monkeypatch.setattr(running, "draw", lambda f, batch, device: Sample(batch, torch.tensor([next(rows)]), []))
+    monkeypatch.setattr(
+        "taps_ext.methods.taps.draw", lambda f, batch, device: Sample(batch, torch.tensor([next(rows)]), [])
+    )
     mean = {}
     for _ in range(4):
         for key, value in gradients(model, x).items():
@@ -209,15 +211,15 @@ def test_exact_draws_nothing(monkeypatch) -> None:
     model.eval()
     gradients(model, x)
     model.train()
-    scores = [part.score for _, part in model.state("t").gated()]
+    scores = [part.gate.score for _, part, _ in model.state("t").gated()]
     for score in scores:
         score.requires_grad_(False)
     gradients(model, x)
     for score in scores:
         score.requires_grad_(True)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.score.fill_(0.2)
+        for _, part, _ in model.state("t").gated():
+            part.gate.score.fill_(0.2)
     gradients(model, x)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -290,9 +292,9 @@ def test_autocast() -> None:
     model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5, gate_fraction=0.5))
     model.add_task("t")
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_()
-            part.score.fill_(0.05)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_()
+            part.gate.score.fill_(0.05)
     x = torch.randn(8, 3, 8, 8)
     found = {}
     for amp, fraction in ((False, 0.25), (True, 0.25), (False, 1.0)):
@@ -301,7 +303,7 @@ def test_autocast() -> None:
         model.train().zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             model(x, task="t").float().square().sum().backward()
-        found[amp, fraction] = {n: p.score.grad.item() for n, p in model.state("t").gated()}
+        found[amp, fraction] = {n: p.gate.score.grad.item() for n, p, _ in model.state("t").gated()}
     for name, want in found[False, 0.25].items():  # rounding moves the estimate less than sampling does
         moved, sampled = abs(found[True, 0.25][name] - want), abs(found[False, 1.0][name] - want)
         assert moved < sampled / 2, (name, moved, sampled)
@@ -362,12 +364,12 @@ def test_batch_dim(monkeypatch) -> None:
     for dim, data in ((0, x), (1, x.transpose(0, 1))):
         model = adapted(base, 0.4, opened=0, batch_dim=dim)
         with torch.no_grad():
-            for _, part in model.state("t").gated():
-                part.delta.copy_(torch.arange(part.delta.numel()).reshape(part.delta.shape).sin())
+            for _, part, _ in model.state("t").gated():
+                part.change.delta.copy_(torch.arange(part.change.delta.numel()).reshape(part.change.delta.shape).sin())
         torch.manual_seed(9)
         model.zero_grad()
         model(data).square().sum().backward()
-        found.append([p.score.grad for _, p in model.state("t").gated()])
+        found.append([p.gate.score.grad for _, p, _ in model.state("t").gated()])
         base = model.unload()
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
     for bad in (-1, True, 1.0):

@@ -20,19 +20,19 @@ def build(**arguments) -> TaskModel:
     model = TaskModel(settle(TinyNet()), TapsConfig(lam=1.0), **arguments).eval()
     model.add_task("t", num_classes=2)
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.delta.normal_(0, 0.2)
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.2)
     return model
 
 
 def close(model: TaskModel) -> None:
     with torch.no_grad():
-        for _, part in model.state("t").gated():
-            part.score.zero_()
+        for _, part, _ in model.state("t").gated():
+            part.gate.score.zero_()
 
 
 def gates(model: TaskModel) -> list[bool]:
-    return [part.gate for _, part in model.state("t").gated()]
+    return [part.gate.known for _, part, _ in model.state("t").gated()]
 
 
 def test_loading_a_state_dict_into_a_copy() -> None:
@@ -74,7 +74,7 @@ def test_inference_mode_leaves_training_possible() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model(x, task=name).float(), y)
         loss.backward()
-        assert all(part.score.grad is not None for _, part in model.state(name).gated())
+        assert all(part.gate.score.grad is not None for _, part, _ in model.state(name).gated())
 
 
 def test_a_base_made_under_inference_mode() -> None:
@@ -119,10 +119,10 @@ def test_merged_weights_are_cast_once_under_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             model(x, task="t")
-            kept.append([part.__dict__["_taps_cast"][1] for _, part in model.state("t").gated()])
+            kept.append([part.__dict__["_taps_cast"][1] for _, part, _ in model.state("t").gated()])
     assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
     model.unmerge_task()
-    assert not any("_taps_cast" in part.__dict__ for _, part in model.state("t").gated())
+    assert not any("_taps_cast" in part.__dict__ for _, part, _ in model.state("t").gated())
 
 
 def test_reconstruct_is_seen_by_autograd() -> None:
@@ -146,42 +146,42 @@ def test_the_raw_op_refuses_double_backward() -> None:
 def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
     """Gradients zeroed instead of dropped before the forward do not reach the optimizer once the gate closed."""
     model = build()
-    part = dict(model.state("t").gated())["conv2"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
     x, y = images(), torch.tensor([0, 1, 0])
     for closing in (False, True, True):
         if closing:
             with torch.no_grad():
-                part.score.zero_()
-            before = part.delta.detach().clone()
+                part.gate.score.zero_()
+            before = part.change.delta.detach().clone()
         model.train()
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(model(x, task="t"), y).backward()
         optimizer.step()
-    assert torch.equal(part.delta, before)
+    assert torch.equal(part.change.delta, before)
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_gradients_that_others_put_there_do_not_move_a_closed_delta(late: bool) -> None:
     """Zeros for every parameter before each forward; or the gradient of a forward before the gate closed."""
     model = build().train()
-    part = dict(model.state("t").gated())["conv2"]
+    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
-    part.score.register_hook(torch.zeros_like)
+    part.gate.score.register_hook(torch.zeros_like)
     model(images(), task="t").sum().backward()
     optimizer.step()
     loss = model(images(), task="t").sum()
-    part.score.data.zero_()
+    part.gate.score.data.zero_()
     (loss + model(images(), task="t").sum()).backward()
     optimizer.step()
-    before = part.delta.detach().clone()
+    before = part.change.delta.detach().clone()
     for _ in range(3):
         optimizer.zero_grad(set_to_none=False)
         for parameter in () if late else model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         model(images(), task="t").sum().backward()
         optimizer.step()
-    assert part.gate is False and torch.equal(part.delta, before)
+    assert part.gate.known is False and torch.equal(part.change.delta, before)
 
 
 def test_gates_of_other_tensors_drop_no_gradient() -> None:
@@ -192,7 +192,7 @@ def test_gates_of_other_tensors_drop_no_gradient() -> None:
     scores = {n: torch.zeros_like(p) for n, p in model.named_parameters() if n.endswith("score")}
     torch.func.functional_call(model, scores, (x,), {"task": "t"})
     model.drop_closed_gradients("t")
-    assert all(part.delta.grad is not None for _, part in model.state("t").gated())
+    assert all(part.change.delta.grad is not None for _, part, _ in model.state("t").gated())
 
 
 def test_borrowed_tensors_are_not_kept_alive() -> None:

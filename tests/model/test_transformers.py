@@ -44,8 +44,8 @@ def test_two_tasks_with_label_sets_of_their_own(make, layers) -> None:
     model.add_task("seven", num_classes=7)
     model.add_task("two", num_classes=2)
     with torch.no_grad():
-        for _, part in model.state("seven").gated():
-            part.delta.normal_(0, 0.2)
+        for _, part, _ in model.state("seven").gated():
+            part.change.delta.normal_(0, 0.2)
         assert model(x, task="seven").logits.shape == (4, 7)
         assert model(x, task="two").logits.shape == (4, 2)
         assert torch.equal(model(x).logits, before)
@@ -125,8 +125,8 @@ def test_gradient_checkpointing_changes_no_gradient(config) -> None:
         torch.manual_seed(1)
         model.add_task("a", num_classes=3)
         with torch.no_grad():
-            for _, part in model.state("a").gated():
-                part.delta.normal_(0, 0.1)
+            for _, part, _ in model.state("a").gated():
+                part.change.delta.normal_(0, 0.1)
         model(x.requires_grad_(), task="a").logits.square().sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for other in grads[1:]:

@@ -25,9 +25,9 @@ def adapted(gates: str = "host") -> TaskModel:
     model = TaskModel(settle(small_resnet(5, 3, widths=(4, 8), blocks=1)), TapsConfig(lam=0.5), gates=gates).eval()
     model.add_task("a", num_classes=3)
     with torch.no_grad():
-        for index, (_, part) in enumerate(model.state("a").gated()):
-            part.delta.normal_(0, 0.1)
-            part.score.fill_(0.05 if index % 3 == 1 else 0.15)
+        for index, (_, part, _) in enumerate(model.state("a").gated()):
+            part.change.delta.normal_(0, 0.1)
+            part.gate.score.fill_(0.05 if index % 3 == 1 else 0.15)
     return model
 
 

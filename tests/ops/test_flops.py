@@ -212,8 +212,8 @@ def task_of(base: nn.Module, score: float = 0.15, fraction: float = 1.0, **setti
     model = TaskModel(settle(base), TapsConfig(lam=0.5, gate_fraction=fraction), **settings)
     model.add_task("t", num_classes=4)
     with torch.no_grad():
-        for _, part in model.state("t").learned():
-            part.score.fill_(score)
+        for _, part, _ in model.state("t").learned():
+            part.gate.score.fill_(score)
     model.refresh_gates()
     model.set_task("t")
     return model

@@ -88,8 +88,8 @@ def test_a_step_is_one_of_a_task(monkeypatch) -> None:
             run(0)
         closed = "closed" in case.layer
         parts = [part for _, part in made[-1].state("task").learned()]
-        assert len(parts) > 10 and all(part.gate is not closed for part in parts)
-        assert all((part.delta.grad is None) == closed and part.score.grad.abs() > 0 for part in parts)
+        assert len(parts) > 10 and all(part.gate.known is not closed for part in parts)
+        assert all((part.change.delta.grad is None) == closed and part.gate.score.grad.abs() > 0 for part in parts)
     assert len(found) == len(made) == 3
 
 

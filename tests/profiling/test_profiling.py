@@ -39,9 +39,9 @@ def build(base: nn.Module | None = None, config=None, closed=(), **kwargs) -> Ta
     model = TaskModel(settle(Wide() if base is None else base), config or TapsConfig(lam=0.5), **kwargs)
     model.add_task("t", num_classes=10)
     with torch.no_grad():
-        for name, part in model.state("t").learned():
-            part.delta.normal_(0, 0.01)
-            part.score.fill_(0.05 if name in closed else 0.15)
+        for name, part, _ in model.state("t").learned():
+            part.change.delta.normal_(0, 0.01)
+            part.gate.score.fill_(0.05 if name in closed else 0.15)
     model.refresh_gates()
     return model
 
@@ -74,7 +74,7 @@ def test_the_model_is_left_as_it_was(phase, optimizer) -> None:
         assert modes == [m.training for m in model.modules()] and x.grad is None
         assert torch.equal(random, torch.get_rng_state())
         assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-        assert all(p.score.requires_grad for _, p in model.state("t").learned())
+        assert all(p.gate.score.requires_grad for _, p, _ in model.state("t").learned())
 
 
 def test_rows_say_what_each_layer_did() -> None:
@@ -139,7 +139,7 @@ def test_layers_that_others_read_are_not_measured() -> None:
 def test_backward_goes_to_the_layer_that_made_it() -> None:
     """A resting closed layer at the bottom makes no node: what follows it is not its own."""
     model = build(closed=["conv"])
-    dict(model.state("t").gated())["conv"].score.requires_grad_(False)
+    {name: part for name, part, _ in model.state("t").gated()}["conv"].score.requires_grad_(False)
     rows = {row.layer: row for row in profile(model, (images(),), task="t", steps=1, machine=ROOFS).rows}
     assert rows["conv"].backward == 0.0 < rows["down"].backward
 
@@ -149,7 +149,7 @@ def test_merged_weights_and_casts_count() -> None:
     before = profile(model, (images(),), task="t", phase="infer", steps=1, machine=ROOFS).memory
     amp = {"task": "t", "phase": "infer", "amp": "bf16"}
     model.merge_task("t")
-    whole = 4 * sum(part.delta.numel() for _, part in model.state("t").gated() if part.gate)
+    whole = 4 * sum(part.change.delta.numel() for _, part, _ in model.state("t").gated() if part.gate.known)
     for memory in (
         profile(model, (images(),), task="t", phase="infer", steps=1, machine=ROOFS).memory,
         estimate(model, (images(),), task="t", phase="infer"),
@@ -189,14 +189,14 @@ def test_memory_by_hand(phase) -> None:
     memory, base = found.memory, model.base
     values = 4 * (sum(p.numel() for p in base.parameters()) + sum(b.numel() for b in base.buffers())) + 4
     assert memory.weights == values  # one buffer counts batches in eight bytes
-    deltas = 4 * sum(part.delta.numel() for _, part in model.state("t").gated())
+    deltas = 4 * sum(part.change.delta.numel() for _, part, _ in model.state("t").gated())
     assert memory.deltas == deltas and memory.inputs == 16 * 3 * 32 * 32 * 4
     assert memory.workspace == 4 * 1024 * 1024
     assert memory.peak == max(count for _, count in found.timeline)
     if phase == "infer":
         assert memory.gradients == memory.optimizer == 0
     else:
-        opened = 4 * sum(part.delta.numel() for _, part in model.state("t").gated() if part.gate)
+        opened = 4 * sum(part.change.delta.numel() for _, part, _ in model.state("t").gated() if part.gate.known)
         head = 4 * (1024 * 10 + 10)
         assert opened + head <= memory.optimizer <= opened + head + 4 * 10000  # momentum of what learns
         x = 16 * 256 * 1024 * 4  # one activation behind hidden
@@ -345,7 +345,7 @@ def test_steps_are_counted() -> None:
 
 
 def test_work_without_gradients() -> None:
-    part = dict(build().state("t").gated())["deep"]
+    part = {name: part for name, part, _ in build().state("t").gated()}["deep"]
     x, w = torch.randn(3, 1024, requires_grad=True), torch.empty(1024, 1024)
     with torch.no_grad():
         assert work(part, w, x, x, 1.0) == (2 * 3 * 1024**2, 4 * (2 * 1024**2 + 2 * 3 * 1024))

@@ -28,7 +28,7 @@ class Keeps(Wide):
 @pytest.mark.parametrize("measured", [False, True], ids=["estimate", "profile"])
 def test_an_input_that_wants_its_gradient_gets_one(measured) -> None:
     model, x = build(Rerun()), images().requires_grad_()
-    deltas = sum(part.delta.nbytes for _, part in model.state("t").learned())
+    deltas = sum(part.change.delta.nbytes for _, part, _ in model.state("t").learned())
     found = profile(model, (x,), task="t", machine=ROOFS).memory if measured else estimate(model, (x,), task="t")
     assert found.optimizer >= deltas  # momentum of what got a gradient
     assert x.grad is None

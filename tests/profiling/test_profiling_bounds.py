@@ -58,8 +58,8 @@ def peaks(base: nn.Module, shape: tuple[int, ...], opened: bool, **settings) -> 
     model = TaskModel(settle(base), TapsConfig(lam=0.5, gate_fraction=fraction))
     model.add_task("t", num_classes=10)
     with torch.no_grad():
-        for _, part in model.state("t").learned():
-            part.score.fill_(0.15 if opened else 0.05)
+        for _, part, _ in model.state("t").learned():
+            part.gate.score.fill_(0.15 if opened else 0.05)
     model.refresh_gates()
     predicted = estimate(model, (torch.empty(shape, device="meta"),), task="t", **settings)
     counted = profile(model, (torch.randn(shape),), task="t", steps=1, machine=ROOFS, **settings).memory

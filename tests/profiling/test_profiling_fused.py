@@ -65,9 +65,9 @@ def build(base: nn.Module) -> TaskModel:
     model = TaskModel(settle(base), TapsConfig(lam=0.5))
     model.add_task("t", num_classes=10)
     with torch.no_grad():
-        for _, part in model.state("t").learned():
-            part.delta.normal_(0, 0.01)
-            part.score.fill_(0.15)
+        for _, part, _ in model.state("t").learned():
+            part.change.delta.normal_(0, 0.01)
+            part.gate.score.fill_(0.15)
     model.refresh_gates()
     return model.eval()
 

@@ -24,8 +24,8 @@ def layered(scores, gates: str = "host", threshold: float = 0.1, **overrides) ->
     model.add_task("t")
     with torch.no_grad():
         for (_, part), score in zip(model.state("t").gated(), scores, strict=True):
-            if part.learn:
-                part.score.fill_(score)
+            if part.gate.learn:
+                part.gate.score.fill_(score)
     model.refresh_gates()
     return model
 
@@ -107,7 +107,7 @@ def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
 
     def loss(outputs, targets):
         if torch.is_grad_enabled():
-            kept.append({n: p.score.requires_grad for n, p in model.state("t").learned()})
+            kept.append({n: p.gate.score.requires_grad for n, p, _ in model.state("t").learned()})
         return torch.nn.functional.cross_entropy(outputs, targets)
 
     inner = model.forward
@@ -129,28 +129,28 @@ def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
     assert len(set(scores[1:])) == 1 and scores[0] != scores[1]
     assert len({entry["loss"] for entry in result.history}) == 5
     assert set(kept[0].values()) == {True} and set(kept[-1].values()) == {False}
-    assert all(p.score.requires_grad and p.score.grad is None for _, p in model.state("t").learned())
+    assert all(p.gate.score.requires_grad and p.gate.score.grad is None for _, p, _ in model.state("t").learned())
     if gates == "host":
-        closed = not dict(model.state("t").learned())["hidden"].gate
+        closed = not {name: part for name, part, _ in model.state("t").learned()}["hidden"].gate
         assert closed and asked[0] == 1 and asked[-1] == 0
 
 
 def test_reopened_gates_are_counted() -> None:
     """A score that every step pushes across its threshold and back."""
     model = build(TapsConfig(lam=0.0))
-    part = dict(model.state("t").learned())["conv2"]
+    part = {name: part for name, part, _ in model.state("t").learned()}["conv2"]
     steps = []
 
     def push(grad):
-        steps.append(part.gate)
-        return torch.full_like(grad, 0.1 if part.gate else -0.1)
+        steps.append(part.gate.known)
+        return torch.full_like(grad, 0.1 if part.gate.known else -0.1)
 
-    part.score.register_hook(push)
+    part.gate.score.register_hook(push)
     once = {"lr": 1e-9, "score_lr": 1.0, "momentum": 0.0, "schedule": "constant", "select": "last"}
     result = fit(model, epochs=3, **once)
     expected = sum(now and not before for before, now in itertools.pairwise(steps))
     assert expected > 5
-    others = [0 for name, p in model.state("t").learned() if name != "conv2" and not p.gate]
+    others = [0 for name, p, _ in model.state("t").learned() if name != "conv2" and not p.gate]
     assert sum(entry["reopened"] for entry in result.history) == expected and not others
 
 

@@ -90,9 +90,9 @@ def test_the_average_by_hand() -> None:
     model = build()
     state = model.state("t")
     with torch.no_grad():
-        for index, (_, part) in enumerate(state.gated()):
-            part.delta.normal_(0, 0.1)
-            part.score.fill_(0.05 if index == 1 else 0.15)
+        for index, (_, part, _) in enumerate(state.gated()):
+            part.change.delta.normal_(0, 0.1)
+            part.gate.score.fill_(0.05 if index == 1 else 0.15)
     average = Average(state, 0.15)
     closed = [list(state.gated())[1][0]]
     assert closed == ["conv2"]
@@ -104,7 +104,7 @@ def test_the_average_by_hand() -> None:
     for step in (1, 2, 3, 4):
         if step == 3:  # its average is away from its value by now, and rests there
             with torch.no_grad():
-                dict(state.gated())["hidden"].score.fill_(0.05)
+                {name: part for name, part, _ in state.gated()}["hidden"].score.fill_(0.05)
             closed.append("hidden")
         optimizer.zero_grad()
         F.cross_entropy(model.train()(x, task="t"), y).backward()

@@ -1,0 +1,1 @@
+"""Between parts and disk: task files, plain checkpoints, merging."""

@@ -1,0 +1,118 @@
+"""Merging: the weights of a task's stacks, folded beside the base or into a plain copy of it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.flags import Flags
+from ..base.scan import names_of, shared_tensors
+from ..errors import TapsError, UnsupportedModuleError
+from ..parts import Below, Installed, Part
+from ..parts.host import HOOKS, base_bias, base_weight
+from ..parts.layer import refusing
+from ..parts.rebind import rebind
+
+Stacks = Mapping[str, tuple[Part, ...]]
+
+
+def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
+    """For every module with a gated part on top, the weight that the stack multiplies with: folded where it is changed,
+    the base's own where not.
+
+    Raises:
+        UnsupportedModuleError: a change that does not fold, naming the module.
+    """
+    found = {}
+    for name, stack in stacks.items():
+        if any(part.gate is not None for part in stack):
+            host = base.get_submodule(name)
+            below = Below(host, stack)
+            try:
+                weight, bias = below.folded(), below.bias()
+            except UnsupportedModuleError as error:
+                raise UnsupportedModuleError(f"{name}: {error}") from None
+            own = weight.detach() if weight is base_weight(host) else refusing(weight)
+            found[name] = Installed(own, None if bias is base_bias(host) else bias)
+    return found
+
+
+def _values(stack: tuple[Part, ...], host: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module has under a stack, as far as they are not the base's."""
+    found: dict[str, Tensor] = {}
+    for index, part in enumerate(stack):
+        found |= part.values(Below(host, stack[:index]))
+    return found
+
+
+def _install(target: nn.Module, key: str, value: Tensor) -> None:
+    """A tensor of its own in the place of `target.key`, which another module may share."""
+    old = getattr(target, key)
+    own = torch.empty_like(old, requires_grad=False).copy_(value)
+    if isinstance(old, nn.Parameter):
+        target._parameters[key] = nn.Parameter(own, requires_grad=old.requires_grad)
+    else:
+        target._buffers[key] = own
+
+
+def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Flags) -> nn.Module:
+    """A copy of the routed base as it will be when unloaded, with the tensors and the head of these stacks in place."""
+    tensors = {name: _values(stack, base.get_submodule(name)) for name, stack in stacks.items()}
+    own_head = None if head_path is None else stacks[head_path][-1].replacement
+    plain, head = copy.deepcopy((base, own_head))
+    flags.restore_copy(plain, base)
+    clones = {id(module): own for module, own in zip(base.modules(), plain.modules(), strict=True)}
+    for own in plain.modules():  # functions are not copied, nor what they close over
+        own.__dict__.update({key: rebind(value, clones) for key, value in own.__dict__.items()})
+    for name, values in tensors.items():
+        target = plain.get_submodule(name)
+        for key, value in values.items():
+            _install(target, key, value.detach())
+    for name, stack in stacks.items():
+        for part in stack:
+            part.hand_over(plain.get_submodule(name))
+    if head is not None and head_path is not None:
+        _take_hooks(head, plain.get_submodule(head_path))
+        for name in names_of(base, base.get_submodule(head_path)):
+            plain.set_submodule(name, head)
+        _tell_config(plain, head)
+    return plain
+
+
+def _tell_config(model: Any, head: nn.Module) -> None:
+    """A transformers model computes its loss by the number of classes in its config, and is loaded by that."""
+    config, outputs = getattr(model, "config", None), getattr(head, "out_features", None)
+    known = getattr(config, "num_labels", None)
+    if config is not None and isinstance(known, int) and isinstance(outputs, int) and known != outputs:
+        config.num_labels = outputs
+        if isinstance(getattr(model, "num_labels", None), int):
+            model.num_labels = outputs
+
+
+def _take_hooks(head: nn.Module, replaced: nn.Module) -> None:
+    """The hooks of the head that is replaced go on running: around those of the new one."""
+    for key in HOOKS:
+        outer, inner = replaced.__dict__[key], head.__dict__[key]
+        both = (outer, inner) if "pre" in key else (inner, outer)
+        head.__dict__[key] = OrderedDict(item for hooks in both for item in hooks.items())
+    if head._is_full_backward_hook is None:
+        head._is_full_backward_hook = replaced._is_full_backward_hook
+
+
+def check_one_value(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a plain checkpoint would need two values for what is one tensor in the base.
+
+    Raises:
+        TapsError: naming both; `merge_and_unload`'s copy holds them.
+    """
+    for one, other in shared_tensors(base):
+        if one in tensors and other in tensors and not torch.equal(tensors[one], tensors[other]):
+            raise TapsError(
+                f"{other}: is one tensor with {one} in the base, and the task has another value for each, which no "
+                "model of the base's architecture can load; save merge_and_unload()'s copy instead"
+            )

@@ -1,0 +1,53 @@
+"""Scale-and-bias patches (K for the Price of 1, arXiv 1810.10703)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..base.scan import Scan
+from ..errors import ConfigError
+from ..parts import Gate, Layer, Part, Rows
+from ..parts.host import base_bias
+from .base import MethodConfig, one_of, register_method
+from .depthwise import depthwise_layers
+
+
+@register_method("scale-bias")
+@dataclass(frozen=True, kw_only=True)
+class ScaleBiasConfig(MethodConfig):
+    """Settings of scale-and-bias patches: a task's own scale and bias (gamma, beta) in every normalisation layer.
+
+    In a base without any normalisation every layer with a bias gets a factor for each output and a bias of its own
+    instead, `a * z + b` (ours).
+
+    Attributes:
+        last_layer: whether a task has a head of its own; False runs it on the base's.
+        statistics: "task" gives batch norms running statistics of the task's own batches; "base" keeps the base's, in
+            evaluation mode.
+        depthwise: whether depthwise convolutions are the task's own, too (:class:`DepthwiseConfig`).
+    """
+
+    last_layer: bool = True
+    statistics: str = "task"
+    depthwise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("last_layer", "depthwise"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        one_of(self.statistics, ("task", "base"), "statistics")
+
+    @property
+    def own_head(self) -> bool:
+        """As :attr:`last_layer`."""
+        return self.last_layer
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        """Own norms, and depthwise convolutions where they are asked for."""
+        parts: dict[str, Part] = dict(base.own(base.norms, buffers=self.statistics == "task"))
+        if not base.norms:
+            for name, host in base.gated.items():
+                if (bias := base_bias(host)) is not None:
+                    parts[name] = Layer(Gate(learn=False), Rows(host), bias=bias)
+        return {**parts, **depthwise_layers(base)} if self.depthwise else parts

@@ -1,0 +1,86 @@
+"""Separate layers: private ones at the bottom or the top, the rest shared (Rethinking Hard-Parameter Sharing,
+arXiv 2107.11359)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..base.scan import Scan, match
+from ..errors import ConfigError
+from ..parts import Dense, Gate, Layer, Part
+from ..parts.host import base_bias, base_weight
+from .base import MethodConfig, number, one_of, register_method, tuple_of_str
+
+
+@register_method("separate-layers")
+@dataclass(frozen=True, kw_only=True)
+class SeparateLayersConfig(MethodConfig):
+    """Settings of separate layers: `W + Delta` in the private layers, the frozen base in all others.
+
+    Exactly one of `bottom`, `top`, `layers` and `fraction` says which are private. Layers count in module order, the
+    head aside, which is private always.
+
+    Attributes:
+        bottom, top: how many layers from the input, or from the output.
+        layers: globs of layer names.
+        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; the report
+            says the true share.
+        side: "bottom" or "top", for `fraction`.
+        norm: "with_layer" makes a normalisation private with the layer before it; "task" all of them; "frozen" none.
+    """
+
+    bottom: int | None = None
+    top: int | None = None
+    layers: tuple[str, ...] | None = None
+    fraction: float | None = None
+    side: str = "bottom"
+    norm: str = "with_layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "layers", tuple_of_str(self.layers, "layers"))
+        given = [name for name in ("bottom", "top", "layers", "fraction") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"separate-layers: expected one of bottom, top, layers and fraction, got {given or 'none'}"
+            )
+        for name in ("bottom", "top"):
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+                raise ConfigError(f"{name}: expected an int >= 0, got {count!r}")
+        if self.fraction is not None:
+            number(self.fraction, "fraction", 0.0, 1.0)
+        one_of(self.side, ("bottom", "top"), "side")
+        one_of(self.norm, ("with_layer", "task", "frozen"), "norm")
+
+    def private(self, base: Scan) -> list[str]:
+        """The names of the private layers, in module order."""
+        names = list(base.gated)
+        if self.layers is not None:
+            return match(self.layers, names, "layers")
+        from_top = self.top is not None or (self.fraction is not None and self.side == "top")
+        ordered = names[::-1] if from_top else names
+        count = self.top if self.bottom is None else self.bottom
+        if self.fraction is not None:
+            sizes = [base_weight(base.gated[name]).numel() for name in ordered]
+            most = self.fraction * sum(sizes)
+            count = next((i for i in range(len(sizes)) if sum(sizes[: i + 1]) > most), len(sizes))
+        if count is None or count > len(names):
+            raise ConfigError(f"separate-layers: expected at most {len(names)} layers, got {count}")
+        chosen = set(ordered[:count])
+        return [name for name in names if name in chosen]
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        """An open Delta in the private layers, their biases, and the norms that go with them."""
+        private = self.private(base)
+        layers: dict[str, Part] = {
+            name: Layer(Gate(learn=False), Dense(base.gated[name]), bias=base_bias(base.gated[name]))
+            for name in private
+        }
+        follows = base.follows()
+        norms = {
+            name: host
+            for name, host in base.norms.items()
+            if self.norm == "task" or (self.norm == "with_layer" and follows.get(name) in layers)
+        }
+        return {**layers, **base.own(norms)}

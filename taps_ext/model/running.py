@@ -1,0 +1,137 @@
+"""One forward of a base model with a task's parts, and what must hold before and after it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..base.guard import tensors
+from ..errors import BypassedLayerError, ConfigError, TapsError
+from ..parts.sampling import Sample, batch_size
+from ..routing.frame import Call, Frame, enter, leave, sequence_number
+from .state import TaskState
+
+if TYPE_CHECKING:
+    from .task_model import TaskModel
+
+
+@torch.compiler.disable(recursive=False)
+def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any) -> Any:
+    """Call the base in a frame; where gradients may flow, remember the call for recomputation."""
+    remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
+    first = sequence_number() if remember else 0
+    token = enter(frame)
+    try:
+        output = model.base(*args, **kwargs)
+    finally:
+        leave(token)
+    if remember:
+        Call(model, task, frame, first, output)
+    return output
+
+
+@torch.compiler.disable(recursive=False)
+def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
+    """The base as it was before adapting, in evaluation mode."""
+    if model.training:
+        return model._mirror.of(model.base)(*args, **kwargs)
+    return _run(model, None, Frame({}, set()), args, kwargs)
+
+
+def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
+    """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
+    _check_labels(model, name, state, args, kwargs)
+    if model._guard.held is None:
+        model._guard.note(model.base)
+    bindings = state.catch_up()
+    sample = _sample(model, name, state, args, kwargs)
+    frame = Frame(bindings.stacks, set(), sample, bindings.bound, bindings.settings)
+    if model.training and not state.watched:
+        output = _watched(model, name, state, frame, args, kwargs)
+    else:
+        output = _run(model, name, frame, args, kwargs)
+    if sample is not None and sample.fits and not any(sample.fits):
+        warnings.warn(
+            f"gate_fraction: no closed layer of task {name!r} has an input made of the {sample.batch} samples that the "
+            f"forward's first tensor has in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
+            "nothing is saved",
+            stacklevel=3,
+        )
+    seen = state.seen.get(model.training)
+    if seen is None or not frame.entered.issuperset(seen):
+        _check_entered(model, name, state, frame.entered)
+    if model.training and not state.entered.issuperset(state.modules_used):
+        state.entered |= frame.entered  # evaluation may leave out what training runs
+    return output
+
+
+def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[str]) -> None:
+    """Raise where a part had no effect on a forward, unless it is known to be left out in this mode; later forwards
+    that enter as much need no look."""
+    state.check_hosts()
+    missed = [module for module in state.required() if module not in entered]
+    if not model.training and missed and state.entered.issuperset(missed):
+        state.training_only.update(missed)
+    missed = [module for module in missed if module not in state.entered and module not in state.training_only]
+    if missed:
+        raise BypassedLayerError(
+            f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
+            "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
+            "them in exclude_modules"
+        )
+    state.seen = {**state.seen, model.training: frozenset(entered)}
+
+
+@torch.compiler.disable
+def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Sample | None:
+    """What closed layers estimate their score gradients from in this forward; None for all of the batch."""
+    if not model.training:  # without gradients too: reentrant checkpointing runs so first
+        return None
+    if torch._C._are_functorch_transforms_active():  # its derivatives are exact
+        return None
+    batch = batch_size(args, kwargs, model.batch_dim)
+    try:
+        return state.config.sample(state.table, batch, next(model.parameters()).device, gates=model.gates)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (task {name!r}, batch_dim = {model.batch_dim})") from None
+
+
+def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
+    """The first forward in training mode, which proves that it leaves the base's tensors alone."""
+
+    def versions() -> dict[str, tuple[torch.Tensor, int]]:
+        return {name: (t, t._version) for name, t in tensors(model.base) if not t.is_inference()}
+
+    before = versions()
+    output = _run(model, name, frame, args, kwargs)
+    for tensor, now in versions().items():
+        was = before.get(tensor)
+        if was is None:
+            raise TapsError(
+                f"task {name!r}: training gave the base the {tensor}, which a fresh base has not; run the base once "
+                "before it is adapted"
+            )
+        if was[0] is not now[0] or was[1] != now[1]:
+            raise TapsError(
+                f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
+                'give it to the task (others="task") or freeze the module that writes it'
+            )
+    state.watched = True
+    return output
+
+
+def _check_labels(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> None:
+    """transformers' models compute a loss from `labels` with the base's number of classes, not the task's."""
+    classes = getattr(getattr(model.base, "config", None), "num_labels", None)
+    own = getattr(state.head, "out_features", None)
+    if not isinstance(classes, int) or own is None or own == classes:
+        return
+    names = list(inspect.signature(model.base.forward).parameters)
+    if kwargs.get("labels") is not None or ("labels" in names and len(args) > names.index("labels")):
+        raise ConfigError(
+            f"labels: the base computes its loss over {classes} classes and task {name!r} has {own}; leave labels "
+            "out and compute the loss from the output's logits"
+        )

@@ -1,0 +1,767 @@
+"""TaskModel: one frozen base model, many tasks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import store
+from ..base import flags
+from ..base.fingerprint import base_fingerprint
+from ..base.guard import Guard
+from ..base.head import head_path, make_head
+from ..base.ownership import check_base, disown, own
+from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
+from ..errors import ConfigError, TapsError, suggestion
+from ..files import checkpoint, merge
+from ..files import task as task_file
+from ..methods import FullConfig, MethodConfig
+from ..parts import Instead, Part, token
+from ..parts.host import GATED_TYPES, NORM_TYPES
+from ..parts.mirror import Mirror
+from ..routing.frame import in_backward, recomputed_call, running_node
+from ..routing.route import route, unroute, whole_model
+from . import groups
+from .report import Report, make_report
+from .running import run_base, run_task
+from .state import Family, Parts, TaskState, module_key
+
+_ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
+
+
+class TaskModel(nn.Module):
+    """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
+
+    The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
+
+    Args:
+        base: any module. Its parameters stop requiring gradients until :meth:`unload`.
+        config: the method for tasks that bring none of their own.
+        gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
+            "device" reads scores where they live, for captured graphs and compilation without recompiling.
+        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
+        batch_dim: which dimension of the forward's first tensor counts samples.
+
+    Raises:
+        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`; a negative
+            `batch_dim`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        config: MethodConfig | None = None,
+        *,
+        gates: str = "host",
+        head_module: str | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        check_base(base)
+        if gates not in ("host", "device"):
+            raise ConfigError(
+                f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
+            )
+        if config is not None and not isinstance(config, MethodConfig):
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+        self.base = base
+        self.config = config
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
+        self.gates = gates
+        self.batch_dim = batch_dim
+        self._states = nn.ModuleDict()
+        self._names: dict[str, TaskState] = {}
+        self._families = nn.ModuleDict()
+        self._active: str | None = None
+        self._merged: str | None = None
+        self._head = head_path(base, head_module)
+        self._flags: flags.Flags | None = flags.Flags(base)
+        self._mirror = Mirror()
+        own(base, self, self._flags)
+        base.requires_grad_(False)
+        self._guard = Guard()
+        routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
+        encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+        fused = {part for encoder in encoders for part in encoder.modules()}
+        for name, module in list(base.named_modules()):
+            if isinstance(module, routed) and not inside(name, self._head):
+                route(module, name, fused=module in fused)
+        self.training = base.training  # without touching the modules, each of which has a mode of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy adapts a base of its own."""
+        super().__setstate__(state)
+        if self._flags is not None:
+            own(self.base, self, self._flags)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if self._names:
+            self._guard.forget(self.base, self._head)
+        result = super()._apply(*args, **kwargs)
+        if self._merged is not None:  # of what the weights are now
+            self._install_merged(self._merged)
+        return result
+
+    def _check_base(self) -> None:
+        """Raise if something wrote to the base unseen: tasks would belong to no base that exists.
+
+        Raises:
+            TapsError: naming the tensor.
+        """
+        problem = self._guard.check(self.base, self._head)
+        if problem is not None:
+            raise TapsError(problem)
+
+    # -- forward
+
+    def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
+        """Run the base with one task's parts.
+
+        Args:
+            task: the task of this call; by default the active one. None is the base, as it was before.
+            args, kwargs: what the base's forward takes.
+
+        Raises:
+            ConfigError: an unknown task; in training `gate_fraction` below 1 with gates="device", or no tensor to draw
+                samples of.
+            GateError: a NaN score; in training, Inf or NaN in a Delta that closed or was loaded since the last forward.
+                Of one that is written to while it is closed backward says so on a CPU; on a GPU its score becomes NaN.
+            BypassedLayerError: the task's first forward did not enter every layer that has parts.
+        """
+        if torch.compiler.is_exporting():
+            raise TapsError(
+                "torch.export: a TaskModel decides per call what runs; export merge_and_unload(name) instead"
+            )
+        return self._forward(*args, task=task, tasks=tasks, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
+        if tasks is not None:
+            raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
+        repeated = recomputed_call(owner=self) if in_backward() else None
+        unknown = in_backward() and repeated is None and torch.is_grad_enabled()
+        if task is not _ACTIVE:
+            name = task
+        elif repeated is not None:
+            name = repeated.task
+        elif not unknown:
+            name = self._active
+        else:
+            raise TapsError(
+                "task: activation checkpointing repeats this forward in backward, when another task may be active; "
+                "name it in the checkpointed call: model(x, task=...)"
+            )
+        if name is None:
+            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
+                warnings.warn(
+                    "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
+                    stacklevel=6,  # the caller of model(x)
+                )
+            return run_base(self, args, kwargs)
+        state = self.state(name)
+        if self.gates == "host":
+            state.refresh()
+        if repeated is not None:
+            repeated.check_gates()
+        else:
+            state.note_gates(running_node() if unknown else None)
+        learning = self.training and torch.is_grad_enabled()
+        if learning:
+            self._not_merged(name, "training")
+        if learning and not torch._C._are_functorch_transforms_active():
+            state.rest()
+        return run_task(self, name, state, args, kwargs)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TapsError(
+            "DataParallel: expected one process for each GPU, got threads; use DistributedDataParallel instead"
+        )
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
+        with whole_model(mode):
+            super().train(mode)
+        if not mode and not torch.compiler.is_compiling():
+            for state in self._names.values():
+                state.look_again()
+        return self
+
+    # -- tasks
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order they were added."""
+        return list(self._names)
+
+    @property
+    def active_task(self) -> str | None:
+        """The task that `model(x)` runs, or None for the base."""
+        return self._active
+
+    def state(self, name: str | None) -> TaskState:
+        """The parts of one task. Raises ConfigError for an unknown name."""
+        self._loaded()
+        state = self._names.get(name) if isinstance(name, str) else None
+        if state is None:
+            hint = suggestion(str(name), self._names)
+            raise ConfigError(f"task: expected one of {self.tasks}, got {name!r}{hint}")
+        return state
+
+    def _new_name(self, name: str) -> str:
+        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name or len(name) > 255:
+            raise ConfigError(f"name: expected a printable name of up to 255 characters without '/', got {name!r}")
+        if name in self._names or module_key(name) in self._states:
+            raise ConfigError(f"name: a task called {name!r} exists already")
+        return name
+
+    def _states_for(self, tasks: Iterable[str] | str | None) -> list[TaskState]:
+        if tasks is None:
+            return list(self._names.values())
+        return [self.state(name) for name in ([tasks] if isinstance(tasks, str) else tasks)]
+
+    def _loaded(self) -> None:
+        if self._flags is None:
+            raise TapsError("this TaskModel was unloaded; wrap the base in a new one")
+
+    def _not_merged(self, name: str, action: str) -> None:
+        if self._merged == name:
+            raise TapsError(f"{action}: task {name!r} is merged; call unmerge_task() first")
+
+    @torch.inference_mode(False)
+    def add_task(
+        self,
+        name: str,
+        *,
+        num_classes: int | None = None,
+        head: nn.Module | None = None,
+        head_module: str | None = None,
+        config: MethodConfig | None = None,
+    ) -> None:
+        """Add a task that starts as the base with a new head.
+
+        Args:
+            name: printable, without '/'.
+            num_classes: makes a linear head with that many outputs, drawn from torch's generator.
+            head: a head of your own instead. Without either, the task starts from a copy of the base's head.
+            head_module: the name of the module that the head replaces, where it is not the model's.
+            config: a method for this task only.
+
+        Raises:
+            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
+            UnsupportedModuleError: a layer that cannot be gated, naming it.
+        """
+        self._loaded()
+        name = self._new_name(name)
+        config = config if config is not None else self.config
+        if not isinstance(config, MethodConfig):
+            raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
+        path = self._head if head_module is None else head_path(self.base, head_module)
+        if not config.own_head and (num_classes is not None or head is not None):
+            raise ConfigError(f"add_task: method {config.method!r} is set to run on the base's own head, got another")
+        own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
+        found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
+        parts = dict(config.parts(found))
+        check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
+        family = self._family(config, found)
+        trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
+        if own is not None and path is not None:
+            parts[path] = Instead(own)
+            trained += [path] if num_classes is None and head is None else []
+        check_shared(self.base, trained)
+        state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
+        self._install(name, state)
+
+    @staticmethod
+    def _shared(family: Family | None) -> Mapping[str, Part]:
+        return {} if family is None else family.table
+
+    def _install(self, name: str, state: TaskState) -> None:
+        if not self._names:
+            self._guard = Guard()  # the base's tensors may have been loaded since
+            self._guard.note(self.base)
+        if state.family is not None and state.family.name not in self.families:
+            self._place(state.family)
+            self._families[module_key(state.family.name)] = state.family
+        self._place(state)
+        self._states[module_key(name)] = state
+        self._names[name] = state
+
+    def _place(self, parts: Parts) -> None:
+        """Route what parts stand on."""
+        for module in parts.table:
+            route(self.base.get_submodule(module), module)
+        for layer, _, _ in parts.gated():
+            self.base.get_submodule(layer).__dict__["_taps_gated"] = True
+        parts.remember_hosts(self.base)
+        parts.train(self.training)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self._merged is not None:
+            raise TapsError(f"load_state_dict: task {self._merged!r} is merged; call unmerge_task() first")
+        self._guard = Guard()  # the base's own may come with it
+        super()._load_from_state_dict(*args)
+
+    def delete_task(self, name: str) -> None:
+        """Forget a task. The active task becomes the base if it was this one."""
+        self.state(name)
+        if self._merged == name:
+            self.unmerge_task()
+        if self._active == name:
+            self._active = None
+        del self._states[module_key(name)], self._names[name]
+        token.note()
+
+    def rename_task(self, name: str, new_name: str) -> None:
+        """Rename a task, keeping its place in the order."""
+        self.state(name)
+        self._new_name(new_name)
+        renamed = {new_name if n == name else n: s for n, s in self._names.items()}
+        self._states = nn.ModuleDict({module_key(n): s for n, s in renamed.items()})
+        self._names = renamed
+        self._active = new_name if self._active == name else self._active
+        self._merged = new_name if self._merged == name else self._merged
+
+    def set_task(self, name: str | None) -> None:
+        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
+        if name is not None:
+            self.state(name)
+        self._active = name
+
+    @contextmanager
+    def use_task(self, name: str | None) -> Iterator[TaskModel]:
+        """`with model.use_task("birds"):` sets the task and restores the previous one."""
+        before = self._active
+        self.set_task(name)
+        try:
+            yield self
+        finally:
+            self._active = before if before in self._names else None
+
+    # -- gates
+
+    def refresh_gates(self) -> None:
+        """Read all scores again, and forget weights cast under autocast, for writes that leave no trace (`.data`, graph
+        replay). Checks for NaN."""
+        for module in self.modules():
+            module.__dict__.pop("_taps_cast", None)
+        for state in self._names.values():
+            state.refresh(force=True)
+
+    def set_gates(self, name: str, open: Sequence[str], *, learn: bool = False) -> None:
+        """Fix a task's gates: layers that a glob in `open` matches are open, all others closed.
+
+        Raises:
+            ConfigError: a pattern matches no layer; a layer without a Delta is to be opened; `learn=True`
+                (a score is learned, never set).
+        """
+        if learn:
+            raise ConfigError("learn: expected False; scores are learned, not set")
+        self._not_merged(name, "set_gates")
+        state = self.state(name)
+        layers = {layer: part for layer, part, _ in state.gated()}
+        if isinstance(open, str):
+            raise ConfigError(f"open: expected a list of patterns, got {open!r}")
+        chosen = match(open, list(layers), "open")
+        state.grow(chosen)
+        for layer in chosen:
+            if not layers[layer].changes():
+                raise ConfigError(f"open: {layer} has no Delta under method {state.config.method!r}")
+        for layer, part in layers.items():
+            part.fix(layer in chosen)
+
+    def freeze_gates(self, tasks: Iterable[str] | str | None = None) -> None:
+        """Fix every learned gate in its present state; closed layers then keep no input for backward."""
+        chosen = self._states_for(tasks)
+        for name, state in self._names.items():
+            if state in chosen:
+                self._not_merged(name, "freeze_gates")
+        for state in chosen:
+            opened = set(state.open_layers())
+            for name, part, _ in state.learned():
+                part.fix(name in opened)
+
+    def sparsity_loss(self, tasks: Iterable[str] | str | None = None, scale: float = 1.0) -> Tensor:
+        """`scale` times what the methods of these tasks add to the loss, a scalar; for TAPS the sum over tasks of
+        `lam / L * sum_i w_i |s_i|` (equation 5).
+
+        Args:
+            tasks: which tasks; by default the active one.
+            scale: 0 during warm-up.
+
+        Raises:
+            ConfigError: none is named and none is active.
+        """
+        if tasks is None and self._active is None and self._names:
+            raise ConfigError("tasks: no task is active; name those whose penalty is meant")
+        chosen = tasks if tasks is not None else [] if self._active is None else [self._active]
+        terms = [term for state in self._states_for(chosen) if (term := state.sparsity_loss()) is not None]
+        if not terms:
+            return torch.zeros([], device=next(self.parameters()).device)
+        return scale * torch.stack(terms).sum()
+
+    def drop_closed_gradients(self, tasks: Iterable[str] | str | None = None) -> None:
+        """Set gradients of closed Deltas to None before an optimizer step.
+
+        Needed for gates="device", where backward gives zeros, and after `zero_grad(set_to_none=False)` between the
+        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest.
+        """
+        for state in self._states_for(tasks):
+            state.drop_closed_gradients()
+
+    def parameter_groups(
+        self,
+        tasks: Iterable[str] | str | None = None,
+        *,
+        lr: float,
+        score_lr: float | None = None,
+        weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups named "delta", "score", "norm", "other" and "head".
+
+        Args:
+            tasks: which tasks; by default all.
+            lr: learning rate. score_lr: that of the scores (default: lr).
+            weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
+
+        A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
+        """
+        chosen = self._states_for(tasks)
+        for name, state in self._names.items():
+            count, nbytes = state.grow() if state in chosen else (0, 0)
+            if count:
+                warnings.warn(
+                    f"task {name!r}: {count} closed layers were loaded without a Delta and get one of zeros to train "
+                    f"({nbytes / 2**20:.1f} MiB)",
+                    stacklevel=2,
+                )
+        return groups.parameter_groups(chosen, lr=lr, score_lr=score_lr, weight_decay=weight_decay)
+
+    # -- merging
+
+    def merge_task(self, name: str) -> None:
+        """Install the weights of the open layers (`W + Delta`) beside the base, so that the task runs at the base's
+        cost.
+
+        Raises:
+            TapsError: a task is merged already. UnsupportedModuleError: a change that does not fold, naming its module.
+        """
+        if self._merged is not None:
+            raise TapsError(f"merge_task: task {self._merged!r} is merged already; call unmerge_task() first")
+        self._install_merged(name)
+        self._merged = name
+
+    def _install_merged(self, name: str) -> None:
+        state = self.state(name)
+        state.open_layers()  # refuses a NaN score
+        state.install(merge.folded(state.stacks(merged=False), self.base))
+
+    def unmerge_task(self) -> None:
+        """Drop the merged weights; the base was never changed, so this is exact."""
+        if self._merged is not None:
+            self.state(self._merged).install({})
+        self._merged = None
+
+    # -- reports and files
+
+    def report(self, name: str | None = None) -> Report:
+        """Which layers a task (default: the active one) changed, and what it holds."""
+        name = self._active if name is None else name
+        return make_report(str(name), self.state(name), self.base)
+
+    def fingerprint(self, head_module: str | None = None) -> str:
+        """SHA-256 over the base's parameters and buffers outside the head."""
+        return base_fingerprint(self.base, self._head if head_module is None else head_module)
+
+    def save_task(
+        self,
+        name: str,
+        path: str | PathLike[str],
+        *,
+        labels: Sequence[str] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Write a task to a `.taps` file, atomically; returns the bytes written.
+
+        Args:
+            labels: class names, one for each output of a linear head.
+            metrics, preprocessing: JSON-ready notes, kept as they are.
+
+        Raises:
+            ConfigError: another number of labels than outputs; one string instead of a list.
+            GateError: Inf or NaN in what is to be saved. OSError: the file cannot be written.
+        """
+        state = self.state(name)
+        outputs = getattr(state.head, "out_features", None)
+        if isinstance(labels, str):
+            raise ConfigError(f"labels: expected a list of strings, got {labels!r}")
+        if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
+            raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
+        self._check_base()
+        opened = set(state.open_layers())
+        state.grow(opened)
+        parent = self.fingerprint(state.head_path) if state.family is None else state.family.parent()
+        return task_file.save(
+            path,
+            task_file.to_records(state.table, opened),
+            kind="task",
+            name=name,
+            config=state.config,
+            parent=parent,
+            labels=labels,
+            metrics=metrics,
+            preprocessing=preprocessing,
+            training_only=state.training_only,
+        )
+
+    @torch.inference_mode(False)
+    def load_task(
+        self,
+        path: str | PathLike[str] | store.TaskFile,
+        name: str | None = None,
+        *,
+        head: nn.Module | None = None,
+        shared: str | PathLike[str] | None = None,
+        allow_dtype_cast: bool = False,
+    ) -> str:
+        """Add the task in a `.taps` file, or as `store.load` has read it, under its own name or `name`, which it returns.
+
+        A file holds no closed Delta: after loading these are zero, so that their gates get no gradient and stay closed
+        if the task is trained on. They take no memory until `parameter_groups` is asked for the task, or a gate opens.
+        A run that is to go on is the Trainer's (`TrainConfig(out=...)`).
+
+        Args:
+            head: a module of the saved head's structure, needed where the head is not a plain linear layer.
+            shared: the file of the family that the task builds on, where that is neither loaded nor beside `path`.
+            allow_dtype_cast: accept a base that was cast (`.half()`, `.double()`) after the task was trained. The task
+                is cast alike, as if the whole model had been. That the values are those of the file's base cannot be
+                proven then; names, shapes and the file itself are checked as ever.
+
+        Raises:
+            TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
+        """
+        self._loaded()
+        file = self._read(path)
+        name = self._new_name(file.name if name is None else name)
+        family = self._parent_of(file, shared, allow_dtype_cast)
+        read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        self._install(name, self._state_of(read, family))
+        return name
+
+    @staticmethod
+    def _read(path: str | PathLike[str] | store.TaskFile) -> store.TaskFile:
+        if isinstance(path, store.TaskFile):
+            return path
+        return store.load(Path(path), kind="task")
+
+    def _state_of(self, read: task_file.Read, family: Family | None) -> TaskState:
+        """The state of what a file describes."""
+        state = TaskState(self.base, read.config, read.parts, read.head_path, self.gates, family)
+        state.training_only = read.training_only
+        return state
+
+    @torch.inference_mode(False)
+    def reload_task(self, name: str, path: str | PathLike[str]) -> None:
+        """Replace a task's values by those in a file. Raises as :meth:`load_task`; then nothing has changed.
+
+        The parameters stay the same objects, so an optimizer made before goes on training them, unless the file's
+        task is built differently (other layers, types or method).
+        """
+        old = self.state(name)
+        self._not_merged(name, "reload_task")
+        file = self._read(path)
+        family = self._parent_of(file, None, False)
+        custom = None if type(old.head) is nn.Linear else copy.deepcopy(old.head)
+        state = self._state_of(task_file.build(file, self.base, custom, default_head=self._head, whole=True), family)
+        if not old.take_over(state):
+            self._install(name, state)
+
+    # -- families: what tasks have together
+
+    @property
+    def families(self) -> dict[str, Family]:
+        """The families by name: what their tasks have together, below their own parts."""
+        return {family.name: family for family in self._families.values()}  # type: ignore[misc]
+
+    def _family(self, config: MethodConfig, found: Scan) -> Family | None:
+        """The family of a new task: the one of its name, or a new one that is not placed yet; None for a method without
+        shared parts.
+
+        Raises:
+            ConfigError: the one of its name is built differently.
+        """
+        parts = config.shared(found)
+        known = self.families.get(config.family)
+        if not parts:
+            return None
+        if known is None:
+            return Family(self.base, config.family, config, parts)
+        same = parts.keys() == known.table.keys() and all(
+            known.table[n].differs(part) is None for n, part in parts.items()
+        )
+        if not same:
+            raise ConfigError(f"config: the family {config.family!r} has other shared parts; give it another family")
+        return known
+
+    def save_shared(self, family: str, path: str | PathLike[str]) -> int:
+        """Write what the tasks of a family have together to a file, the parent of their files; returns the bytes
+        written. From then on nothing trains it.
+
+        Raises:
+            ConfigError: an unknown family. GateError: Inf or NaN in what is to be saved.
+        """
+        self._loaded()
+        known = self.families.get(family)
+        if known is None:
+            hint = suggestion(str(family), self.families)
+            raise ConfigError(f"family: expected one of {list(self.families)}, got {family!r}{hint}")
+        self._check_base()
+        opened = [name for name, _, gate in known.gated() if gate.open]
+        records = task_file.to_records(known.table, opened)
+        written = task_file.save(
+            path, records, kind="shared", name=family, config=known.config, parent=self.fingerprint()
+        )
+        known.freeze(store.read_header(path).digest)
+        return written
+
+    @torch.inference_mode(False)
+    def load_shared(self, path: str | PathLike[str]) -> str:
+        """Add the family in a shared file; returns its name. Its tasks' files find it by its digest.
+
+        Raises:
+            TaskFileError: the file is damaged, belongs to another base, or does not fit. ConfigError: another family of
+                that name.
+        """
+        self._loaded()
+        family = self._read_family(store.load(Path(path), kind="shared"))
+        if family.name not in self.families:
+            self._place(family)
+            self._families[module_key(family.name)] = family
+        return family.name
+
+    def _read_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
+        """The family in a shared file; the one at hand if it is that."""
+        known = self.families.get(file.name)
+        if known is not None:
+            if known.digest != file.digest:
+                raise ConfigError(f"family: another family called {file.name!r} is there already; unload() it first")
+            return known
+        task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
+        read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        family = Family(self.base, file.name, read.config, read.parts)
+        family.freeze(file.digest)
+        return family
+
+    def _parent_of(
+        self, file: store.TaskFile, shared: str | PathLike[str] | None, allow_dtype_cast: bool
+    ) -> Family | None:
+        """The family that a task's file builds on, by digest: among those at hand, in `shared`, or beside the file;
+        None where it builds on the base.
+
+        Raises:
+            ParentMismatchError: it builds on neither.
+        """
+        for family in self.families.values():
+            if family.digest == file.parent:
+                return family
+        if shared is None:
+            shared = task_file.beside(file)
+        if shared is not None:
+            parent = store.load(Path(shared), kind="shared")
+            store.check_parent(parent.digest, file.parent, path=file.path)
+            return self._read_family(parent, allow_dtype_cast=allow_dtype_cast)
+        task_file.check_parent(file, self.base, task_file.head_of(file), allow_dtype_cast=allow_dtype_cast)
+        return None
+
+    # -- plain checkpoints
+
+    @torch.inference_mode(False)
+    def extract_task(
+        self,
+        name: str,
+        state_dict: Mapping[str, Tensor],
+        *,
+        head: nn.Module | None = None,
+        head_module: str | None = None,
+        config: FullConfig | None = None,
+    ) -> None:
+        """Add the task whose model is a fine-tuned copy of the base, bit for bit.
+
+        Layers with the base's own weights are closed. An open one holds a Delta where that gives the checkpoint's
+        weight exactly in every element, and the checkpoint's weight itself where it does not.
+
+        Args:
+            name: printable, without '/'.
+            state_dict: all tensors of the fine-tuned model under the base's names, in the base's shapes and dtypes
+                (wrappers' prefixes `module.` and `_orig_mod.` are dropped). The head may have another number of
+                outputs where the base's is an `nn.Linear`.
+            head: a module of the checkpoint's head's structure, where it differs otherwise.
+            head_module: the head's name, where it is not the model's.
+            config: `FullConfig(exclude_modules=[...])` for modules that cannot be gated; they must be the base's.
+
+        Raises:
+            ConfigError: a tensor that is missing, too many, of another shape or dtype, not finite, or changed where
+                the task cannot hold a change, naming it; nothing is added.
+            UnsupportedModuleError: a layer that cannot be gated, naming it.
+        """
+        self._loaded()
+        name = self._new_name(name)
+        config = FullConfig() if config is None else config
+        if not isinstance(config, FullConfig):
+            raise ConfigError(f"config: expected a FullConfig, got {type(config).__name__}")
+        path = self._head if head_module is None else head_path(self.base, head_module)
+        parts = checkpoint.extract(self.base, state_dict, config, path, head)
+        self._install(name, TaskState(self.base, config, parts, path if path in parts else None, self.gates))
+
+    @torch.inference_mode(False)
+    def task_state_dict(self, name: str) -> dict[str, Tensor]:
+        """A task as a plain checkpoint: the state of `merge_and_unload(name)`, with this model left as it is.
+
+        For a task made by :meth:`extract_task` these are the checkpoint's tensors, bit for bit.
+
+        Raises:
+            TapsError: the base shares a tensor between two modules, and the task has another value for each.
+        """
+        tensors = {n: t.detach() for n, t in self._plain_copy(name).state_dict().items()}
+        merge.check_one_value(self.base, tensors)
+        return tensors
+
+    def _plain_copy(self, name: str) -> nn.Module:
+        state = self.state(name)
+        assert self._flags is not None  # `state` has refused an unloaded model
+        state.open_layers()  # refuses a NaN score
+        return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
+
+    # -- unloading
+
+    def unload(self) -> nn.Module:
+        """Give the base back as it was: classes, flags, modes and tensors. All tasks are dropped."""
+        if self._flags is None:
+            return self.base
+        for module in self.base.modules():
+            unroute(module)
+        self._flags.restore(self.base)
+        self._flags = None
+        disown(self.base)
+        self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()
+        self._families = nn.ModuleDict()
+        self._active = self._merged = None
+        return self.base
+
+    def merge_and_unload(self, name: str) -> nn.Module:
+        """A plain copy of the base with one task's weights, norms and head in place; the TaskModel is unloaded.
+
+        The copy is in the TaskModel's mode (training or evaluation); the base gets its own modes back.
+        """
+        plain = self._plain_copy(name)  # while the tasks still are there: not everything can be copied
+        self.unload()
+        return plain.train(self.training)

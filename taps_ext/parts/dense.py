@@ -1,0 +1,155 @@
+"""Dense: W + Delta, the change of TAPS and of fine-tuning. Whole: a weight in the place of W + Delta."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from . import bind, sampling
+from .bind import Bound, Road
+from .change import Change, register_change
+from .gate import Gate
+from .host import Op, base_weight, resting_weight
+from .sampling import Sample
+
+
+@register_change("dense")
+class Dense(Change):
+    """`W_t = W + Delta` (TAPS, arXiv 2203.16708, equation 2), Delta `[*W.shape]`, zero at the start."""
+
+    delta: nn.Parameter | None
+
+    def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+        return {"delta": weight.shape}
+
+    def fold(self, weight: Tensor) -> Tensor:
+        return weight if self.delta is None else ops.effective_weight(weight, self.delta, gate=True)
+
+    def run(
+        self,
+        op: Op,
+        input: Tensor,
+        weight: Tensor,
+        gate: Gate,
+        bias: Tensor | None,
+        sample: Sample | None = None,
+    ) -> Tensor:
+        tensors = (input, weight, self.delta, gate.score, bias)
+        return sampling.run(op.gated, op.trailing, sample, *tensors, *op.geometry, **self._known(gate))
+
+    def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
+        if gate.shut:
+            return weight
+        if self.delta is None:  # as a zero Delta would: torch picks some products by that flag
+            return weight.detach().requires_grad_()
+        make = ops.unread_weight if gate.known is False else ops.effective_weight
+        return make(weight, self.delta, gate.score, **self._known(gate))
+
+    def unread(self, weight: Tensor, gate: Gate) -> Tensor:
+        if self.delta is None:
+            return weight.detach().requires_grad_(gate.learns and torch.is_grad_enabled())
+        if not torch.is_grad_enabled() or not (self.trains or gate.learns):
+            return weight.detach()
+        return ops.unread_weight(weight, self.delta, gate.score, **self._known(gate))
+
+    @staticmethod
+    def _known(gate: Gate) -> dict[str, bool | float | None]:
+        return {"gate": gate.known, "threshold": gate.threshold}
+
+    def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
+        return bind.dense(host, gate, self, bias_of, general)
+
+    def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
+        """The weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""
+        weight = base_weight(host)
+        if self.delta is None or ops._C is None:
+            return 0
+        if not training and gate.known:
+            packed = _fused_bytes(weight, self.delta, dtype, rows, getattr(host, "groups", 1))
+            if packed is not None:
+                return packed
+        learns = training and gate.learns
+        if gate.known is not False or (learns and (weight.dim() == 2 or dtype != self.delta.dtype)):
+            return weight.numel() * dtype.itemsize
+        return 0
+
+
+@register_change("whole")
+class Whole(Change):
+    """`W_t = weight`, for a converted checkpoint: for some W_t no Delta gives it in float32. It has the type of the
+    host's weight, and follows `.half()` and `.bfloat16()`."""
+
+    role = "weight"
+    replaces = True
+
+    weight: nn.Parameter | None
+
+    def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+        return {"weight": weight.shape}
+
+    def dtype_of(self, weight: Tensor) -> torch.dtype:
+        return weight.dtype
+
+    def start(self, weight: Tensor) -> None:
+        assert self.weight is not None
+        self.weight.copy_(weight)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        if self.weight is None:
+            return weight
+        # A product of some inputs is picked by the flag, which must say no more than the caller asks for.
+        return self.weight if torch.is_grad_enabled() else self.weight.detach()
+
+    def run(
+        self,
+        op: Op,
+        input: Tensor,
+        weight: Tensor,
+        gate: Gate,
+        bias: Tensor | None,
+        sample: Sample | None = None,
+    ) -> Tensor:
+        whole = self.weight_over(weight, gate)
+        return op.stock(input, resting_weight(self, whole, input), bias, *op.geometry)
+
+    def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
+        if not gate.known:
+            return bind.base(host, bias_of, general)
+
+        def weight() -> Tensor:
+            own: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+            return own
+
+        return bind.whole(host, weight, bias_of, general)
+
+    def _apply(self, fn: object, recurse: bool = True) -> Whole:
+        result: Whole = nn.Module._apply(self, fn, recurse)  # type: ignore[arg-type]
+        return result
+
+
+def _one_layout(weight: Tensor, delta: Tensor) -> bool:
+    if weight.is_contiguous():
+        return delta.is_contiguous()
+    last = torch.channels_last
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=last) and delta.is_contiguous(memory_format=last)
+
+
+def _fused_bytes(weight: Tensor, delta: Tensor, dtype: torch.dtype, rows: int, groups: int = 1) -> int | None:
+    """What an open layer on the CPU packs of its input where it multiplies without rebuilding its weight, else None."""
+    assert ops._C is not None
+    convolution, narrow = weight.dim() == 4, dtype == torch.bfloat16
+    known = not convolution or (groups == 1 and weight[0, 0].numel() <= ops._C.most_places)
+    fusable = (
+        known
+        and weight.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and _one_layout(weight, delta)
+    )
+    sizes = {"rows": rows, "inputs": weight[0].numel()}
+    packed = ops._C.fused_bytes(convolution=convolution, narrow=narrow, **sizes)
+    places = weight[0, 0].numel() if convolution else 0
+    path = ops._C.choose(open=True, fusable=fusable, narrow=narrow, places=places, outputs=weight.shape[0], **sizes)
+    return packed if path == "fused" else None

@@ -1,0 +1,354 @@
+"""Layer: a gated change of one linear or convolution layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..errors import GateError, TapsError
+from ..store.errors import GateRecordError
+from ..store.record import Record
+from . import bind, reads
+from .bind import Bound, Road
+from .change import Change, change_kinds
+from .gate import Gate
+from .host import Op, base_bias, base_weight, bias_name, resting_weight, stock_forward, weight_name
+from .part import Below, Cost, Part, forward_of, register_part
+from .sampling import Sample
+
+# Names under which 0.1 had in one module what a gate and a change hold.
+_OF_0_1 = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def bound(part: Part, host: nn.Module, roads: Callable[[nn.Module, Road], Bound | None]) -> Bound:
+    """The bindings that `roads` makes for a part over a stock layer, or the general road alone."""
+
+    def general(host: nn.Module, input: Tensor, sample: Sample | None) -> Any:
+        return forward_of(part)(Below(host, (), sample), input)
+
+    return roads(host, general) or (general, general)
+
+
+def read(part: Part, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
+    """A layer's weight or bias under a part, for their readers."""
+    if key == bias_name(below.host):
+        return part.bias_over(below)
+    return reads.weight(below, part, enter, fused=fused) if key == weight_name(below.host) else NotImplemented
+
+
+@register_part("layer")
+class Layer(Part):
+    """A task's share of one layer: what lies below it, and its change where the gate is open.
+
+    Args:
+        gate: learned or fixed; it decides about this layer alone.
+        change: what an open gate lets in; None for a layer that is closed for good.
+        bias: a task's own bias `[N]`, or None to use what lies below.
+    """
+
+    gate: Gate
+    change: Change | None
+    bias: nn.Parameter | None
+
+    def __init__(self, gate: Gate, change: Change | None, *, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.gate, self.change = gate, change
+        own = None if bias is None else bias.detach().clone(memory_format=torch.preserve_format)
+        self.register_parameter("bias", None if own is None else nn.Parameter(own))
+        if change is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        assert self.change is not None
+        for parameter in self.change.parameters():
+            parameter.requires_grad_(self.gate.learn or bool(self.gate.known))
+            self.gate.to(parameter.device)
+
+    @property
+    def change_kind(self) -> str:
+        return "" if self.change is None else self.change.kind
+
+    # -- the work
+
+    def forward(self, below: Below, input: Tensor) -> Tensor:
+        return self.product(below, input, below.bias() if self.bias is None else self.bias)
+
+    def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        change = self.change
+        if change is None or (below.parts and self.gate.shut):
+            return below.product(input, bias)
+        hooked = change._forward_pre_hooks or change._forward_hooks  # its own; global ones see base modules alone
+        made: Tensor = (change if hooked else change.product)(below, input, self.gate, bias)
+        return made
+
+    def weight_over(self, below: Below) -> Tensor:
+        return below.weight() if self.change is None else self.change.weight_over(below.weight(), self.gate)
+
+    def bias_over(self, below: Below) -> Tensor | None:
+        return below.bias() if self.bias is None else self.bias
+
+    def run_over(self, op: Op, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.change is None:
+            return super().run_over(op, below, input, bias)
+        weight = below.resting(input) if self.gate.known is False else below.weight()
+        return self.change.run(op, input, weight, self.gate, bias, below.sample)
+
+    def unread(self, below: Below) -> Tensor:
+        return below.weight().detach() if self.change is None else self.change.unread(below.weight(), self.gate)
+
+    def rests(self, below: Below) -> bool:
+        change, gate = self.change, self.gate
+        if below.parts or reference.transformed(gate.score, *self.changes()):
+            return False
+        # In training a reader may hold the weight until gradients are on; in evaluation fused paths want plain tensors.
+        learns = gate.learns and (below.host.training or torch.is_grad_enabled())
+        closed = change is None or (gate.known is False and not learns)
+        closed = closed or (change is not None and change.replaces and gate.known is True and not change.trains)
+        return closed and not _autocast()
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        return bound(self, host, self._roads) if stock else None
+
+    def _roads(self, host: nn.Module, general: Road) -> Bound | None:
+        gate, change, bias_of = self.gate, self.change, None if self.bias is None else self
+        if gate.known is None:
+            return None
+        if change is None or (gate.known is False and (gate.score is None or change.owed)):
+            return bind.base(host, bias_of, general)
+        return change.bind(host, gate, bias_of, general)
+
+    @property
+    def runs_host(self) -> bool:
+        return True
+
+    def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
+        return read(self, below, key, enter, fused=fused)
+
+    def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
+        weight, gate, change = base_weight(host), self.gate, self.change
+        product = 2 * output.numel() * weight.shape[1:].numel()
+        x, y, w = input.nbytes, output.nbytes, weight.nbytes
+        opened = gate.known is not False and change is not None
+        held = 0 if change is None else change.nbytes
+        more = held if opened and change is not None and not change.replaces else 0  # else in the place of W
+        extra = change.operations(input, output) if opened and change is not None else 0
+        operations, moved = product + extra, x + w + more + y
+        if not torch.is_grad_enabled():
+            return Cost(operations, moved)
+        if input.requires_grad:
+            operations, moved = operations + product + extra, moved + y + w + more + x
+        if opened and any(p.requires_grad for p in self.changes()):
+            operations, moved = operations + (extra or product), moved + y + x + held
+        elif gate.known is False and gate.learns:
+            operations, moved = operations + int(fraction * product), moved + int(fraction * (x + y)) + held
+        return Cost(operations, moved)
+
+    def scratch(self, host: nn.Module, dtype: torch.dtype, rows: int, *, training: bool) -> int:
+        return 0 if self.change is None else self.change.scratch(host, self.gate, dtype, rows, training=training)
+
+    # -- what it holds
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W_t in the type of `weight`, which a closed layer is itself."""
+        if self.change is None or self.change.owed or not self.gate.open:
+            return weight
+        with torch.no_grad():
+            return self.change.fold(weight.detach())
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        found = {self.change.role if self.change is not None else "delta": self.changes()}
+        found |= {"score": [] if self.gate.score is None else [self.gate.score]}
+        found |= {"bias": [] if self.bias is None else [self.bias]}
+        return {role: parameters for role, parameters in found.items() if parameters}
+
+    def held(self) -> Mapping[str, nn.Parameter | None]:
+        return {} if self.change is None else self.change._parameters
+
+    def values(self, below: Below) -> dict[str, Tensor]:
+        host = below.host
+        folded = self.fold(below.folded())
+        own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
+        return own if self.bias is None else {**own, bias_name(host): self.bias}
+
+    def fix(self, open: bool) -> None:
+        """Turn a learned gate into a fixed one; the change keeps its values."""
+        self.gate.fix(open)
+        for parameter in self.changes():
+            parameter.requires_grad_(open)
+            if not open:
+                parameter.grad = None
+
+    def awaits(self, name: str) -> bool:
+        own, _, tensor = _OF_0_1.get(name, name).partition(".")
+        return own == "change" and self.change is not None and self.change.owed and tensor in self.change._parameters
+
+    def grow(self, weight: Tensor) -> int:
+        if self.change is None or not self.change.owed:
+            return 0
+        grown = self.change.grow(weight)
+        self._wake()
+        return grown
+
+    # -- files
+
+    def record(self, *, open: bool) -> Record:
+        gate, tensors = self.gate, {}
+        if gate.learn and gate.score is not None:
+            tensors["score"] = gate.score.detach()
+        if open and self.change is not None:
+            for name in self.change.names:
+                tensor = getattr(self.change, name).detach()
+                if not bool(torch.isfinite(tensor).all()):
+                    raise GateError(f"{name}: expected finite values in a task to save, got Inf or NaN")
+                tensors[name] = tensor
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach()
+        facts = {
+            "kind": self.kind,
+            "gate": {"learn": gate.learn, "open": open, "threshold": gate.threshold},
+            "change": None if self.change is None else self.change.describe(),
+        }
+        return Record(facts, tensors)
+
+    @classmethod
+    def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
+        facts = record.fact("gate", dict)
+        learn, open, threshold = (facts.get(key) for key in ("learn", "open", "threshold"))
+        flags = type(learn) is bool and type(open) is bool and type(threshold) is float
+        if facts.keys() != {"learn", "open", "threshold"} or not flags or not threshold > 0.0:
+            raise record.refuse(f"gate: expected learn and open, and a threshold above 0, got {facts}")
+        gate = Gate(learn=learn, open=open, threshold=threshold)
+        weight, bias = base_weight(host), base_bias(host)
+        if gate.score is not None:
+            score = record.take({"score": ((), torch.float32)})["score"]
+            if (score.item() >= gate.threshold) != open:
+                raise record.refuse(
+                    f"score {score.item():.6g} makes it {'closed' if open else 'open'}, but the file says otherwise",
+                    GateRecordError,
+                )
+            gate.score.data = score.to(weight.device)
+            gate.take(score.item())
+        change = None if record.facts.get("change") is None else Change.read(record, host)
+        if open and (change is None or change.owed):
+            raise record.refuse("open, so the tensors of its change are expected, got none", GateRecordError)
+        if not open and change is not None and not change.owed:
+            raise record.refuse("closed, so no change is expected, got one", GateRecordError)
+        own = None
+        if "bias" in record.tensors:
+            if bias is None:
+                raise record.refuse("bias: the base has none in its place")
+            own = record.take({"bias": (bias.shape, bias.dtype)})["bias"].to(bias.device)
+        return cls(gate, change, bias=own)
+
+    @classmethod
+    def typed_as_base(cls, record: Record) -> list[Tensor]:
+        change = record.facts.get("change")
+        kind = change_kinds().get(change.get("kind", "")) if isinstance(change, dict) else None
+        whole = kind is not None and kind.replaces
+        return [t for name, t in record.tensors.items() if name == "bias" or (whole and name != "score")]
+
+    def differs(self, other: Part) -> str | None:
+        if not isinstance(other, Layer):
+            return super().differs(other)
+        mine, theirs = (None if part.change is None else part.change.describe() for part in (self, other))
+        if mine != theirs and not (
+            self.change is not None and self.change.role == "weight"
+        ):  # a converted checkpoint's
+            return f"change: expected {theirs}, got {mine}"
+        if (self.bias is None) != (other.bias is None):
+            return f"bias: expected {'none' if other.bias is None else 'one'} of its own"
+        if self.gate.learn and self.gate.threshold != other.gate.threshold:
+            return f"threshold: expected {other.gate.threshold:.6g}, got {self.gate.threshold:.6g}"
+        return None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for old, new in _OF_0_1.items():
+            if (found := state_dict.pop(prefix + old, None)) is not None:
+                state_dict[prefix + new] = found
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Installed(Part):
+    """A merged layer: the weight that a task multiplies with, folded once, and its own bias if it has one."""
+
+    kind = "installed"
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self.__dict__["whole"] = weight
+
+    @property
+    def whole(self) -> Tensor:
+        """The folded weight."""
+        whole: Tensor = self.__dict__["whole"]
+        return whole
+
+    def forward(self, below: Below, input: Tensor) -> Tensor:
+        return self.product(below, input, self.bias_over(below))
+
+    def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        return stock_forward(below.host, input, resting_weight(self, self.weight_over(below), input), bias)
+
+    def weight_over(self, below: Below) -> Tensor:
+        """Its weight, which requires a gradient only where one may be asked for: torch picks the product of some inputs
+        by that flag, and merging must not change a bit."""
+        whole = self.whole
+        return whole if torch.is_grad_enabled() or reference.transformed(whole) else whole.detach()
+
+    def bias_over(self, below: Below) -> Tensor | None:
+        return below.bias() if self.bias is None else self.bias
+
+    def rests(self, below: Below) -> bool:
+        return not self.whole.requires_grad and not reference.transformed(self.whole) and not _autocast()
+
+    def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
+        bias_of = None if self.bias is None else self
+        roads = lambda host, general: bind.whole(host, lambda: self.whole, bias_of, general)  # noqa: E731
+        return bound(self, host, roads) if stock else None
+
+    @property
+    def runs_host(self) -> bool:
+        return True
+
+    def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
+        return read(self, below, key, enter, fused=fused)
+
+    def setting(self) -> tuple[Any, ...]:
+        return (self.kind,)
+
+    def installed(self) -> list[Tensor]:
+        return [self.whole]
+
+    def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
+        product = 2 * output.numel() * self.whole.shape[1:].numel()
+        x, y, w = input.nbytes, output.nbytes, self.whole.nbytes
+        backward = torch.is_grad_enabled() and input.requires_grad
+        return Cost(2 * product, 2 * (x + y + w)) if backward else Cost(product, x + y + w)
+
+    def roles(self) -> dict[str, list[nn.Parameter]]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.whole.requires_grad:
+            self.__dict__["whole"] = refusing(self.whole)  # hooks do not travel
+
+
+def _refuse(gradient: Tensor) -> None:
+    raise TapsError("the task is merged, so its Deltas get no gradient; call unmerge_task() to train it")
+
+
+def refusing(weight: Tensor) -> Tensor:
+    """A merged weight that refuses the gradient which its Delta cannot get."""
+    own = weight.detach().requires_grad_()
+    own.register_hook(_refuse)
+    return own

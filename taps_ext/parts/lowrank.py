@@ -1,0 +1,84 @@
+"""LowRank: W + scale * B A, the change of LoRA (arXiv 2106.09685), computed beside the product below it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .change import Change, register_change
+from .gate import Gate
+from .host import base_weight
+
+if TYPE_CHECKING:
+    from .part import Below
+
+
+@register_change("lowrank")
+class LowRank(Change):
+    """`W_t = W + scale * B A`, with W as a matrix `[N, K]` (of a convolution `[O, C / groups * kh * kw]`).
+
+    A `[rank, K]` starts as nn.Linear's weights do (Kaiming uniform with a = sqrt 5), B `[N, rank]` at zero, so that W_t
+    starts as W. The product below runs once: `y = below(x) + scale * B (A x)`; of a convolution A is one of the same
+    geometry with `rank` outputs and B a 1 x 1 behind it. Grouped convolutions and weights that are read get W_t as a
+    tensor.
+
+    Args:
+        rank: 1 or more. scale: a finite number.
+
+    Raises:
+        ValueError: another rank or scale.
+    """
+
+    settings = ("rank", "scale")
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+    def __init__(self, host: nn.Module, *, rank: int, scale: float = 1.0, held: bool = True) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected an int >= 1, got {rank!r}")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        self.rank, self.scale = rank, float(scale)
+        super().__init__(host, held=held)
+
+    def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+        return {"down": (self.rank, weight[0].numel()), "up": (len(weight), self.rank)}
+
+    def start(self, weight: Tensor) -> None:
+        bound = 1.0 / math.sqrt(max(1, self.down.shape[1]))
+        self.down.uniform_(-bound, bound)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        if self.owed:
+            return weight
+        change = self.scale * (self.up @ self.down).view(weight.shape)
+        return (weight.to(change.dtype) + change).to(weight.dtype)
+
+    def product(self, below: Below, input: Tensor, gate: Gate, bias: Tensor | None) -> Tensor:
+        host = below.host
+        if isinstance(host, nn.Conv2d) and (host.groups != 1 or host.padding_mode != "zeros"):
+            return super().product(below, input, gate, bias)
+        closed = below.product(input, bias)
+        if self.owed or gate.shut:  # where it is owed B is zero: nothing is added, and the score's gradient is zero
+            return closed
+        down, up = (factor.to(input.dtype) for factor in (self.down, self.up))
+        if isinstance(host, nn.Conv2d):
+            conv = (host.stride, host.padding, host.dilation)
+            small = F.conv2d(input, down.view(-1, *base_weight(host).shape[1:]), None, *conv)
+            added = F.conv2d(small, up[:, :, None, None])
+        else:
+            added = F.linear(F.linear(input, down), up)
+        return gate.select(closed + self.scale * added, closed)
+
+    forward = product
+
+    def operations(self, input: Tensor, output: Tensor) -> int:
+        if self.owed:
+            return 0
+        rows = output.numel() // max(1, self.up.shape[0])
+        return 2 * rows * self.rank * (self.down.shape[1] + self.up.shape[0])

@@ -1,0 +1,1 @@
+"""How a base module finds what the running task has for it."""
