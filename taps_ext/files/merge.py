@@ -38,7 +38,7 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
             except UnsupportedModuleError as error:
                 raise UnsupportedModuleError(f"{name}: {error}") from None
             own = weight.detach() if weight is base_weight(host) else refusing(weight)
-            found[name] = Installed(own, None if bias is base_bias(host) else bias)
+            found[name] = Installed(own, None if bias is base_bias(host) else bias)  # type: ignore[arg-type]
     return found
 
 

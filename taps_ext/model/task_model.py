@@ -533,7 +533,7 @@ class TaskModel(nn.Module):
         shared: str | PathLike[str] | None = None,
         allow_dtype_cast: bool = False,
     ) -> str:
-        """Add the task in a `.taps` file, or as `store.load` has read it, under its own name or `name`, which it returns.
+        """Add the task in a `.taps` file, or as `store.load` has read it, under its own name or `name`; returns that.
 
         A file holds no closed Delta: after loading these are zero, so that their gates get no gradient and stay closed
         if the task is trained on. They take no memory until `parameter_groups` is asked for the task, or a gate opens.

@@ -104,13 +104,14 @@ def dense(host: nn.Module, gate: Gate, change: Any, bias_of: Any, general: Road)
         held = host._parameters
         try:
             weight, delta, score = held["weight"], change._parameters["delta"], gate._parameters["score"]
+            learned: Any = score if closed else delta
             bias = (bias_of or host)._parameters["bias"]
             usual = input.dtype == weight.dtype and delta is not None
         except (KeyError, AttributeError):  # an input that is no tensor, too
             usual = False
         if not usual or (closed and sample is not None):
             return general(host, input, sample)
-        if not (score if closed else delta).requires_grad and not (input.requires_grad and not closed):
+        if not learned.requires_grad and not (input.requires_grad and not closed):
             return roads[1](host, input, sample) if closed else general(host, input, sample)
         return gated(input, weight, delta, score, bias, *behind)
 

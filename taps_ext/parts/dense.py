@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Dense(Change):
         return ops.unread_weight(weight, self.delta, gate.score, **self._known(gate))
 
     @staticmethod
-    def _known(gate: Gate) -> dict[str, bool | float | None]:
+    def _known(gate: Gate) -> dict[str, Any]:
         return {"gate": gate.known, "threshold": gate.threshold}
 
     def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
@@ -126,7 +127,7 @@ class Whole(Change):
         return bind.whole(host, weight, bias_of, general)
 
     def _apply(self, fn: object, recurse: bool = True) -> Whole:
-        result: Whole = nn.Module._apply(self, fn, recurse)  # type: ignore[arg-type]
+        result: Whole = nn.Module._apply(self, fn, recurse)
         return result
 
 

@@ -44,6 +44,15 @@ def read(part: Part, below: Below, key: str, enter: Callable[[str], None], *, fu
     return reads.weight(below, part, enter, fused=fused) if key == weight_name(below.host) else NotImplemented
 
 
+def _gate_facts(record: Record) -> dict[str, Any]:
+    """How a record's gate is: learn, open, threshold. Raises MetadataError."""
+    facts = record.fact("gate", dict)
+    types = {key: type(value) for key, value in facts.items()}
+    if types != {"learn": bool, "open": bool, "threshold": float} or not facts["threshold"] > 0.0:
+        raise record.refuse(f"gate: expected learn and open, and a threshold above 0, got {facts}")
+    return facts
+
+
 @register_part("layer")
 class Layer(Part):
     """A task's share of one layer: what lies below it, and its change where the gate is open.
@@ -220,12 +229,8 @@ class Layer(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
-        facts = record.fact("gate", dict)
-        learn, open, threshold = (facts.get(key) for key in ("learn", "open", "threshold"))
-        flags = type(learn) is bool and type(open) is bool and type(threshold) is float
-        if facts.keys() != {"learn", "open", "threshold"} or not flags or not threshold > 0.0:
-            raise record.refuse(f"gate: expected learn and open, and a threshold above 0, got {facts}")
-        gate = Gate(learn=learn, open=open, threshold=threshold)
+        facts = _gate_facts(record)
+        gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
         if gate.score is not None:
             score = record.take({"score": ((), torch.float32)})["score"]
@@ -259,9 +264,8 @@ class Layer(Part):
         if not isinstance(other, Layer):
             return super().differs(other)
         mine, theirs = (None if part.change is None else part.change.describe() for part in (self, other))
-        if mine != theirs and not (
-            self.change is not None and self.change.role == "weight"
-        ):  # a converted checkpoint's
+        converted = self.change is not None and self.change.replaces  # of a checkpoint
+        if mine != theirs and not converted:
             return f"change: expected {theirs}, got {mine}"
         if (self.bias is None) != (other.bias is None):
             return f"bias: expected {'none' if other.bias is None else 'one'} of its own"
@@ -305,7 +309,8 @@ class Installed(Part):
         return whole if torch.is_grad_enabled() or reference.transformed(whole) else whole.detach()
 
     def bias_over(self, below: Below) -> Tensor | None:
-        return below.bias() if self.bias is None else self.bias
+        own: Tensor | None = self._parameters["bias"]
+        return below.bias() if own is None else own
 
     def rests(self, below: Below) -> bool:
         return not self.whole.requires_grad and not reference.transformed(self.whole) and not _autocast()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class LowRank(Change):
             return closed
         down, up = (factor.to(input.dtype) for factor in (self.down, self.up))
         if isinstance(host, nn.Conv2d):
-            conv = (host.stride, host.padding, host.dilation)
+            conv: Any = (host.stride, host.padding, host.dilation)
             small = F.conv2d(input, down.view(-1, *base_weight(host).shape[1:]), None, *conv)
             added = F.conv2d(small, up[:, :, None, None])
         else:
