@@ -153,7 +153,9 @@ class Own(Part):
             return value
         mine = {**self._parameters, **self._buffers}
         held = {**self.host._parameters, **self.host._buffers}
-        clones: dict[int, Any] = {id(tensor): mine[name] for name, tensor in held.items() if tensor is not None}
+        clones: dict[int, Any] = {
+            id(tensor): mine[name] for name, tensor in held.items() if tensor is not None and name in mine
+        }
         own = rebind(value, {**clones, id(self.host): self.__dict__["clone"]})
         return copy.copy(own) if _may_be_cache(own) and id(value) not in shared else own
 
