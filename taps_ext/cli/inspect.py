@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import struct
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TapsError
 from .common import KINDS, emit, size, table
 
 if TYPE_CHECKING:
-    from ..store import FileHeader
+    from ..store import FileHeader, TensorInfo
 
 PURPOSE = "Show what a task file holds: method, parent, layers, gates, metrics, labels. Loads no tensors."
 MORE = """
@@ -29,12 +30,13 @@ def _scores(header: FileHeader) -> dict[str, float]:
     import torch
 
     from .. import store
+    from ..store.errors import DigestError, GateRecordError
 
     data = header.file_bytes - sum(info.nbytes for info in header.tensors.values())
     scores = {}
     with open(header.path, "rb") as file:
         for stored, claim in header.claims.items():
-            if claim.group != "score":
+            if not claim.score:
                 continue
             file.seek(data + header.tensors[stored].begin)
             raw = file.read(4)
@@ -42,36 +44,72 @@ def _scores(header: FileHeader) -> dict[str, float]:
             tensor = torch.tensor(score, dtype=torch.float32)
             digest = store.tensor_digest(tensor, name=stored, path=header.path)
             if digest != header.digests[stored]:
-                raise TapsError(f"{header.path}: tensor {stored!r}: expected the bytes written, got others")
-            scores[claim.name] = score
+                raise DigestError(header.path, f"tensor {stored!r}: expected the bytes written, got others")
+            if not math.isfinite(score):
+                raise GateRecordError(header.path, f"tensor {stored!r}: expected a finite score, got {score}")
+            scores[claim.module] = score
     return scores
 
 
+def _group(facts: Mapping[str, Any]) -> str:
+    """What the tensors of a part without a gate count as."""
+    kind, role = facts["kind"], facts.get("role")
+    if kind == "own" and role in ("norm", "other"):
+        return "norms" if role == "norm" else "values"
+    return "head" if kind == "instead" and isinstance(facts.get("module"), dict) else "parts"
+
+
+def _change(facts: Mapping[str, Any]) -> str | None:
+    """The kind of a layer's change, None where it has none."""
+    change = facts.get("change")
+    kind = change.get("kind") if isinstance(change, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def describe(header: FileHeader) -> dict[str, Any]:
-    """The header of a task file, JSON-ready."""
+    """The header of a task file, JSON-ready.
+
+    `layers` are the parts that have a gate, `head` is what takes the head's place (with its `module`), and `parts` are
+    what this package has no word for: parts of other kinds, and heads beyond the first.
+    """
     meta, scores = header.metadata, _scores(header)
-    stored: dict[str, int] = {}
-    groups = {"norms": 0, "values": 0, "head": 0}
-    shapes: dict[str, list[int]] = {}
-    for name, claim in header.claims.items():
-        info = header.tensors[name]
-        if claim.group == "delta":
-            stored[claim.name] = stored.get(claim.name, 0) + info.nbytes
-            shapes[claim.name] = list(info.shape)
-        elif claim.group != "score":
-            groups[{"norm": "norms", "value": "values"}.get(claim.group, claim.group)] += info.nbytes
-    layers = [
-        {
-            "layer": name,
-            "open": entry.open,
-            "learned": entry.learn,
-            "score": scores.get(name),
-            "codec": entry.codec,
-            "shape": shapes.get(name) if entry.codec == "dense" else None,
-            "bytes": stored.get(name, 0),
-        }
-        for name, entry in meta.layers.items()
-    ]
+    sizes = dict.fromkeys(("deltas", "norms", "values", "head", "parts"), 0)
+    tensors: dict[str, dict[str, TensorInfo]] = {module: {} for module in meta.parts}
+    for stored, claim in header.claims.items():
+        if meta.kind == "state":
+            sizes["values"] += header.tensors[stored].nbytes
+        else:
+            tensors[claim.module][claim.tensor] = header.tensors[stored]
+    layers: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    head: dict[str, Any] | None = None
+    for module, (facts, _) in meta.parts.items():
+        own, gate = tensors[module], facts.get("gate")
+        if gate is not None:
+            bias = own.pop("bias", None)
+            sizes["values"] += 0 if bias is None else bias.nbytes
+            own.pop("score", None)
+            shapes = [list(info.shape) for info in own.values()]
+            layers.append(
+                {
+                    "layer": module,
+                    "open": gate["open"],
+                    "learned": gate["learn"],
+                    "score": scores.get(module),
+                    "change": _change(facts),
+                    "shape": shapes[0] if len(shapes) == 1 else None,
+                    "bytes": sum(info.nbytes for info in own.values()),
+                }
+            )
+            sizes["deltas"] += layers[-1]["bytes"]
+            continue
+        group, count = _group(facts), sum(info.nbytes for info in own.values())
+        if group == "head" and head is None:
+            head = {"module": module, **facts["module"]}
+        elif group in ("head", "parts"):
+            group = "parts"
+            others.append({"part": module, "kind": facts["kind"], "tensors": len(own), "bytes": count})
+        sizes[group] += count
     return {
         "file": header.path,
         "kind": meta.kind,
@@ -82,10 +120,11 @@ def describe(header: FileHeader) -> dict[str, Any]:
         "versions": meta.versions,
         "bytes": header.file_bytes,
         "tensors": len(header.tensors),
-        "layers_open": sum(entry.open for entry in meta.layers.values()),
+        "layers_open": sum(layer["open"] for layer in layers),
         "layers": layers,
-        "bytes_of": {"deltas": sum(stored.values()), **groups},
-        "head": meta.head_spec,
+        "parts": others,
+        "bytes_of": sizes,
+        "head": head,
         "labels": meta.labels,
         "metrics": meta.metrics,
         "extra": dict(meta.extra),
@@ -123,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"parent   {facts['parent']}")
     print(f"digest   {facts['digest']}")
     print(f"written  by {_settings(facts['versions'])}")
-    print("bytes    " + ", ".join(f"{group} {count:,}" for group, count in of.items()))
+    print("bytes    " + ", ".join(f"{group} {count:,}" for group, count in of.items() if count or group != "parts"))
     if facts["head"] is not None:
         print(f"head     {_settings(facts['head'])}")
     if labels is not None:
@@ -131,18 +170,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"labels   {len(labels)}: {shown}")
     if facts["metrics"] is not None:
         print(f"metrics  {_settings(facts['metrics'])}")
-    if not facts["layers"]:
-        return 0
-    print(f"layers   {facts['layers_open']} of {len(facts['layers'])} open\n")
-    rows = [
-        (
-            layer["layer"],
-            "open" if layer["open"] else "closed",
-            "fixed" if layer["score"] is None else f"{layer['score']:.4f}",
-            layer["codec"] or "",
-            f"{layer['bytes']:,}",
-        )
-        for layer in facts["layers"]
-    ]
-    print(table(("layer", "gate", "score", "codec", "bytes"), rows))
+    if facts["layers"]:
+        print(f"layers   {facts['layers_open']} of {len(facts['layers'])} open\n")
+        rows = [
+            (
+                layer["layer"],
+                "open" if layer["open"] else "closed",
+                "fixed" if layer["score"] is None else f"{layer['score']:.4f}",
+                layer["change"] or "",
+                f"{layer['bytes']:,}",
+            )
+            for layer in facts["layers"]
+        ]
+        print(table(("layer", "gate", "score", "change", "bytes"), rows))
+    if facts["parts"]:
+        strangers = [(part["part"], part["kind"], part["tensors"], f"{part['bytes']:,}") for part in facts["parts"]]
+        print("\n" + table(("part", "kind", "tensors", "bytes"), strangers))
     return 0

@@ -1,7 +1,7 @@
-"""The `.taps` file: format, codecs, fingerprints, atomic writes. Knows tensors and bytes, not models."""
+"""The `.taps` file: format, parts, fingerprints, atomic writes. Knows tensors and bytes, not models."""
 
 from ..errors import TaskFileError
-from . import codecs, errors
+from . import errors
 from .compare import check_parent, check_tensors
 from .fingerprint import fingerprint, plain_name
 from .format import FORMAT, TensorInfo
@@ -16,17 +16,19 @@ from .io import (
     write,
     write_safetensors,
 )
-from .metadata import Claim, LayerEntry, Metadata
-from .task_file import LayerRecord, TaskFile, load, save
+from .metadata import Metadata
+from .record import Record
+from .table import Claim, PartEntry
+from .task_file import TaskFile, load, save
 from .tensors import tensor_digest
 
 __all__ = [
     "FORMAT",
     "Claim",
     "FileHeader",
-    "LayerEntry",
-    "LayerRecord",
     "Metadata",
+    "PartEntry",
+    "Record",
     "TaskFile",
     "TaskFileError",
     "TensorFile",
@@ -34,7 +36,6 @@ __all__ = [
     "Verification",
     "check_parent",
     "check_tensors",
-    "codecs",
     "errors",
     "fingerprint",
     "load",

@@ -55,7 +55,7 @@ class LayoutError(TaskFileError):
 
 
 class TensorNameError(TaskFileError):
-    """A tensor or layer name is empty or holds unprintable characters."""
+    """A tensor or module name is empty or holds unprintable characters."""
 
 
 class UnknownDtypeError(TaskFileError):
@@ -85,11 +85,11 @@ class KindError(MetadataError):
 
 
 class CodecError(TaskFileError):
-    """A codec is unknown, or its parts do not decode."""
+    """A file of 1.0 or 1.1 names an unknown codec, or none for an open layer."""
 
 
 class GateRecordError(TaskFileError):
-    """What a file records of a layer's gate is impossible: gate, score and delta contradict each other, or the score is
+    """What a file records of a part's gate is impossible: gate, score and change contradict each other, or the score is
     not a finite number.
     """
 

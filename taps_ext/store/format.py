@@ -32,7 +32,7 @@ from .errors import (
     show,
 )
 
-FORMAT = (1, 1)  # the newest that is read; what each minor adds stands in metadata.py
+FORMAT = (1, 2)  # the newest that is read; what each minor adds stands in metadata.py
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536
 MAX_NAME_CHARS = 512

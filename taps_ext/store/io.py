@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import codecs
 from .errors import (
     DigestError,
     DtypeMismatchError,
@@ -47,8 +46,9 @@ from .format import (
     parse_header,
     plan_layout,
 )
-from .metadata import Claim, Metadata, check_kind, check_version, parse_digests, parse_metadata
+from .metadata import Metadata, check_kind, check_version, parse_digests, parse_metadata
 from .strict_json import dumps
+from .table import Claim
 from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
 
 
@@ -106,8 +106,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     strings = metadata.to_strings(path=path)
     sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
     plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
-    claims = metadata.claims(path=path)
-    check_claims(claims, plan, metadata, path=path)
+    claims = metadata.claims()
+    check_claims(claims, plan, path=path)
     strings["taps.digests"] = dumps({name: "sha256:" + "0" * 64 for name in plan})
     strings[DIGEST_KEY] = "sha256:" + "0" * 64
     draft = encode_header(plan, strings, path=path)  # digests have one length, so the header's is known already
@@ -192,7 +192,7 @@ def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> tuple
     """
     with _open_regular(path) as (fd, size):
         header, _ = _container(fd, size, path=path)
-        plain = Claim("value", "")
+        plain = Claim("", "")
         tensors = {n: _read_tensor(fd, t, plain, None, path=path).to(device) for n, t in header.tensors.items()}
     return tensors, dict(header.metadata)
 
@@ -215,31 +215,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     return len(header) + sum(info.nbytes for info in plan.values())
 
 
-def check_claims(
-    claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], metadata: Metadata, *, path: Path
-) -> None:
+def check_claims(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], *, path: Path) -> None:
     """Raises unless the tensors are exactly the claimed ones, and every score is a float32 scalar."""
     for stored, claim in claims.items():
         info = tensors.get(stored)
-        what = f"{claim.group} of" if claim.group in ("score", "delta") else claim.group
         if info is None:
-            raise MissingTensorError(path, f"tensor {show(stored)}: expected the {what} {show(claim.name)}, got none")
-        if claim.group == "score" and info.dtype != "F32":
+            raise MissingTensorError(
+                path, f"tensor {show(stored)}: expected one, as the file's table lists it, got none"
+            )
+        if claim.score and info.dtype != "F32":
             raise DtypeMismatchError(path, f"tensor {show(stored)}: expected an F32 score, got {info.dtype}")
-        if claim.group == "score" and info.shape != ():
+        if claim.score and info.shape != ():
             raise ShapeMismatchError(
                 path, f"tensor {show(stored)}: expected a score of shape [], got {show(list(info.shape))}"
             )
     for stored in tensors:
-        if stored in claims:
-            continue
-        layer, _, part = stored.rpartition(".")
-        entry = metadata.layers.get(layer)
-        if entry is not None and not entry.open and part in codecs.part_suffixes():
-            raise GateRecordError(
-                path, f"layer {show(layer)}: closed, so no delta is expected, got tensor {show(stored)}"
-            )
-        raise UnexpectedTensorError(path, f"tensor {show(stored)}: no layer, value, norm or head claims it")
+        if stored not in claims:
+            raise UnexpectedTensorError(path, f"tensor {show(stored)}: nothing in the file's table claims it")
 
 
 def _container(fd: int, size: int, *, path: Path) -> tuple[Header, bytes]:
@@ -256,8 +248,8 @@ def _file_header(fd: int, size: int, *, path: Path) -> FileHeader:
     check_canonical(header, raw, path=path)
     metadata = parse_metadata(header.metadata, path=path)
     digests = parse_digests(header.metadata, header.tensors, path=path)
-    claims = metadata.claims(path=path)
-    check_claims(claims, header.tensors, metadata, path=path)
+    claims = metadata.claims()
+    check_claims(claims, header.tensors, path=path)
     return FileHeader(os.fspath(path), size, header.metadata[DIGEST_KEY], header.tensors, metadata, claims, digests)
 
 
@@ -279,7 +271,7 @@ def _check_piece(info: TensorInfo, claim: Claim, piece: memoryview, *, path: Pat
     """Values that a right digest does not excuse: booleans other than 0 and 1, scores that are not finite."""
     if info.dtype == "BOOL":
         check_bool(info.name, piece, path=path)
-    if claim.group == "score":
+    if claim.score:
         (score,) = struct.unpack("<f", piece)
         if not math.isfinite(score):
             raise GateRecordError(path, f"tensor {show(info.name)}: expected a finite score, got {score}")

@@ -109,9 +109,9 @@ def test_inspect_shows_the_header(call, taps: Path) -> None:
     assert facts["bytes"] == taps.stat().st_size
     record = store.load(taps)
     for layer in facts["layers"]:
-        kept = record.layers[layer["layer"]]
-        assert layer["open"] == kept.open and layer["score"] == kept.score.item()  # type: ignore[union-attr]
-        assert layer["bytes"] == (kept.delta.nbytes if kept.delta is not None else 0)
+        kept = record.parts[layer["layer"]]
+        assert layer["open"] == kept.facts["gate"]["open"] and layer["score"] == kept.tensors["score"].item()
+        assert layer["bytes"] == (kept.tensors["delta"].nbytes if layer["open"] else 0)
     code, out, _ = call("inspect", taps)
     assert code == 0 and "stem" in out and facts["digest"] in out
 
@@ -124,7 +124,7 @@ def test_inspect_loads_no_tensors(call, taps: Path, monkeypatch: pytest.MonkeyPa
 def test_inspect_refuses_damage(call, folder: Path, taps: Path, tmp_path: Path) -> None:  # noqa: F811
     header = store.read_header(taps)
     begin = header.file_bytes - sum(t.nbytes for t in header.tensors.values())
-    score = next(n for n, c in header.claims.items() if c.group == "score")
+    score = next(n for n, c in header.claims.items() if c.score)
     for where in (3, 40, begin + header.tensors[score].begin):
         refused(call("inspect", damage(tmp_path / "bad.taps", taps, where)), "bad.taps")
     (tmp_path / "cut.taps").write_bytes(taps.read_bytes()[:-5])

@@ -9,38 +9,79 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from taps_ext.store import LayerRecord, TaskFile, save
+from taps_ext.store import Record, TaskFile, save
+from taps_ext.store.format import DTYPE_NAMES
+from taps_ext.store.tensors import to_bytes
 
 PARENT = "sha256:" + "ab" * 32
 VERSIONS = {"taps_ext": "0", "torch": "0"}
+THRESHOLD = 0.10000000149011612
+"""0.1 as a float32."""
+
+
+def layer(*, learn: bool, open: bool, change: str | None = "dense", **tensors: Tensor) -> Record:
+    """A gated layer's record."""
+    gate = {"learn": learn, "open": open, "threshold": THRESHOLD}
+    return Record({"kind": "layer", "gate": gate, "change": change and {"kind": change}}, tensors)
+
+
+def own(role: str, **tensors: Tensor) -> Record:
+    """The record of a module that the task has tensors of its own for."""
+    return Record({"kind": "own", "role": role}, tensors)
+
+
+def _tensors() -> dict[str, Tensor]:
+    """Those of the example, by the names that 1.0 stored them under."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "conv1.score": torch.tensor(0.15),
+        "conv1.delta": random(2, 3, 1, 1),
+        "conv2.score": torch.tensor(0.05),
+        "conv3.delta": random(3, 2).bfloat16(),
+        "norm.bn1.weight": random(2),
+        "norm.bn1.running_mean": random(2),
+        "norm.bn1.num_batches_tracked": torch.tensor(7),
+        "cls_token.value": random(1, 1, 2),
+        "head.weight": random(2, 2),
+        "head.bias": random(2),
+    }
+
+
+def parts() -> dict[str, Record]:
+    """One of everything that 1.0 knew: learned and fixed gates, each open and closed, norms, a value, a head."""
+    t = _tensors()
+    norms = {name: t[f"norm.bn1.{name}"] for name in ("weight", "running_mean", "num_batches_tracked")}
+    head = {"kind": "instead", "module": {"type": "linear", "in": 2, "out": 2, "bias": True}}
+    return {
+        "conv1": layer(learn=True, open=True, score=t["conv1.score"], delta=t["conv1.delta"]),
+        "conv2": layer(learn=True, open=False, score=t["conv2.score"]),
+        "conv3": layer(learn=False, open=True, delta=t["conv3.delta"]),
+        "conv4": layer(learn=False, open=False),
+        "bn1": own("norm", **norms),
+        "": own("other", cls_token=t["cls_token.value"]),
+        "fc": Record(head, {"weight": t["head.weight"], "bias": t["head.bias"]}),
+    }
+
+
+def stranger() -> Record:
+    """A part of a kind that nobody here knows."""
+    facts = {"kind": "acme.router", "experts": 4, "mix": [0.5, None, True, {"": "鳥"}], "change": [], "role": 3}
+    return Record(facts, {"score": torch.ones(2), "a.b:c": torch.tensor([True]), "weight~": torch.zeros(0, 3)})
 
 
 def example(**changes: Any) -> TaskFile:
-    """One of everything: learned and fixed gates, each open and closed, norms, a value, a head."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    """A task with one of everything, a stranger's part among it."""
     content: dict[str, Any] = {
         "method": {"method": "taps", "lam": 1.0},
         "parent": PARENT,
         "name": "birds",
-        "layers": {
-            "conv1": LayerRecord(learn=True, open=True, score=torch.tensor(0.15), delta=random(2, 3, 1, 1)),
-            "conv2": LayerRecord(learn=True, open=False, score=torch.tensor(0.05)),
-            "conv3": LayerRecord(learn=False, open=True, delta=random(3, 2).bfloat16()),
-            "conv4": LayerRecord(learn=False, open=False),
-        },
-        "norms": {
-            "bn1.weight": random(2),
-            "bn1.running_mean": random(2),
-            "bn1.num_batches_tracked": torch.tensor(7),
-        },
-        "values": {"cls_token": random(1, 1, 2)},
-        "head": {"weight": random(2, 2), "bias": random(2)},
-        "head_spec": {"type": "linear", "in": 2, "out": 2},
+        "parts": {**parts(), "blocks.0": stranger()},
         "labels": ["jay", "wren"],
         "metrics": {"top1": 82.65},
         "versions": dict(VERSIONS),
@@ -49,14 +90,23 @@ def example(**changes: Any) -> TaskFile:
 
 
 def tiny() -> TaskFile:
-    """As small as a task gets with a delta, a score and a boolean in it."""
+    """As small as a task gets with a change, a score and a boolean in it."""
     return TaskFile(
         method={"method": "taps"},
         parent=PARENT,
-        layers={"a": LayerRecord(learn=True, open=True, score=torch.tensor(0.5), delta=torch.tensor([1.0]))},
-        values={"mask": torch.tensor([True])},
+        parts={
+            "": own("other", mask=torch.tensor([True])),
+            "a": layer(learn=True, open=True, score=torch.tensor(0.5), delta=torch.tensor([1.0])),
+        },
         versions=dict(VERSIONS),
     )
+
+
+def state(**changes: Any) -> TaskFile:
+    """The state of a run."""
+    values = {"part:a": torch.arange(3.0), "part:b~": torch.tensor([True]), "a.value": torch.tensor(1)}
+    content: dict[str, Any] = {"kind": "state", "parent": PARENT, "name": "birds", "values": values}
+    return TaskFile(**{**content, "versions": dict(VERSIONS), **changes})
 
 
 def canonical(value: object) -> str:
@@ -131,6 +181,54 @@ class Draft:
             for name, entry in table.items()
         ]
         return ("{" + ",".join(entries) + "}").encode("utf-8", "surrogatepass")
+
+
+def older(
+    tensors: dict[str, Tensor] | None = None,
+    *,
+    layers: dict[str, Any] | None = None,
+    codecs: dict[str, str] | None = None,
+    contents: dict[str, Any] | None = None,
+    head: dict[str, Any] | None = None,
+    **entries: str,
+) -> Draft:
+    """A task file as 0.1 wrote it (format 1.0); further `entries` by name."""
+    empty: dict[str, list[str]] = {"head": [], "norms": [], "values": []}
+    metadata = {
+        "format": "1.0",
+        "kind": "task",
+        "parent": PARENT,
+        "method": canonical({"method": "taps", "lam": 1.0}),
+        "layers": canonical(layers or {}),
+        "codecs": canonical(codecs or {}),
+        "contents": canonical({**empty, **(contents or {})}),
+        "versions": canonical(VERSIONS),
+        "digests": "",
+        "digest": "",
+        **({} if head is None else {"head": canonical(head)}),
+        **entries,
+    }
+    taken = {n: (DTYPE_NAMES[t.dtype], list(t.shape), bytes(to_bytes(t)[0])) for n, t in (tensors or {}).items()}
+    return Draft({f"taps.{key}": value for key, value in metadata.items()}, taken)
+
+
+def older_example() -> Draft:
+    """What 0.1 wrote of `parts()`, to the byte."""
+    gates = {"conv1": (True, True), "conv2": (True, False), "conv3": (False, True), "conv4": (False, False)}
+    return older(
+        _tensors(),
+        layers={name: {"learn": learn, "open": open} for name, (learn, open) in gates.items()},
+        codecs={"conv1": "dense", "conv3": "dense"},
+        contents={
+            "head": ["bias", "weight"],
+            "norms": ["bn1.num_batches_tracked", "bn1.running_mean", "bn1.weight"],
+            "values": ["cls_token"],
+        },
+        head={"type": "linear", "module": "fc", "in": 2, "out": 2, "bias": True},
+        name="birds",
+        labels=canonical(["jay", "wren"]),
+        metrics=canonical({"top1": 82.65}),
+    )
 
 
 def blob_of(task: TaskFile, folder: Path) -> bytes:

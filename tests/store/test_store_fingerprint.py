@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from taps_ext.store import TaskFile, fingerprint, load, plain_name, save, tensor_digest
+from taps_ext.store import Record, TaskFile, fingerprint, load, plain_name, save, tensor_digest
 from taps_ext.store import tensors as store_tensors
 from taps_ext.store.errors import DuplicateKeyError, UnsupportedTensorError
 
@@ -140,9 +140,11 @@ def test_an_empty_tensor_has_a_shape() -> None:
 def test_the_device_does_not_matter(tmp_path: Path) -> None:
     expected = fingerprint(state(model()))
     assert fingerprint(state(model().cuda().to(memory_format=torch.channels_last))) == expected
-    on_cpu, on_gpu = TaskFile(**TASK, values=state(model())), TaskFile(**TASK, values=state(model().cuda()))
+    on_cpu, on_gpu = (
+        TaskFile(**TASK, parts={"": Record({"kind": "x"}, state(made))}) for made in (model(), model().cuda())
+    )
     save(tmp_path / "cpu.taps", on_cpu)
     save(tmp_path / "gpu.taps", on_gpu)
     assert (tmp_path / "cpu.taps").read_bytes() == (tmp_path / "gpu.taps").read_bytes()
-    back = load(tmp_path / "cpu.taps", device="cuda").values
+    back = load(tmp_path / "cpu.taps", device="cuda").parts[""].tensors
     assert all(tensor.is_cuda for tensor in back.values()) and fingerprint(back) == expected

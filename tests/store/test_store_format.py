@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from store_files import PARENT, VERSIONS, blob_of, example
+from store_files import PARENT, VERSIONS, Record, blob_of, example, parts, state, stranger
 
 from taps_ext import store
 from taps_ext.store import format as fmt
@@ -34,8 +35,14 @@ def random_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return tensor
 
 
-def values_file(values: dict[str, torch.Tensor]) -> store.TaskFile:
-    return store.TaskFile(method={"method": "full"}, parent=PARENT, values=values, versions=dict(VERSIONS))
+def task_of(tensors: dict[str, torch.Tensor]) -> store.TaskFile:
+    """A task of one part, of the module `m`."""
+    parts = {"m": Record({"kind": "x"}, tensors)}
+    return store.TaskFile(method={"method": "full"}, parent=PARENT, parts=parts, versions=dict(VERSIONS))
+
+
+def state_of(values: dict[str, torch.Tensor]) -> store.TaskFile:
+    return state(values=values)
 
 
 @pytest.mark.parametrize("dtype", fmt.DTYPES.values(), ids=fmt.DTYPES)
@@ -43,13 +50,15 @@ def test_every_dtype_and_shape_comes_back_bit_equal(dtype: torch.dtype, tmp_path
     torch.manual_seed(0)
     values = {f"t{i}": random_bits(dtype, shape) for i, shape in enumerate(SHAPES)}
     path = tmp_path / "a.taps"
-    store.save(path, values_file(values))
-    ours, theirs = store.load(path).values, safetensors_torch.load_file(path)
-    assert ours.keys() == values.keys() and theirs.keys() == {n + ".value" for n in values}
-    for name, tensor in values.items():
-        for back in (ours[name], theirs[name + ".value"]):
-            assert back.dtype == dtype and back.shape == tensor.shape
-            assert bits(back) == bits(tensor)
+    for task, stored in ((task_of(values), "m:{}"), (state_of(values), "{}.value")):
+        store.save(path, task)
+        back, theirs = store.load(path), safetensors_torch.load_file(path)
+        ours = back.values if task.kind == "state" else back.parts["m"].tensors
+        assert ours.keys() == values.keys() and theirs.keys() == {stored.format(n) for n in values}
+        for name, tensor in values.items():
+            for found in (ours[name], theirs[stored.format(name)]):
+                assert found.dtype == dtype and found.shape == tensor.shape
+                assert bits(found) == bits(tensor)
 
 
 def test_special_numbers() -> None:
@@ -67,7 +76,7 @@ def test_their_metadata_and_ours(tmp_path: Path) -> None:
     store.save(path, example(extra={"format": "pt", "note": 'quotes " \\ and\nlines, Grüße 鳥'}))
     with safe_open(path, framework="pt") as theirs:
         metadata = theirs.metadata()
-    assert metadata["taps.format"] == "1.0" and json.loads(metadata["taps.labels"]) == ["jay", "wren"]
+    assert metadata["taps.format"] == "1.2" and json.loads(metadata["taps.labels"]) == ["jay", "wren"]
     assert store.load(path).extra == {"format": "pt", "note": metadata["note"]}
 
 
@@ -98,14 +107,16 @@ def test_a_copy_saved_by_safetensors_is_refused_not_half_read(tmp_path: Path) ->
 def test_same_content_same_bytes(tmp_path: Path) -> None:
     task = example()
     first = blob_of(task, tmp_path)
-    shuffled = example(
-        layers=dict(reversed(task.layers.items())),
-        norms=dict(reversed(task.norms.items())),
-        method={"lam": 1.0, "method": "taps"},
-    )
-    delta = shuffled.layers["conv1"].delta
-    assert delta is not None
-    shuffled.layers["conv1"].delta = torch.nn.Parameter(delta.to(memory_format=torch.channels_last))
+    gate = {"threshold": task.parts["conv1"].facts["gate"]["threshold"], "open": True, "learn": True}
+    reordered = {
+        module: Record(dict(reversed(record.facts.items())), dict(reversed(record.tensors.items())), module="elsewhere")
+        for module, record in reversed(task.parts.items())
+    }
+    shuffled = example(parts=reordered, method={"lam": 1.0, "method": "taps"}, path="elsewhere", digest="another")
+    conv = shuffled.parts["conv1"]
+    conv.facts["gate"] = gate
+    delta = conv.tensors["delta"].to(memory_format=torch.channels_last)
+    conv.tensors = {**conv.tensors, "delta": torch.nn.Parameter(delta)}
     assert blob_of(shuffled, tmp_path) == first
     loaded = store.load(tmp_path / "made.taps")
     assert blob_of(loaded, tmp_path) == first
@@ -113,13 +124,21 @@ def test_same_content_same_bytes(tmp_path: Path) -> None:
     assert blob_of(loaded, tmp_path) != first
 
 
+def test_every_fact_counts(tmp_path: Path) -> None:
+    """Facts that differ, if only in the type of a number, are other files."""
+    blobs = {blob_of(example(parts={"a": Record({"kind": "x", "y": y})}), tmp_path) for y in (1, 1.0, "1", [1])}
+    blobs |= {blob_of(example(parts=table), tmp_path) for table in (parts(), {**parts(), "blocks.1": stranger()})}
+    blobs.add(blob_of(example(), tmp_path))
+    assert len(blobs) == 7
+
+
 def test_strides_views_and_lazy_negation(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     negated = torch.complex(torch.zeros(3), torch.arange(3.0)).conj().imag
     assert negated.is_neg()
     values = {"t": base.t(), "step": base[::2, 1::2], "expanded": base[:1].expand(3, 6), "negated": negated}
-    store.save(tmp_path / "a.taps", values_file(values))
-    back = store.load(tmp_path / "a.taps").values
+    store.save(tmp_path / "a.taps", task_of(values))
+    back = store.load(tmp_path / "a.taps").parts["m"].tensors
     for name, tensor in values.items():
         assert torch.equal(back[name], tensor) and store.tensor_digest(back[name]) == store.tensor_digest(tensor)
 
@@ -127,7 +146,7 @@ def test_strides_views_and_lazy_negation(tmp_path: Path) -> None:
 def test_layout_is_aligned_and_ordered(tmp_path: Path) -> None:
     values = {f"{n}{i}": random_bits(d, (i,)) for i, (n, d) in enumerate(fmt.DTYPES.items())}
     path = tmp_path / "a.taps"
-    store.save(path, values_file(values))
+    store.save(path, task_of(values))
     header = store.read_header(path)
     data_begin = header.file_bytes - max(t.end for t in header.tensors.values())
     assert data_begin % 8 == 0
@@ -145,30 +164,41 @@ def test_big_endian_hosts_write_the_same_file(tmp_path: Path, monkeypatch: pytes
         "i": torch.arange(4),
         "b": torch.tensor([True]),
     }
-    blob = blob_of(values_file(values), tmp_path)
+    blob = blob_of(task_of(values), tmp_path)
     monkeypatch.setattr("sys.byteorder", "big")
     swapped = {name: tensors.swap_bytes(tensor) for name, tensor in values.items()}
-    assert blob_of(values_file(swapped), tmp_path) == blob
-    back = store.load(tmp_path / "made.taps").values
+    assert blob_of(task_of(swapped), tmp_path) == blob
+    back = store.load(tmp_path / "made.taps").parts["m"].tensors
     assert all(bits(back[name]) == bits(swapped[name]) for name in values)
 
 
-@pytest.mark.parametrize("count", [fmt.MAX_TENSORS + 1])
-def test_limits_hold_for_the_writer_too(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [task_of, state_of])
+def test_limits_hold_for_the_writer_too(make: Callable[..., store.TaskFile], tmp_path: Path) -> None:
     one = torch.zeros(0)
-    with pytest.raises(LimitError, match="65537 tensors"):
-        store.save(tmp_path / "a.taps", values_file(dict.fromkeys(map(str, range(count)), one)))
+    with pytest.raises(LimitError, match=r"more than 65536 tensors|65537 tensors"):
+        store.save(tmp_path / "a.taps", make(dict.fromkeys(map(str, range(fmt.MAX_TENSORS + 1)), one)))
     with pytest.raises(LimitError, match="header of"):
         store.save(tmp_path / "a.taps", example(labels=["x" * (1 << 20)] * 17))
     with pytest.raises(LimitError, match="513 characters"):
-        store.save(tmp_path / "a.taps", values_file({"x" * 513: one}))
+        store.save(tmp_path / "a.taps", make({"x" * 513: one}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_tensors(tmp_path: Path) -> None:
-    values = {f"layers.{i}.bias": torch.tensor(float(i)) for i in range(4_000)}
-    store.save(tmp_path / "a.taps", values_file(values))
-    assert store.load(tmp_path / "a.taps").values["layers.3999.bias"] == 3_999
+def test_the_writer_writes_no_table_that_is_not_read(tmp_path: Path) -> None:
+    many = {str(i): Record({"kind": "x", "y": [0] * 20}) for i in range(80_000)}
+    with pytest.raises(LimitError, match=r"taps\.parts: at most \d+ JSON tokens"):
+        store.save(tmp_path / "a.taps", example(parts=many))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_parts(tmp_path: Path) -> None:
+    """As many layers as a header holds, nearly."""
+    gate = {"learn": False, "open": True, "threshold": 0.5}
+    facts = {"kind": "layer", "gate": gate, "change": {"kind": "dense"}}
+    many = {f"l.{i}": Record(facts, {"delta": torch.tensor(float(i))}) for i in range(45_000)}
+    store.save(tmp_path / "a.taps", example(parts=many))
+    back = store.load(tmp_path / "a.taps").parts
+    assert len(back) == 45_000 and back["l.39999"].tensors["delta"] == 39_999
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stages import THOROUGH
-from store_files import Draft, assemble, blob_of, example, tiny
+from store_files import Draft, assemble, blob_of, canonical, example, older, older_example, tiny
 
 from taps_ext import store
 from taps_ext.store import TaskFileError
@@ -26,13 +28,27 @@ RUNS = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return blob_of(tiny(), tmp_path_factory.mktemp("small"))
+LAYOUTS = ["1.0", "1.2"]
 
 
-@pytest.fixture(scope="module")
-def honest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+@pytest.fixture(scope="module", params=LAYOUTS)
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """As small as a task gets with a change, a score and a boolean in it."""
+    if request.param == "1.2":
+        return blob_of(tiny(), tmp_path_factory.mktemp("small"))
+    return older(
+        {"a.score": torch.tensor(0.5), "a.delta": torch.tensor([1.0]), "mask.value": torch.tensor([True])},
+        layers={"a": {"learn": True, "open": True}},
+        codecs={"a": "dense"},
+        contents={"values": ["mask"]},
+        method=canonical({"method": "taps"}),
+    ).build()
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def honest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    if request.param == "1.0":
+        return older_example().build()
     return blob_of(example(), tmp_path_factory.mktemp("honest"))
 
 
@@ -118,32 +134,59 @@ def test_invented_headers(header: dict[str, object], data: bytes, tmp_path: Path
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == len(data)
 
 
-KEYS = [
-    "codecs",
-    "contents",
-    "head",
-    "kind",
-    "labels",
-    "layers",
-    "method",
-    "metrics",
-    "name",
-    "parent",
-    "versions",
-]
+KEYS = ["kind", "labels", "method", "metrics", "name", "parent", "versions"]
+KEYS_OF = {"1.0": [*KEYS, "codecs", "contents", "head", "layers"], "1.2": [*KEYS, "parts"]}
+
+
+def resaved(path: Path) -> bool:
+    """Whether the task, saved again, has the same meaning; an older one as who knows that it lists all parts."""
+    task = store.load(path)
+    task.complete = True
+    store.save(path.with_name("again.taps"), task)
+    return store.read_header(path.with_name("again.taps")).metadata == store.read_header(path).metadata
 
 
 @RUNS
-@given(key=st.sampled_from(KEYS), value=JSON, raw=st.booleans())
-def test_signed_nonsense(key: str, value: object, raw: bool, honest: bytes, tmp_path: Path) -> None:
+@given(at=st.integers(0, 10), value=JSON, raw=st.booleans())
+def test_signed_nonsense(at: int, value: object, raw: bool, honest: bytes, tmp_path: Path) -> None:
     """Right digests over any metadata: refused, or read and written again to the same meaning."""
     draft = Draft.of(honest)
-    draft.metadata["taps." + key] = str(value) if raw else dumps(value)
-    path, again = tmp_path / "signed.taps", tmp_path / "again.taps"
+    keys = KEYS_OF[draft.metadata["taps.format"]]
+    draft.metadata["taps." + keys[at % len(keys)]] = str(value) if raw else dumps(value)
     try:
         blob = draft.build()
     except UnicodeEncodeError:
         return
-    if accepted(path, blob):
-        store.save(again, store.load(path))
-        assert store.read_header(again).metadata == store.read_header(path).metadata
+    if accepted(tmp_path / "signed.taps", blob):
+        assert resaved(tmp_path / "signed.taps")
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    """The way to everything in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, item in inner for place in places(item, (*path, key))]
+
+
+@RUNS
+@given(
+    pick=st.integers(0, 1 << 16), value=JSON | st.sampled_from(["", "layer", "score", "conv1", "delta", 0.5, -1, True])
+)
+def test_signed_nonsense_in_a_table(pick: int, value: object, honest: bytes, tmp_path: Path) -> None:
+    """The same of any one place in the tables: those of the two layouts must agree with the tensors."""
+    draft = Draft.of(honest)
+    keys = {"taps.parts", "taps.layers", "taps.codecs", "taps.contents", "taps.head", "taps.method"}
+    tables = {key: loads(draft.metadata[key]) for key in sorted(keys & draft.metadata.keys())}
+    everywhere = places(tables)
+    everywhere = [place for place in everywhere if len(place) > 1]
+    *way, last = everywhere[pick % len(everywhere)]
+    inside: Any = tables
+    for key in way:
+        inside = inside[key]
+    inside[last] = value
+    draft.metadata.update({key: dumps(table) for key, table in tables.items()})
+    try:
+        blob = draft.build()
+    except UnicodeEncodeError:
+        return
+    if accepted(tmp_path / "signed.taps", blob):
+        assert resaved(tmp_path / "signed.taps")

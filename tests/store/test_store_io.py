@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_files import assemble, blob_of, example, tiny
+from store_files import Draft, Record, assemble, blob_of, example, own, state, tiny
 
 from taps_ext import store
 from taps_ext.store import io
@@ -45,7 +45,7 @@ def test_an_existing_file_keeps_its_mode(umask: object, tmp_path: Path) -> None:
     path.chmod(0o600)
     store.save(path, tiny())
     assert mode_of(path) == 0o600
-    assert store.load(path).layers.keys() == {"a"}
+    assert store.load(path).parts.keys() == {"", "a"}
 
 
 def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
@@ -186,8 +186,10 @@ def test_verify_false_skips_tensor_digests_only(tmp_path: Path) -> None:
     blob = bytearray(blob_of(example(), tmp_path))
     blob[-1] ^= 1
     path.write_bytes(blob)
-    assert store.load(path, verify=False).layers["conv3"].delta is not None
-    assert store.verify(path).damaged == ("conv3.delta",) and not store.verify(path).ok
+    last = list(store.read_header(path).tensors)[-1]
+    claim = store.read_header(path).claims[last]
+    assert claim.tensor in store.load(path, verify=False).parts[claim.module].tensors
+    assert store.verify(path).damaged == (last,) and not store.verify(path).ok
     path.write_bytes(bytes(blob).replace(b"jay", b"joy"))
     with pytest.raises(store.errors.DigestError, match="header"):
         store.load(path, verify=False)
@@ -199,9 +201,11 @@ def test_the_header_alone(tmp_path: Path) -> None:
     header = store.read_header(path)
     assert header.file_bytes == size and header.digest == store.load(path).digest
     assert header.metadata.labels == ["jay", "wren"]
-    assert header.tensors["conv1.delta"].shape == (2, 3, 1, 1)
-    assert header.claims["conv1.delta"] == store.Claim("delta", "conv1", "delta")
-    assert header.digests["conv1.delta"] == store.tensor_digest(example().layers["conv1"].delta)
+    assert header.tensors["conv1:delta"].shape == (2, 3, 1, 1)
+    assert header.claims["conv1:delta"] == store.Claim("conv1", "delta")
+    assert header.claims["conv1:score"] == store.Claim("conv1", "score", score=True)
+    assert header.metadata.parts["conv1"].tensors == ("delta", "score")
+    assert header.digests["conv1:delta"] == store.tensor_digest(example().parts["conv1"].tensors["delta"])
 
 
 @pytest.mark.parametrize(
@@ -220,14 +224,17 @@ def test_the_header_alone(tmp_path: Path) -> None:
 def test_tensors_without_plain_bytes_are_refused_by_name(tensor: object, word: str, tmp_path: Path) -> None:
     if callable(tensor) and not isinstance(tensor, torch.Tensor):
         tensor = tensor()
+    with pytest.raises(UnsupportedTensorError, match=rf"'a:pos'.*{word}"):
+        store.save(tmp_path / "a.taps", example(parts={"a": own("other", pos=tensor)}))
     with pytest.raises(UnsupportedTensorError, match=rf"'pos\.value'.*{word}"):
-        store.save(tmp_path / "a.taps", example(values={"pos": tensor}))
+        store.save(tmp_path / "a.state", state(values={"pos": tensor}))
     assert os.listdir(tmp_path) == []
 
 
 def test_a_device_is_honoured(tmp_path: Path) -> None:
     store.save(tmp_path / "a.taps", tiny())
-    assert store.load(tmp_path / "a.taps", device=torch.device("cpu")).values["mask"].device.type == "cpu"
+    back = store.load(tmp_path / "a.taps", device=torch.device("cpu")).parts[""].tensors["mask"]
+    assert back.device.type == "cpu"
 
 
 def resident(key: str) -> int:
@@ -251,12 +258,13 @@ def test_memory(tmp_path: Path) -> None:
     """128 MiB: writing and verifying need a constant amount, reading the tensors once."""
     path, mib = tmp_path / "large.taps", 1 << 20
     task = tiny()
-    task.values = {str(i): torch.full((8 << 20,), float(i)) for i in range(4)}
+    tensors = {str(i): torch.full((8 << 20,), float(i)) for i in range(4)}
+    task.parts["b"] = Record({"kind": "x"}, tensors)
     store.save(tmp_path / "small.taps", tiny())
     store.verify(tmp_path / "small.taps")
     assert grown(lambda: torch.ones(16 << 20)) > 60 * mib, "the measurement works"
     assert grown(lambda: store.save(path, task)) < 8 * mib
-    assert grown(lambda: store.fingerprint(task.values)) < 8 * mib
+    assert grown(lambda: store.fingerprint(tensors)) < 8 * mib
     assert 100 * mib < grown(lambda: store.load(path)) < (128 + 8) * mib
     assert grown(lambda: store.verify(path)) < (16 + 8) * mib
     assert grown(lambda: store.read_header(path)) < 4 * mib
@@ -287,6 +295,25 @@ def test_hostile_headers_cost_little_memory(opening: bytes, piece: bytes, count:
 
     def load() -> None:
         with pytest.raises(store.TaskFileError):
+            store.load(path)
+
+    assert grown(load) < 256 << 20
+
+
+@pytest.mark.parametrize("piece", ['"{:x}":0,', '["{:x}"],', '{{"{:x}":0}},', '"{:x}",'])
+def test_hostile_facts_cost_little_memory(piece: str, tmp_path: Path) -> None:
+    """As many values as a table may have, and a right digest over them."""
+    many = ((1 << 21) - 64) // sum(piece.replace("{:x}", "").replace("{{", "{").count(c) for c in "[{}]:,")
+    inner = "".join(piece.format(i) for i in range(many // 2 if piece.startswith("{") else many))[: (10 << 20)]
+    inner = inner[: inner.rindex(",")]
+    around = "{%s}" if piece.startswith('"{:x}":') else "[%s]"
+    draft = Draft.of(blob_of(tiny(), tmp_path))
+    draft.metadata["taps.parts"] = '{"a":{"facts":{"kind":"x","y":%s},"tensors":[]}}' % (around % inner)
+    path = tmp_path / "bomb.taps"
+    path.write_bytes(draft.build())
+
+    def load() -> None:
+        with pytest.raises(store.errors.UnexpectedTensorError):
             store.load(path)
 
     assert grown(load) < 256 << 20
