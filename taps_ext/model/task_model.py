@@ -509,7 +509,8 @@ class TaskModel(nn.Module):
         self._check_base()
         opened = set(state.open_layers())
         state.grow(opened)
-        parent = self.fingerprint(state.head_path) if state.family is None else state.family.parent()
+        base = base_fingerprint(self.base, state.head_path) if state.family is None else None
+        parent = base or state.family.parent()  # type: ignore[union-attr]
         return task_file.save(
             path,
             task_file.to_records(state.table, opened),

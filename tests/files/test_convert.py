@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import taps_ext
-from taps_ext.files.checkpoint import exact_delta, same_bits
 from taps_ext.errors import ConfigError
+from taps_ext.files.checkpoint import exact_delta, same_bits
 from taps_ext.zoo import SmallResNet
 
 

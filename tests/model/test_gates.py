@@ -15,8 +15,8 @@ from test_model import tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
-from taps_ext.nn import TapsConv2d, TapsLinear
 from taps_ext.files.task import to_record
+from taps_ext.nn import TapsConv2d, TapsLinear
 
 
 def test_gates_follow_the_values_of_scores() -> None:
