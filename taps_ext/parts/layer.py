@@ -174,9 +174,10 @@ class Layer(Part):
             return self.change.fold(weight.detach())
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        found = {self.change.role if self.change is not None else "delta": self.changes()}
+        # In this order, which states of runs go by: 0.1 had the bias before a weight.
+        found: dict[str, list[nn.Parameter]] = {"bias": [] if self.bias is None else [self.bias]}
+        found |= {self.change.role if self.change is not None else "delta": self.changes()}
         found |= {"score": [] if self.gate.score is None else [self.gate.score]}
-        found |= {"bias": [] if self.bias is None else [self.bias]}
         return {role: parameters for role, parameters in found.items() if parameters}
 
     def held(self) -> Mapping[str, nn.Parameter | None]:

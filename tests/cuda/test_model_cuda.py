@@ -20,7 +20,7 @@ def build(config, gates="host", dtype=torch.float64) -> TaskModel:
     model.add_task("t", num_classes=5)
     with torch.no_grad():
         for index, (_, part, _) in enumerate(model.state("t").gated()):
-            if part.change.delta is not None:
+            if part.change is not None:
                 part.change.delta.normal_(0, 0.05)
             if part.gate.score is not None and index % 2:
                 part.gate.score.fill_(0.05)

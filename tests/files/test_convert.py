@@ -142,7 +142,8 @@ def test_a_layer_with_its_own_weight_is_a_layer(tmp_path) -> None:
     reference.backward()
     assert same_bits(part.change.weight.grad, tuned[0].weight.grad) and same_bits(loss, reference)
     names = {group["name"]: len(group["params"]) for group in model.parameter_groups(lr=0.1)}
-    assert names == {"other": 2, "head": 2}  # weight and bias of layer 0; no Delta, no score
+    assert names == {"other": 2, "head": 2}  # bias and weight of layer 0; no Delta, no score
+    assert [p.dim() for p in model.parameter_groups(lr=0.1)[0]["params"]] == [1, 2]  # as states of 0.1's runs have it
     model.set_gates("t", open=[])
     plain_base[2].load_state_dict(tuned[2].state_dict())
     assert part.change.weight.grad is None and not part.change.weight.requires_grad

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import taps_ext
 from taps_ext import ConfigError, FullConfig, ProbeConfig, TapsConfig, TaskModel, estimate, profile
 from taps_ext.profiling import Machine, Memory, measure
-from taps_ext.profiling.layers import work
 
 ROOFS = Machine(bandwidth=2e10, rate=1e11)
 
@@ -345,10 +344,10 @@ def test_steps_are_counted() -> None:
 
 
 def test_work_without_gradients() -> None:
-    part = {name: part for name, part, _ in build().state("t").gated()}["deep"]
-    x, w = torch.randn(3, 1024, requires_grad=True), torch.empty(1024, 1024)
+    model, x = build(), torch.randn(3, 1024, requires_grad=True)
     with torch.no_grad():
-        assert work(part, w, x, x, 1.0) == (2 * 3 * 1024**2, 4 * (2 * 1024**2 + 2 * 3 * 1024))
+        cost = model.state("t").table["deep"].cost(model.base.deep, x, x, 1.0)
+    assert cost == (2 * 3 * 1024**2, 4 * (2 * 1024**2 + 2 * 3 * 1024))
 
 
 def test_the_taken_path() -> None:

@@ -23,9 +23,9 @@ def layered(scores, gates: str = "host", threshold: float = 0.1, **overrides) ->
     model = TaskModel(base, TapsConfig(lam=0.5, threshold=threshold, overrides=overrides), gates=gates)
     model.add_task("t")
     with torch.no_grad():
-        for (_, part), score in zip(model.state("t").gated(), scores, strict=True):
-            if part.gate.learn:
-                part.gate.score.fill_(score)
+        for (_, _, gate), score in zip(model.state("t").gated(), scores, strict=True):
+            if gate.learn:
+                gate.score.fill_(score)
     model.refresh_gates()
     return model
 
@@ -138,7 +138,7 @@ def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
 def test_reopened_gates_are_counted() -> None:
     """A score that every step pushes across its threshold and back."""
     model = build(TapsConfig(lam=0.0))
-    part = {name: part for name, part, _ in model.state("t").learned()}["conv2"]
+    part = model.state("t").table["conv2"]
     steps = []
 
     def push(grad):
