@@ -18,6 +18,7 @@ from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
 from ..parts.host import base_weight
+from ..parts.layer import OF_0_1
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
 from ..routing.route import is_stock, misplaced
@@ -122,6 +123,15 @@ class Parts(nn.Module):
                     )
                 if bool(value) != bool(gate.known):
                     part.fix(bool(value))
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by the names that :meth:`state_dict` has for them, where 0.1 had others."""
+        names = {
+            f"parts.{module_key(module)}.{old}": f"parts.{module_key(module)}.{new}"
+            for module, _, _ in self.gated()
+            for old, new in OF_0_1.items()
+        }
+        return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
     def trains(self) -> list[str]:
         """The modules that have something of their own to train."""

@@ -21,7 +21,7 @@ from .part import Below, Cost, Part, forward_of, register_part
 from .sampling import Sample
 
 # Names under which 0.1 had in one module what a gate and a change hold.
-_OF_0_1 = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
+OF_0_1 = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
 
 
 def _autocast() -> bool:
@@ -196,7 +196,7 @@ class Layer(Part):
                 parameter.grad = None
 
     def awaits(self, name: str) -> bool:
-        own, _, tensor = _OF_0_1.get(name, name).partition(".")
+        own, _, tensor = OF_0_1.get(name, name).partition(".")
         return own == "change" and self.change is not None and self.change.owed and tensor in self.change._parameters
 
     def grow(self, weight: Tensor) -> int:
@@ -274,7 +274,7 @@ class Layer(Part):
         return None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for old, new in _OF_0_1.items():
+        for old, new in OF_0_1.items():
             if (found := state_dict.pop(prefix + old, None)) is not None:
                 state_dict[prefix + new] = found
         super()._load_from_state_dict(state_dict, prefix, *args)
