@@ -198,9 +198,9 @@ class Change(nn.Module):
             given = record.take({name: (shape, dtype) for name, shape in made.shapes(weight).items()})
             made.owed = False
             for name, tensor in given.items():
-                own = torch.empty_like(weight, dtype=dtype) if tensor.shape == weight.shape else None
-                moved = tensor.to(weight.device) if own is None else own.copy_(tensor)
-                made.register_parameter(name, nn.Parameter(moved))
+                strided = weight if tensor.shape == weight.shape else tensor
+                own = torch.empty_like(strided, dtype=dtype, device=weight.device).copy_(tensor)
+                made.register_parameter(name, nn.Parameter(own))
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Change:

@@ -239,7 +239,7 @@ class Layer(Part):
                     f"score {score.item():.6g} makes it {'closed' if open else 'open'}, but the file says otherwise",
                     GateRecordError,
                 )
-            gate.score.data = score.to(weight.device)
+            gate.score.data = score.to(weight.device, copy=True)
             gate.take(score.item())
         change = None if record.facts.get("change") is None else Change.read(record, host)
         if open and (change is None or change.owed):

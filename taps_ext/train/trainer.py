@@ -95,8 +95,8 @@ class Trainer:
             state = model.state(name)
             if state.family is not None and not state.family.digest:
                 raise ConfigError(
-                    f"tasks: task {name!r} trains the family {state.family.name!r} with others, which this trainer does "
-                    "not do yet; train them by a loop of your own, or save_shared() first, which freezes the family"
+                    f"tasks: task {name!r} trains the family {state.family.name!r} with others, which this trainer "
+                    "does not do yet; train them by a loop of your own, or save_shared() first, which freezes it"
                 )
             if config.freeze_after is not None and not state.learned():
                 raise ConfigError(f"freeze_after: task {name!r} has no learned gates that could rest")
