@@ -16,7 +16,7 @@ from taps_ext.nn import TapsConv2d, TapsLinear, convert, revert, sparsity_loss
 
 
 def near(got: Tensor, want: Tensor) -> bool:
-    """Up to the order of sums: three products of at most 72 terms, so that 64 roundings of the largest value bound it."""
+    """Up to the order of sums: three products of at most 72 terms, 64 roundings of the largest value."""
     return torch.allclose(got, want, rtol=0, atol=64 * torch.finfo(torch.float32).eps * want.abs().max().item())
 
 
