@@ -246,6 +246,8 @@ class Layer(Part):
             raise record.refuse("open, so the tensors of its change are expected, got none", GateRecordError)
         if not open and change is not None and not change.owed:
             raise record.refuse("closed, so no change is expected, got one", GateRecordError)
+        if gate.learn and change is not None and change.replaces and not change.owed:
+            raise record.refuse("expected a fixed gate for a whole weight, got a learned one", GateRecordError)
         own = None
         if "bias" in record.tensors:
             if bias is None:
