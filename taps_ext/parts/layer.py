@@ -229,6 +229,7 @@ class Layer(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
+        record.only("gate", "change")
         facts = _gate_facts(record)
         gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
