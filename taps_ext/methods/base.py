@@ -188,8 +188,8 @@ class UnknownMethod(MethodConfig):
         raise self._missing("training")
 
     @property
-    def family(self) -> str:
-        """As every method's: its name."""
+    def method(self) -> str:  # type: ignore[override]
+        """Its name."""
         return str(self.settings.get("method"))
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
 from ..parts.host import base_weight
-from ..parts.layer import OF_0_1
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
 from ..routing.route import is_stock, misplaced
@@ -87,6 +86,16 @@ class Parts(nn.Module):
         ]
         return sum(nbytes > 0 for nbytes in grown), sum(grown)
 
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names that they have here, where 0.1 gave them others."""
+        found = dict(tensors)
+        for name, part in self.table.items():
+            prefix = f"parts.{module_key(name)}."
+            for old, new in part.former.items():
+                if prefix + old in found:
+                    found[prefix + new] = found.pop(prefix + old)
+        return found
+
     @torch.compiler.disable
     def check_hosts(self) -> None:
         """Raise if a module that has a part is not in its place any more: the task would be left out there.
@@ -123,15 +132,6 @@ class Parts(nn.Module):
                     )
                 if bool(value) != bool(gate.known):
                     part.fix(bool(value))
-
-    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by the names that :meth:`state_dict` has for them, where 0.1 had others."""
-        names = {
-            f"parts.{module_key(module)}.{old}": f"parts.{module_key(module)}.{new}"
-            for module, _, _ in self.gated()
-            for old, new in OF_0_1.items()
-        }
-        return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
     def trains(self) -> list[str]:
         """The modules that have something of their own to train."""
@@ -320,6 +320,7 @@ class TaskState(Parts):
     def install(self, installed: Mapping[str, Part]) -> None:
         """Run these parts in the place of stacks, or with {} the stacks again."""
         self.installed = dict(installed)
+        self.bindings = Bindings()  # which holds what stood there before
         token.note()
 
     # -- what there is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from .gate import Gate
 from .host import Op, base_bias, base_weight, bias_name, resting_weight, stock_forward, weight_name
 from .part import Below, Cost, Part, forward_of, register_part
 from .sampling import Sample
-
-# Names under which 0.1 had in one module what a gate and a change hold.
-OF_0_1 = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
 
 
 def _autocast() -> bool:
@@ -63,6 +60,8 @@ class Layer(Part):
         bias: a task's own bias `[N]`, or None to use what lies below.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
+
     gate: Gate
     change: Change | None
     bias: nn.Parameter | None
@@ -77,9 +76,11 @@ class Layer(Part):
 
     def _wake(self) -> None:
         assert self.change is not None
+        score = self.gate.score
         for parameter in self.change.parameters():
             parameter.requires_grad_(self.gate.learn or bool(self.gate.known))
-            self.gate.to(parameter.device)
+            if score is not None and score.device != parameter.device:
+                score.data = score.data.to(parameter.device)
 
     @property
     def change_kind(self) -> str:
@@ -196,7 +197,7 @@ class Layer(Part):
                 parameter.grad = None
 
     def awaits(self, name: str) -> bool:
-        own, _, tensor = OF_0_1.get(name, name).partition(".")
+        own, _, tensor = self.former.get(name, name).partition(".")
         return own == "change" and self.change is not None and self.change.owed and tensor in self.change._parameters
 
     def grow(self, weight: Tensor) -> int:
@@ -277,7 +278,7 @@ class Layer(Part):
         return None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for old, new in OF_0_1.items():
+        for old, new in self.former.items():
             if (found := state_dict.pop(prefix + old, None)) is not None:
                 state_dict[prefix + new] = found
         super()._load_from_state_dict(state_dict, prefix, *args)

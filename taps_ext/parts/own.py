@@ -109,7 +109,7 @@ class Own(Part):
         clone.__dict__.update(
             _parameters=self._parameters,
             _buffers=self._buffers if self.buffers_own else self.host._buffers,
-            _non_persistent_buffers_set=self.host._non_persistent_buffers_set,
+            _non_persistent_buffers_set=(self if self.buffers_own else self.host)._non_persistent_buffers_set,
         )
         self.mode()
         _let_train(clone, True, clone.training)

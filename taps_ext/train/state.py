@@ -139,4 +139,4 @@ def load_run(
     restore(state, groups["part"])
     _load_optimizer(optimizer, groups["optimizer"], numbers)
     randomness.restore(groups["random"])
-    return {"best": groups["best"], "average": state.renamed(groups["average"])}, counters
+    return {"best": groups["best"], "average": groups["average"]}, counters

@@ -95,7 +95,7 @@ def test_one_workspace_and_no_other_weight_sized_allocation() -> None:
     model.add_task("t", num_classes=10)
     x, y = torch.randn(4, 2048, device="cuda"), torch.arange(4, device="cuda")
     weight = base[0].weight.nbytes
-    part = {name: part for name, part, _ in model.state("t").gated()}["0"]
+    part = model.state("t").table["0"]
 
     def step() -> None:
         model.zero_grad()

@@ -119,10 +119,13 @@ def test_merged_weights_are_cast_once_under_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             model(x, task="t")
-            kept.append([part.__dict__["_taps_cast"][1] for _, part, _ in model.state("t").gated()])
-    assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
+            kept.append([part.__dict__["_taps_cast"][1] for part in model.state("t").installed.values()])
+    assert len(kept[0]) == 4 and all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
+    known = [weakref.ref(cast) for cast in kept[0]]
+    del kept
     model.unmerge_task()
-    assert not any("_taps_cast" in part.__dict__ for _, part, _ in model.state("t").gated())
+    gc.collect()
+    assert [each() for each in known] == [None] * 4
 
 
 def test_reconstruct_is_seen_by_autograd() -> None:
@@ -146,7 +149,7 @@ def test_the_raw_op_refuses_double_backward() -> None:
 def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
     """Gradients zeroed instead of dropped before the forward do not reach the optimizer once the gate closed."""
     model = build()
-    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
+    part = model.state("t").table["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
     x, y = images(), torch.tensor([0, 1, 0])
     for closing in (False, True, True):
@@ -165,7 +168,7 @@ def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
 def test_gradients_that_others_put_there_do_not_move_a_closed_delta(late: bool) -> None:
     """Zeros for every parameter before each forward; or the gradient of a forward before the gate closed."""
     model = build().train()
-    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
+    part = model.state("t").table["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
     part.gate.score.register_hook(torch.zeros_like)
     model(images(), task="t").sum().backward()

@@ -139,7 +139,7 @@ def test_layers_that_others_read_are_not_measured() -> None:
 def test_backward_goes_to_the_layer_that_made_it() -> None:
     """A resting closed layer at the bottom makes no node: what follows it is not its own."""
     model = build(closed=["conv"])
-    {name: part for name, part, _ in model.state("t").gated()}["conv"].score.requires_grad_(False)
+    model.state("t").table["conv"].gate.score.requires_grad_(False)
     rows = {row.layer: row for row in profile(model, (images(),), task="t", steps=1, machine=ROOFS).rows}
     assert rows["conv"].backward == 0.0 < rows["down"].backward
 

@@ -104,7 +104,7 @@ def test_the_average_by_hand() -> None:
     for step in (1, 2, 3, 4):
         if step == 3:  # its average is away from its value by now, and rests there
             with torch.no_grad():
-                {name: part for name, part, _ in state.gated()}["hidden"].score.fill_(0.05)
+                state.table["hidden"].gate.score.fill_(0.05)
             closed.append("hidden")
         optimizer.zero_grad()
         F.cross_entropy(model.train()(x, task="t"), y).backward()
