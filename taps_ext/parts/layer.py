@@ -231,6 +231,7 @@ class Layer(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
+        record.only("gate", "change")
         facts = _gate_facts(record)
         gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
@@ -241,13 +242,15 @@ class Layer(Part):
                     f"score {score.item():.6g} makes it {'closed' if open else 'open'}, but the file says otherwise",
                     GateRecordError,
                 )
-            gate.score.data = score.to(weight.device)
+            gate.score.data = score.to(weight.device, copy=True)
             gate.take(score.item())
         change = None if record.facts.get("change") is None else Change.read(record, host)
         if open and (change is None or change.owed):
             raise record.refuse("open, so the tensors of its change are expected, got none", GateRecordError)
         if not open and change is not None and not change.owed:
             raise record.refuse("closed, so no change is expected, got one", GateRecordError)
+        if gate.learn and change is not None and change.replaces and not change.owed:
+            raise record.refuse("expected a fixed gate for a whole weight, got a learned one", GateRecordError)
         own = None
         if "bias" in record.tensors:
             if bias is None:

@@ -208,10 +208,13 @@ class Own(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Own:
-        role = record.fact("role", str)
+        record.only("role", "buffers")
+        role, buffers = record.fact("role", str), record.facts.get("buffers", True)
+        if type(buffers) is not bool:
+            raise record.refuse(f"buffers: expected true or false, got {buffers!r}")
         if role not in _ROLES or (role == "norm" and not is_norm(host)):
             raise record.refuse(f"role: expected {' or '.join(_ROLES)}, as the base's module is, got {role!r}")
-        part = cls(host, role, buffers=bool(record.facts.get("buffers", True)))
+        part = cls(host, role, buffers=buffers)
         own = part.state_dict(keep_vars=True)
         given_tensors = record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
         with torch.no_grad():
