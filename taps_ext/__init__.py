@@ -5,6 +5,7 @@ from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskF
 from .methods import (
     DepthwiseConfig,
     FullConfig,
+    JointTapsConfig,
     LoraConfig,
     MethodConfig,
     ProbeConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "DepthwiseConfig",
     "FullConfig",
     "GateError",
+    "JointTapsConfig",
     "LoraConfig",
     "Memory",
     "MethodConfig",

@@ -3,6 +3,7 @@
 from .base import MethodConfig, UnknownMethod, register_method, registered
 from .depthwise import DepthwiseConfig
 from .full import FullConfig
+from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
 from .probe import ProbeConfig
 from .scale_bias import ScaleBiasConfig
@@ -12,6 +13,7 @@ from .taps import TapsConfig
 __all__ = [
     "DepthwiseConfig",
     "FullConfig",
+    "JointTapsConfig",
     "LoraConfig",
     "MethodConfig",
     "ProbeConfig",

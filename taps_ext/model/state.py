@@ -160,6 +160,20 @@ class Family(Parts):
         self.digest, self._held = digest, self._content()
         self.requires_grad_(False)
 
+    def take_over(self, other: Family) -> None:
+        """Take another family's values and digest.
+
+        Raises:
+            ConfigError: it is built differently.
+        """
+        same = self.table.keys() == other.table.keys()
+        if not same or any(part.differs(other.table[name]) for name, part in self.table.items()):
+            raise ConfigError(f"family: {other.name!r} in the file is built differently than the one at hand")
+        self.load_state_dict(other.state_dict())
+        for part in self.table.values():
+            part.drop_caches()
+        self.freeze(other.digest)
+
     def parent(self) -> str:
         """The digest of its file, for the files of its tasks.
 

@@ -636,14 +636,19 @@ class TaskModel(nn.Module):
 
     @torch.inference_mode(False)
     def load_shared(self, path: str | PathLike[str]) -> str:
-        """Add the family in a shared file; returns its name. Its tasks' files find it by its digest.
+        """Add the family in a shared file, or load it into the one of its name that nothing has frozen yet; returns its
+        name. Its tasks' files find it by its digest.
 
         Raises:
             TaskFileError: the file is damaged, belongs to another base, or does not fit. ConfigError: another family of
                 that name.
         """
         self._loaded()
-        family = self._read_family(store.load(Path(path), kind="shared"))
+        file = store.load(Path(path), kind="shared")
+        known = self.families.get(file.name)
+        if known is not None and not known.digest:  # in the place of what its tasks would train
+            known.take_over(self._built_family(file))
+        family = self._read_family(file)
         if family.name not in self.families:
             self._place(family)
             self._families[module_key(family.name)] = family
@@ -656,6 +661,9 @@ class TaskModel(nn.Module):
             if known.digest != file.digest:
                 raise ConfigError(f"family: another family called {file.name!r} is there already; unload() it first")
             return known
+        return self._built_family(file, allow_dtype_cast=allow_dtype_cast)
+
+    def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
         read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
         family = Family(self.base, file.name, read.config, read.parts)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..model.state import TaskState
+from ..model.state import Parts
 
 
 class Average:
@@ -22,7 +22,7 @@ class Average:
         decay: d in [0, 1).
     """
 
-    def __init__(self, state: TaskState, decay: float) -> None:
+    def __init__(self, state: Parts, decay: float) -> None:
         self.state, self.decay, self.steps = state, decay, 0
         self.values = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self._trained()

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import ConfigError, suggestion
 from ..methods.base import number, one_of
 
+MIXES = ("all", "proportional", "uniform", "temperature", "round-robin")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -38,6 +40,11 @@ class TrainConfig:
             averages, while gates come from the live scores. None keeps the live values.
         patience: stop after this many epochs, counted from the end of the warm-up (with a budget, from where gates
             rest), without a better one; None trains all epochs.
+        mix: of joint training, which tasks a step has. None or "all": a batch of each, an epoch being one pass over the
+            task with most batches, while smaller ones start again. One task a step, an epoch having as many steps as
+            all tasks have batches: "proportional" (each batch of each once, shuffled), "uniform" (drawn alike),
+            "temperature" (drawn in proportion to the square root of the number of batches), "round-robin".
+        loss_weights: of joint training, task -> factor of its loss (default 1).
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
@@ -67,6 +74,8 @@ class TrainConfig:
     label_smoothing: float = 0.0
     ema: float | None = None
     patience: int | None = None
+    mix: str | None = None
+    loss_weights: Mapping[str, float] | None = None
     seed: int = 0
     val_fraction: float = 0.1
     select: str = "best"
@@ -124,6 +133,14 @@ class TrainConfig:
         one_of(self.optimizer, ("sgd", "adamw"), "optimizer")
         one_of(self.schedule, ("cosine", "step", "constant"), "schedule")
         one_of(self.select, ("best", "last"), "select")
+        if self.mix is not None:
+            one_of(self.mix, MIXES, "mix")
+        if self.loss_weights is not None:
+            if not isinstance(self.loss_weights, Mapping):
+                raise ConfigError(f"loss_weights: expected task names and numbers, got {self.loss_weights!r}")
+            for task, weight in self.loss_weights.items():
+                number(weight, f"loss_weights[{task!r}]", 0.0)
+            object.__setattr__(self, "loss_weights", dict(self.loss_weights))
         if self.amp is not None:
             one_of(self.amp, ("bf16",), "amp")
 

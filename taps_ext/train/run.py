@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -26,6 +26,13 @@ from .state import load_run, restore, save_run, snapshot
 from .task import Batches, Task, augmented, predictions
 
 Evaluate = Callable[[], dict[str, float]]
+
+
+def quality_of(task: Task, metrics: Mapping[str, float]) -> float:
+    """What selects: the task's first metric, or the loss, so that more is better; -inf for NaN."""
+    key = next(iter(task.metrics), "loss")
+    quality = metrics[key] if task.metrics and task.maximize else -metrics[key]
+    return -math.inf if math.isnan(quality) else quality
 
 
 @dataclass
@@ -252,9 +259,7 @@ class Run:
 
     def _rank(self, metrics: dict[str, float], share: float, within: bool) -> list[Any]:
         """The best epoch has the largest: within the budget, then by the first metric (or the share), then sparser."""
-        key = next(iter(self.task.metrics), "loss")
-        quality = metrics[key] if self.task.metrics and self.task.maximize else -metrics[key]
-        quality = -math.inf if math.isnan(quality) else quality
+        quality = quality_of(self.task, metrics)
         return [within, quality if within else -share, -share]
 
     # -- the state on disk
@@ -265,11 +270,11 @@ class Run:
         if self.average is not None:
             counters["average_steps"] = self.average.steps
         kept = {"best": self.best, "average": average}
-        save_run(path, self.state, self.optimizer, kept, counters, parent, self.name)
+        save_run(path, snapshot(self.state), self.optimizer, kept, counters, parent, self.name)
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
-        kept, counters = load_run(path, self.state, self.optimizer, parent, settings)
+        kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.optimizer, parent, settings)
         self.progress, self.best = Progress(**counters["progress"]), kept["best"]
         if self.progress.held:
             self.rest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import store
 from ..errors import ConfigError, TaskFileError
-from ..model.state import TaskState
+from ..model.state import Parts, TaskState
 from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorError
 from . import randomness
 
@@ -20,15 +20,16 @@ GROUPS = ("part", "optimizer", "best", "average", "random")
 """What a state's tensors belong to: each is called `<group>:<name>`."""
 
 
-def snapshot(state: TaskState) -> dict[str, Tensor]:
-    """Copies of everything the task holds: parameters and buffers, by name."""
+def snapshot(state: Parts) -> dict[str, Tensor]:
+    """Copies of everything the task or family holds: parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in state.state_dict().items()}
 
 
-def restore(state: TaskState, tensors: Mapping[str, Tensor]) -> None:
+def restore(state: Parts, tensors: Mapping[str, Tensor]) -> None:
     """Put a snapshot back in place."""
     state.load_state_dict(tensors)
-    state.refresh(force=True)
+    if isinstance(state, TaskState):
+        state.refresh(force=True)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,22 +54,23 @@ def _load_optimizer(
 
 def save_run(
     path: Path,
-    state: TaskState,
+    parts: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     kept: Mapping[str, Mapping[str, Tensor]],
     counters: Mapping[str, Any],
     parent: str,
     name: str,
 ) -> None:
-    """Write the whole state of a run of the task `name`, atomically: a file of the kind "state".
+    """Write the whole state of a run of the task `name` ("" for a joint run), atomically: a file of the kind "state".
 
-    `kept` are further tensors: "best" (those of the best epoch) and "average". `counters` is JSON-ready.
+    `parts` are the tensors that are trained, `kept` further ones: "best" (those of the best epoch) and "average".
+    `counters` is JSON-ready.
     """
     moments, numbers = _optimizer_tensors(optimizer)
-    groups: dict[str, dict[str, Tensor]] = {
-        "part": snapshot(state),
+    groups: dict[str, Mapping[str, Tensor]] = {
+        "part": parts,
         "optimizer": moments,
-        **{name: dict(tensors) for name, tensors in kept.items()},
+        **kept,
         "random": randomness.state(),
     }
     values = {f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()}
@@ -111,9 +113,17 @@ def _table(record: store.TaskFile, key: str, path: Path) -> dict[str, Any]:
 
 
 def load_run(
-    path: Path, state: TaskState, optimizer: torch.optim.Optimizer, parent: str, expected: Mapping[str, Any]
+    path: Path,
+    put: Callable[[Mapping[str, Tensor]], None],
+    optimizer: torch.optim.Optimizer,
+    parent: str,
+    expected: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Put a saved run back, 0.1's among them; returns (what was `kept` beside it, counters).
+
+    Args:
+        put: takes the tensors that are trained.
+        expected: the settings of the run that is to go on.
 
     Raises:
         TaskFileError: a damaged file, no state of a run (KindError), or another base.
@@ -136,7 +146,7 @@ def load_run(
         if group not in groups:
             raise UnexpectedTensorError(path, f"tensor {name!r}: expected one of {', '.join(GROUPS)} before a colon")
         groups[group][rest] = tensor
-    restore(state, groups["part"])
+    put(groups["part"])
     _load_optimizer(optimizer, groups["optimizer"], numbers)
     randomness.restore(groups["random"])
     return {"best": groups["best"], "average": groups["average"]}, counters

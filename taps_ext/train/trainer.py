@@ -1,4 +1,4 @@
-"""Trainer: adapts a TaskModel to its tasks, one after another."""
+"""Trainer: adapts a TaskModel to its tasks, one after another or together."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggestion
 from ..model import TaskModel
+from ..model.state import Family
 from . import randomness
 from .checks import check_sample, check_targets
 from .config import TrainConfig
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
+from .joint import JointProgress, JointRun
 from .log import Log
-from .run import Progress, Run
+from .run import Evaluate, Progress, Run
 from .state import same_settings
 from .task import Batches, Task, as_dataset, identity, predictions, split_off, targets_of
 
+JOINT_STATE = "%joint.state"  # no task's file has such a name
 SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
 
@@ -93,11 +96,6 @@ class Trainer:
             if not isinstance(task, Task):
                 raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
             state = model.state(name)
-            if state.family is not None and not state.family.digest:
-                raise ConfigError(
-                    f"tasks: task {name!r} trains the family {state.family.name!r} with others, which this trainer "
-                    "does not do yet; train them by a loop of your own, or save_shared() first, which freezes it"
-                )
             if config.freeze_after is not None and not state.learned():
                 raise ConfigError(f"freeze_after: task {name!r} has no learned gates that could rest")
             if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):
@@ -121,7 +119,9 @@ class Trainer:
         return next(self.model.parameters()).device
 
     def fit(self, mode: str = "incremental", resume: str | bool = "auto") -> dict[str, Result]:
-        """Train the tasks; with `mode="incremental"` each on its own, in order.
+        """Train the tasks: with `mode="incremental"` each on its own, in order; with `mode="joint"` all together, and
+        with them what their families share, which is saved and frozen at the end of a run with `out`. A task that a
+        finished joint run did not have is trained on its frozen families alone.
 
         Args:
             resume: "auto" goes on where an interrupted run with the same settings stopped, if `out` holds one;
@@ -134,9 +134,9 @@ class Trainer:
             TrainingInterrupted: after Ctrl-C, once the state is written.
             TapsError: a loss that is not finite.
         """
-        if mode != "incremental":
-            hint = suggestion(mode, ["incremental"])
-            raise ConfigError(f"mode: expected 'incremental' ('joint' is not built yet), got {mode!r}{hint}")
+        if mode not in ("incremental", "joint"):
+            hint = suggestion(str(mode), ["incremental", "joint"])
+            raise ConfigError(f"mode: expected 'incremental' or 'joint', got {mode!r}{hint}")
         if resume not in ("auto", True, False):
             raise ConfigError(f"resume: expected 'auto', True or False, got {resume!r}")
         if self.out is not None:
@@ -150,17 +150,20 @@ class Trainer:
         results: dict[str, Result] = {}
         try:
             with randomness.forked(self.device), Stop() as stop:
-                for name, task in self.tasks.items():
+                joint = mode == "joint" and self._together(resume)
+                for name, task in () if joint else self.tasks.items():
                     if stop.asked:
                         raise TrainingInterrupted(f"stopped before task {name!r}; run it again to go on")
-                    results[name] = self._fit_task(name, task, resume, stop)
+                    results[name] = self._fit_task(name, task, resume, stop, mode)
+                if joint:
+                    results = self._fit_together(resume, stop)
         finally:
             self.model.train(was_training)
         return results
 
     # -- one task
 
-    def _settings(self, name: str, task: Task) -> dict[str, Any]:
+    def _settings(self, name: str, task: Task, mode: str = "incremental") -> dict[str, Any]:
         """What a run depends on, JSON-ready: a run goes on, or counts as done, only if all of it is the same."""
         state = self.model.state(name)
         plain = {
@@ -180,14 +183,32 @@ class Trainer:
         method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
         settings = {**plain, **method, "task": name, "head": head, "gates": layers, **functions}
         settings |= {f"data.{split}": value for split, value in data.items()}
+        if mode != "incremental":  # which 0.1's runs were
+            settings["mode"] = mode
         found: dict[str, Any] = json.loads(json.dumps(settings))
         return found
 
-    def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop) -> Result:
-        config, settings = self.config, self._settings(name, task)
+    def _fit_task(self, name: str, task: Task, resume: str | bool, stop: Stop, mode: str) -> Result:
+        config, settings = self.config, self._settings(name, task, mode)
         finished = self._finished(name, task, settings) if resume is not False else None
         if finished is not None:
             return finished
+        family = self.model.state(name).family
+        if family is not None and not family.digest:
+            raise ConfigError(
+                f"mode: task {name!r} trains the family {family.name!r} with others; expected 'joint', or save_shared "
+                "before, which freezes the family"
+            )
+        batches, evaluate = self._data(name, task)
+        run = Run(self.model, name, task, config, batches, evaluate)
+        try:
+            return self._run(run, task, settings, resume, stop)
+        finally:
+            run.release()
+
+    def _data(self, name: str, task: Task) -> tuple[Batches, Evaluate]:
+        """The training batches of a task, and its metrics on the validation split."""
+        config = self.config
         train = as_dataset(task.train, f"tasks[{name!r}].train")
         self._check_data(name, task)
         if task.val is not None:
@@ -198,11 +219,80 @@ class Trainer:
         batches = Batches(train, config.batch_size, config.seed, train=True)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
-        run = Run(self.model, name, task, config, batches, lambda: self.evaluate(name, val, task=task))
+        return batches, lambda: self.evaluate(name, val, task=task)
+
+    # -- tasks together
+
+    def _family_file(self, family: Family) -> Path:
+        assert self.out is not None
+        return self.out / f"{_safe(family.name)}.shared.taps"
+
+    def _families(self) -> list[Family]:
+        """What the tasks are trained with, each family once."""
+        found = [self.model.state(name).family for name in self.tasks]
+        return list({family.name: family for family in found if family is not None}.values())
+
+    def _together(self, resume: str | bool) -> bool:
+        """Whether a joint run is to run, or to go on; False where one has finished, whose families are then loaded."""
+        if self.out is None or resume is False or (self.out / JOINT_STATE).exists():
+            return True
+        families, files = self._families(), [f"{_safe(name)}.result.json" for name in self.tasks]
+        missing = [family for family in families if not self._family_file(family).exists()]
+        if missing or not any((self.out / file).exists() for file in files):
+            return True
+        for family in families:
+            if not family.digest:
+                self.model.load_shared(self._family_file(family))
+        return False
+
+    def _fit_together(self, resume: str | bool, stop: Stop) -> dict[str, Result]:
+        config = self.config
+        taken = {f"{_safe(family.name)}.shared" for family in self._families()} & {_safe(name) for name in self.tasks}
+        if taken:
+            raise ConfigError(f"tasks: {min(taken)!r} is the name of a family's file; rename the task")
+        settings = {"mode": "joint", "tasks": {n: self._settings(n, task, "joint") for n, task in self.tasks.items()}}
+        data = {name: self._data(name, task) for name, task in self.tasks.items()}
+        batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
+        run = JointRun(self.model, self.tasks, config, batches, evaluate)  # type: ignore[arg-type]
+        randomness.seed_all(config.seed)
+        path = None if self.out is None else self.out / JOINT_STATE
+        parent = self.model.fingerprint()
+        if path is not None and resume is not False and (path.exists() or resume is True):
+            run.load(path, settings, parent)
+        metrics = None if self.out is None else self.out / "metrics.jsonl"
+        board = self.out / "tensorboard" / "joint" if self.out is not None and config.tensorboard else None
+        total = run.steps_per_epoch * config.epochs
+        log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
         try:
-            return self._run(run, task, settings, resume, stop)
+            self._train(run, log, stop, path, settings, parent)
         finally:
-            run.release()
+            log.close()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.keep_best()
+        results = {name: self._joint_result(name, run.progress) for name in self.tasks}
+        if path is not None:
+            for family in self._families():
+                if not family.digest:
+                    self.model.save_shared(family.name, self._family_file(family))
+            for name, task in self.tasks.items():
+                self._keep(results[name], task, self._settings(name, task, "joint"))
+            path.unlink(missing_ok=True)
+        return {n: self._test(r, self.tasks[n], self._settings(n, self.tasks[n], "joint")) for n, r in results.items()}
+
+    def _joint_result(self, name: str, progress: JointProgress) -> Result:
+        assert progress.best is not None
+        report = self.model.report(name)
+        return Result(
+            task=name,
+            epoch=progress.best["epoch"],
+            val=progress.best["val"][name],
+            test={},
+            share=report.share,
+            layers_open=report.layers_open,
+            within_budget=True,
+            seconds=progress.seconds,
+            history=progress.history,
+        )
 
     def _check_penalty(self, name: str) -> None:
         """Say so where lambda or freeze_after would have no effect."""
@@ -241,7 +331,9 @@ class Trainer:
         run.keep_best()
         return self._finish(name, task, run.progress, settings, path)
 
-    def _train(self, run: Run, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str) -> None:
+    def _train(
+        self, run: Run | JointRun, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str
+    ) -> None:
         """Epochs until the run is done, saved now and then, and where a stop is asked for."""
         saved = time.perf_counter()
         started = saved - run.progress.seconds

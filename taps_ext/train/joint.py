@@ -1,0 +1,253 @@
+"""A joint run: several tasks and what they have together, one optimizer, one best epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, TapsError
+from ..model import TaskModel
+from ..model.state import Parts
+from .average import Average
+from .checks import check_targets
+from .config import TrainConfig
+from .interrupt import Stop
+from .log import Log
+from .mixing import schedule
+from .run import Evaluate, quality_of
+from .state import load_run, restore, save_run, snapshot
+from .task import Batch, Batches, Task, augmented, predictions
+
+
+@dataclass
+class JointProgress:
+    """Where a joint run stands: everything in it is saved and resumed."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    taken: dict[str, int] = field(default_factory=dict)  # task: batches since the start of the run
+    losses: dict[str, float] = field(default_factory=dict)  # task: sum over the samples of the epoch
+    seen: dict[str, int] = field(default_factory=dict)
+    steps: int = 0  # of the optimizer, since the start
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    peak: list[Any] | None = None
+    improved: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class JointRun:
+    """The training of several tasks together.
+
+    A step adds up the means of its tasks' losses, task by task, and divides the gradients of what they share by their
+    number; a task that a step has not is not touched by it.
+
+    Args:
+        batches: of the training splits. evaluate: metrics of each task, as it is now, on its validation split.
+
+    Raises:
+        ConfigError: nothing to train; settings that joint training has not.
+    """
+
+    name = "joint"
+
+    def __init__(
+        self,
+        model: TaskModel,
+        tasks: Mapping[str, Task],
+        config: TrainConfig,
+        batches: Mapping[str, Batches],
+        evaluate: Mapping[str, Evaluate],
+    ) -> None:
+        self.model, self.tasks, self.config, self.batches, self.evaluate = model, tasks, config, batches, evaluate
+        for name in ("budget", "freeze_after"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f'{name}: expected None with mode="joint", got {getattr(config, name)}')
+        if config.accumulate != 1:
+            raise ConfigError(f'accumulate: expected 1 with mode="joint", got {config.accumulate}')
+        unknown = [name for name in config.loss_weights or {} if name not in tasks]
+        if unknown:
+            raise ConfigError(f"loss_weights: expected one of {list(tasks)}, got {unknown[0]!r}")
+        self.states = {name: model.state(name) for name in tasks}
+        families = [state.family for state in self.states.values() if state.family is not None]
+        self.families = {family.name: family for family in families if not family.digest}
+        self.parts: dict[str, Parts] = {
+            **{f"shared/{name}": family for name, family in self.families.items()},
+            **{f"task/{name}": state for name, state in self.states.items()},
+        }
+        self.device = next(model.parameters()).device
+        self.shared = [p for family in self.families.values() for p in family.parameters()]
+        self.optimizer = self._optimizer()
+        self.averages = (
+            {k: Average(held, config.ema) for k, held in self.parts.items()} if config.ema is not None else {}
+        )
+        self.progress, self.best = JointProgress(), self._snapshot()
+        self.sizes = {name: len(found) for name, found in batches.items()}
+        self.streams: dict[str, Iterator[Batch]] = {}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        groups = self.model.parameter_groups(
+            list(self.tasks), lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
+        )
+        if not groups:
+            raise ConfigError("tasks: expected something to train, got neither gates, norms nor heads")
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(groups, betas=config.betas)
+        return torch.optim.SGD(groups, momentum=config.momentum)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """Copies of all that is trained, by "<task or family>|<tensor>"."""
+        return {f"{key}|{name}": t for key, held in self.parts.items() for name, t in snapshot(held).items()}
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, held in self.parts.items():
+            restore(held, {n.removeprefix(f"{key}|"): t for n, t in tensors.items() if n.startswith(f"{key}|")})
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(schedule(self.sizes, self.config.mix, self.config.seed, 0))
+
+    @property
+    def done(self) -> bool:
+        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
+        progress, patience = self.progress, self.config.patience
+        if progress.epoch >= self.config.epochs:
+            return True
+        return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
+
+    # -- steps
+
+    def train_epoch(self, log: Log, stop: Stop) -> bool:
+        """Train to the end of the epoch; False if a stop was asked for first."""
+        progress, config = self.progress, self.config
+        self.model.train()
+        steps = schedule(self.sizes, config.mix, config.seed, progress.epoch)
+        while progress.step < len(steps):
+            if stop.asked:
+                return False
+            self._step(steps[progress.step], len(steps))
+            progress.step += 1
+            progress.steps += 1
+            log.step(progress.steps)
+        return True
+
+    def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> None:
+        config, optimizer = self.config, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * config.lr_scale(self.progress.steps, steps_per_epoch)
+        optimizer.zero_grad(set_to_none=True)
+        for name in names:
+            self._gradients(name)
+        if len(names) > 1:
+            for parameter in self.shared:
+                if parameter.grad is not None:
+                    parameter.grad.div_(len(names))
+        if config.clip_norm is not None:
+            clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
+            nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+        if self.model.gates == "device":
+            self.model.drop_closed_gradients(names)
+        optimizer.step()
+        for average in self.averages.values():
+            average.update()
+
+    def _gradients(self, name: str) -> None:
+        """Those of the mean loss over one batch of a task, and of its penalty."""
+        config, progress, task = self.config, self.progress, self.tasks[name]
+        taken = progress.taken.get(name, 0)
+        lap, batch = divmod(taken, self.sizes[name])
+        if name not in self.streams or batch == 0:
+            self.streams[name] = self.batches[name].epoch(lap, skip=batch)
+        inputs, targets = next(self.streams[name])
+        loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TapsError(
+                f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr, or look for Inf "
+                "or NaN in the data"
+            )
+        (loss * (config.loss_weights or {}).get(name, 1.0)).backward()
+        if progress.epoch >= config.warmup_epochs:
+            penalty = self.model.sparsity_loss(name)
+            if penalty.requires_grad:
+                penalty.backward()
+        progress.taken[name] = taken + 1
+        progress.losses[name] = progress.losses.get(name, 0.0) + value * len(targets)
+        progress.seen[name] = progress.seen.get(name, 0) + len(targets)
+
+    def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
+        config, task = self.config, self.tasks[name]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp is not None):
+            outputs = predictions(self.model(torch.as_tensor(inputs).to(self.device), task=name))
+            if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+                outputs = outputs.float()
+            check_targets(
+                task, targets, getattr(self.states[name].head, "out_features", None), f"tasks[{name!r}].train", outputs
+            )
+            if config.label_smoothing:
+                return F.cross_entropy(outputs, targets.to(self.device), label_smoothing=config.label_smoothing)
+            return task.loss(outputs, targets.to(self.device))
+
+    # -- epochs
+
+    def close_epoch(self, log: Log) -> None:
+        """Validate every task, and keep all tensors if this epoch is the best yet: by the mean of the tasks' first
+        metrics, then by the mean share of open weights."""
+        config, progress = self.config, self.progress
+        with ExitStack() as stack:
+            for average in self.averages.values():
+                stack.enter_context(average.used())
+            metrics = {name: self.evaluate[name]() for name in self.tasks}
+            shares = {name: self.model.report(name).share for name in self.tasks}
+            entry: dict[str, Any] = {"epoch": progress.epoch}
+            for name, found in metrics.items():
+                entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / max(1, progress.seen.get(name, 0))
+                entry |= {f"{name}_val_{key}": value for key, value in found.items()}
+                entry[f"{name}_share"] = shares[name]
+            log.event("epoch", {}, **entry)
+            progress.history.append(entry)
+            quality = [quality_of(self.tasks[name], found) for name, found in metrics.items()]
+            rank = [sum(quality) / len(quality), -sum(shares.values()) / len(shares)]
+            learned = any(state.learned() for state in self.states.values())
+            settled = progress.epoch >= config.warmup_epochs or not learned or config.epochs <= config.warmup_epochs
+            if settled and (progress.peak is None or rank > progress.peak):
+                progress.peak, progress.improved = rank, progress.epoch
+            best = progress.best
+            better = best is None or rank >= best["rank"] or not best["settled"]
+            if config.select == "last" or (settled and better) or best is None:
+                progress.best = {"rank": rank, "settled": settled, "epoch": progress.epoch, "val": metrics}
+                self.best = self._snapshot()
+        progress.epoch, progress.step, progress.losses, progress.seen = progress.epoch + 1, 0, {}, {}
+
+    def keep_best(self) -> None:
+        """Leave everything as it was in the selected epoch."""
+        self._restore(self.best)
+
+    # -- the state on disk
+
+    def save(self, path: Path, settings: dict[str, Any], parent: str) -> None:
+        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
+        average = {f"{key}|{n}": t for key, held in self.averages.items() for n, t in held.values.items()}
+        counters["average_steps"] = {key: held.steps for key, held in self.averages.items()}
+        kept = {"best": self.best, "average": average}
+        save_run(path, self._snapshot(), self.optimizer, kept, counters, parent, "")
+
+    def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
+        """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
+        kept, counters = load_run(path, self._restore, self.optimizer, parent, settings)
+        self.progress, self.best = JointProgress(**counters["progress"]), kept["best"]
+        self.streams = {}
+        for key, held in self.averages.items():
+            values = {n.removeprefix(f"{key}|"): t for n, t in kept["average"].items() if n.startswith(f"{key}|")}
+            held.load(values, counters["average_steps"][key])
