@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ from ..parts.rebind import rebind
 Stacks = Mapping[str, tuple[Part, ...]]
 
 
+@contextmanager
+def _named(module: str) -> Iterator[None]:
+    """A refusal names the module."""
+    try:
+        yield
+    except UnsupportedModuleError as error:
+        raise UnsupportedModuleError(f"{module}: {error}") from None
+
+
 def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
     """For every module with a gated part on top, the weight that the stack multiplies with: folded where it is changed,
     the base's own where not.
@@ -33,10 +43,8 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
         if any(part.gate is not None for part in stack):
             host = base.get_submodule(name)
             below = Below(host, stack)
-            try:
+            with _named(name):
                 weight, bias = below.folded(), below.bias()
-            except UnsupportedModuleError as error:
-                raise UnsupportedModuleError(f"{name}: {error}") from None
             own = weight.detach() if weight is base_weight(host) else refusing(weight)
             found[name] = Installed(own, None if bias is base_bias(host) else bias)  # type: ignore[arg-type]
     return found
@@ -61,8 +69,15 @@ def _install(target: nn.Module, key: str, value: Tensor) -> None:
 
 
 def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Flags) -> nn.Module:
-    """A copy of the routed base as it will be when unloaded, with the tensors and the head of these stacks in place."""
-    tensors = {name: _values(stack, base.get_submodule(name)) for name, stack in stacks.items()}
+    """A copy of the routed base as it will be when unloaded, with the tensors and the head of these stacks in place.
+
+    Raises:
+        UnsupportedModuleError: a change that does not fold, naming the module.
+    """
+    tensors = {}
+    for name, stack in stacks.items():
+        with _named(name):
+            tensors[name] = _values(stack, base.get_submodule(name))
     own_head = None if head_path is None else stacks[head_path][-1].replacement
     plain, head = copy.deepcopy((base, own_head))
     flags.restore_copy(plain, base)

@@ -1,6 +1,6 @@
 """The methods: one file each, a config that makes the parts a task has over a base model."""
 
-from .base import MethodConfig, UnknownMethod, register_method
+from .base import MethodConfig, UnknownMethod, register_method, registered
 from .depthwise import DepthwiseConfig
 from .full import FullConfig
 from .lora import LoraConfig
@@ -20,4 +20,5 @@ __all__ = [
     "TapsConfig",
     "UnknownMethod",
     "register_method",
+    "registered",
 ]

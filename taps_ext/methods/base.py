@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,6 +33,11 @@ def register_method(name: str) -> Any:
         return cls
 
     return register
+
+
+def registered() -> Mapping[str, type[MethodConfig]]:
+    """The known methods by name, as they are at any time; read only."""
+    return MappingProxyType(_METHODS)
 
 
 def tuple_of_str(value: Any, argument: str) -> tuple[str, ...] | None:
@@ -164,13 +170,16 @@ class UnknownMethod(MethodConfig):
 
     settings: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "method", str(self.settings.get("method")))  # what reports call it
+
     def __hash__(self) -> int:
         return hash(json.dumps(self.settings, sort_keys=True))
 
     def _missing(self, what: str) -> TapsError:
         return TapsError(
-            f"{what}: the task's method {self.settings.get('method')!r} is not registered; import the package that "
-            "registers it"
+            f"{what}: the task's method {self.method!r} is not registered; import the package that registers it"
         )
 
     def parts(self, base: Scan) -> dict[str, Part]:
@@ -186,11 +195,6 @@ class UnknownMethod(MethodConfig):
     ) -> Sample | None:
         """Raises TapsError."""
         raise self._missing("training")
-
-    @property
-    def method(self) -> str:  # type: ignore[override]
-        """Its name."""
-        return str(self.settings.get("method"))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as they were read."""

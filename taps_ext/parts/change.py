@@ -101,9 +101,10 @@ class Change(nn.Module):
         """Give its tensors, which are zero, their first values: those that leave the weight as it is."""
 
     def fold(self, weight: Tensor) -> Tensor:
-        """W_t, shaped and typed like `weight`, as a new tensor, differentiable in its parameters and `weight`.
+        """W_t, shaped and typed like `weight`, as a new tensor, differentiable in its parameters and `weight`. Its
+        tensors are there.
 
-        In half precision add in float32 and round once: `(weight.float() + ...).to(weight.dtype)`.
+        Compute in `torch.promote_types(weight.dtype, torch.float32)` and round once.
         """
         raise NotImplementedError
 
@@ -132,7 +133,7 @@ class Change(nn.Module):
 
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
-        return weight if gate.shut else gate.select(self.fold(weight), weight)
+        return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
 
     def unread(self, weight: Tensor, gate: Gate) -> Tensor:
         """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,10 +55,9 @@ class LowRank(Change):
         self.down.uniform_(-bound, bound)
 
     def fold(self, weight: Tensor) -> Tensor:
-        if self.owed:
-            return weight
-        change = self.scale * (self.up @ self.down).view(weight.shape)
-        return (weight.to(change.dtype) + change).to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, self.up.dtype)  # double stays double
+        change = self.scale * (self.up.to(wide) @ self.down.to(wide)).view(weight.shape)
+        return (weight.to(wide) + change).to(weight.dtype)
 
     def product(self, below: Below, input: Tensor, gate: Gate, bias: Tensor | None) -> Tensor:
         host = below.host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .change import Change, register_change
@@ -25,6 +26,5 @@ class Rows(Change):
         self.scale.fill_(1.0)
 
     def fold(self, weight: Tensor) -> Tensor:
-        if self.owed:
-            return weight
-        return (weight.to(self.scale.dtype) * self.scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, self.scale.dtype)  # double stays double
+        return (weight.to(wide) * self.scale.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
