@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taps_ext
-from taps_ext import running
+from taps_ext.model import running
 from taps_ext.parts.host import weight_name
 
 MODELS = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_variants import CLASSES, MODELS, base
+from step_variants import CLASSES, MODELS, base, of_role
 from torch import nn
 from training_step import stepper
 
@@ -70,10 +70,9 @@ def task_model(model: str, is_open: bool) -> taps_ext.TaskModel:
     tasks = taps_ext.TaskModel(base(model), taps_ext.TapsConfig(lam=0.5))
     tasks.add_task("t", num_classes=CLASSES)
     with torch.no_grad():
-        for _, part in tasks.state("t").gated():
-            assert part.delta is not None and part.score is not None
-            part.delta.normal_(std=1e-3)
-            part.score.fill_(0.15 if is_open else 0.05)
+        for delta, score in zip(of_role(tasks, "delta"), of_role(tasks, "score"), strict=True):
+            delta.normal_(std=1e-3)
+            score.fill_(0.15 if is_open else 0.05)
     tasks.set_task("t")
     return tasks.eval()
 

@@ -86,6 +86,11 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def of_role(tasks: taps_ext.TaskModel, role: str) -> list[nn.Parameter]:
+    """A task's parameters of one optimizer group, in module order: in the words of every version of this package."""
+    return next(group["params"] for group in tasks.parameter_groups(lr=0.0) if group["name"] == role)
+
+
 def build(name: str, variant: Variant) -> tuple[Callable[[Tensor], Tensor], Any]:
     """(forward, parameters for the optimizer) of a variant in training mode."""
     model = base(name)
@@ -103,9 +108,9 @@ def build(name: str, variant: Variant) -> tuple[Callable[[Tensor], Tensor], Any]
     tasks.add_task("t", num_classes=CLASSES)
     if variant.closed:
         with torch.no_grad():
-            for index, (layer, part, _) in enumerate(tasks.state("t").gated()):
-                if part.gate.score is not None:
-                    part.gate.score.fill_(0.15 if is_open(name, index, layer) else 0.05)
+            rows = tasks.report("t").rows
+            for index, (row, score) in enumerate(zip(rows, of_role(tasks, "score"), strict=True)):
+                score.fill_(0.15 if is_open(name, index, row.layer) else 0.05)
     tasks.set_task("t")
     tasks.train()
     return tasks, tasks.parameter_groups(lr=0.0)

@@ -81,11 +81,10 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
         section["weights"] = args.weights
     elif not args.model.startswith("python:"):
         section |= {"weights": "random"} if args.task is None else {"args": {"pretrained": True}}
-    if args.task is not None:
-        store.read_header(args.task, kind="task")  # a bad file is told before the base is built
+    task = None if args.task is None else store.load(args.task, kind="task")  # told before the base is built
     model = TaskModel(build_base(section))
-    if args.task is not None:
-        return model, model.load_task(args.task)
+    if task is not None:
+        return model, model.load_task(task)
     methods: dict[str, MethodConfig] = {"full": FullConfig(), "probe": ProbeConfig()}
     methods["taps"] = TapsConfig(lam=0.5, gate_fraction=args.gate_fraction or 1.0)
     model.add_task("task", config=methods[method])

@@ -57,25 +57,25 @@ def run(args: argparse.Namespace) -> int:
     from ..train import Task, TrainConfig, Trainer
 
     config = config_from(args)
-    headers = [(file, store.read_header(file, kind="task")) for file in args.files]
+    tasks = [(file, store.load(file, kind="task")) for file in args.files]
     base = config.base()
     model = TaskModel(base, head_module=config.head_module)
     if args.device is not None:
         model.to(args.device)
     results: list[dict[str, Any]] = []
-    for file, header in headers:
-        section = args.task or header.metadata.name
+    for file, task in tasks:
+        section = args.task or task.name
         source = config.open(args.source) if args.source else config.source(section)
         data = source.splits().get(args.split)
         if data is None:
             known = list(source.splits())
             raise ConfigError(f"split: expected one of {known} of {source.name}, got {args.split!r}")
-        labels = header.metadata.labels
+        labels = task.labels
         if labels is not None and tuple(labels[: source.num_classes]) != source.classes:
             raise ConfigError(f"source: {source.name} has other classes than {file} was trained on")
         check_input(base, data[0][0], source.name)
-        check_geometry(header, source.preprocessing)
-        name = model.load_task(file)
+        check_geometry(task, source.preprocessing)
+        name = model.load_task(task)
         trainer = Trainer(model, {name: Task(train=data)}, TrainConfig(), quiet=True)
         metrics = trainer.evaluate(name, data)
         report = model.report(name)

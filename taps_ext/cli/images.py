@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .common import say
 
 if TYPE_CHECKING:
-    from ..store import FileHeader
+    from ..store import TaskFile
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -50,9 +50,9 @@ def _of_base(base: Mapping[str, Any]) -> Any:
     return None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
-def stored_geometry(header: FileHeader) -> dict[str, Any] | None:
+def stored_geometry(file: TaskFile) -> dict[str, Any] | None:
     """What a task file says of its inputs, or None. Raises ConfigError if that is not what we write."""
-    text = header.metadata.extra.get("preprocessing")
+    text = file.extra.get("preprocessing")
     if text is None:
         return None
     try:
@@ -61,18 +61,18 @@ def stored_geometry(header: FileHeader) -> dict[str, Any] | None:
             return None  # a note of the user's own
         return dict(found)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{header.path}: preprocessing: expected JSON, got {text[:60]!r}") from error
+        raise ConfigError(f"{file.path}: preprocessing: expected JSON, got {text[:60]!r}") from error
 
 
-def check_geometry(header: FileHeader, now: Mapping[str, Any]) -> None:
+def check_geometry(file: TaskFile, now: Mapping[str, Any]) -> None:
     """Raise ConfigError if images would be made otherwise than those that the task was trained on."""
-    before = stored_geometry(header)
+    before = stored_geometry(file)
     if before is None:
         say(
-            f"{header.path} does not say how its images were made: taken are {now['channels']} channels, "
+            f"{file.path} does not say how its images were made: taken are {now['channels']} channels, "
             f"{now['height']} x {now['width']}, normalised by {now['normalize']}"
         )
         return
     for key in ("channels", "height", "width", "normalize"):
         if before[key] != now[key]:
-            raise ConfigError(f"data: {header.path} was trained on images with {key} {before[key]}, got {now[key]}")
+            raise ConfigError(f"data: {file.path} was trained on images with {key} {before[key]}, got {now[key]}")

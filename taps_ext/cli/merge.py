@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out, args.file, config.base_section.get("weights"))
     if Path(args.out).suffix != ".safetensors":  # a file that torch.save seems to have written is none it can load
         raise ConfigError(f"out: expected a name that ends in .safetensors, which is written, got {args.out}")
-    store.read_header(args.file, kind="task")  # a bad file is told before the base is built
+    task = store.load(args.file, kind="task")  # a bad file is told before the base is built
     model = TaskModel(config.base(), head_module=config.head_module)
-    name = model.load_task(args.file)
+    name = model.load_task(task)
     tensors = model.task_state_dict(name)
     written = store.write_safetensors(args.out, tensors, {"format": "pt"})
     if args.json:

@@ -13,7 +13,7 @@ from .evaluate import add_base_arguments, config_from
 from .images import stored_geometry
 
 if TYPE_CHECKING:
-    from ..store import FileHeader
+    from ..store import TaskFile
 
 PURPOSE = "Classify images with a task file; prints label names and probabilities."
 EXAMPLE = "taps predict runs/signs/signs.taps --config signs.toml photo.jpg --top 5"
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=count(1), default=3, metavar="N", help="labels to print (default: 3)")
 
 
-def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
+def _geometry(config: Config, file: TaskFile) -> tuple[int, int, Any]:
     """(size, channels, statistics) of the task's images, from the file, its data, or the configuration."""
-    stored, name = stored_geometry(header), header.metadata.name
+    stored, name = stored_geometry(file), file.name
     if stored is None and name in config.tasks:
         stored = config.source(name).preprocessing
     if stored is None:
@@ -43,11 +43,11 @@ def _geometry(config: Config, header: FileHeader) -> tuple[int, int, Any]:
     if config.data.get("normalize") is not None:
         asked = config.normalize
         if (None if asked is None else [list(part) for part in asked]) != stored["normalize"]:
-            raise ConfigError(f"data.normalize: {header.path} was trained with {stored['normalize']}, got {asked}")
+            raise ConfigError(f"data.normalize: {file.path} was trained with {stored['normalize']}, got {asked}")
     for key, kept in (("size", "height"), ("channels", "channels")):
         if config.data.get(key) not in (None, stored[kept]):
             asked, trained = config.data[key], stored[kept]
-            raise ConfigError(f"data.{key}: {header.path} was trained with {trained}, got {asked}")
+            raise ConfigError(f"data.{key}: {file.path} was trained with {trained}, got {asked}")
     return stored["height"], stored["channels"], stored["normalize"]
 
 
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from ..train.task import predictions
 
     config = config_from(args)
-    header = store.read_header(args.file, kind="task")
-    size, channels, normalize = _geometry(config, header)
+    task = store.load(args.file, kind="task")
+    size, channels, normalize = _geometry(config, task)
     options = Options(size, channels, normalize=normalize)
     images = [apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images]
     base = config.base()
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     if args.device is not None:
         model.to(args.device)
     check_input(base, images[0], args.images[0])
-    name = model.load_task(args.file)
+    name = model.load_task(task)
     with torch.no_grad():
         stacked = torch.stack(images).to(args.device or "cpu")
         batches = [predictions(model(batch, task=name)) for batch in stacked.split(64)]
         chances = torch.cat(batches).float().softmax(dim=-1).cpu()
-    labels = header.metadata.labels or [str(i) for i in range(chances.shape[1])]
+    labels = task.labels or [str(i) for i in range(chances.shape[1])]
     if len(labels) != chances.shape[1]:
         raise ConfigError(f"{args.file}: names {len(labels)} labels for {chances.shape[1]} outputs")
     found = []

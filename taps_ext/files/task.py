@@ -20,6 +20,7 @@ from ..base.scan import scan
 from ..errors import ConfigError, GateError, TapsError
 from ..methods import MethodConfig, UnknownMethod
 from ..parts import Instead, Part, part_kinds
+from ..parts.change import bare
 from ..parts.host import base_weight
 from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
 from ..store.record import Record
@@ -206,7 +207,7 @@ def _check_method(
         return
     try:
         found = scan(base, head_path, target=config.target_modules, exclude=config.exclude_modules)
-        with torch.random.fork_rng(devices=_devices(base)):
+        with bare():
             wanted = (config.shared if file.kind == "shared" else config.parts)(found)
     except ConfigError as error:
         raise MetadataError(file.path, f"taps.method: {error}") from None
@@ -225,10 +226,6 @@ def _check_method(
         raise UnexpectedTensorError(
             file.path, f"part {extra[0]!r}: expected none by its method {config.method!r}, got one"
         )
-
-
-def _devices(base: nn.Module) -> list[torch.device]:
-    return list({p.device for p in base.parameters() if p.device.type == "cuda"})
 
 
 def _training_only(file: store.TaskFile, parts: Mapping[str, Part]) -> set[str]:

@@ -41,6 +41,7 @@ class Report:
         norms, others, head: the task's own further values (parameters and persistent buffers).
         parameters: all trainable values that the task adds: open Deltas, norms, others and head.
         base_parameters: parameters of the base.
+        shared: the values that the task's family holds for all of its tasks.
     """
 
     task: str
@@ -52,6 +53,7 @@ class Report:
     others: int
     head: int
     base_parameters: int
+    shared: int = 0
 
     @property
     def share(self) -> float:
@@ -94,6 +96,7 @@ class Report:
             f"{self.task} ({self.method}): {self.layers_open} of {len(self.rows)} layers open, "
             f"{100 * self.share:.1f} % of {self.gated:,} gated weights; norms {self.norms:,}, "
             f"others {self.others:,}, head {self.head:,}; base {self.base_parameters:,}"
+            + (f"; shared with its family {self.shared:,}" if self.shared else "")
         )
         return "\n".join(lines)
 
@@ -130,4 +133,5 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
         others=roles["bias"] + roles["other"],
         head=roles["head"],
         base_parameters=sum(p.numel() for p in base.parameters()),
+        shared=0 if state.family is None else sum(p.numel() for p in state.family.parameters()),
     )

@@ -86,6 +86,16 @@ class Parts(nn.Module):
         ]
         return sum(nbytes > 0 for nbytes in grown), sum(grown)
 
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under the names that they have here, where 0.1 gave them others."""
+        found = dict(tensors)
+        for name, part in self.table.items():
+            prefix = f"parts.{module_key(name)}."
+            for old, new in part.former.items():
+                if prefix + old in found:
+                    found[prefix + new] = found.pop(prefix + old)
+        return found
+
     @torch.compiler.disable
     def check_hosts(self) -> None:
         """Raise if a module that has a part is not in its place any more: the task would be left out there.
@@ -310,6 +320,7 @@ class TaskState(Parts):
     def install(self, installed: Mapping[str, Part]) -> None:
         """Run these parts in the place of stacks, or with {} the stacks again."""
         self.installed = dict(installed)
+        self.bindings = Bindings()  # which holds what stood there before
         token.note()
 
     # -- what there is

@@ -11,12 +11,14 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
-from ..parts import Below, Dense, Gate, Layer
+from ..parts import Below, Dense, Gate, Layer, token
 from ..parts.bind import Bound
 from ..parts.gate import same_stamp, stamp
 
 _Self = TypeVar("_Self", bound="_TapsLayer")
 
+
+_UNBOUND: tuple[Any, Any] = (None, None)
 
 # What bindings are not made for.
 _autocast = torch._C._is_any_autocast_enabled
@@ -37,7 +39,7 @@ class _TapsLayer(nn.Module):
     weight: Tensor
     bias: Any  # Tensor or None
     part: Layer
-    _bound: Bound | None = None  # of the gate as it is; made at the next forward where there is none
+    _bound: tuple[object, Bound] | None = None  # `token.now` when it was made, and the binding
     _asked = False  # whether the host is to know the gate on a GPU
 
     def _add_part(self, threshold: float, score_init: float) -> None:
@@ -81,7 +83,9 @@ class _TapsLayer(nn.Module):
             return self._with(_Read(gate.score, gate.threshold, None), input)
         if _autocast():
             return self.part(Below(self), input)
-        bound = self._bound or self._bind()
+        at, bound = self._bound or _UNBOUND
+        if at is not token.now:
+            bound = self._bind()
         made: Tensor = bound[torch.is_grad_enabled()](self, input, None)
         return made
 
@@ -91,13 +95,11 @@ class _TapsLayer(nn.Module):
 
     def _bind(self) -> Bound:
         while True:
-            known = self.part.gate.known
+            now = token.now
             bound = self.part.bind(self, stock=True)
             assert bound is not None
-            self.__dict__["_bound"] = bound
-            if (
-                self.part.gate.known is known
-            ):  # else another thread has taken another one, and this binding over its own
+            self.__dict__["_bound"] = now, bound
+            if now is token.now:  # else another thread has taken another gate, and this binding over its own
                 return bound
 
     def _follow(self, gate: Gate) -> None:
@@ -121,7 +123,7 @@ class _TapsLayer(nn.Module):
     def _take(self, score: float) -> None:
         if score != score:
             raise GateError("score: expected a number, got NaN")
-        self.part.gate.known, self._bound = score >= self.threshold, None
+        self.part.gate.known = score >= self.threshold
 
     def refresh_gate(self) -> bool:
         """Copy the gate to the host (one synchronisation on a GPU), which follows the score from then on: a GPU's where

@@ -6,7 +6,9 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -44,6 +46,20 @@ def change_kinds() -> Mapping[str, type[Change]]:
     return _KINDS
 
 
+_bare: ContextVar[bool] = ContextVar("taps_ext_bare", default=False)
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Inside, changes are made without their tensors: for who only asks how they are built. Nothing of a weight's size
+    is allocated, and no random number is drawn."""
+    before = _bare.set(True)
+    try:
+        yield
+    finally:
+        _bare.reset(before)
+
+
 class Change(nn.Module):
     """What a task lets in at one layer. Its parameters are float32 and stay so through `.half()` and `.bfloat16()`.
 
@@ -72,7 +88,7 @@ class Change(nn.Module):
         self.names = tuple(self.shapes(weight))
         for name in self.names:
             self.register_parameter(name, None)
-        if held:
+        if held and not _bare.get():
             self.grow(weight)
 
     # -- what a kind must say
@@ -199,9 +215,9 @@ class Change(nn.Module):
             given = record.take({name: (shape, dtype) for name, shape in made.shapes(weight).items()})
             made.owed = False
             for name, tensor in given.items():
-                own = torch.empty_like(weight, dtype=dtype) if tensor.shape == weight.shape else None
-                moved = tensor.to(weight.device) if own is None else own.copy_(tensor)
-                made.register_parameter(name, nn.Parameter(moved))
+                strided = weight if tensor.shape == weight.shape else tensor
+                own = torch.empty_like(strided, dtype=dtype, device=weight.device).copy_(tensor)
+                made.register_parameter(name, nn.Parameter(own))
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Change:

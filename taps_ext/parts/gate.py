@@ -64,7 +64,7 @@ class Gate(nn.Module):
         super().__init__()
         self.learn, self.size = learn, 0
         # As a float32 score is compared with it, on the host as on the device.
-        self.threshold = torch.tensor(threshold, dtype=torch.float32).item()
+        self.threshold = torch.tensor(threshold, dtype=torch.float32, device="cpu").item()
         score = nn.Parameter(torch.full([], score_init, dtype=torch.float32)) if learn else None
         self.register_parameter("score", score)
         self._seen: Stamp | None = None

@@ -72,6 +72,7 @@ class Instead(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Instead:
+        record.only("module")
         spec = record.fact("module", dict)
         kinds = {"in": int, "out": int, "bias": bool}
         linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())

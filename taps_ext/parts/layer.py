@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from .gate import Gate
 from .host import Op, base_bias, base_weight, bias_name, resting_weight, stock_forward, weight_name
 from .part import Below, Cost, Part, forward_of, register_part
 from .sampling import Sample
-
-# Names under which 0.1 had in one module what a gate and a change hold.
-_OF_0_1 = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
 
 
 def _autocast() -> bool:
@@ -63,6 +60,8 @@ class Layer(Part):
         bias: a task's own bias `[N]`, or None to use what lies below.
     """
 
+    former: ClassVar[Mapping[str, str]] = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
+
     gate: Gate
     change: Change | None
     bias: nn.Parameter | None
@@ -77,9 +76,11 @@ class Layer(Part):
 
     def _wake(self) -> None:
         assert self.change is not None
+        score = self.gate.score
         for parameter in self.change.parameters():
             parameter.requires_grad_(self.gate.learn or bool(self.gate.known))
-            self.gate.to(parameter.device)
+            if score is not None and score.device != parameter.device:
+                score.data = score.data.to(parameter.device)
 
     @property
     def change_kind(self) -> str:
@@ -173,9 +174,10 @@ class Layer(Part):
             return self.change.fold(weight.detach())
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        found = {self.change.role if self.change is not None else "delta": self.changes()}
+        # In this order, which states of runs go by: 0.1 had the bias before a weight.
+        found: dict[str, list[nn.Parameter]] = {"bias": [] if self.bias is None else [self.bias]}
+        found |= {self.change.role if self.change is not None else "delta": self.changes()}
         found |= {"score": [] if self.gate.score is None else [self.gate.score]}
-        found |= {"bias": [] if self.bias is None else [self.bias]}
         return {role: parameters for role, parameters in found.items() if parameters}
 
     def held(self) -> Mapping[str, nn.Parameter | None]:
@@ -196,7 +198,7 @@ class Layer(Part):
                 parameter.grad = None
 
     def awaits(self, name: str) -> bool:
-        own, _, tensor = _OF_0_1.get(name, name).partition(".")
+        own, _, tensor = self.former.get(name, name).partition(".")
         return own == "change" and self.change is not None and self.change.owed and tensor in self.change._parameters
 
     def grow(self, weight: Tensor) -> int:
@@ -229,6 +231,7 @@ class Layer(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
+        record.only("gate", "change")
         facts = _gate_facts(record)
         gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
@@ -239,13 +242,15 @@ class Layer(Part):
                     f"score {score.item():.6g} makes it {'closed' if open else 'open'}, but the file says otherwise",
                     GateRecordError,
                 )
-            gate.score.data = score.to(weight.device)
+            gate.score.data = score.to(weight.device, copy=True)
             gate.take(score.item())
         change = None if record.facts.get("change") is None else Change.read(record, host)
         if open and (change is None or change.owed):
             raise record.refuse("open, so the tensors of its change are expected, got none", GateRecordError)
         if not open and change is not None and not change.owed:
             raise record.refuse("closed, so no change is expected, got one", GateRecordError)
+        if gate.learn and change is not None and change.replaces and not change.owed:
+            raise record.refuse("expected a fixed gate for a whole weight, got a learned one", GateRecordError)
         own = None
         if "bias" in record.tensors:
             if bias is None:
@@ -274,7 +279,7 @@ class Layer(Part):
         return None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for old, new in _OF_0_1.items():
+        for old, new in self.former.items():
             if (found := state_dict.pop(prefix + old, None)) is not None:
                 state_dict[prefix + new] = found
         super()._load_from_state_dict(state_dict, prefix, *args)

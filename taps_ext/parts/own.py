@@ -109,7 +109,7 @@ class Own(Part):
         clone.__dict__.update(
             _parameters=self._parameters,
             _buffers=self._buffers if self.buffers_own else self.host._buffers,
-            _non_persistent_buffers_set=self.host._non_persistent_buffers_set,
+            _non_persistent_buffers_set=(self if self.buffers_own else self.host)._non_persistent_buffers_set,
         )
         self.mode()
         _let_train(clone, True, clone.training)
@@ -208,10 +208,13 @@ class Own(Part):
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Own:
-        role = record.fact("role", str)
+        record.only("role", "buffers")
+        role, buffers = record.fact("role", str), record.facts.get("buffers", True)
+        if type(buffers) is not bool:
+            raise record.refuse(f"buffers: expected true or false, got {buffers!r}")
         if role not in _ROLES or (role == "norm" and not is_norm(host)):
             raise record.refuse(f"role: expected {' or '.join(_ROLES)}, as the base's module is, got {role!r}")
-        part = cls(host, role, buffers=bool(record.facts.get("buffers", True)))
+        part = cls(host, role, buffers=buffers)
         own = part.state_dict(keep_vars=True)
         given_tensors = record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
         with torch.no_grad():

@@ -93,9 +93,11 @@ class Part(nn.Module):
     Attributes:
         kind: its name in files.
         gate: what decides whether it acts; None for a part that always does.
+        former: names that version 0.1 had for its tensors, and those they have.
     """
 
     kind: ClassVar[str]
+    former: ClassVar[Mapping[str, str]] = {}
     gate: Gate | None
 
     def __init__(self) -> None:

@@ -52,6 +52,13 @@ class Record:
             raise self.refuse(f"{name}: expected a {kind.__name__}, got {show(value)}")
         return value
 
+    def only(self, *names: str) -> None:
+        """Raise MetadataError unless all facts beside "kind" are among these: one that is not understood is not
+        ignored."""
+        unknown = sorted(self.facts.keys() - {"kind", *names})
+        if unknown:
+            raise self.refuse(f"{unknown[0]}: expected none but {', '.join(names)}")
+
     def take(self, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
         """These tensors, each of its shape and type.
 

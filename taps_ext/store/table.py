@@ -90,19 +90,18 @@ def is_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _check_gate(module: str, gate: object, scored: bool, *, path: Path) -> None:
-    good = isinstance(gate, dict) and gate.keys() == {"learn", "open", "threshold"}
-    if good:
-        assert isinstance(gate, dict)
-        threshold = gate["threshold"]
-        good = type(gate["learn"]) is bool and type(gate["open"]) is bool
-        good = good and type(threshold) is float and 0.0 < threshold < math.inf
-    if not good:
+def _check_gate(module: str, gate: Any, scored: bool, *, path: Path) -> None:
+    if not (
+        isinstance(gate, dict)
+        and gate.keys() == {"learn", "open", "threshold"}
+        and type(gate["learn"]) is type(gate["open"]) is bool
+        and type(gate["threshold"]) is float
+        and 0.0 < gate["threshold"] < math.inf
+    ):
         raise MetadataError(
             path,
             f"part {show(module)}: gate: expected booleans learn and open and a threshold above 0, got {show(gate)}",
         )
-    assert isinstance(gate, dict)
     if gate["learn"] != scored:
         problem = "learned, so a score is expected, got none" if gate["learn"] else "fixed, so no score is expected"
         raise GateRecordError(path, f"part {show(module)}: the gate is {problem}")

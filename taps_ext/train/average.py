@@ -59,6 +59,6 @@ class Average:
 
     def load(self, values: Mapping[str, Tensor], steps: int) -> None:
         """Go on from saved averages."""
-        self.steps = steps
+        self.steps, values = steps, self.state.renamed(values)
         for name, value in self.values.items():
             value.copy_(values[name])

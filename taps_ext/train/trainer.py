@@ -93,6 +93,11 @@ class Trainer:
             if not isinstance(task, Task):
                 raise ConfigError(f"tasks[{name!r}]: expected a Task, got {type(task).__name__}")
             state = model.state(name)
+            if state.family is not None and not state.family.digest:
+                raise ConfigError(
+                    f"tasks: task {name!r} trains the family {state.family.name!r} with others, which this trainer "
+                    "does not do yet; train them by a loop of your own, or save_shared() first, which freezes it"
+                )
             if config.freeze_after is not None and not state.learned():
                 raise ConfigError(f"freeze_after: task {name!r} has no learned gates that could rest")
             if config.budget is not None and (not state.learned() or not getattr(state.config, "lam", 0.0)):

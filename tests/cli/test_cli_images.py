@@ -39,7 +39,7 @@ def test_a_name_that_means_nothing() -> None:
 def test_the_file_says_how_its_inputs_were_made(call, folder: Path) -> None:  # noqa: F811
     file, config = folder / "out/parity.taps", ["--config", folder / "c.toml"]
     wanted = {"channels": 1, "height": 16, "width": 16, "normalize": None}
-    assert stored_geometry(store.read_header(file)) == wanted
+    assert stored_geometry(store.load(file)) == wanted
     assert call("eval", file, *config)[0] == 0
     refused(call("eval", file, *config, "--size", 24), "trained on images with height 16, got 24")
     other = ["--set", "data.normalize=[[0.5],[0.5]]"]

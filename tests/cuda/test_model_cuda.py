@@ -20,7 +20,7 @@ def build(config, gates="host", dtype=torch.float64) -> TaskModel:
     model.add_task("t", num_classes=5)
     with torch.no_grad():
         for index, (_, part, _) in enumerate(model.state("t").gated()):
-            if part.change.delta is not None:
+            if part.change is not None:
                 part.change.delta.normal_(0, 0.05)
             if part.gate.score is not None and index % 2:
                 part.gate.score.fill_(0.05)
@@ -95,7 +95,7 @@ def test_one_workspace_and_no_other_weight_sized_allocation() -> None:
     model.add_task("t", num_classes=10)
     x, y = torch.randn(4, 2048, device="cuda"), torch.arange(4, device="cuda")
     weight = base[0].weight.nbytes
-    part = {name: part for name, part, _ in model.state("t").gated()}["0"]
+    part = model.state("t").table["0"]
 
     def step() -> None:
         model.zero_grad()

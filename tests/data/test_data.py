@@ -15,9 +15,9 @@ from taps_ext.data import (
     open_source,
     photos,
 )
-from taps_ext.data.demo import BASE, CHANNELS, SIZE, TASKS, open_demo
 from taps_ext.data.digits import split_rows
 from taps_ext.data.source import affine, apply_normalize, require, resize, to_channels
+from taps_ext.demo.tasks import BASE, CHANNELS, SIZE, TASKS, open_demo
 
 pytest.importorskip("sklearn", reason="the built-in sources need scikit-learn")
 pytest.importorskip("matplotlib", reason="glyphs need matplotlib's fonts")

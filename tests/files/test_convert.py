@@ -119,8 +119,8 @@ def test_what_each_layer_holds() -> None:
     model = taps_ext.TaskModel(base, head_module="2")
     model.extract_task("t", tuned.state_dict())
     parts = {name: part for name, part, _ in model.state("t").gated()}
-    assert parts["0"].delta is None and same_bits(parts["0"].weight, tiny)
-    assert parts["1"].weight is None and same_bits(parts["1"].delta, -base[1].weight)
+    assert [part.change.kind for part in parts.values()] == ["whole", "dense"]
+    assert same_bits(parts["0"].change.weight, tiny) and same_bits(parts["1"].change.delta, -base[1].weight)
     report = model.report("t")
     assert report.share == 1.0 and report.rows[0].bytes == 64 * 64 * 4
 
@@ -136,25 +136,26 @@ def test_a_layer_with_its_own_weight_is_a_layer(tmp_path) -> None:
     plain_base = copy.deepcopy(base)
     model = taps_ext.TaskModel(base)
     model.extract_task("t", tuned.state_dict())
-    part = {name: part for name, part, _ in model.state("t").gated()}["0"]
+    part = model.state("t").table["0"]
     loss, reference = model(x, task="t").square().sum(), tuned(x).square().sum()
     loss.backward()
     reference.backward()
-    assert same_bits(part.weight.grad, tuned[0].weight.grad) and same_bits(loss, reference)
+    assert same_bits(part.change.weight.grad, tuned[0].weight.grad) and same_bits(loss, reference)
     names = {group["name"]: len(group["params"]) for group in model.parameter_groups(lr=0.1)}
-    assert names == {"other": 2, "head": 2}  # weight and bias of layer 0; no Delta, no score
+    assert names == {"other": 2, "head": 2}  # bias and weight of layer 0; no Delta, no score
+    assert [p.dim() for p in model.parameter_groups(lr=0.1)[0]["params"]] == [1, 2]  # as states of 0.1's runs have it
     model.set_gates("t", open=[])
     plain_base[2].load_state_dict(tuned[2].state_dict())
-    assert part.weight.grad is None and not part.weight.requires_grad
+    assert part.change.weight.grad is None and not part.change.weight.requires_grad
     assert same_bits(model(x, task="t"), plain_base(x))
     model.set_gates("t", open=["0"])
-    assert part.weight.requires_grad and same_bits(model(x, task="t"), tuned(x))
+    assert part.change.weight.requires_grad and same_bits(model(x, task="t"), tuned(x))
     assert same_bits(copy.deepcopy(model)(x, task="t"), tuned(x))
     model.to(torch.bfloat16)
-    assert part.weight.dtype == torch.bfloat16
+    assert part.change.weight.dtype == torch.bfloat16
     assert same_bits(model(x.bfloat16(), task="t"), copy.deepcopy(tuned).bfloat16()(x.bfloat16()))
     with torch.no_grad():
-        part.weight[0, 0] = torch.nan
+        part.change.weight[0, 0] = torch.nan
     with pytest.raises(taps_ext.GateError, match="0: weight: expected finite"):
         model.save_task("t", tmp_path / "t.taps")
 

@@ -145,7 +145,7 @@ def test_a_converted_task_is_cast_too(tmp_path) -> None:
         tuned.stem.weight.mul_(1e-3)
     model = taps_ext.TaskModel(base)
     model.extract_task("t", tuned.state_dict())
-    assert {name: part for name, part, _ in model.state("t").gated()}["stem"].weight is not None
+    assert model.state("t").table["stem"].change.weight is not None
     model.save_task("t", tmp_path / "t.taps")
     half = taps_ext.TaskModel(base_of("resnet", torch.float16)).eval()
     half.load_task(tmp_path / "t.taps", allow_dtype_cast=True)
@@ -212,14 +212,14 @@ def test_a_loaded_task_takes_what_its_file_does(tmp_path) -> None:
     assert held <= 1.2 * size and [n for n, p, _ in state.gated() if p.change.delta is not None] == ["stem"]
     assert torch.equal(other(x, task="t"), want) and torch.equal(other.sparsity_loss("t"), penalty)
     assert (other.report("t").open, other.report("t").gated) == (
-        parts["stem"].size,
-        sum(p.size for p in parts.values()),
+        parts["stem"].gate.size,
+        sum(p.gate.size for p in parts.values()),
     )
     assert other.save_task("t", tmp_path / "again.taps") == size
     assert (tmp_path / "again.taps").read_bytes() == (tmp_path / "t.taps").read_bytes()
     copied = copy.deepcopy(other)
     copied.set_gates("t", open=["stages.0.0.*"])  # opened by hand: of zeros
-    assert [n for n, p, _ in copied.state("t").gated() if p.gate] == ["stages.0.0.conv1", "stages.0.0.conv2"]
+    assert [n for n, p, _ in copied.state("t").gated() if p.gate.known] == ["stages.0.0.conv1", "stages.0.0.conv2"]
     assert not any(copied.state("t").table[f"stages.0.0.conv{n}"].change.delta.any() for n in (1, 2))
     scored = copy.deepcopy(other)
     with torch.no_grad():

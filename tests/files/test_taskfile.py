@@ -10,7 +10,7 @@ import torch
 from models import TinyNet, images, settle
 from torch import nn
 
-from taps_ext import ConfigError, TapsConfig, TaskFileError, TaskModel, store
+from taps_ext import ConfigError, TapsConfig, TapsError, TaskFileError, TaskModel, store
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def saved(tmp_path):
     with torch.no_grad():
         for _, part, _ in model.state("t").gated():
             part.change.delta.normal_(0, 0.1)
-        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.02)
+        model.state("t").table["conv2"].gate.score.fill_(0.02)
     model.save_task("t", tmp_path / "t.taps")
     return model, tmp_path / "t.taps"
 
@@ -35,62 +35,95 @@ def edit(change: Callable[[store.TaskFile], object]) -> Callable:
     return apply
 
 
-def other_threshold(record: store.TaskFile) -> None:
-    record.method["threshold"] = 0.5
+def other_gate(record: store.TaskFile) -> None:
+    record.parts["conv1"].facts["gate"]["threshold"] = 0.5
 
 
 BAD = {
     "missing statistics": (
-        edit(lambda r: r.norms.pop("bn1.running_mean")),
+        edit(lambda r: r.parts["bn1"].tensors.pop("running_mean")),
         r"'bn1.running_mean': expected .* got none",
     ),
-    "missing affine": (edit(lambda r: r.norms.pop("ln.weight")), "'ln.weight': expected"),
-    "extra norm": (
-        edit(lambda r: r.norms.update({"bn9.weight": torch.zeros(8)})),
-        "'bn9.weight': the model has no place",
+    "missing affine": (edit(lambda r: r.parts["ln"].tensors.pop("weight")), "'ln.weight': expected"),
+    "extra tensor": (
+        edit(lambda r: r.parts["bn1"].tensors.update({"gain": torch.zeros(8)})),
+        "'bn1.gain': the model has no place",
     ),
     "norm shape": (
-        edit(lambda r: r.norms.update({"gn.bias": torch.zeros(5)})),
+        edit(lambda r: r.parts["gn"].tensors.update({"bias": torch.zeros(5)})),
         r"'gn.bias': expected shape \[16\], got \[5\]",
     ),
     "norm dtype": (
-        edit(lambda r: r.norms.update({"gn.bias": torch.zeros(16).double()})),
+        edit(lambda r: r.parts["gn"].tensors.update({"bias": torch.zeros(16).double()})),
         "'gn.bias': expected torch.float32",
     ),
     "delta shape": (
-        edit(lambda r: setattr(r.layers["conv1"], "delta", torch.zeros(8, 3, 3, 1))),
+        edit(lambda r: r.parts["conv1"].tensors.update({"delta": torch.zeros(8, 3, 3, 1)})),
         r"'conv1.delta': expected shape \[8, 3, 3, 3\]",
     ),
     "delta dtype": (
-        edit(lambda r: setattr(r.layers["conv1"], "delta", torch.zeros(8, 3, 3, 3).half())),
+        edit(lambda r: r.parts["conv1"].tensors.update({"delta": torch.zeros(8, 3, 3, 3).half()})),
         "'conv1.delta': expected torch.float32",
     ),
-    "missing layer": (edit(lambda r: r.layers.pop("hidden")), "layer 'hidden': expected its gate"),
+    "missing layer": (edit(lambda r: r.parts.pop("hidden")), "part 'hidden': expected one by its method 'taps'"),
+    "missing norm": (edit(lambda r: r.parts.pop("ln")), "part 'ln': expected one by its method 'taps'"),
     "extra layer": (
-        edit(lambda r: r.layers.update({"conv7": store.LayerRecord(learn=False, open=False)})),
-        "layer 'conv7': the base has no gated layer",
+        edit(lambda r: r.parts.update({"conv7": r.parts["conv2"]})),
+        "part 'conv7': the base has no module of that name",
+    ),
+    "extra norm": (
+        edit(lambda r: r.parts.update({"drop": store.Record({"kind": "own", "role": "other"})})),
+        "part 'drop': expected none by its method 'taps'",
+    ),
+    "norm role": (
+        edit(lambda r: r.parts["ln"].facts.update({"role": "other"})),
+        "part 'ln': role: expected 'norm', got 'other', by its method",
+    ),
+    "part kind": (
+        edit(lambda r: r.parts["ln"].facts.update({"kind": "owned"})),
+        r"part 'ln': kind: expected one of \[.*'own'\], got 'owned'",
+    ),
+    "change kind": (
+        edit(lambda r: r.parts["conv1"].facts["change"].update({"kind": "wide"})),
+        "part 'conv1': change: expected one of .*dense.*, got 'wide'",
+    ),
+    "another change": (
+        edit(lambda r: r.parts["conv2"].facts.update({"change": {"kind": "rows"}})),
+        "part 'conv2': change: expected {'kind': 'dense'}, got {'kind': 'rows'}, by its method",
     ),
     "open against its score": (
-        edit(lambda r: setattr(r.layers["hidden"], "score", torch.tensor(0.01))),
-        "layer 'hidden': score 0.01 makes it closed",
+        edit(lambda r: r.parts["hidden"].tensors.update({"score": torch.tensor(0.01)})),
+        "part 'hidden': score 0.01 makes it closed",
     ),
-    "threshold against scores": (edit(other_threshold), "makes it closed, but the file says otherwise"),
-    "extra value": (edit(lambda r: r.values.update({"token": torch.zeros(2)})), "'token': the model has no place"),
-    "head shape": (edit(lambda r: r.head.update({"weight": torch.zeros(4, 12)})), "'head.weight': expected shape"),
-    "head missing": (edit(lambda r: r.head.pop("bias")), "'head.bias': expected"),
+    "threshold against scores": (edit(other_gate), "part 'conv1': score 0.15 makes it closed, but the file says"),
+    "threshold against the method": (
+        edit(lambda r: r.method.update({"threshold": 0.125})),
+        "part 'conv1': threshold: expected 0.125, got 0.1, by its method",
+    ),
+    "extra value": (
+        edit(lambda r: r.parts["conv1"].tensors.update({"token": torch.zeros(2)})),
+        "'conv1.token': the model has no place",
+    ),
+    "head shape": (
+        edit(lambda r: r.parts["fc"].tensors.update({"weight": torch.zeros(4, 12)})),
+        r"'fc\.weight': expected shape \[5, 12\], got \[4, 12\]",
+    ),
+    "head missing": (edit(lambda r: r.parts["fc"].tensors.pop("bias")), r"'fc\.bias': expected"),
     "head module": (
-        edit(lambda r: r.head_spec.update({"module": "fc9"})),
+        edit(lambda r: r.parts.update({"fc9": r.parts.pop("fc")})),
         "belongs to another base: it replaces the head",
     ),
-    "head kind": (edit(lambda r: r.head_spec.update({"type": "mlp"})), "taps.head: expected a linear or custom head"),
-    "method": (edit(lambda r: r.method.update({"method": "tapas"})), "taps.method: method: expected one of"),
+    "head kind": (
+        edit(lambda r: r.parts["fc"].facts["module"].update({"type": "mlp"})),
+        "part 'fc': head: expected a linear or custom head",
+    ),
     "method key": (edit(lambda r: r.method.update({"lamb": 1})), "taps.method: taps: unknown key 'lamb'"),
     "method value": (edit(lambda r: r.method.update({"lam": -1})), "taps.method: lam: expected a number"),
     "pattern": (edit(lambda r: r.method.update({"target_modules": ["x*"]})), "target_modules: pattern"),
     "parent": (edit(lambda r: setattr(r, "parent", "sha256:" + "0" * 64)), "belongs to another base"),
     "shared file": (edit(lambda r: setattr(r, "kind", "shared")), "expected a task file, got a shared file"),
     "state": (
-        edit(lambda r: (setattr(r, "kind", "state"), r.method.clear())),
+        edit(lambda r: (setattr(r, "kind", "state"), r.method.clear(), r.parts.clear())),
         "expected a task file, got a state file, which says where an unfinished training run stands: train on",
     ),
     "flipped bit": (lambda path: flip(path), "digest|sha256"),
@@ -151,7 +184,7 @@ def test_custom_heads_need_a_module(tmp_path) -> None:
     model.save_task("t", tmp_path / "t.taps")
     with pytest.raises(ConfigError, match="holds a Sequential; pass a module"):
         model.load_task(tmp_path / "t.taps", "u")
-    with pytest.raises(TaskFileError, match="head"):
+    with pytest.raises(TaskFileError, match=r"'fc\.0\.(weight|bias)': expected shape \[5\b"):
         model.load_task(tmp_path / "t.taps", "u", head=nn.Sequential(nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)))
     assert model.tasks == ["t"]
     model.load_task(tmp_path / "t.taps", "u", head=nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)))
@@ -160,14 +193,36 @@ def test_custom_heads_need_a_module(tmp_path) -> None:
     assert torch.equal(model(x, task="t"), want)
 
 
+def test_a_task_whose_method_is_not_registered_is_served(saved, tmp_path) -> None:
+    """It runs, reports, merges and is saved as it was read; what only its method can do names it."""
+    model, path = saved
+    edit(lambda r: r.method.update({"method": "tapas"}))(path)
+    model.load_task(path, "u")
+    x = images()
+    want = model(x, task="t")
+    assert torch.equal(model(x, task="u"), want)
+    assert model.report("u").method == "tapas" and model.report("u").rows == model.report("t").rows
+    model.merge_task("u")
+    assert torch.equal(model(x, task="u"), want)
+    model.unmerge_task()
+    model.rename_task("t", "v")
+    model.rename_task("u", "t")
+    model.save_task("t", tmp_path / "again.taps")
+    assert (tmp_path / "again.taps").read_bytes() == path.read_bytes()
+    for act in (lambda: model.sparsity_loss("t"), lambda: model.train()(x, task="t")):
+        with pytest.raises(TapsError, match="method 'tapas' is not registered; import the package"):
+            act()
+
+
 def test_fixed_gates_are_stored_as_such(saved, tmp_path) -> None:
     model, _ = saved
     model.set_gates("t", open=["conv*"])
     x = images()
     want = model(x, task="t")
     model.save_task("t", tmp_path / "fixed.taps")
-    layers = store.load(tmp_path / "fixed.taps").layers
-    assert all(record.score is None and not record.learn for record in layers.values())
+    parts = store.load(tmp_path / "fixed.taps").parts
+    layers = [parts[layer] for layer, _, _ in model.state("t").gated()]
+    assert all("score" not in record.tensors and not record.facts["gate"]["learn"] for record in layers)
     model.load_task(tmp_path / "fixed.taps", "u")
     assert torch.equal(model(x, task="u"), want)
     assert [r.layer for r in model.report("u").rows if r.open] == ["conv1", "conv2"]
@@ -175,9 +230,9 @@ def test_fixed_gates_are_stored_as_such(saved, tmp_path) -> None:
 
 def test_a_closed_delta_is_not_stored(saved) -> None:
     _, path = saved
-    record = store.load(path)
-    assert record.layers["conv2"].delta is None and record.layers["conv2"].score is not None
-    assert not record.layers["conv2"].open and record.layers["conv1"].delta is not None
+    parts = store.load(path).parts
+    assert parts["conv2"].tensors.keys() == {"score"} and not parts["conv2"].facts["gate"]["open"]
+    assert parts["conv1"].tensors.keys() == {"delta", "score"}
 
 
 def test_an_open_delta_with_nan_is_not_saved(saved, tmp_path) -> None:
@@ -185,7 +240,7 @@ def test_an_open_delta_with_nan_is_not_saved(saved, tmp_path) -> None:
 
     model, _ = saved
     with torch.no_grad():
-        {name: part for name, part, _ in model.state("t").gated()}["conv1"].delta[0, 0, 0, 0] = float("nan")
+        model.state("t").table["conv1"].change.delta[0, 0, 0, 0] = float("nan")
     with pytest.raises(GateError, match="conv1: delta: expected finite"):
         model.save_task("t", tmp_path / "bad.taps")
     assert not (tmp_path / "bad.taps").exists()

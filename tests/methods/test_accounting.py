@@ -30,7 +30,7 @@ def test_cub_run_of_the_authors(cub: TaskModel) -> None:
     norms = {
         name: sum(p.numel() for p in own.parameters())
         for name, own in cub.state("cub").table.items()
-        if own.group == "norms"
+        if "norm" in own.roles()
     }
     assert sum(norms.values()) == report.norms
     counted = sum(size for name, size in norms.items() if "downsample" not in name)  # theirs leaves those out
@@ -46,10 +46,11 @@ def test_the_file_holds_what_the_report_counts(cub: TaskModel, tmp_path) -> None
     cub.save_task("cub", path)
     header = store.read_header(path)
     sizes = {name: info.nbytes for name, info in header.tensors.items()}
-    assert sum(size for name, size in sizes.items() if name.endswith(".delta")) == report.bytes == 4 * report.open
-    scores = sum(size for name, size in sizes.items() if name.endswith(".score"))
+    assert sum(size for name, size in sizes.items() if name.endswith(":delta")) == report.bytes == 4 * report.open
+    scores = sum(size for name, size in sizes.items() if name.endswith(":score"))
     assert scores == 4 * len(report.rows)
-    statistics = sum(b.nbytes for own in cub.state("cub").table.values() if own.group == "norms" for b in own.buffers())
+    norms = [own for own in cub.state("cub").table.values() if "norm" in own.roles()]
+    statistics = sum(buffer.nbytes for own in norms for buffer in own.buffers())
     assert sum(sizes.values()) == report.bytes + scores + 4 * (report.norms + report.head) + statistics
     overhead = path.stat().st_size - sum(sizes.values())
     assert 0 < overhead < 100_000  # names, digests, settings

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from taps_ext import FullConfig, TapsConfig, TapsError, TaskModel
-from taps_ext.nn import TapsConv2d, TapsLinear, layers
+from taps_ext.nn import TapsConv2d, TapsLinear
+from taps_ext.parts import Layer
 
 
 def bound_model(config=None, closed: tuple[str, ...] = ()) -> TaskModel:
@@ -50,19 +51,18 @@ class Same(nn.Module):
 def test_a_pruned_part(closed: tuple[str, ...], amp: bool) -> None:
     """Pruning takes a tensor from the parameters and makes it anew in a hook, for each forward."""
     model = bound_model(closed=closed)
-    part = {name: part for name, part, _ in model.state("t").gated()}["hidden"]
+    change = model.state("t").table["hidden"].change
     want = copy.deepcopy(model)
-    prune.custom_from_mask(part, "delta", torch.ones_like(part.change.delta).triu())
+    prune.custom_from_mask(change, "delta", torch.ones_like(change.delta).triu())
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for factor in (1.0, 2.0):
             with torch.no_grad():
-                part.delta_orig.mul_(factor)
-                wanted = {name: part for name, part, _ in want.state("t").gated()}["hidden"]
-                wanted.delta.copy_(part.delta_orig.triu())
+                change.delta_orig.mul_(factor)
+                want.state("t").table["hidden"].change.delta.copy_(change.delta_orig.triu())
             for got, wants in zip(both(model), both(want), strict=True):
                 assert torch.allclose(got, wants, atol=1e-6)
             model(images()).float().sum().backward()  # a graph of its own for each
-    assert (part.delta_orig.grad is None) == bool(closed)
+    assert (change.delta_orig.grad is None) == bool(closed)
 
 
 @pytest.mark.parametrize("name", ["bias", "weight"])
@@ -75,9 +75,10 @@ def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
     model.extract_task("own", other.state_dict())
     model.set_task("own")
     before = both(model)
-    part = {name: part for name, part, _ in model.state("own").gated()}["hidden"]
-    assert part.weight is not None
-    prune.custom_from_mask(part, name, torch.ones_like(getattr(part, name)))
+    part = model.state("own").table["hidden"]
+    assert part.change.weight is not None
+    holder = part if name == "bias" else part.change
+    prune.custom_from_mask(holder, name, torch.ones_like(getattr(holder, name)))
     assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
 
 
@@ -85,11 +86,11 @@ def test_a_pruned_tensor_of_a_tasks_own(name: str) -> None:
 def test_a_parametrised_score(closed: tuple[str, ...]) -> None:
     model = bound_model(closed=closed)
     before = both(model)
-    part = {name: part for name, part, _ in model.state("t").gated()}["hidden"]
-    parametrize.register_parametrization(part, "score", Same())
+    gate = model.state("t").table["hidden"].gate
+    parametrize.register_parametrization(gate, "score", Same())
     assert all(torch.equal(a, b) for a, b in zip(both(model), before, strict=True))
     model(images()).sum().backward()
-    assert part.parametrizations.score.original.grad.item() != 0.0
+    assert gate.parametrizations.score.original.grad.item() != 0.0
 
 
 @pytest.mark.parametrize("name", ["bias", "delta", "score"])
@@ -101,7 +102,8 @@ def test_a_layer_without_a_model_is_parametrised(name: str, score: float) -> Non
         layer.delta.normal_()
         layer.score.fill_(score)
     before = both(layer, x)
-    parametrize.register_parametrization(layer, name, Same())
+    holder = {"bias": layer, "delta": layer.part.change, "score": layer.part.gate}[name]
+    parametrize.register_parametrization(holder, name, Same())
     assert all(torch.equal(a, b) for a, b in zip(both(layer, x), before, strict=True))
 
 
@@ -167,19 +169,39 @@ def test_a_binding_made_while_another_thread_makes_one_is_not_kept(monkeypatch) 
     layer, x = TapsLinear(3, 4), torch.randn(2, 3)
     with torch.no_grad():
         layer.delta.normal_()
-    original, ran = layers.bind_layer, []
+    original, ran = Layer.bind, []
 
-    def interrupted(host: TapsLinear, part: TapsLinear):
-        made = original(host, part)
+    def interrupted(part: Layer, host: TapsLinear, *, stock: bool):
+        made = original(part, host, stock=stock)
         if not ran:
             ran.append(True)
             host.score.data.zero_()
             host(x)
         return made
 
-    monkeypatch.setattr(layers, "bind_layer", interrupted)
+    monkeypatch.setattr(Layer, "bind", interrupted)
     layer(x)
     assert ran and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_layer_without_a_model_is_bound_to_its_gate_as_it_is() -> None:
+    """Moved, where the score is read on its device again, or fixed after it ran with the host's."""
+    layer, x = TapsLinear(3, 4), torch.ones(2, 3)
+    both(layer, x)
+    before = layer._bound
+    layer.to("meta")(x.to("meta"))
+    assert layer.gate is None and layer._bound is not before
+    layer = TapsLinear(3, 4)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.delta.fill_(2.0)
+    for is_open, factor in ((False, 1.0), (True, 3.0)):
+        fixed = copy.deepcopy(layer)
+        fixed.score.data.fill_(0.0 if is_open else 0.5)
+        both(fixed, x)
+        fixed.part.fix(is_open)
+        want = F.linear(x, torch.full((4, 3), factor), layer.bias)
+        assert fixed.gate is is_open and all(torch.allclose(got, want, atol=1e-6) for got in both(fixed, x))
 
 
 @pytest.mark.parametrize("closed", [(), ("hidden", "conv1")], ids=["open", "closed"])

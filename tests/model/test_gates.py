@@ -15,7 +15,7 @@ from test_model import tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from taps_ext import ConfigError, GateError, ProbeConfig, TapsConfig
-from taps_ext.files.task import to_record
+from taps_ext.files.task import to_records
 from taps_ext.nn import TapsConv2d, TapsLinear
 
 
@@ -37,20 +37,22 @@ def test_gates_follow_the_values_of_scores() -> None:
             assert torch.equal(output, plain(x))
         opened = [name for name, part in parts.items() if part.gate.known]
         assert opened == [row.layer for row in model.report("t").rows if row.open]
-        record = to_record("t", model.state("t"), model.base)
-        assert opened == [name for name, entry in record.layers.items() if entry.open]
+        state = model.state("t")
+        records = to_records(state.table, state.open_layers())
+        assert opened == [name for name in parts if records[name].facts["gate"]["open"]]
+        assert opened == [name for name in parts if "delta" in records[name].tensors]
         return opened
 
     everything = ["conv1", "conv2", "depthwise", "hidden"]
     assert told() == everything
     with torch.no_grad():
-        parts["conv1"].score.fill_(0.0)
-        parts["hidden"].score.fill_(0.0)
+        parts["conv1"].gate.score.fill_(0.0)
+        parts["hidden"].gate.score.fill_(0.0)
     assert told() == ["conv2", "depthwise"]
-    parts["conv1"].score.data.fill_(0.5)
-    parts["conv2"].score.data = torch.tensor(0.05)
+    parts["conv1"].gate.score.data.fill_(0.5)
+    parts["conv2"].gate.score.data = torch.tensor(0.05)
     assert told() == ["conv1", "depthwise"]
-    parts["depthwise"].score = torch.nn.Parameter(torch.tensor(0.01))
+    parts["depthwise"].gate.score = torch.nn.Parameter(torch.tensor(0.01))
     assert told() == ["conv1"]
     scores = [part.gate.score for part in parts.values()]
     torch.nn.utils.vector_to_parameters(torch.tensor([0.0, 0.2, 0.2, 0.2]), scores)
@@ -70,8 +72,8 @@ def test_gates_are_those_of_the_scores_after_a_nan() -> None:
     with torch.no_grad():
         model(x, task="t")
         scores = {name: part.gate.score.clone() for name, part in parts.items()}
-        parts["conv1"].score.fill_(0.0)
-        parts["hidden"].score.fill_(float("nan"))
+        parts["conv1"].gate.score.fill_(0.0)
+        parts["hidden"].gate.score.fill_(float("nan"))
         with pytest.raises(GateError, match="hidden: score"):
             model(x, task="t")
         for name, part in parts.items():
@@ -96,22 +98,22 @@ def test_where_values_are_dear_versions_are_followed(monkeypatch) -> None:
     model(x, task="t")
     assert copies == []  # nothing changed: no copy
     with torch.no_grad():
-        parts["conv1"].score.fill_(0.0)
-        parts["hidden"].score.fill_(0.0)
+        parts["conv1"].gate.score.fill_(0.0)
+        parts["hidden"].gate.score.fill_(0.0)
     model(x, task="t")
-    assert copies == [torch.Size([2])] and parts["conv1"].gate is False and parts["conv2"].gate is True
-    parts["conv1"].score.data.fill_(0.5)
+    assert copies == [torch.Size([2])] and parts["conv1"].gate.known is False and parts["conv2"].gate.known is True
+    parts["conv1"].gate.score.data.fill_(0.5)
     model(x, task="t")
-    assert parts["conv1"].gate is False  # no trace to go by
+    assert parts["conv1"].gate.known is False  # no trace to go by
     with pytest.warns(UserWarning, match=r"conv1: its score was written in a way that leaves no trace"):
         model.eval()
-    assert parts["conv1"].gate is True
-    parts["conv2"].score.data.fill_(0.0)
+    assert parts["conv1"].gate.known is True
+    parts["conv2"].gate.score.data.fill_(0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
         assert [row.layer for row in model.report("t").rows if row.open] == ["conv1", "depthwise"]
-    assert parts["conv2"].gate is False
-    parts["conv2"].score.data.fill_(float("nan"))
+    assert parts["conv2"].gate.known is False
+    parts["conv2"].gate.score.data.fill_(float("nan"))
     model.eval()
     with pytest.raises(GateError, match="conv2: score"):
         model.report("t")
@@ -182,7 +184,7 @@ def test_set_gates_and_freeze_gates() -> None:
     with pytest.raises(ConfigError, match="scores are learned"):
         model.set_gates("t", open=["conv1"], learn=True)
     with torch.no_grad():
-        {name: part for name, part, _ in model.state("t").gated()}["hidden"].score.fill_(0.0)
+        model.state("t").table["hidden"].gate.score.fill_(0.0)
     model.freeze_gates("t")
     assert {r.layer: (r.open, r.score) for r in model.report("t").rows}["hidden"] == (False, None)
     model.set_gates("t", open=["conv*"])
@@ -200,7 +202,7 @@ def test_report_counts() -> None:
     model = tiny()
     model.add_task("t", num_classes=5)
     with torch.no_grad():
-        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.0)
+        model.state("t").table["conv2"].gate.score.fill_(0.0)
     report = model.report("t")
     sizes = {"conv1": 216, "conv2": 1152, "depthwise": 144, "hidden": 192}
     assert {r.layer: r.parameters for r in report.rows} == sizes
@@ -218,8 +220,8 @@ def test_sparsity_loss_values() -> None:
         model.add_task("t", num_classes=2)
         parts = {name: part for name, part, _ in model.state("t").gated()}
         with torch.no_grad():
-            parts["conv1"].score.fill_(0.0)
-            parts["conv2"].score.fill_(-0.3)
+            parts["conv1"].gate.score.fill_(0.0)
+            parts["conv2"].gate.score.fill_(-0.3)
         sizes = torch.tensor([216.0, 1152.0, 144.0, 192.0])
         weights = sizes / sizes.mean() if penalty == "size" else torch.ones(4)
         scores = torch.tensor([0.0, 0.3, 0.15, 0.15])
@@ -261,14 +263,14 @@ def test_compiled_equals_eager(gates) -> None:
     with torch.no_grad():
         for _, part, _ in model.state("t").gated():
             part.change.delta.normal_(0, 0.1)
-        {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.02)
+        model.state("t").table["conv2"].gate.score.fill_(0.02)
     model.eval()
     x = images()
     compiled = torch.compile(model)
     for closing in (None, "hidden"):
         if closing is not None:
             with torch.no_grad():
-                {name: part for name, part, _ in model.state("t").gated()}[closing].score.fill_(0.02)
+                model.state("t").table[closing].gate.score.fill_(0.02)
         results = []
         for net in (model, compiled):
             model.zero_grad()

@@ -81,7 +81,7 @@ def test_two_sets_of_masks_on_one_base(head_module, tmp_path) -> None:
         fresh.load_task(tmp_path / f"{name}.taps", head=head(classes))
         with torch.no_grad():
             assert same_bits(fresh(x, task=name)["out"], wanted[name])
-    with pytest.raises(taps_ext.TaskFileError, match="head"):
+    with pytest.raises(taps_ext.TaskFileError, match=r"'classifier\.2\.(weight|bias)': expected shape \[2\b"):
         fresh.load_task(tmp_path / "three.taps", "wrong", head=head(2))
     with torch.no_grad():
         assert same_bits(model.merge_and_unload("three").eval()(x)["out"], wanted["three"])

@@ -50,7 +50,7 @@ def test_every_layer_counts(layer, is_open) -> None:
     """A random Delta in one layer changes the output, and its gradients are those of the float64 oracle."""
     _, model = build(torch.float64)
     x, target = images(4, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
-    part = {name: part for name, part, _ in model.state("t").gated()}[layer]
+    part = model.state("t").table[layer]
     before = model(x).detach()
     with torch.no_grad():
         part.change.delta.normal_(0, 0.1)
@@ -89,7 +89,7 @@ def test_a_nonfinite_closed_delta_raises_when_training() -> None:
     from taps_ext import GateError
 
     _, model = build()
-    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
+    part = model.state("t").table["conv2"]
     with torch.no_grad():
         part.change.delta[0, 0] = float("inf")
         part.gate.score.fill_(0.0)
@@ -123,7 +123,7 @@ def test_a_nan_score_raises() -> None:
 
     _, model = build()
     with torch.no_grad():
-        {name: part for name, part, _ in model.state("t").gated()}["hidden"].score.fill_(float("nan"))
+        model.state("t").table["hidden"].gate.score.fill_(float("nan"))
     with pytest.raises(GateError, match="hidden: score"):
         model(images())
 
@@ -191,7 +191,7 @@ def test_no_weight_sized_allocation(amp, closed) -> None:
     parts = {name: part for name, part, _ in model.state("t").gated()}
     with torch.no_grad():
         for name in closed:
-            parts[name].score.fill_(0.01)
+            parts[name].gate.score.fill_(0.01)
     for part in parts.values():  # the scores keep their side of the threshold during the count
         part.gate.score.register_hook(torch.zeros_like)
     optimizer = torch.optim.SGD(model.parameter_groups(lr=1e-3), momentum=0.9)
@@ -213,7 +213,7 @@ def test_no_weight_sized_allocation(amp, closed) -> None:
     step()
     step()
     sizes = weight_sized_allocations(lambda: [step() for _ in range(20)], smallest)
-    wanted = [parts[name].delta.nbytes for name in parts if name not in closed and (amp or name != "conv")]
+    wanted = [parts[name].change.delta.nbytes for name in parts if name not in closed and (amp or name != "conv")]
     assert sorted(sizes) == sorted(wanted * 20)
     model.eval()
     infer()
@@ -289,13 +289,13 @@ def test_a_closed_delta_rests(optimizer, gates) -> None:
         part.gate.score.fill_(0.05)
     delta = part.change.delta.detach().clone()
     state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optim.state[part.change.delta].items()}
-    other = parts["hidden"].delta.detach().clone()
+    other = parts["hidden"].change.delta.detach().clone()
     for _ in range(50):
         step()
     assert torch.equal(part.change.delta, delta) and part.change.delta.grad is None
     for key, value in optim.state[part.change.delta].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[key])), key
-    assert not torch.equal(parts["hidden"].delta, other)
+    assert not torch.equal(parts["hidden"].change.delta, other)
     with torch.no_grad():
         part.gate.score.fill_(0.15)
     step()
@@ -351,7 +351,7 @@ def test_standalone_layers_match_the_stock_layer() -> None:
             layer.score.fill_(0.0)
         assert layer.refresh_gate() is False
         assert torch.equal(layer(x), stock(x))
-        layer.gate = None
+        layer.part.gate.known = None
         assert torch.equal(layer(x), stock(x))
         layer(x).sum().backward()
         assert layer.weight.grad is None and layer.score.grad is not None
@@ -360,12 +360,12 @@ def test_standalone_layers_match_the_stock_layer() -> None:
 
 def test_scores_and_deltas_stay_float32() -> None:
     _, model = build()
-    value = {name: part for name, part, _ in model.state("t").gated()}["conv1"].score.item()
+    value = model.state("t").table["conv1"].gate.score.item()
     for cast in (torch.bfloat16, torch.float16, torch.float64):
         model.to(cast)
         for _, part, _ in model.state("t").gated():
             assert part.gate.score.dtype == part.change.delta.dtype == torch.float32
-        assert {name: part for name, part, _ in model.state("t").gated()}["conv1"].score.item() == value
+        assert model.state("t").table["conv1"].gate.score.item() == value
         assert model.base.conv1.weight.dtype == cast
         model(images(dtype=cast))
     layer = TapsLinear(3, 3).half()

@@ -69,7 +69,7 @@ def test_save_load_merge_copy_unload(config, gates, tmp_path) -> None:
     train(model, "t")
     if config.method == "taps":
         with torch.no_grad():
-            {name: part for name, part, _ in model.state("t").gated()}["conv2"].score.fill_(0.02)
+            model.state("t").table["conv2"].gate.score.fill_(0.02)
     out = model(x, task="t")
     size = model.save_task("t", tmp_path / "t.taps", labels=list("abcde"), metrics={"accuracy": 0.5})
     assert size == (tmp_path / "t.taps").stat().st_size

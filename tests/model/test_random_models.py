@@ -76,7 +76,7 @@ def test_adapt_train_save_load_unload(base, config, gates, adamw, seed, scores) 
     model.add_task("t", num_classes=3)
     with torch.no_grad():
         for index, (_, part, _) in enumerate(model.state("t").gated()):
-            if part.change.delta is not None:
+            if part.change is not None:
                 part.change.delta.normal_(0, 0.1)
             if part.gate.score is not None:
                 part.gate.score.fill_(scores[index % len(scores)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import FullConfig, TapsError
-from taps_ext.nn import frame
+from taps_ext.routing import frame
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

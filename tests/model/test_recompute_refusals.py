@@ -8,13 +8,13 @@ import threading
 
 import pytest
 import torch
-from checkpointed import Net, gradients, plain_and_checkpointed, returning, two_tasks
+from checkpointed import Net, gradients, plain_and_checkpointed, returning, same, two_tasks
 from models import images, settle
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import GateError, TapsError
-from taps_ext.nn import frame
+from taps_ext.routing import frame
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -37,6 +37,7 @@ def test_a_gate_that_changed_before_backward_is_an_error(whole: bool) -> None:
         case
         for case in itertools.product([False, True], ["host", "device"], ["score", "set_gates", "merge"])
         if case != (False, "host", "score")  # the host's gate is that of the forward until the next one
+        and case[::2] != (False, "merge")  # merging leaves the parts that the forward ran with as they are
     ],
 )
 def test_what_changed_before_a_reentrant_backward_is_an_error(whole: bool, gates: str, how: str) -> None:
@@ -46,13 +47,13 @@ def test_what_changed_before_a_reentrant_backward_is_an_error(whole: bool, gates
         model.base.reentrant = None
         model(x, task="a")  # gates seen before, and again after they changed
         with torch.no_grad():
-            {name: part for name, part, _ in model.state("a").gated()}["stem"].score.fill_(0.05)
+            model.state("a").table["stem"].gate.score.fill_(0.05)
         loss = checkpoint(lambda x: model(x, task="a")["logits"], x, use_reentrant=True).square().sum()
     else:
         loss = model(x, task="a")["logits"].square().sum()
     if how == "score":
         with torch.no_grad():
-            {name: part for name, part, _ in model.state("a").gated()}["second.conv"].score.fill_(0.05)
+            model.state("a").table["second.conv"].gate.score.fill_(0.05)
     elif how == "set_gates":
         model.set_gates("a", open=["stem"])
     else:
@@ -60,6 +61,22 @@ def test_what_changed_before_a_reentrant_backward_is_an_error(whole: bool, gates
         model.merge_task("a")
     with pytest.raises((GateError, TapsError), match="gate changed|is merged"):
         loss.backward()
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_merging_before_a_backward_changes_nothing_of_it(reentrant: bool, gates: str) -> None:
+    """What is recomputed is the forward's own parts, not the merged ones."""
+    plain, checkpointed = plain_and_checkpointed(reentrant, gates)
+    x = images(6)
+    for model in (plain, checkpointed):
+        loss = model(x.requires_grad_(), task="a")["logits"].square().sum()
+        model.eval()
+        model.merge_task("a")
+        model(x, task="a")
+        loss.backward()
+    found = gradients(checkpointed)
+    assert same(found, gradients(plain)) and any(name.endswith("second/conv.change.delta") for name in found)
 
 
 def test_a_changed_gate_seen_by_a_later_forward_is_an_error_too() -> None:

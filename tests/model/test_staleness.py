@@ -48,6 +48,38 @@ def test_loading_a_state_dict_into_a_copy() -> None:
         assert torch.equal(other(x, task="t"), want) and not any(gates(other))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_0_1_still_loads(tmp_path, assign: bool) -> None:
+    """Which had Deltas, weights and scores in one module: into a whole task, a converted one, and one without the
+    Deltas of its closed layers."""
+    model = build()
+    tuned = settle(TinyNet(2))
+    with torch.no_grad():
+        model.state("t").table["conv2"].gate.score.zero_()
+        tuned.hidden.weight.mul_(1e-6)  # which no Delta gives
+    model.extract_task("whole", tuned.state_dict())
+    model.save_task("t", tmp_path / "t.taps")
+    model.load_task(tmp_path / "t.taps", "loaded")
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("base."):
+                parameter.add_(0.01)
+    model.parameter_groups("loaded", lr=0.1)  # makes the Delta that the file left out
+    with torch.no_grad():
+        model.state("loaded").table["conv2"].change.delta.add_(0.01)
+    state = model.state_dict()
+    old = {n.replace(".change.", ".").replace(".gate.", "."): tensor for n, tensor in state.items()}
+    kinds = [name.rpartition(".")[2] for name in old.keys() - state.keys()]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"delta": 8, "score": 8, "weight": 4}
+    missing = fresh.load_state_dict(old, assign=assign)
+    assert not missing.missing_keys and not missing.unexpected_keys and len(old) == len(state)
+    now = fresh.state_dict()
+    assert now.keys() == state.keys() and all(torch.equal(now[name], tensor) for name, tensor in state.items())
+    x = images()
+    assert all(torch.equal(fresh(x, task=task), model(x, task=task)) for task in model.tasks)
+
+
 def test_functional_call() -> None:
     model = build()
     x = images()
@@ -119,10 +151,13 @@ def test_merged_weights_are_cast_once_under_autocast() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             model(x, task="t")
-            kept.append([part.__dict__["_taps_cast"][1] for _, part, _ in model.state("t").gated()])
-    assert all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
+            kept.append([part.__dict__["_taps_cast"][1] for part in model.state("t").installed.values()])
+    assert len(kept[0]) == 4 and all(a is b and a.dtype == torch.bfloat16 for a, b in zip(*kept, strict=True))
+    known = [weakref.ref(cast) for cast in kept[0]]
+    del kept
     model.unmerge_task()
-    assert not any("_taps_cast" in part.__dict__ for _, part, _ in model.state("t").gated())
+    gc.collect()
+    assert [each() for each in known] == [None] * 4
 
 
 def test_reconstruct_is_seen_by_autograd() -> None:
@@ -146,7 +181,7 @@ def test_the_raw_op_refuses_double_backward() -> None:
 def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
     """Gradients zeroed instead of dropped before the forward do not reach the optimizer once the gate closed."""
     model = build()
-    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
+    part = model.state("t").table["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
     x, y = images(), torch.tensor([0, 1, 0])
     for closing in (False, True, True):
@@ -165,7 +200,7 @@ def test_a_stale_gradient_does_not_move_a_closed_delta() -> None:
 def test_gradients_that_others_put_there_do_not_move_a_closed_delta(late: bool) -> None:
     """Zeros for every parameter before each forward; or the gradient of a forward before the gate closed."""
     model = build().train()
-    part = {name: part for name, part, _ in model.state("t").gated()}["conv2"]
+    part = model.state("t").table["conv2"]
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1, weight_decay=0.1), momentum=0.9)
     part.gate.score.register_hook(torch.zeros_like)
     model(images(), task="t").sum().backward()

@@ -136,7 +136,7 @@ def test_forward_mode(gate: bool | None) -> None:
 def test_hessian_vector_products_through_a_model() -> None:
     model, x = adapted(), images()
     plain = copy.deepcopy(model).merge_and_unload("a")
-    name = "_states./a.parts./stem.delta"
+    name = "_states./a.parts./stem.change.delta"
     delta = dict(model.named_parameters())[name].detach()
     weight = model.base.stem.weight.detach()
 

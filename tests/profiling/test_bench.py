@@ -87,7 +87,7 @@ def test_a_step_is_one_of_a_task(monkeypatch) -> None:
         for run in case.make().values():
             run(0)
         closed = "closed" in case.layer
-        parts = [part for _, part in made[-1].state("task").learned()]
+        parts = [part for _, part, _ in made[-1].state("task").learned()]
         assert len(parts) > 10 and all(part.gate.known is not closed for part in parts)
         assert all((part.change.delta.grad is None) == closed and part.gate.score.grad.abs() > 0 for part in parts)
     assert len(found) == len(made) == 3

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import taps_ext
 from taps_ext import ConfigError, FullConfig, ProbeConfig, TapsConfig, TaskModel, estimate, profile
 from taps_ext.profiling import Machine, Memory, measure
-from taps_ext.profiling.layers import work
 
 ROOFS = Machine(bandwidth=2e10, rate=1e11)
 
@@ -139,7 +138,7 @@ def test_layers_that_others_read_are_not_measured() -> None:
 def test_backward_goes_to_the_layer_that_made_it() -> None:
     """A resting closed layer at the bottom makes no node: what follows it is not its own."""
     model = build(closed=["conv"])
-    {name: part for name, part, _ in model.state("t").gated()}["conv"].score.requires_grad_(False)
+    model.state("t").table["conv"].gate.score.requires_grad_(False)
     rows = {row.layer: row for row in profile(model, (images(),), task="t", steps=1, machine=ROOFS).rows}
     assert rows["conv"].backward == 0.0 < rows["down"].backward
 
@@ -345,10 +344,10 @@ def test_steps_are_counted() -> None:
 
 
 def test_work_without_gradients() -> None:
-    part = {name: part for name, part, _ in build().state("t").gated()}["deep"]
-    x, w = torch.randn(3, 1024, requires_grad=True), torch.empty(1024, 1024)
+    model, x = build(), torch.randn(3, 1024, requires_grad=True)
     with torch.no_grad():
-        assert work(part, w, x, x, 1.0) == (2 * 3 * 1024**2, 4 * (2 * 1024**2 + 2 * 3 * 1024))
+        cost = model.state("t").table["deep"].cost(model.base.deep, x, x, 1.0)
+    assert cost == (2 * 3 * 1024**2, 4 * (2 * 1024**2 + 2 * 3 * 1024))
 
 
 def test_the_taken_path() -> None:

@@ -23,9 +23,9 @@ def layered(scores, gates: str = "host", threshold: float = 0.1, **overrides) ->
     model = TaskModel(base, TapsConfig(lam=0.5, threshold=threshold, overrides=overrides), gates=gates)
     model.add_task("t")
     with torch.no_grad():
-        for (_, part), score in zip(model.state("t").gated(), scores, strict=True):
-            if part.gate.learn:
-                part.gate.score.fill_(score)
+        for (_, _, gate), score in zip(model.state("t").gated(), scores, strict=True):
+            if gate.learn:
+                gate.score.fill_(score)
     model.refresh_gates()
     return model
 
@@ -131,14 +131,14 @@ def test_frozen_gates_cost_nothing(gates, tmp_path) -> None:
     assert set(kept[0].values()) == {True} and set(kept[-1].values()) == {False}
     assert all(p.gate.score.requires_grad and p.gate.score.grad is None for _, p, _ in model.state("t").learned())
     if gates == "host":
-        closed = not {name: part for name, part, _ in model.state("t").learned()}["hidden"].gate
+        closed = not model.state("t").table["hidden"].gate.known
         assert closed and asked[0] == 1 and asked[-1] == 0
 
 
 def test_reopened_gates_are_counted() -> None:
     """A score that every step pushes across its threshold and back."""
     model = build(TapsConfig(lam=0.0))
-    part = {name: part for name, part, _ in model.state("t").learned()}["conv2"]
+    part = model.state("t").table["conv2"]
     steps = []
 
     def push(grad):
@@ -150,7 +150,7 @@ def test_reopened_gates_are_counted() -> None:
     result = fit(model, epochs=3, **once)
     expected = sum(now and not before for before, now in itertools.pairwise(steps))
     assert expected > 5
-    others = [0 for name, p, _ in model.state("t").learned() if name != "conv2" and not p.gate]
+    others = [0 for name, _, gate in model.state("t").learned() if name != "conv2" and not gate.known]
     assert sum(entry["reopened"] for entry in result.history) == expected and not others
 
 

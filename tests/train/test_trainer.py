@@ -308,7 +308,7 @@ def _stopped(out: Path) -> Path:
 def test_the_state_is_a_file_of_its_own_kind(tmp_path) -> None:
     file = _stopped(tmp_path)
     record = store.load(file, kind="state")
-    assert (record.kind, record.method, record.name, record.layers) == ("state", {}, "t", {})
+    assert (record.kind, record.method, record.name, record.parts) == ("state", {}, "t", {})
     model = build()
     with pytest.raises(KindError, match="expected a task file, got a state file, which says where an unfinished"):
         model.load_task(file, "u")

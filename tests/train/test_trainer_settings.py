@@ -104,7 +104,7 @@ def test_the_average_by_hand() -> None:
     for step in (1, 2, 3, 4):
         if step == 3:  # its average is away from its value by now, and rests there
             with torch.no_grad():
-                {name: part for name, part, _ in state.gated()}["hidden"].score.fill_(0.05)
+                state.table["hidden"].gate.score.fill_(0.05)
             closed.append("hidden")
         optimizer.zero_grad()
         F.cross_entropy(model.train()(x, task="t"), y).backward()
@@ -112,10 +112,10 @@ def test_the_average_by_hand() -> None:
         average.update()
         decay = min(0.15, (1 + step) / (10 + step))
         for name, parameter in state.named_parameters():
-            if name in want and not any(name == f"parts./{layer}.delta" for layer in closed):
+            if name in want and not any(name == f"parts./{layer}.change.delta" for layer in closed):
                 want[name] += (1 - decay) * (parameter.detach() - want[name])
     live = {name: p.detach().clone() for name, p in state.named_parameters()}
-    assert not torch.equal(live["parts./hidden.delta"], average.values["parts./hidden.delta"])
+    assert not torch.equal(live["parts./hidden.change.delta"], average.values["parts./hidden.change.delta"])
     with average.used():
         for name, parameter in state.named_parameters():
             # torch's lerp and this sum round differently, once or twice a step.

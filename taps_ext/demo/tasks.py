@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .registry import open_source
-from .source import Source
+from ..data.registry import open_source
+from ..data.source import Source
 
 SIZE = 16
 CHANNELS = 1

@@ -1,6 +1,6 @@
 """The demo's second process: rebuild the base from its file, run each task file, and say what came out.
 
-`python -m taps_ext.cli.demo_check DIR quick|whole FILE...` prints JSON: the base's fingerprint, and for each
+`python -m taps_ext.demo.check DIR quick|whole FILE...` prints JSON: the base's fingerprint, and for each
 file the digest of its logits on the test split. It knows nothing of what the first process computed.
 """
 
@@ -15,8 +15,8 @@ def main(folder: str, extent: str, *files: str) -> None:
     import torch
 
     from .. import TaskModel
-    from .config import load_config
-    from .demo import digest, fingerprint, outputs, tensors
+    from ..cli.config import load_config
+    from .run import digest, fingerprint, outputs, tensors
 
     torch.set_num_threads(1)  # as in the first process: the last bit of a sum depends on how it is split
     out = Path(folder)
