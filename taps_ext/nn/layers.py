@@ -174,6 +174,8 @@ class _TapsLayer(nn.Module):
             if key not in skipped:
                 plain.__dict__[key] = dict(value) if isinstance(value, dict) else value
         plain._modules.pop("part", None)
+        if merge and self.score is not None:
+            self._take(self.score.item())  # it may have been written to since the last call
         folded = self.part.fold(self.weight) if merge else self.weight
         if folded is not self.weight:
             plain._parameters["weight"] = nn.Parameter(folded, requires_grad=False)

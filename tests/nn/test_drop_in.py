@@ -86,6 +86,18 @@ def test_there_and_back(net, closed) -> None:
         assert near(merged(x), out)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.05), (0.05, 0.5)])
+def test_a_score_that_no_call_has_seen_decides_what_is_merged(net, before, after) -> None:
+    x, layer = images(), opened(net).hidden
+    with torch.no_grad():
+        layer.score.fill_(before)
+        net(x)
+        layer.score.data.fill_(after)
+        want = copy.deepcopy(net)(x)
+    revert(net)
+    assert torch.equal(net(x), want)
+
+
 def test_its_state_goes_into_the_stock_model(net) -> None:
     """Weights and biases keep their names, so that a stock model takes them; what is ours has names of its own."""
     plain = copy.deepcopy(net)
