@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..base.scan import match, names_of
 from ..errors import ConfigError, UnsupportedModuleError
+from ..parts.host import HOOKS
 from .layers import TapsConv2d, TapsLinear, _TapsLayer
 
 _KINDS: dict[type[nn.Module], type[TapsLinear] | type[TapsConv2d]] = {nn.Linear: TapsLinear, nn.Conv2d: TapsConv2d}
@@ -84,5 +85,6 @@ def _layers(model: nn.Module) -> Iterator[_TapsLayer]:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    new.__dict__.update({key: old.__dict__[key] for key in HOOKS})  # themselves: handles are to remove them there
     for name in names_of(model, old):
         model.set_submodule(name, new)

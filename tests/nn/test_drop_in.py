@@ -129,6 +129,23 @@ def test_a_state_of_0_1_still_loads() -> None:
     )
 
 
+def test_hooks_go_along(net) -> None:
+    seen: list[str] = []
+    handle = net.hidden.register_forward_hook(lambda *args: seen.append("before"))
+    opened(net)
+    net(images())
+    assert seen == ["before"]
+    handle.remove()
+    handle = net.hidden.register_forward_hook(lambda *args: seen.append("between"))
+    revert(net)
+    net(images())
+    assert seen == ["before", "between"]
+    handle.remove()
+    net.hidden.register_forward_pre_hook(lambda *args: seen.append("after"))
+    net(images())
+    assert seen == ["before", "between", "after"]
+
+
 def test_compiled(net) -> None:
     model, x = opened(net, "hidden"), images()
     with torch.no_grad():
