@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taps_ext import ConfigError, UnsupportedModuleError
+from taps_ext import ConfigError, TapsConfig, TaskModel, UnsupportedModuleError
 from taps_ext.nn import TapsConv2d, TapsLinear, convert, revert, sparsity_loss
 
 
@@ -236,5 +236,14 @@ def test_what_cannot_be_converted_is_told(net) -> None:
         convert(net, "conv")
     with pytest.raises(ConfigError, match="model: expected a model with layers, got a Linear"):
         convert(nn.Linear(2, 2))
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModuleError, match=r"0\.linear1: a TransformerEncoderLayer .* reads"):
+        convert(encoder)
+    assert convert(encoder, ["1"]) == ["1"]  # and nothing had been done before
+    model = TaskModel(net, TapsConfig(lam=0.1))
+    model.add_task("birds", num_classes=3)
+    for adapted in (model, model.base, nn.Sequential(model)):
+        with pytest.raises(ConfigError, match="a TaskModel adapts"):
+            convert(adapted)
     with pytest.raises(ConfigError, match="expected drop-in layers with learned gates, got none"):
         sparsity_loss(net, 1.0)
