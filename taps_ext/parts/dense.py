@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, reference
 from . import bind, sampling
 from .bind import Bound, Road
 from .change import Change, register_change
@@ -45,7 +45,8 @@ class Dense(Change):
         if gate.shut:
             return weight
         if self.delta is None:  # as a zero Delta would: torch picks some products by that flag
-            return weight.detach().requires_grad_()
+            learns = (gate.learns and torch.is_grad_enabled()) or reference.transformed(gate.score)
+            return weight.detach().requires_grad_() if learns else weight
         make = ops.unread_weight if gate.known is False else ops.effective_weight
         return make(weight, self.delta, gate.score, **self._known(gate))
 

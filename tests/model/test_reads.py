@@ -309,6 +309,32 @@ def test_attention_merges_and_reloads(tmp_path) -> None:
     assert all(not isinstance(getattr(m, "_taps_name", None), str) for m in model.unload().modules())
 
 
+@pytest.mark.parametrize("gates", ["host", "device"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_closed_attention_that_was_loaded_keeps_its_bits(tmp_path, gradients: bool, gates: str) -> None:
+    """Without a Delta it takes the products that it took with one."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.MultiheadAttention(4, 2, bias=False, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.own(x, x, x, need_weights=False)[0]
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        base = nn.Sequential(nn.Linear(4, 4), Attention(), nn.Linear(4, 2))
+        model = TaskModel(base, TapsConfig(lam=1.0), gates=gates).eval()
+        model.add_task("t")
+        fill(model, ("0",))
+        model.save_task("t", tmp_path / "t.taps")
+        model.load_task(tmp_path / "t.taps", "loaded")
+        x = torch.randn(3, 16, 4)
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(model(x, task="loaded"), model(x, task="t"))
+
+
 def test_full_config_trains_the_joint_projection() -> None:
     _, model = encoder(FullConfig())
     model.train()

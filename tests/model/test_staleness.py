@@ -48,6 +48,38 @@ def test_loading_a_state_dict_into_a_copy() -> None:
         assert torch.equal(other(x, task="t"), want) and not any(gates(other))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_0_1_still_loads(tmp_path, assign: bool) -> None:
+    """Which had Deltas, weights and scores in one module: into a whole task, a converted one, and one without the
+    Deltas of its closed layers."""
+    model = build()
+    tuned = settle(TinyNet(2))
+    with torch.no_grad():
+        model.state("t").table["conv2"].gate.score.zero_()
+        tuned.hidden.weight.mul_(1e-6)  # which no Delta gives
+    model.extract_task("whole", tuned.state_dict())
+    model.save_task("t", tmp_path / "t.taps")
+    model.load_task(tmp_path / "t.taps", "loaded")
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("base."):
+                parameter.add_(0.01)
+    model.parameter_groups("loaded", lr=0.1)  # makes the Delta that the file left out
+    with torch.no_grad():
+        model.state("loaded").table["conv2"].change.delta.add_(0.01)
+    state = model.state_dict()
+    old = {n.replace(".change.", ".").replace(".gate.", "."): tensor for n, tensor in state.items()}
+    kinds = [name.rpartition(".")[2] for name in old.keys() - state.keys()]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"delta": 8, "score": 8, "weight": 4}
+    missing = fresh.load_state_dict(old, assign=assign)
+    assert not missing.missing_keys and not missing.unexpected_keys and len(old) == len(state)
+    now = fresh.state_dict()
+    assert now.keys() == state.keys() and all(torch.equal(now[name], tensor) for name, tensor in state.items())
+    x = images()
+    assert all(torch.equal(fresh(x, task=task), model(x, task=task)) for task in model.tasks)
+
+
 def test_functional_call() -> None:
     model = build()
     x = images()
