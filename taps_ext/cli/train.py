@@ -36,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", default=[], help="settings over the file's, as TOML"
     )
+    parser.add_argument(
+        "--mode",
+        choices=("incremental", "joint", "lean"),
+        default="incremental",
+        help="one task after another (default), all together with what they share, or first that and then each task",
+    )
     parser.add_argument("--restart", action="store_true", help="start over instead of resuming")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             preprocessing=source.preprocessing,
         )
     trainer = Trainer(model, tasks, settings, quiet=args.quiet)
-    results = trainer.fit(resume=False if args.restart else "auto")
+    results = trainer.fit(args.mode, resume=False if args.restart else "auto")
 
     summary: dict[str, Any] = {}
     for name, result in results.items():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..base.scan import Scan
 from ..parts import Dense, Gate, Layer, Part
 from ..parts.host import base_bias
 from .base import MethodConfig, register_method
+
+
+def trained_layers(base: Scan, names: Collection[str]) -> dict[str, Part]:
+    """An open Delta and a bias of its own for each of these layers, in module order."""
+    return {
+        name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host))
+        for name, host in base.gated.items()
+        if name in names
+    }
 
 
 @register_method("full")
@@ -17,7 +27,4 @@ class FullConfig(MethodConfig):
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """Every layer open, every norm and every other tensor of the base."""
-        layers: dict[str, Part] = {
-            name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host)) for name, host in base.gated.items()
-        }
-        return {**layers, **base.own(base.norms), **base.own(base.others)}
+        return {**trained_layers(base, base.gated), **base.own(base.norms), **base.own(base.others)}

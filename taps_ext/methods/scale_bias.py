@@ -10,6 +10,7 @@ from ..parts import Gate, Layer, Part, Rows
 from ..parts.host import base_bias
 from .base import MethodConfig, one_of, register_method
 from .depthwise import depthwise_layers
+from .full import trained_layers
 
 
 @register_method("scale-bias")
@@ -24,16 +25,19 @@ class ScaleBiasConfig(MethodConfig):
         last_layer: whether a task has a head of its own; False runs it on the base's.
         statistics: "task" gives batch norms running statistics of the task's own batches; "base" keeps the base's, in
             evaluation mode.
+        simultaneous: True trains the base's weights, biases and further tensors, too, for all tasks together (a
+            family), each task with its own patch; train with `Trainer.fit(mode="joint")`.
         depthwise: whether depthwise convolutions are the task's own, too (:class:`DepthwiseConfig`).
     """
 
     last_layer: bool = True
     statistics: str = "task"
+    simultaneous: bool = False
     depthwise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("last_layer", "depthwise"):
+        for name in ("last_layer", "simultaneous", "depthwise"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         one_of(self.statistics, ("task", "base"), "statistics")
@@ -51,3 +55,7 @@ class ScaleBiasConfig(MethodConfig):
                 if (bias := base_bias(host)) is not None:
                     parts[name] = Layer(Gate(learn=False), Rows(host), bias=bias)
         return {**parts, **depthwise_layers(base)} if self.depthwise else parts
+
+    def shared(self, base: Scan) -> dict[str, Part]:
+        """With `simultaneous` all that the base has outside of its norms."""
+        return {**trained_layers(base, base.gated), **base.own(base.others)} if self.simultaneous else {}

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from ..base.scan import Scan, match
 from ..errors import ConfigError
-from ..parts import Dense, Gate, Layer, Part
-from ..parts.host import base_bias, base_weight
+from ..parts import Part
+from ..parts.host import base_weight
 from .base import MethodConfig, number, one_of, register_method, tuple_of_str
+from .full import trained_layers
 
 
 @register_method("separate-layers")
 @dataclass(frozen=True, kw_only=True)
 class SeparateLayersConfig(MethodConfig):
-    """Settings of separate layers: `W + Delta` in the private layers, the frozen base in all others.
+    """Settings of separate layers: `W + Delta` in the private layers, the frozen base in all others, or with `joint`
+    weights that all tasks train together.
 
     Exactly one of `bottom`, `top`, `layers` and `fraction` says which are private. Layers count in module order, the
     head aside, which is private always.
@@ -26,6 +28,8 @@ class SeparateLayersConfig(MethodConfig):
         fraction: the longest run of layers from `side` that holds at most this share of the gated weights; the report
             says the true share.
         side: "bottom" or "top", for `fraction`.
+        joint: True shares the other layers' Deltas, biases and (with `norm="with_layer"`) norms among all tasks, as a
+            family; train with `Trainer.fit(mode="joint")`.
         norm: "with_layer" makes a normalisation private with the layer before it; "task" all of them; "frozen" none.
     """
 
@@ -34,6 +38,7 @@ class SeparateLayersConfig(MethodConfig):
     layers: tuple[str, ...] | None = None
     fraction: float | None = None
     side: str = "bottom"
+    joint: bool = False
     norm: str = "with_layer"
 
     def __post_init__(self) -> None:
@@ -50,6 +55,8 @@ class SeparateLayersConfig(MethodConfig):
                 raise ConfigError(f"{name}: expected an int >= 0, got {count!r}")
         if self.fraction is not None:
             number(self.fraction, "fraction", 0.0, 1.0)
+        if not isinstance(self.joint, bool):
+            raise ConfigError(f"joint: expected True or False, got {self.joint!r}")
         one_of(self.side, ("bottom", "top"), "side")
         one_of(self.norm, ("with_layer", "task", "frozen"), "norm")
 
@@ -72,15 +79,22 @@ class SeparateLayersConfig(MethodConfig):
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """An open Delta in the private layers, their biases, and the norms that go with them."""
-        private = self.private(base)
-        layers: dict[str, Part] = {
-            name: Layer(Gate(learn=False), Dense(base.gated[name]), bias=base_bias(base.gated[name]))
-            for name in private
-        }
-        follows = base.follows()
+        private = set(self.private(base))
         norms = {
             name: host
             for name, host in base.norms.items()
-            if self.norm == "task" or (self.norm == "with_layer" and follows.get(name) in layers)
+            if self.norm == "task" or (self.norm == "with_layer" and base.follows().get(name) in private)
         }
-        return {**layers, **base.own(norms)}
+        return {**trained_layers(base, private), **base.own(norms)}
+
+    def shared(self, base: Scan) -> dict[str, Part]:
+        """With `joint` the other layers, and their norms."""
+        if not self.joint:
+            return {}
+        private = set(self.private(base))
+        norms = {
+            name: host
+            for name, host in base.norms.items()
+            if self.norm == "with_layer" and base.follows().get(name) not in private
+        }
+        return {**trained_layers(base, base.gated.keys() - private), **base.own(norms)}

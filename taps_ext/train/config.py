@@ -45,6 +45,11 @@ class TrainConfig:
             all tasks have batches: "proportional" (each batch of each once, shuffled), "uniform" (drawn alike),
             "temperature" (drawn in proportion to the square root of the number of batches), "round-robin".
         loss_weights: of joint training, task -> factor of its loss (default 1).
+        hierarchy: of joint training, the precision tau of a Gaussian prior over the tasks' changes and norms, whose
+            mean is that of the tasks (BoRA, arXiv 2407.15857). After each step every value that was trained moves to
+            (value + lr * tau * mean) / (1 + lr * tau): the step of the penalty tau / 2 * sum of squared distances,
+            solved exactly, so that one lr serves every tau. 0 trains tasks apart, inf keeps them equal; they start
+            equal.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
@@ -76,6 +81,7 @@ class TrainConfig:
     patience: int | None = None
     mix: str | None = None
     loss_weights: Mapping[str, float] | None = None
+    hierarchy: float | None = None
     seed: int = 0
     val_fraction: float = 0.1
     select: str = "best"
@@ -141,6 +147,8 @@ class TrainConfig:
             for task, weight in self.loss_weights.items():
                 number(weight, f"loss_weights[{task!r}]", 0.0)
             object.__setattr__(self, "loss_weights", dict(self.loss_weights))
+        if self.hierarchy is not None and self.hierarchy != math.inf:
+            number(self.hierarchy, "hierarchy", 0.0)
         if self.amp is not None:
             one_of(self.amp, ("bf16",), "amp")
 

@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TapsError
 from ..model import TaskModel
-from ..model.state import Parts
+from ..model.state import Parts, TaskState
 from .average import Average
 from .checks import check_targets
 from .config import TrainConfig
+from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
 from .mixing import schedule
 from .run import Evaluate, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .task import Batch, Batches, Task, augmented, predictions
+
+
+def _gated(state: TaskState) -> list[nn.Parameter]:
+    """What the gates of a task let in, and their scores."""
+    found = [parameter for _, part, _ in state.gated() for parameter in part.changes()]
+    return found + [gate.score for _, _, gate in state.learned() if gate.score is not None]
 
 
 @dataclass
@@ -52,6 +59,7 @@ class JointRun:
 
     Args:
         batches: of the training splits. evaluate: metrics of each task, as it is now, on its validation split.
+        shared_first: train what the tasks share, their norms and heads, and leave what their gates let in for later.
 
     Raises:
         ConfigError: nothing to train; settings that joint training has not.
@@ -66,6 +74,8 @@ class JointRun:
         config: TrainConfig,
         batches: Mapping[str, Batches],
         evaluate: Mapping[str, Evaluate],
+        *,
+        shared_first: bool = False,
     ) -> None:
         self.model, self.tasks, self.config, self.batches, self.evaluate = model, tasks, config, batches, evaluate
         for name in ("budget", "freeze_after"):
@@ -84,6 +94,12 @@ class JointRun:
             **{f"task/{name}": state for name, state in self.states.items()},
         }
         self.device = next(model.parameters()).device
+        self.shared_first = shared_first
+        later = [(p, p.requires_grad) for state in self.states.values() for p in _gated(state)] if shared_first else []
+        self.later = later
+        for parameter, _ in later:
+            parameter.requires_grad_(False)
+        self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
         self.optimizer = self._optimizer()
         self.averages = (
@@ -159,6 +175,8 @@ class JointRun:
         if self.model.gates == "device":
             self.model.drop_closed_gradients(names)
         optimizer.step()
+        if self.tied is not None:
+            self.tied.step(names, config.lr * config.lr_scale(self.progress.steps, steps_per_epoch))
         for average in self.averages.values():
             average.update()
 
@@ -178,7 +196,7 @@ class JointRun:
                 "or NaN in the data"
             )
         (loss * (config.loss_weights or {}).get(name, 1.0)).backward()
-        if progress.epoch >= config.warmup_epochs:
+        if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
                 penalty.backward()
@@ -233,6 +251,11 @@ class JointRun:
     def keep_best(self) -> None:
         """Leave everything as it was in the selected epoch."""
         self._restore(self.best)
+
+    def release(self) -> None:
+        """Leave what was to be trained later as it was found."""
+        for parameter, trained in self.later:
+            parameter.requires_grad_(trained)
 
     # -- the state on disk
 

@@ -31,6 +31,7 @@ from .run import Evaluate, Progress, Run
 from .state import same_settings
 from .task import Batches, Task, as_dataset, identity, predictions, split_off, targets_of
 
+MODES = ("incremental", "joint", "lean")
 JOINT_STATE = "%joint.state"  # no task's file has such a name
 SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
@@ -120,8 +121,10 @@ class Trainer:
 
     def fit(self, mode: str = "incremental", resume: str | bool = "auto") -> dict[str, Result]:
         """Train the tasks: with `mode="incremental"` each on its own, in order; with `mode="joint"` all together, and
-        with them what their families share, which is saved and frozen at the end of a run with `out`. A task that a
-        finished joint run did not have is trained on its frozen families alone.
+        with them what their families share, which is saved and frozen at the end of a run with `out`. With
+        `mode="lean"` first what they share, their norms and heads, together, then what their gates let in, each task on
+        its own: in memory this is one task's training. A task that a finished joint run did not have is trained on its
+        frozen families alone.
 
         Args:
             resume: "auto" goes on where an interrupted run with the same settings stopped, if `out` holds one;
@@ -134,9 +137,10 @@ class Trainer:
             TrainingInterrupted: after Ctrl-C, once the state is written.
             TapsError: a loss that is not finite.
         """
-        if mode not in ("incremental", "joint"):
-            hint = suggestion(str(mode), ["incremental", "joint"])
-            raise ConfigError(f"mode: expected 'incremental' or 'joint', got {mode!r}{hint}")
+        if mode not in MODES:
+            raise ConfigError(f"mode: expected one of {list(MODES)}, got {mode!r}{suggestion(str(mode), MODES)}")
+        if mode == "lean" and not self._families():
+            raise ConfigError("mode: expected 'joint' or 'incremental', since the tasks share nothing")
         if resume not in ("auto", True, False):
             raise ConfigError(f"resume: expected 'auto', True or False, got {resume!r}")
         if self.out is not None:
@@ -150,13 +154,15 @@ class Trainer:
         results: dict[str, Result] = {}
         try:
             with randomness.forked(self.device), Stop() as stop:
-                joint = mode == "joint" and self._together(resume)
-                for name, task in () if joint else self.tasks.items():
+                together = mode != "incremental" and self._together(resume)
+                if together:
+                    results = self._fit_together(resume, stop, mode)
+                for name, task in self.tasks.items() if not together or mode == "lean" else ():
                     if stop.asked:
                         raise TrainingInterrupted(f"stopped before task {name!r}; run it again to go on")
                     results[name] = self._fit_task(name, task, resume, stop, mode)
-                if joint:
-                    results = self._fit_together(resume, stop)
+                if together and mode == "lean" and self.out is not None:
+                    (self.out / JOINT_STATE).unlink(missing_ok=True)  # until here it held how tasks start
         finally:
             self.model.train(was_training)
         return results
@@ -194,7 +200,7 @@ class Trainer:
         if finished is not None:
             return finished
         family = self.model.state(name).family
-        if family is not None and not family.digest:
+        if family is not None and any(parameter.requires_grad for parameter in family.parameters()):
             raise ConfigError(
                 f"mode: task {name!r} trains the family {family.name!r} with others; expected 'joint', or save_shared "
                 "before, which freezes the family"
@@ -245,15 +251,16 @@ class Trainer:
                 self.model.load_shared(self._family_file(family))
         return False
 
-    def _fit_together(self, resume: str | bool, stop: Stop) -> dict[str, Result]:
-        config = self.config
+    def _fit_together(self, resume: str | bool, stop: Stop, mode: str) -> dict[str, Result]:
+        """The joint run, or the first stage of a lean one, which has no results."""
+        config, lean = self.config, mode == "lean"
         taken = {f"{_safe(family.name)}.shared" for family in self._families()} & {_safe(name) for name in self.tasks}
         if taken:
             raise ConfigError(f"tasks: {min(taken)!r} is the name of a family's file; rename the task")
-        settings = {"mode": "joint", "tasks": {n: self._settings(n, task, "joint") for n, task in self.tasks.items()}}
+        settings = {"mode": mode, "tasks": {n: self._settings(n, task, mode) for n, task in self.tasks.items()}}
         data = {name: self._data(name, task) for name, task in self.tasks.items()}
         batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
-        run = JointRun(self.model, self.tasks, config, batches, evaluate)  # type: ignore[arg-type]
+        run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean)  # type: ignore[arg-type]
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / JOINT_STATE
         parent = self.model.fingerprint()
@@ -267,17 +274,26 @@ class Trainer:
             self._train(run, log, stop, path, settings, parent)
         finally:
             log.close()
+            run.release()
         run.optimizer.zero_grad(set_to_none=True)
         run.keep_best()
+        if lean:
+            self._freeze_families()
+            return {}
         results = {name: self._joint_result(name, run.progress) for name in self.tasks}
         if path is not None:
-            for family in self._families():
-                if not family.digest:
-                    self.model.save_shared(family.name, self._family_file(family))
+            self._freeze_families()
             for name, task in self.tasks.items():
-                self._keep(results[name], task, self._settings(name, task, "joint"))
+                self._keep(results[name], task, self._settings(name, task, mode))
             path.unlink(missing_ok=True)
-        return {n: self._test(r, self.tasks[n], self._settings(n, self.tasks[n], "joint")) for n, r in results.items()}
+        return {n: self._test(r, self.tasks[n], self._settings(n, self.tasks[n], mode)) for n, r in results.items()}
+
+    def _freeze_families(self) -> None:
+        """Save what the tasks share; from here on nothing trains it. Without a folder it is frozen alone."""
+        for family in self._families():
+            if not family.digest and self.out is not None:
+                self.model.save_shared(family.name, self._family_file(family))
+            family.requires_grad_(False)
 
     def _joint_result(self, name: str, progress: JointProgress) -> Result:
         assert progress.best is not None

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskModel
+from taps_ext import (
+    ConfigError,
+    FullConfig,
+    JointTapsConfig,
+    LoraConfig,
+    ScaleBiasConfig,
+    SeparateLayersConfig,
+    TapsConfig,
+    TaskModel,
+)
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.joint import JointRun
 from taps_ext.train.mixing import schedule
@@ -241,3 +250,146 @@ def test_a_weight_of_zero_leaves_a_task_as_it_is_but_for_its_statistics() -> Non
     Trainer(model, tasks(), config(loss_weights={"b": 0.0}, warmup_epochs=3), quiet=True).fit("joint")
     head = model_of().state("b").head.weight
     assert torch.equal(model.state("b").head.weight, head)
+
+
+# ------------------------------------------------------------------------------------------ a prior over tasks
+
+
+def even(names: str = "cd") -> dict[str, Task]:
+    """Tasks of one size, so that joint steps are those of each alone."""
+    return tasks(names)
+
+
+def test_a_prior_without_precision_trains_tasks_apart() -> None:
+    """tau = 0 is independent runs, to the bit."""
+    last = [config(hierarchy=tau, select="last") for tau in (0.0, None)]
+    together, apart = (model_of("cd", TapsConfig(lam=0.1)) for _ in range(2))
+    Trainer(together, even(), last[0], quiet=True).fit("joint")
+    Trainer(apart, even(), last[1], quiet=True).fit("incremental")
+    assert same(values(together), values(apart))
+
+
+def test_a_prior_without_freedom_keeps_tasks_equal() -> None:
+    model = model_of("cd", LoraConfig(rank=2, alpha=4.0, norm="task"))
+    Trainer(model, even(), config(hierarchy=float("inf")), quiet=True).fit("joint")
+    one, other = model.state("c"), model.state("d")
+    for name, part in one.table.items():
+        if part.replacement is None:
+            for p, q in zip(part.parameters(), other.table[name].parameters(), strict=True):
+                assert torch.equal(p, q)
+    assert one.table["conv"].change.up.any()
+
+
+def test_one_task_has_no_prior() -> None:
+    models = []
+    for tau in (None, 7.0, float("inf")):
+        models.append(model_of("c", TapsConfig(lam=0.1)))
+        Trainer(models[-1], even("c"), config(hierarchy=tau), quiet=True).fit("joint")
+    assert same(values(models[0]), values(models[1])) and same(values(models[0]), values(models[2]))
+
+
+@pytest.mark.parametrize("tau", [0.5, 30.0])
+def test_a_step_of_the_prior_is_the_minimum_of_its_penalty(tau) -> None:
+    """(x' - x) / lr + tau * (x' - mean) = 0 for every task, in float32: two roundings of values of size 1."""
+    from taps_ext.train.hierarchy import Hierarchy
+
+    model = model_of("cd", FullConfig())
+    prior = Hierarchy({name: model.state(name) for name in "cd"}, tau)
+    for group in prior.groups:
+        for p in group:
+            p.data, p.grad = torch.randn_like(p), torch.ones_like(p)
+    before = [[p.detach().clone() for p in group] for group in prior.groups]
+    prior.step("cd", 0.1)
+    for group, old in zip(prior.groups, before, strict=True):
+        mean = torch.stack(old).double().mean(0)
+        for p, x in zip(group, old, strict=True):
+            assert torch.allclose(p.double(), (x.double() + 0.1 * tau * mean) / (1 + 0.1 * tau), rtol=0, atol=2e-6)
+
+
+def test_tasks_of_other_parts_have_no_prior() -> None:
+    model = model_of("c", TapsConfig(lam=0.1))
+    model.add_task("d", num_classes=3, config=LoraConfig(rank=2))
+    with pytest.raises(ConfigError, match="hierarchy: expected tasks with the same parts, got 'c' and 'd'"):
+        Trainer(model, even(), config(hierarchy=1.0), quiet=True).fit("joint")
+
+
+# -------------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize(
+    "method",
+    [JointTapsConfig(lam=0.1), SeparateLayersConfig(bottom=1, joint=True), ScaleBiasConfig(simultaneous=True)],
+    ids=lambda method: method.method,
+)
+def test_the_order_of_tasks_does_not_matter(method) -> None:
+    """Of two: their gradients are added, and what they share moves by the sum."""
+    one, other = model_of("ab", method), model_of("ba", method)
+    Trainer(one, tasks("ab"), config(select="last"), quiet=True).fit("joint")
+    Trainer(other, tasks("ba"), config(select="last"), quiet=True).fit("joint")
+    mine, theirs = values(one), values(other)
+    assert same(mine, {key: theirs[key] for key in mine})
+
+
+def test_all_private_is_fine_tuning_and_none_is_one_network() -> None:
+    """METHODS A2: bottom = L equals independent runs to the bit; with bottom = 0 tasks differ in their heads alone."""
+    settings = config(select="last")
+    private, alone = (model_of("cd", SeparateLayersConfig(bottom=2, joint=joint)) for joint in (True, False))
+    assert not private.families
+    Trainer(private, even(), settings, quiet=True).fit("joint")
+    Trainer(alone, even(), settings, quiet=True).fit("incremental")
+    assert same(values(private), values(alone))
+    shared = model_of("cd", SeparateLayersConfig(bottom=0, joint=True))
+    Trainer(shared, even(), settings, quiet=True).fit("joint")
+    assert list(shared.state("c").table) == ["fc"] and shared.report("c").parameters == 3 * 8 + 3
+    assert shared.report("c").shared == sum(p.numel() for n, p in shared.base.named_parameters() if "fc" not in n)
+
+
+def test_parameters_are_what_is_shared_and_what_is_private() -> None:
+    """METHODS A2: total = shared + T * private, exactly."""
+    model = model_of("ab", SeparateLayersConfig(bottom=1, joint=True))
+    every = sum(p.numel() for p in model.base.parameters())
+    private = model.report("a").parameters
+    assert private == 6 * 9 + 6 + 12 + 8 * 3 + 3  # the convolution, its norm, the head
+    held = {id(p): p.numel() for n in ("_states", "_families") for p in getattr(model, n).parameters()}
+    assert sum(held.values()) == every - private + 2 * private
+
+
+# ------------------------------------------------------------------------------------------------------ lean
+
+
+def test_lean_first_shares_and_then_lets_gates_in(tmp_path, monkeypatch) -> None:
+    """Also killed between two tasks and resumed: the same files."""
+    whole = model_of()
+    results = Trainer(whole, tasks(), config(tmp_path / "whole"), quiet=True).fit("lean")
+    assert set(results) == {"a", "b"} and not (tmp_path / "whole" / "%joint.state").exists()
+    assert whole.families["joint-taps"].table["conv"].change.delta.any()
+    fit = Trainer._fit_task
+
+    def once(trainer, name, *args):
+        if name == "b":
+            raise KeyboardInterrupt
+        return fit(trainer, name, *args)
+
+    monkeypatch.setattr(Trainer, "_fit_task", once)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model_of(), tasks(), config(tmp_path / "parts"), quiet=True).fit("lean")
+    monkeypatch.setattr(Trainer, "_fit_task", fit)
+    Trainer(model_of(), tasks(), config(tmp_path / "parts"), quiet=True).fit("lean")
+    for file in (tmp_path / "whole").glob("*.taps"):
+        assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes(), file.name
+
+
+def test_lean_tasks_do_not_depend_on_each_other(tmp_path) -> None:
+    """Their second stage, in any order, gives the same files."""
+    for order in ("ab", "ba"):
+        Trainer(model_of(order), tasks(order), config(tmp_path / order), quiet=True).fit("lean")
+    for name in "ab":
+        one, other = ((tmp_path / order / f"{name}.taps").read_bytes() for order in ("ab", "ba"))
+        assert one == other
+
+
+def test_lean_needs_something_to_share() -> None:
+    with pytest.raises(ConfigError, match="mode: expected 'joint' or 'incremental', since the tasks share nothing"):
+        Trainer(model_of("ab", TapsConfig(lam=0.1)), tasks(), config(), quiet=True).fit("lean")
+    with pytest.raises(ConfigError, match=r"mode: expected one of .* got 'together'"):
+        Trainer(model_of(), tasks(), config(), quiet=True).fit("together")
