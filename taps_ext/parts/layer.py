@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -170,7 +171,10 @@ class Layer(Part):
         """W_t in the type of `weight`, which a closed layer is itself."""
         if self.change is None or self.change.owed or not self.gate.open:
             return weight
-        with torch.no_grad():
+        exact = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")) if _autocast() else ()
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for context in exact:
+                stack.enter_context(context)
             return self.change.fold(weight.detach())
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
