@@ -1,0 +1,50 @@
+"""Parts that no method of ours has where somebody else's may have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_families import images, net
+
+from taps_ext import MethodConfig, TaskModel, register_method
+from taps_ext.base.scan import Scan
+from taps_ext.parts import Instead, Own, Part
+
+
+@register_method("somebody's")
+@dataclass(frozen=True, kw_only=True)
+class Somebodys(MethodConfig):
+    """One part over the layer "hidden"."""
+
+    what: str
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        host = base.gated["hidden"]
+        return {"hidden": Own(host) if self.what == "own" else Instead(torch.nn.Linear(8, 8))}
+
+
+@pytest.mark.parametrize("what", ["own"])
+def test_a_linear_layer_of_the_tasks_own(what: str, tmp_path: Path) -> None:
+    model, x = TaskModel(net(), Somebodys(what=what)), images()
+    model.add_task("t", num_classes=3)
+    model.train()
+    model(x, task="t").square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.state("t").table["hidden"].parameters():
+            assert parameter.grad is not None
+            parameter -= 0.1 * parameter.grad
+    model.eval()
+    want = model(x, task="t")
+    assert not torch.equal(want, TaskModel(net()).eval()(x)[:, :3])
+    with torch.no_grad():
+        assert torch.equal(model(x, task="t"), want)
+    model.save_task("t", tmp_path / "t.taps")
+    fresh = TaskModel(net()).eval()
+    fresh.load_task(tmp_path / "t.taps")
+    assert torch.equal(fresh(x, task="t"), want)
+    model.merge_task("t")
+    assert torch.equal(model(x, task="t"), want)
+    assert torch.equal(model.merge_and_unload("t")(x), want)
