@@ -26,7 +26,7 @@ class Somebodys(MethodConfig):
         return {"hidden": Own(host) if self.what == "own" else Instead(torch.nn.Linear(8, 8))}
 
 
-@pytest.mark.parametrize("what", ["own"])
+@pytest.mark.parametrize("what", ["own", "instead"])
 def test_a_linear_layer_of_the_tasks_own(what: str, tmp_path: Path) -> None:
     model, x = TaskModel(net(), Somebodys(what=what)), images()
     model.add_task("t", num_classes=3)
