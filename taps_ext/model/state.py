@@ -242,6 +242,13 @@ class TaskState(Parts):
         self.gates_mode = gates
         self.head_path = head_path
         self.__dict__["family"] = family  # the model's, not this state's
+        for name, part in self.table.items():
+            lower = self.shared.get(name)
+            if lower is not None and part.gate is not None and not lower.bears:
+                raise UnsupportedModuleError(
+                    f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family "
+                    f"{family.name!r}, which it would leave out"  # type: ignore[union-attr]
+                )
         self.installed: dict[str, Part] = {}  # while it is merged: what stands in the place of stacks
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False

@@ -61,6 +61,7 @@ class Layer(Part):
         bias: a task's own bias `[N]`, or None to use what lies below.
     """
 
+    bears: ClassVar[bool] = True
     former: ClassVar[Mapping[str, str]] = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
 
     gate: Gate
