@@ -46,6 +46,12 @@ def change_kinds() -> Mapping[str, type[Change]]:
     return _KINDS
 
 
+def kind_of(facts: Any) -> type[Change] | None:
+    """The kind that the facts of a change name, if it is known."""
+    name = facts.get("kind") if isinstance(facts, dict) else None
+    return _KINDS.get(name) if isinstance(name, str) else None
+
+
 _bare: ContextVar[bool] = ContextVar("taps_ext_bare", default=False)
 
 
@@ -196,7 +202,7 @@ class Change(nn.Module):
             TaskFileError: an unknown kind, settings that do not fit, a tensor of another shape or type.
         """
         facts = record.fact("change", dict)
-        kind = _KINDS.get(facts.get("kind", ""))
+        kind = kind_of(facts)
         if kind is None:
             known = ", ".join(sorted(_KINDS))
             raise record.refuse(

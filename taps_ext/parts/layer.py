@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -15,9 +16,9 @@ from ..store.errors import GateRecordError
 from ..store.record import Record
 from . import bind, reads
 from .bind import Bound, Road
-from .change import Change, change_kinds
+from .change import Change, kind_of
 from .gate import Gate
-from .host import Op, base_bias, base_weight, bias_name, resting_weight, stock_forward, weight_name
+from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
 from .part import Below, Cost, Part, forward_of, register_part
 from .sampling import Sample
 
@@ -46,8 +47,10 @@ def _gate_facts(record: Record) -> dict[str, Any]:
     """How a record's gate is: learn, open, threshold. Raises MetadataError."""
     facts = record.fact("gate", dict)
     types = {key: type(value) for key, value in facts.items()}
-    if types != {"learn": bool, "open": bool, "threshold": float} or not facts["threshold"] > 0.0:
-        raise record.refuse(f"gate: expected learn and open, and a threshold above 0, got {facts}")
+    if types != {"learn": bool, "open": bool, "threshold": float}:
+        raise record.refuse(f"gate: expected learn and open, and a threshold, got {facts}")
+    if not 0.0 < torch.tensor(facts["threshold"], dtype=torch.float32, device="cpu").item() < math.inf:
+        raise record.refuse(f"gate: threshold: expected a float32 above 0, got {facts['threshold']}")
     return facts
 
 
@@ -238,6 +241,8 @@ class Layer(Part):
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
         record.only("gate", "change")
         facts = _gate_facts(record)
+        if host._parameters.get(weight_name(host)) is None:
+            raise record.refuse(f"expected a module with a weight, got a {original_class(host).__name__}")
         gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
         if gate.score is not None:
@@ -265,8 +270,7 @@ class Layer(Part):
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:
-        change = record.facts.get("change")
-        kind = change_kinds().get(change.get("kind", "")) if isinstance(change, dict) else None
+        kind = kind_of(record.facts.get("change"))
         whole = kind is not None and kind.replaces
         return [t for name, t in record.tensors.items() if name == "bias" or (whole and name != "score")]
 
