@@ -17,6 +17,7 @@ from ..store.record import Record
 from . import bind, reads
 from .bind import Bound, Road
 from .change import Change, kind_of
+from .dense import Dense
 from .gate import Gate
 from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
 from .part import Below, Cost, Part, forward_of, register_part
@@ -278,11 +279,13 @@ class Layer(Part):
         if not isinstance(other, Layer):
             return super().differs(other)
         mine, theirs = (None if part.change is None else part.change.describe() for part in (self, other))
-        converted = self.change is not None and self.change.replaces  # of a checkpoint
+        converted = self.change is not None and self.change.replaces and isinstance(other.change, Dense)  # a checkpoint
         if mine != theirs and not converted:
             return f"change: expected {theirs}, got {mine}"
         if (self.bias is None) != (other.bias is None):
             return f"bias: expected {'none' if other.bias is None else 'one'} of its own"
+        if self.gate.learn and not other.gate.learn:
+            return "gate: expected a fixed one, got a learned one"
         if self.gate.learn and self.gate.threshold != other.gate.threshold:
             return f"threshold: expected {other.gate.threshold:.6g}, got {self.gate.threshold:.6g}"
         return None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taps_ext import TaskFileError, TaskModel, store
+from taps_ext import LoraConfig, MethodConfig, TaskFileError, TaskModel, store
 from taps_ext.store.record import Record
 
 FIXED = {"learn": False, "open": True, "threshold": 0.1}
@@ -75,4 +75,30 @@ def test_refused(module: str, facts: dict[str, Any], tensors: dict[str, Tensor],
 def test_notes_nested_without_end(tmp_path: Path) -> None:
     file = task_file("hidden", layer(), DELTA, training_only="[" * 200_000)
     with pytest.raises(TaskFileError, match="training_only: expected a JSON list"):
+        model().load_task(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "tensors", "message"),
+    [
+        (
+            LoraConfig(rank=2),
+            layer(change={"kind": "whole"}),
+            {"weight": torch.ones(8, 8)},
+            "change: expected .*lowrank",
+        ),
+        (
+            LoraConfig(rank=2, alpha=2.0),
+            layer(gate={**FIXED, "learn": True}, change={"kind": "lowrank", "rank": 2, "scale": 1.0}),
+            {"down": torch.ones(2, 8), "up": torch.ones(8, 2), "score": torch.tensor(0.5)},
+            "gate: expected a fixed one, got a learned one",
+        ),
+    ],
+)
+def test_what_its_method_would_not_have_made(
+    config: MethodConfig, facts: dict[str, Any], tensors: dict[str, Tensor], message: str
+) -> None:
+    file = task_file("hidden", facts, tensors)
+    file.method = config.to_dict()
+    with pytest.raises(TaskFileError, match=f"part 'hidden': {message}"):
         model().load_task(file)
