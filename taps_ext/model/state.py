@@ -17,7 +17,7 @@ from ..base.scan import in_order
 from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
-from ..parts.host import base_weight
+from ..parts.host import base_bias, base_weight
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
 from ..routing.route import is_stock, misplaced
@@ -50,6 +50,8 @@ class Parts(nn.Module):
             if key in self.parts:
                 raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
             part.settle(shared)
+            if part.gate is not None and "bias" in part.roles() and base_bias(base.get_submodule(name)) is None:
+                raise UnsupportedModuleError(f"{name}: expected no bias of its own, the base having none in its place")
             if part.gate is not None:
                 part.gate.size = base_weight(base.get_submodule(name)).numel()
             self.parts[key] = self.table[name] = part

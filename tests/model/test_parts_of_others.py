@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_families import images, net
 
-from taps_ext import MethodConfig, TaskModel, register_method
+from taps_ext import MethodConfig, TaskModel, UnsupportedModuleError, register_method
 from taps_ext.base.scan import Scan
-from taps_ext.parts import Instead, Own, Part
+from taps_ext.parts import Dense, Gate, Instead, Layer, Own, Part
 
 
 @register_method("somebody's")
@@ -48,3 +48,21 @@ def test_a_linear_layer_of_the_tasks_own(what: str, tmp_path: Path) -> None:
     model.merge_task("t")
     assert torch.equal(model(x, task="t"), want)
     assert torch.equal(model.merge_and_unload("t")(x), want)
+
+
+@register_method("somebody's-bias")
+@dataclass(frozen=True, kw_only=True)
+class OwnBias(MethodConfig):
+    """A bias of the task's own for every layer."""
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        return {n: Layer(Gate(learn=False), Dense(h), bias=torch.zeros(len(h.weight))) for n, h in base.gated.items()}
+
+
+def test_a_bias_that_the_base_has_no_place_for_is_refused() -> None:
+    base = net()
+    base.hidden = torch.nn.Linear(8, 8, bias=False)
+    model = TaskModel(base, OwnBias())
+    with pytest.raises(UnsupportedModuleError, match="hidden: expected no bias of its own"):
+        model.add_task("t", num_classes=3)
+    assert not model.tasks
