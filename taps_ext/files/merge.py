@@ -78,8 +78,8 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
     for name, stack in stacks.items():
         with _named(name):
             tensors[name] = _values(stack, base.get_submodule(name))
-    own_head = None if head_path is None else stacks[head_path][-1].replacement
-    plain, head = copy.deepcopy((base, own_head))
+    taken = {name: stack[-1].replacement for name, stack in stacks.items() if stack[-1].replacement is not None}
+    plain, instead = copy.deepcopy((base, taken))
     flags.restore_copy(plain, base)
     clones = {id(module): own for module, own in zip(base.modules(), plain.modules(), strict=True)}
     for own in plain.modules():  # functions are not copied, nor what they close over
@@ -91,11 +91,12 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
     for name, stack in stacks.items():
         for part in stack:
             part.hand_over(plain.get_submodule(name))
-    if head is not None and head_path is not None:
-        _take_hooks(head, plain.get_submodule(head_path))
-        for name in names_of(base, base.get_submodule(head_path)):
-            plain.set_submodule(name, head)
-        _tell_config(plain, head)
+    for path, module in instead.items():
+        _take_hooks(module, plain.get_submodule(path))
+        for name in names_of(base, base.get_submodule(path)):
+            plain.set_submodule(name, module)
+        if path == head_path:
+            _tell_config(plain, module)
     return plain
 
 

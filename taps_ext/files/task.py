@@ -3,6 +3,7 @@ read without its method)."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -172,8 +173,8 @@ def build(
     given = None if head is None else own_head(base, head)
     modules, kinds = dict(base.named_modules()), part_kinds()
     parts: dict[str, Part] = {}
-    for name, record in file.parts.items():
-        record.cast = allow_dtype_cast
+    for name, given_record in file.parts.items():
+        record = dataclasses.replace(given_record, cast=allow_dtype_cast, taken=set())  # the caller's stays as it is
         kind = kinds.get(record.facts.get("kind", ""))
         if name not in modules:
             raise record.refuse("the base has no module of that name", UnexpectedTensorError)
@@ -233,7 +234,7 @@ def _training_only(file: store.TaskFile, parts: Mapping[str, Part]) -> set[str]:
     text = file.extra.get("training_only", "[]")
     try:
         names = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) and name in parts for name in names):
         raise MetadataError(file.path, f"training_only: expected a JSON list of the task's modules, got {text[:80]!r}")

@@ -17,7 +17,7 @@ from ..base.scan import in_order
 from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
-from ..parts.host import base_weight
+from ..parts.host import base_bias, base_weight
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
 from ..routing.route import is_stock, misplaced
@@ -50,6 +50,8 @@ class Parts(nn.Module):
             if key in self.parts:
                 raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
             part.settle(shared)
+            if part.gate is not None and "bias" in part.roles() and base_bias(base.get_submodule(name)) is None:
+                raise UnsupportedModuleError(f"{name}: expected no bias of its own, the base having none in its place")
             if part.gate is not None:
                 part.gate.size = base_weight(base.get_submodule(name)).numel()
             self.parts[key] = self.table[name] = part
@@ -256,6 +258,13 @@ class TaskState(Parts):
         self.gates_mode = gates
         self.head_path = head_path
         self.__dict__["family"] = family  # the model's, not this state's
+        for name, part in self.table.items():
+            lower = self.shared.get(name)
+            if lower is not None and part.gate is not None and not lower.bears:
+                raise UnsupportedModuleError(
+                    f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family "
+                    f"{family.name!r}, which it would leave out"  # type: ignore[union-attr]
+                )
         self.installed: dict[str, Part] = {}  # while it is merged: what stands in the place of stacks
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False

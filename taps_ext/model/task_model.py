@@ -134,7 +134,8 @@ class TaskModel(nn.Module):
             ConfigError: an unknown task; in training `gate_fraction` below 1 with gates="device", or no tensor to draw
                 samples of.
             GateError: a NaN score; in training, Inf or NaN in a Delta that closed or was loaded since the last forward.
-                Of one that is written to while it is closed backward says so on a CPU; on a GPU its score becomes NaN.
+                Of one that is written to while it is closed backward says so for a `Dense` on a CPU; otherwise its
+                score becomes NaN, which the next forward says.
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if torch.compiler.is_exporting():
@@ -605,13 +606,19 @@ class TaskModel(nn.Module):
         if not parts:
             return None
         if known is None:
-            return Family(self.base, config.family, config, parts)
+            return Family(self.base, self._family_name(config.family), config, parts)
         same = parts.keys() == known.table.keys() and all(
             known.table[n].differs(part) is None for n, part in parts.items()
         )
         if not same:
             raise ConfigError(f"config: the family {config.family!r} has other shared parts; give it another family")
         return known
+
+    def _family_name(self, name: str) -> str:
+        """The name of a new family. Raises ConfigError where one differs from it by dots and slashes alone."""
+        if module_key(name) in self._families:
+            raise ConfigError(f"family: {name!r} has the name of another family but for '/' and '.'; rename one")
+        return name
 
     def save_shared(self, family: str, path: str | PathLike[str]) -> int:
         """Write what the tasks of a family have together to a file, the parent of their files; returns the bytes
@@ -666,7 +673,7 @@ class TaskModel(nn.Module):
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
         read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
-        family = Family(self.base, file.name, read.config, read.parts)
+        family = Family(self.base, self._family_name(file.name), read.config, read.parts)
         family.freeze(file.digest)
         return family
 

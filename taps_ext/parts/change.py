@@ -35,6 +35,8 @@ def register_change(name: str) -> Callable[[_Kind], _Kind]:
     def register(cls: _Kind) -> _Kind:
         if name in _KINDS:
             raise TapsError(f"register_change: {name!r} is already {_KINDS[name].__name__}")
+        if cls.role not in ("delta", "weight"):
+            raise TapsError(f"register_change: {cls.__name__}.role: expected 'delta' or 'weight', got {cls.role!r}")
         cls.kind, _KINDS[name] = name, cls
         return cls
 
@@ -44,6 +46,12 @@ def register_change(name: str) -> Callable[[_Kind], _Kind]:
 def change_kinds() -> Mapping[str, type[Change]]:
     """The known kinds by name."""
     return _KINDS
+
+
+def kind_of(facts: Any) -> type[Change] | None:
+    """The kind that the facts of a change name, if it is known."""
+    name = facts.get("kind") if isinstance(facts, dict) else None
+    return _KINDS.get(name) if isinstance(name, str) else None
 
 
 _bare: ContextVar[bool] = ContextVar("taps_ext_bare", default=False)
@@ -86,6 +94,10 @@ class Change(nn.Module):
         weight = base_weight(host)
         self.owed = True
         self.names = tuple(self.shapes(weight))
+        if taken := {"score", "bias"} & set(self.names):
+            raise TapsError(
+                f"{type(self).__name__}.shapes: {sorted(taken)[0]!r} is the name of another tensor of a layer"
+            )
         for name in self.names:
             self.register_parameter(name, None)
         if held and not _bare.get():
@@ -196,7 +208,7 @@ class Change(nn.Module):
             TaskFileError: an unknown kind, settings that do not fit, a tensor of another shape or type.
         """
         facts = record.fact("change", dict)
-        kind = _KINDS.get(facts.get("kind", ""))
+        kind = kind_of(facts)
         if kind is None:
             known = ", ".join(sorted(_KINDS))
             raise record.refuse(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -14,9 +16,10 @@ from ..store.errors import GateRecordError
 from ..store.record import Record
 from . import bind, reads
 from .bind import Bound, Road
-from .change import Change, change_kinds
+from .change import Change, kind_of
+from .dense import Dense
 from .gate import Gate
-from .host import Op, base_bias, base_weight, bias_name, resting_weight, stock_forward, weight_name
+from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
 from .part import Below, Cost, Part, forward_of, register_part
 from .sampling import Sample
 
@@ -45,8 +48,10 @@ def _gate_facts(record: Record) -> dict[str, Any]:
     """How a record's gate is: learn, open, threshold. Raises MetadataError."""
     facts = record.fact("gate", dict)
     types = {key: type(value) for key, value in facts.items()}
-    if types != {"learn": bool, "open": bool, "threshold": float} or not facts["threshold"] > 0.0:
-        raise record.refuse(f"gate: expected learn and open, and a threshold above 0, got {facts}")
+    if types != {"learn": bool, "open": bool, "threshold": float}:
+        raise record.refuse(f"gate: expected learn and open, and a threshold, got {facts}")
+    if not 0.0 < torch.tensor(facts["threshold"], dtype=torch.float32, device="cpu").item() < math.inf:
+        raise record.refuse(f"gate: threshold: expected a float32 above 0, got {facts['threshold']}")
     return facts
 
 
@@ -60,6 +65,7 @@ class Layer(Part):
         bias: a task's own bias `[N]`, or None to use what lies below.
     """
 
+    bears: ClassVar[bool] = True
     former: ClassVar[Mapping[str, str]] = {"delta": "change.delta", "weight": "change.weight", "score": "gate.score"}
 
     gate: Gate
@@ -170,7 +176,10 @@ class Layer(Part):
         """W_t in the type of `weight`, which a closed layer is itself."""
         if self.change is None or self.change.owed or not self.gate.open:
             return weight
-        with torch.no_grad():
+        exact = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")) if _autocast() else ()
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for context in exact:
+                stack.enter_context(context)
             return self.change.fold(weight.detach())
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
@@ -233,6 +242,8 @@ class Layer(Part):
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
         record.only("gate", "change")
         facts = _gate_facts(record)
+        if host._parameters.get(weight_name(host)) is None:
+            raise record.refuse(f"expected a module with a weight, got a {original_class(host).__name__}")
         gate, open = Gate(**facts), facts["open"]
         weight, bias = base_weight(host), base_bias(host)
         if gate.score is not None:
@@ -260,8 +271,7 @@ class Layer(Part):
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:
-        change = record.facts.get("change")
-        kind = change_kinds().get(change.get("kind", "")) if isinstance(change, dict) else None
+        kind = kind_of(record.facts.get("change"))
         whole = kind is not None and kind.replaces
         return [t for name, t in record.tensors.items() if name == "bias" or (whole and name != "score")]
 
@@ -269,11 +279,13 @@ class Layer(Part):
         if not isinstance(other, Layer):
             return super().differs(other)
         mine, theirs = (None if part.change is None else part.change.describe() for part in (self, other))
-        converted = self.change is not None and self.change.replaces  # of a checkpoint
+        converted = self.change is not None and self.change.replaces and isinstance(other.change, Dense)  # a checkpoint
         if mine != theirs and not converted:
             return f"change: expected {theirs}, got {mine}"
         if (self.bias is None) != (other.bias is None):
             return f"bias: expected {'none' if other.bias is None else 'one'} of its own"
+        if self.gate.learn and not other.gate.learn:
+            return "gate: expected a fixed one, got a learned one"
         if self.gate.learn and self.gate.threshold != other.gate.threshold:
             return f"threshold: expected {other.gate.threshold:.6g}, got {self.gate.threshold:.6g}"
         return None

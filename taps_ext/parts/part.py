@@ -94,9 +94,11 @@ class Part(nn.Module):
         kind: its name in files.
         gate: what decides whether it acts; None for a part that always does.
         former: names that version 0.1 had for its tensors, and those they have.
+        bears: whether a gated part can stand on it, which needs its weight, bias and product.
     """
 
     kind: ClassVar[str]
+    bears: ClassVar[bool] = False
     former: ClassVar[Mapping[str, str]] = {}
     gate: Gate | None
 

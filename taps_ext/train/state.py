@@ -105,7 +105,7 @@ def _table(record: store.TaskFile, key: str, path: Path) -> dict[str, Any]:
     """A JSON object outside of the format's own entries; raises MetadataError where a state lacks it."""
     try:
         found = json.loads(record.extra.get(key, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise MetadataError(path, f"{key}: expected a JSON object, got {record.extra.get(key, 'none')[:60]}")

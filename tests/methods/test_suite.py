@@ -169,6 +169,15 @@ def test_merges_in_other_types(base: str, case: str, dtype: torch.dtype) -> None
     assert ((output(model, x, "t") - want).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case not in UNFOLDABLE])
+def test_folds_alike_under_autocast(case: str) -> None:
+    model = trained("conv", case)
+    want = model.task_state_dict("t")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.task_state_dict("t")
+    assert equal(found, want)
+
+
 @every
 def test_folds_into_a_plain_model(base: str, case: str) -> None:
     """What a merged task runs is what plain models get: bit for bit."""

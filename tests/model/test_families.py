@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taps_ext import MethodConfig, TapsError, TaskModel, register_method
+from taps_ext import ConfigError, MethodConfig, TapsError, TaskModel, UnsupportedModuleError, register_method
 from taps_ext.base.scan import Scan
-from taps_ext.parts import Dense, Gate, Layer, Part
+from taps_ext.parts import Dense, Gate, Instead, Layer, Own, Part
 
 
 class Net(nn.Module):
@@ -28,6 +28,12 @@ class Net(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class WithNorms(MethodConfig):
     """Deltas and norms that tasks share, Deltas of their own above."""
+
+    called: str = "family-with-norms"
+
+    @property
+    def family(self) -> str:
+        return self.called
 
     def parts(self, base: Scan) -> dict[str, Part]:
         return {name: Layer(Gate(), Dense(host)) for name, host in base.gated.items()}
@@ -86,3 +92,34 @@ def test_no_task_is_loaded_over_a_family_that_has_changed(tmp_path: Path) -> Non
     with pytest.raises(TapsError, match="load_task: the family .* has changed"):
         model.load_task(tmp_path / "a.taps", "again")
     assert model.tasks == ["a", "b"]
+
+
+@register_method("family-below")
+@dataclass(frozen=True, kw_only=True)
+class OverOthers(MethodConfig):
+    """A Delta over what a family has in the place of a layer."""
+
+    what: str
+
+    def parts(self, base: Scan) -> dict[str, Part]:
+        return {"hidden": Layer(Gate(learn=False), Dense(base.gated["hidden"]))}
+
+    def shared(self, base: Scan) -> dict[str, Part]:
+        host = base.gated["hidden"]
+        return {"hidden": Own(host) if self.what == "own" else Instead(nn.Linear(8, 8))}
+
+
+@pytest.mark.parametrize("what", ["own", "instead"])
+def test_a_layer_over_what_has_no_weight_to_change_is_refused(what: str) -> None:
+    model = TaskModel(net())
+    with pytest.raises(UnsupportedModuleError, match=f"hidden: .* 'layer' cannot stand on the '{what}'"):
+        model.add_task("t", num_classes=3, config=OverOthers(what=what))
+    assert not model.tasks and not model.families
+
+
+def test_families_of_names_that_differ_by_a_slash() -> None:
+    model = TaskModel(net())
+    model.add_task("a", num_classes=3, config=WithNorms(called="x.y"))
+    with pytest.raises(ConfigError, match="'x/y' has the name of another family"):
+        model.add_task("b", num_classes=3, config=WithNorms(called="x/y"))
+    assert list(model.families) == ["x.y"] and model.tasks == ["a"]

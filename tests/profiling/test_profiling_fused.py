@@ -1,5 +1,7 @@
 """estimate and profile agree on the workspace where layers are fused on the CPU, and where they are not."""
 
+import copy
+
 import pytest
 import torch
 from fused import instructions
@@ -62,7 +64,7 @@ def pages(nbytes: int) -> int:
 
 def build(base: nn.Module) -> TaskModel:
     torch.manual_seed(0)
-    model = TaskModel(settle(base), TapsConfig(lam=0.5))
+    model = TaskModel(settle(copy.deepcopy(base)), TapsConfig(lam=0.5))  # which other tests have in another type
     model.add_task("t", num_classes=10)
     with torch.no_grad():
         for _, part, _ in model.state("t").learned():
