@@ -159,6 +159,11 @@ class Family(Parts):
         """A file holds it: nothing trains it any more."""
         self.digest, self._held = digest, self._content()
         self.requires_grad_(False)
+        self.train(False)  # nor do batches move the statistics of its norms
+
+    def train(self, mode: bool = True) -> Family:
+        super().train(mode and not self.digest)
+        return self
 
     def parent(self) -> str:
         """The digest of its file, for the files of its tasks.
@@ -171,12 +176,16 @@ class Family(Parts):
                 f"save_task: the task builds on the family {self.name!r}, which is in no file yet; call "
                 f"save_shared({self.name!r}, path) first"
             )
+        self.check_kept("save_task")
+        return self.digest
+
+    def check_kept(self, action: str) -> None:
+        """Raise TapsError if it is not what its file holds any more."""
         if self._content() != self._held:
             raise TapsError(
-                f"save_task: the family {self.name!r} has changed since it was saved; call save_shared({self.name!r}, "
+                f"{action}: the family {self.name!r} has changed since it was saved; call save_shared({self.name!r}, "
                 "path) again, and save all of its tasks after that"
             )
-        return self.digest
 
 
 def _values_of(layers: list[tuple[str, Part, Gate]]) -> list[float]:

@@ -673,6 +673,8 @@ class TaskModel(nn.Module):
         """
         for family in self.families.values():
             if family.digest == file.parent:
+                if not allow_dtype_cast:  # cast it has other bytes
+                    family.check_kept("load_task")
                 return family
         if shared is None:
             shared = task_file.beside(file)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from ..base.scan import match, names_of
 from ..errors import ConfigError, UnsupportedModuleError
+from ..model import TaskModel
+from ..parts.host import HOOKS
+from ..routing.route import is_routed
 from .layers import TapsConv2d, TapsLinear, _TapsLayer
 
 _KINDS: dict[type[nn.Module], type[TapsLinear] | type[TapsConv2d]] = {nn.Linear: TapsLinear, nn.Conv2d: TapsConv2d}
@@ -19,6 +22,9 @@ def convert(
     """Put a :class:`TapsLinear` or :class:`TapsConv2d` in the place of every plain `nn.Linear` and `nn.Conv2d` of a
     model that a glob matches. Their weights and biases are shared and frozen; everything else stays as it is.
 
+    A Delta acts where the layer is called: code that reads `layer.weight` instead (torchvision's Swin, for one) sees
+    the base's. A TaskModel serves such models.
+
     Args:
         model: changed in place; a layer itself cannot be the model. patterns: globs of layer names.
         threshold, score_init: as for :class:`TapsLinear`.
@@ -28,7 +34,7 @@ def convert(
 
     Raises:
         ConfigError: a pattern matches no such layer; the model is a TaskModel's base or a bare layer.
-        UnsupportedModuleError: two of the layers share a weight, naming them.
+        UnsupportedModuleError: two of the layers share a weight, naming them; a layer of a TransformerEncoderLayer.
     """
     if isinstance(patterns, str):
         raise ConfigError(f"patterns: expected a list of patterns, got {patterns!r}")
@@ -36,8 +42,17 @@ def convert(
         raise ConfigError(
             f"model: expected a model with layers, got a {type(model).__name__}; call from_linear or from_conv2d"
         )
+    if isinstance(model, TaskModel) or any(is_routed(module) for module in model.modules()):
+        raise ConfigError("model: expected a plain model, got one that a TaskModel adapts; unload() that first")
     found = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
     chosen = match(patterns, list(found), "patterns")
+    for name in chosen:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            raise UnsupportedModuleError(
+                f"{name}: a {type(parent).__name__} in evaluation mode reads the weight instead of calling the layer, "
+                "so that its Delta would have no effect; leave it out, or use a TaskModel"
+            )
     seen: dict[int, str] = {}
     for name in chosen:
         weight = found[name]._parameters.get("weight")
@@ -84,5 +99,6 @@ def _layers(model: nn.Module) -> Iterator[_TapsLayer]:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    new.__dict__.update({key: old.__dict__[key] for key in HOOKS})  # themselves: handles are to remove them there
     for name in names_of(model, old):
         model.set_submodule(name, new)

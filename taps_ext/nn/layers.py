@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -159,7 +160,7 @@ class _TapsLayer(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         for key, value in stock.__dict__.items():
-            layer.__dict__[key] = dict(value) if isinstance(value, dict) else value
+            layer.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
         layer._add_part(threshold, score_init)
         return layer
 
@@ -172,8 +173,10 @@ class _TapsLayer(nn.Module):
         skipped = ("part", "_bound", "_asked", "_taps_cast")
         for key, value in self.__dict__.items():
             if key not in skipped:
-                plain.__dict__[key] = dict(value) if isinstance(value, dict) else value
+                plain.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
         plain._modules.pop("part", None)
+        if merge and self.score is not None:
+            self._take(self.score.item())  # it may have been written to since the last call
         folded = self.part.fold(self.weight) if merge else self.weight
         if folded is not self.weight:
             plain._parameters["weight"] = nn.Parameter(folded, requires_grad=False)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taps_ext import ConfigError, UnsupportedModuleError
+from taps_ext import ConfigError, TapsConfig, TaskModel, UnsupportedModuleError
 from taps_ext.nn import TapsConv2d, TapsLinear, convert, revert, sparsity_loss
 
 
@@ -86,6 +86,18 @@ def test_there_and_back(net, closed) -> None:
         assert near(merged(x), out)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.05), (0.05, 0.5)])
+def test_a_score_that_no_call_has_seen_decides_what_is_merged(net, before, after) -> None:
+    x, layer = images(), opened(net).hidden
+    with torch.no_grad():
+        layer.score.fill_(before)
+        net(x)
+        layer.score.data.fill_(after)
+        want = copy.deepcopy(net)(x)
+    revert(net)
+    assert torch.equal(net(x), want)
+
+
 def test_its_state_goes_into_the_stock_model(net) -> None:
     """Weights and biases keep their names, so that a stock model takes them; what is ours has names of its own."""
     plain = copy.deepcopy(net)
@@ -115,6 +127,23 @@ def test_a_state_of_0_1_still_loads() -> None:
         and layer.score.item() == 0.5
         and torch.equal(layer.weight, old["weight"])
     )
+
+
+def test_hooks_go_along(net) -> None:
+    seen: list[str] = []
+    handle = net.hidden.register_forward_hook(lambda *args: seen.append("before"))
+    opened(net)
+    net(images())
+    assert seen == ["before"]
+    handle.remove()
+    handle = net.hidden.register_forward_hook(lambda *args: seen.append("between"))
+    revert(net)
+    net(images())
+    assert seen == ["before", "between"]
+    handle.remove()
+    net.hidden.register_forward_pre_hook(lambda *args: seen.append("after"))
+    net(images())
+    assert seen == ["before", "between", "after"]
 
 
 def test_compiled(net) -> None:
@@ -207,5 +236,14 @@ def test_what_cannot_be_converted_is_told(net) -> None:
         convert(net, "conv")
     with pytest.raises(ConfigError, match="model: expected a model with layers, got a Linear"):
         convert(nn.Linear(2, 2))
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModuleError, match=r"0\.linear1: a TransformerEncoderLayer .* reads"):
+        convert(encoder)
+    assert convert(encoder, ["1"]) == ["1"]  # and nothing had been done before
+    model = TaskModel(net, TapsConfig(lam=0.1))
+    model.add_task("birds", num_classes=3)
+    for adapted in (model, model.base, nn.Sequential(model)):
+        with pytest.raises(ConfigError, match="a TaskModel adapts"):
+            convert(adapted)
     with pytest.raises(ConfigError, match="expected drop-in layers with learned gates, got none"):
         sparsity_loss(net, 1.0)
