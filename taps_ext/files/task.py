@@ -20,7 +20,7 @@ from ..base.head import own_head
 from ..base.scan import scan
 from ..errors import ConfigError, GateError, TapsError
 from ..methods import MethodConfig, UnknownMethod
-from ..parts import Instead, Part, part_kinds
+from ..parts import Part, part_kinds
 from ..parts.change import bare
 from ..parts.host import base_weight
 from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
@@ -94,8 +94,11 @@ def save(
 
 def head_of(file: store.TaskFile) -> str | None:
     """The module that a file's head replaces."""
-    found = [name for name, record in file.parts.items() if record.facts.get("kind") == Instead.kind]
-    return found[0] if found else None
+    for name, record in file.parts.items():
+        kind = part_kinds().get(record.facts.get("kind", ""))
+        if kind is not None and kind.stands_in:
+            return name
+    return None
 
 
 def beside(file: store.TaskFile) -> Path | None:

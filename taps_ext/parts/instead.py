@@ -18,6 +18,8 @@ from .part import Below, Part, register_part
 class Instead(Part):
     """A task's own module, called in the place of the base's. Its roles: "head"."""
 
+    stands_in = True
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -93,12 +93,14 @@ class Part(nn.Module):
     Attributes:
         kind: its name in files.
         gate: what decides whether it acts; None for a part that always does.
+        stands_in: whether parts of this kind have a :attr:`replacement`.
         former: names that version 0.1 had for its tensors, and those they have.
         bears: whether a gated part can stand on it, which needs its weight, bias and product.
     """
 
     kind: ClassVar[str]
     bears: ClassVar[bool] = False
+    stands_in: ClassVar[bool] = False
     former: ClassVar[Mapping[str, str]] = {}
     gate: Gate | None
 
