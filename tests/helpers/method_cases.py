@@ -30,6 +30,7 @@ from taps_ext import (
     ConfigError,
     DepthwiseConfig,
     FullConfig,
+    JointTapsConfig,
     LoraConfig,
     MethodConfig,
     ProbeConfig,
@@ -140,6 +141,7 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "taps-all": TapsConfig(lam=0.1, others="task", penalty="size"),
         "taps-sampled": TapsConfig(lam=0.1, gate_fraction=0.5, norm="frozen"),
     },
+    "joint-taps": {"joint-taps": JointTapsConfig(lam=0.1)},
     "full": {"full": FullConfig()},
     "probe": {"probe": ProbeConfig()},
     "scale-bias": {
@@ -147,10 +149,12 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "scale-bias-base": ScaleBiasConfig(statistics="base"),
         "scale-bias-depthwise": ScaleBiasConfig(depthwise=True),
         "scale-bias-no-head": ScaleBiasConfig(last_layer=False),
+        "scale-bias-joint": ScaleBiasConfig(simultaneous=True),
     },
     "separate-layers": {
         "separate-bottom": SeparateLayersConfig(bottom=2),
         "separate-top": SeparateLayersConfig(fraction=0.7, side="top"),
+        "separate-joint": SeparateLayersConfig(bottom=2, joint=True),
     },
     "depthwise": {"depthwise": DepthwiseConfig(), "depthwise-frozen": DepthwiseConfig(norm="frozen")},
     "lora": {
@@ -166,7 +170,13 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
     },
 }
 CASES = {name: config for cases in SETTINGS.values() for name, config in cases.items()}
-FAMILIES = [name for name, config in CASES.items() if config.method == "family"]
+FAMILIES = [
+    name
+    for name, config in CASES.items()
+    if config.method in ("family", "joint-taps")
+    or getattr(config, "joint", False)
+    or getattr(config, "simultaneous", False)
+]
 UNFOLDABLE = {"curve": {"conv": "hidden", "vit": "block.fc1"}}  # the first module that does not fold
 # Products that are computed beside the one below: merged they are rounded otherwise.
 BESIDE = {"lora", "lora-selective", "family-lowrank"}

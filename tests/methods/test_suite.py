@@ -84,7 +84,7 @@ def test_trains(base: str, case: str) -> None:
     model, x = adapted(base, case), images(base)
     close_some(model, "t")
     before, state = state_of(model), model.state("t")
-    family = () if state.family is None else tuple(state.family.parameters())
+    family = () if state.family is None else (*state.family.parameters(), *state.family.buffers())
     losses = train(model, x, "t", steps=6)
     assert min(losses) < losses[0]
     mine = {id(t) for t in (*state.parameters(), *state.buffers(), *family)}

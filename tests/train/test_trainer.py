@@ -389,8 +389,8 @@ def test_bad_tasks_are_named() -> None:
         Trainer(model, {"t": data()})
     with pytest.raises(ConfigError, match="expected one of .*'t'"):
         Trainer(model, {"u": Task(train=data())})
-    with pytest.raises(ConfigError, match="mode: expected 'incremental'"):
-        Trainer(model, {"t": Task(train=data())}).fit(mode="joint")
+    with pytest.raises(ConfigError, match="mode: expected one of .*, got 'jont' .did you mean 'joint'"):
+        Trainer(model, {"t": Task(train=data())}).fit(mode="jont")
     with pytest.raises(ConfigError, match="budget: task 't' has no learned gates"):
         Trainer(build(ProbeConfig()), {"t": Task(train=data())}, TrainConfig(budget=0.5))
     with pytest.raises(ConfigError, match="unknown key 'epoch' .did you mean 'epochs'"):
