@@ -113,6 +113,11 @@ class MethodConfig:
         """Whether its tasks have a head of their own."""
         return True
 
+    @property
+    def samples(self) -> bool:
+        """Whether :meth:`sample` is to be asked in training."""
+        return False
+
     def sampled(self, batch: int) -> int:
         """How many of `batch` samples closed layers learn from."""
         return batch
@@ -189,6 +194,11 @@ class UnknownMethod(MethodConfig):
     def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
         """Raises TapsError."""
         raise self._missing("sparsity_loss")
+
+    @property
+    def samples(self) -> bool:
+        """True, so that training says what is missing."""
+        return True
 
     def sample(
         self, parts: Mapping[str, Part], batch: int | None, device: torch.device, *, gates: str = "host"

@@ -106,6 +106,11 @@ class TapsConfig(MethodConfig):
         """lam / L * sum w_i |s_i| over the L learned gates (equation 5)."""
         return gate_penalty(parts, self.lam, self.penalty)
 
+    @property
+    def samples(self) -> bool:
+        """Whether `gate_fraction` is below 1."""
+        return self.gate_fraction < 1.0
+
     def sampled(self, batch: int) -> int:
         """ceil(gate_fraction * batch), at least one."""
         return sample_size(self.gate_fraction, batch)
@@ -114,8 +119,6 @@ class TapsConfig(MethodConfig):
         self, parts: Mapping[str, Part], batch: int | None, device: torch.device, *, gates: str = "host"
     ) -> Sample | None:
         """ceil(gate_fraction * batch) samples, where a closed gate learns."""
-        if self.gate_fraction >= 1.0:
-            return None
         if gates == "device":
             raise ConfigError(
                 'gate_fraction: expected 1.0 with gates="device", where the host does not know which layers are '

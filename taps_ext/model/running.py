@@ -88,7 +88,7 @@ def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[s
 @torch.compiler.disable
 def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Sample | None:
     """What closed layers estimate their score gradients from in this forward; None for all of the batch."""
-    if not model.training:  # without gradients too: reentrant checkpointing runs so first
+    if not state.config.samples or not model.training:  # without gradients too: reentrant checkpointing runs so first
         return None
     if torch._C._are_functorch_transforms_active():  # its derivatives are exact
         return None

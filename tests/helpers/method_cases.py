@@ -9,11 +9,13 @@ import copy
 import functools
 import itertools
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -135,6 +137,18 @@ class FamilyConfig(MethodConfig):
 
 # ------------------------------------------------------------------------------------ settings of every method
 
+
+def documented() -> MethodConfig:
+    """The method that docs/methods.md shows, run as it stands there, in a module of its own."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    module = ModuleType("documented")
+    sys.modules["documented"] = module  # where dataclasses look up annotations
+    exec(compile(code, "docs/methods.md", "exec"), module.__dict__)
+    made: MethodConfig = module.ColumnsConfig()
+    return made
+
+
 SETTINGS: dict[str, dict[str, MethodConfig]] = {
     "taps": {
         "taps": TapsConfig(lam=0.1),
@@ -161,6 +175,7 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "lora": LoraConfig(rank=2),
         "lora-selective": LoraConfig(rank=2, selective=True, lam=0.1, norm="task"),
     },
+    "columns": {"columns": documented()},
     "mix": {"mix": MixConfig(), "mix-learned": MixConfig(learn=True)},
     "curve": {"curve": CurveConfig()},
     "family": {
