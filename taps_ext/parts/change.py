@@ -35,6 +35,8 @@ def register_change(name: str) -> Callable[[_Kind], _Kind]:
     def register(cls: _Kind) -> _Kind:
         if name in _KINDS:
             raise TapsError(f"register_change: {name!r} is already {_KINDS[name].__name__}")
+        if cls.role not in ("delta", "weight"):
+            raise TapsError(f"register_change: {cls.__name__}.role: expected 'delta' or 'weight', got {cls.role!r}")
         cls.kind, _KINDS[name] = name, cls
         return cls
 
@@ -92,6 +94,10 @@ class Change(nn.Module):
         weight = base_weight(host)
         self.owed = True
         self.names = tuple(self.shapes(weight))
+        if taken := {"score", "bias"} & set(self.names):
+            raise TapsError(
+                f"{type(self).__name__}.shapes: {sorted(taken)[0]!r} is the name of another tensor of a layer"
+            )
         for name in self.names:
             self.register_parameter(name, None)
         if held and not _bare.get():

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from test_families import images, net
+from torch import Tensor
 
-from taps_ext import MethodConfig, TaskModel, UnsupportedModuleError, register_method
+from taps_ext import MethodConfig, TapsError, TaskModel, UnsupportedModuleError, register_method
 from taps_ext.base.scan import Scan
-from taps_ext.parts import Dense, Gate, Instead, Layer, Own, Part
+from taps_ext.parts import (
+    Change,
+    Dense,
+    Gate,
+    Instead,
+    Layer,
+    Own,
+    Part,
+    change_kinds,
+    register_change,
+)
 
 
 @register_method("somebody's")
@@ -66,3 +78,18 @@ def test_a_bias_that_the_base_has_no_place_for_is_refused() -> None:
     with pytest.raises(UnsupportedModuleError, match="hidden: expected no bias of its own"):
         model.add_task("t", num_classes=3)
     assert not model.tasks
+
+
+def test_kinds_of_changes_that_could_not_be_kept_or_trained_are_refused() -> None:
+    class Score(Change):
+        def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+            return {"score": weight.shape}
+
+    class Odd(Change):
+        role = "factor"
+
+    with pytest.raises(TapsError, match="Score.shapes: 'score' is the name of another tensor"):
+        Score(torch.nn.Linear(2, 2))
+    with pytest.raises(TapsError, match="Odd.role: expected 'delta' or 'weight', got 'factor'"):
+        register_change("odd")(Odd)
+    assert "odd" not in change_kinds()
