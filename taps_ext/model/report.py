@@ -38,7 +38,7 @@ class Report:
     Attributes:
         rows: the gated layers in module order.
         gated: weights in gated layers. open: those in open ones. share: open / gated.
-        norms, others, head: the task's own further values (parameters and persistent buffers).
+        norms, others, head: the task's own further values (parameters; buffers are not counted).
         parameters: all trainable values that the task adds: open Deltas, norms, others and head.
         base_parameters: parameters of the base.
         shared: the values that the task's family holds for all of its tasks.

@@ -134,7 +134,8 @@ class TaskModel(nn.Module):
             ConfigError: an unknown task; in training `gate_fraction` below 1 with gates="device", or no tensor to draw
                 samples of.
             GateError: a NaN score; in training, Inf or NaN in a Delta that closed or was loaded since the last forward.
-                Of one that is written to while it is closed backward says so on a CPU; on a GPU its score becomes NaN.
+                Of one that is written to while it is closed backward says so for a `Dense` on a CPU; otherwise its
+                score becomes NaN, which the next forward says.
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if torch.compiler.is_exporting():
