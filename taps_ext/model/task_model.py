@@ -312,8 +312,10 @@ class TaskModel(nn.Module):
         super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:
-        """Forget a task, and its family if that is in no file and has no other task. The active task becomes the base if
-        it was this one."""
+        """Forget a task, and its family if that is in no file and has no other task.
+
+        The active task becomes the base if it was this one.
+        """
         family = self.state(name).family
         if self._merged == name:
             self.unmerge_task()
