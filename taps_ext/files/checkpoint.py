@@ -169,4 +169,4 @@ def extract(
                 tensor.copy_(given[join(module, name)])
                 held.add(join(module, name))
     _check_rest(base, held, given, heads)
-    return parts if own is None or path is None else {**parts, path: Instead(own)}
+    return parts if own is None or path is None else {**parts, path: Instead(own, "head")}

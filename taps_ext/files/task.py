@@ -96,7 +96,7 @@ def head_of(file: store.TaskFile) -> str | None:
     """The module that a file's head replaces."""
     for name, record in file.parts.items():
         kind = part_kinds().get(record.facts.get("kind", ""))
-        if kind is not None and kind.stands_in:
+        if kind is not None and kind.stands_in and record.facts.get("role", "head") == "head":
             return name
     return None
 

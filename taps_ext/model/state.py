@@ -260,7 +260,7 @@ class TaskState(Parts):
         self.__dict__["family"] = family  # the model's, not this state's
         for name, part in self.table.items():
             lower = self.shared.get(name)
-            if lower is not None and part.gate is not None and not lower.bears:
+            if lower is not None and (part.gate is None or not lower.bears):
                 raise UnsupportedModuleError(
                     f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family "
                     f"{family.name!r}, which it would leave out"  # type: ignore[union-attr]

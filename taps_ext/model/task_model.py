@@ -275,7 +275,7 @@ class TaskModel(nn.Module):
         family = self._family(config, found)
         trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
         if own is not None and path is not None:
-            parts[path] = Instead(own)
+            parts[path] = Instead(own, "head")
             trained += [path] if num_classes is None and head is None else []
         check_shared(self.base, trained)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
@@ -312,13 +312,18 @@ class TaskModel(nn.Module):
         super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:
-        """Forget a task. The active task becomes the base if it was this one."""
-        self.state(name)
+        """Forget a task, and its family if that is in no file and has no other task.
+
+        The active task becomes the base if it was this one.
+        """
+        family = self.state(name).family
         if self._merged == name:
             self.unmerge_task()
         if self._active == name:
             self._active = None
         del self._states[module_key(name)], self._names[name]
+        if family is not None and not family.digest and all(s.family is not family for s in self._names.values()):
+            del self._families[module_key(family.name)]
         token.note()
 
     def rename_task(self, name: str, new_name: str) -> None:
@@ -668,12 +673,13 @@ class TaskModel(nn.Module):
             if known.digest != file.digest:
                 raise ConfigError(f"family: another family called {file.name!r} is there already; unload() it first")
             return known
+        self._family_name(file.name)
         return self._built_family(file, allow_dtype_cast=allow_dtype_cast)
 
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
         read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
-        family = Family(self.base, self._family_name(file.name), read.config, read.parts)
+        family = Family(self.base, file.name, read.config, read.parts)
         family.freeze(file.digest)
         return family
 

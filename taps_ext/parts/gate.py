@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..errors import GateError
@@ -38,6 +39,25 @@ def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], names: tuple
         return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
     return move
+
+
+class _Straight(torch.autograd.Function):
+    """`chosen` with the score's straight-through derivative. The difference gets no gradient, rather than one of zeros;
+    of the score's gradient it gets its own."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, score: Tensor, difference: Tensor) -> Tensor:
+        ctx.save_for_backward(difference)
+        ctx.dtype = score.dtype
+        return chosen.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (difference,) = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        wide = torch.promote_types(gradient.dtype, ctx.dtype)
+        score = (gradient * difference).sum(dtype=wide).to(ctx.dtype) if wanted[1] else None
+        return gradient if wanted[0] else None, score, None
 
 
 class Gate(nn.Module):
@@ -109,7 +129,13 @@ class Gate(nn.Module):
             chosen = torch.where(self.score >= self.threshold, opened, closed)
         if self.score is None or not (self.learns or reference.transformed(self.score)) or not torch.is_grad_enabled():
             return chosen
-        difference = (opened - closed).detach()
+        difference = opened - closed
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+            made: Tensor = _Straight.apply(chosen, self.score, difference)
+            return made
+        if compiling:  # whose backward is not differentiated
+            difference = difference.detach()
         straight = (self.score - self.score.detach()).to(chosen.dtype) * difference
         return chosen + torch.where(torch.isfinite(difference), straight, torch.zeros_like(straight))
 

@@ -16,13 +16,17 @@ from .part import Below, Part, register_part
 
 @register_part("instead")
 class Instead(Part):
-    """A task's own module, called in the place of the base's. Its roles: "head"."""
+    """A task's own module, called in the place of the base's.
+
+    Args:
+        role: "head" for the task's head, of which there is one; "other" for anything else.
+    """
 
     stands_in = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, role: str = "other") -> None:
         super().__init__()
-        self.module = module
+        self.module, self.role = module, role
 
     def forward(self, below: Below, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -61,7 +65,7 @@ class Instead(Part):
         return found
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        return {"head": list(self.parameters())}
+        return {self.role: list(self.parameters())}
 
     def record(self, *, open: bool) -> Record:
         module = self.module
@@ -70,11 +74,15 @@ class Instead(Part):
             kind = {"in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
             spec = {"type": "linear", **kind}
         tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        return Record({"kind": self.kind, "module": spec}, tensors)
+        facts: dict[str, Any] = {"kind": self.kind, "module": spec}
+        return Record(facts if self.role == "head" else {**facts, "role": self.role}, tensors)
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Instead:
-        record.only("module")
+        record.only("module", "role")
+        role = record.facts.get("role", "head")
+        if role not in ("head", "other"):
+            raise record.refuse(f"role: expected 'other' or none, got {role!r}")
         spec = record.fact("module", dict)
         kinds = {"in": int, "out": int, "bias": bool}
         linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())
@@ -95,7 +103,7 @@ class Instead(Part):
             module = given
         own = module.state_dict()
         module.load_state_dict(record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}))
-        return cls(module)
+        return cls(module, role)
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 import taps_ext
 from taps_ext import TapsError, TaskFileError, TaskModel, UnsupportedModuleError, store
 from taps_ext.methods import base as methods
-from taps_ext.parts import change_kinds
+from taps_ext.parts import Below, Gate, Layer, change_kinds
 from taps_ext.profiling import Machine
 from taps_ext.store.errors import ParentMismatchError
 
@@ -68,6 +68,37 @@ def test_every_method_has_settings() -> None:
     assert not missing, f"add settings of {missing} to SETTINGS in tests/helpers/method_cases.py"
     for name, cases in SETTINGS.items():
         assert cases and all(config.method == name for config in cases.values())
+
+
+@pytest.mark.parametrize("score", [0.15, 0.05])
+@pytest.mark.parametrize("change", ["mix", "rows", "lowrank"])
+def test_a_scores_gradient_has_derivatives_too(change: str, score: float) -> None:
+    """Of <G, opened - closed>, for what a gate selects by plain torch code: the change's own among them."""
+    torch.manual_seed(0)
+    host, x = nn.Linear(4, 3).requires_grad_(False), torch.randn(5, 4)
+    kind = change_kinds()[change]
+    layer = Layer(Gate(score_init=score), kind(host, **({"rank": 2} if change == "lowrank" else {})))
+    with torch.no_grad():
+        for parameter in layer.changes():
+            parameter.normal_()
+
+    def wanted(s: Tensor, *values: Tensor) -> Tensor:
+        weight = torch.func.functional_call(layer.change, dict(zip(layer.change.names, values, strict=True)), (host,))
+        mixed = host.weight + (float(score >= 0.1) + s - s.detach()) * (weight - host.weight)
+        return nn.functional.linear(x, mixed, host.bias)
+
+    layer.change.forward = lambda host: layer.change.fold(host.weight)  # what is called above
+    found, want = (
+        torch.autograd.grad(
+            torch.autograd.grad(out.square().sum(), layer.gate.score, create_graph=True)[0],
+            [*layer.changes(), layer.gate.score],
+        )
+        for out in (layer(Below(host), x), wanted(layer.gate.score, *layer.changes()))
+    )
+    for one, other in zip(found, want, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+    layer(Below(host), x).square().sum().backward()
+    assert all((p.grad is None) == (score < 0.1) for p in layer.changes())
 
 
 @every

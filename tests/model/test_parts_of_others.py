@@ -88,7 +88,7 @@ def test_kinds_of_changes_that_could_not_be_kept_or_trained_are_refused() -> Non
     class Odd(Change):
         role = "factor"
 
-    with pytest.raises(TapsError, match="Score.shapes: 'score' is a name that a layer has taken"):
+    with pytest.raises(TapsError, match="Score.shapes: 'score' is the name of another tensor"):
         Score(torch.nn.Linear(2, 2))
     with pytest.raises(TapsError, match="Odd.role: expected 'delta' or 'weight', got 'factor'"):
         register_change("odd")(Odd)
