@@ -50,6 +50,11 @@ class TrainConfig:
             (value + lr * tau * mean) / (1 + lr * tau): the step of the penalty tau / 2 * sum of squared distances,
             solved exactly, so that one lr serves every tau. 0 trains tasks apart, inf keeps them equal; they start
             equal.
+        bad_steps: a step whose loss or gradients are not finite changes nothing and is named in a warning; after more
+            than this many in a row (None: 3) the run stops. 0 stops at the first.
+        lr_warmup: epochs (a fraction will do) over which learning rates rise from zero, before the schedule's factor.
+        save_every: seconds between two states on disk, written at the ends of epochs, for runs that are killed.
+        num_workers: processes that read samples, for data that is not held in memory; 0 reads in this one.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
         select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
@@ -82,6 +87,10 @@ class TrainConfig:
     mix: str | None = None
     loss_weights: Mapping[str, float] | None = None
     hierarchy: float | None = None
+    bad_steps: int | None = None
+    lr_warmup: float | None = None
+    save_every: float = 60.0
+    num_workers: int = 0
     seed: int = 0
     val_fraction: float = 0.1
     select: str = "best"
@@ -99,9 +108,11 @@ class TrainConfig:
             ("warmup_epochs", 0),
             ("patience", 1),
             ("freeze_after", 1),
+            ("bad_steps", 0),
+            ("num_workers", 0),
         ):
             value = getattr(self, name)
-            if name in ("patience", "freeze_after", "eval_batch_size") and value is None:
+            if name in ("patience", "freeze_after", "eval_batch_size", "bad_steps") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}: expected an int >= {low}, got {value!r}")
@@ -118,6 +129,9 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected a number below 1, got {value!r}")
         for name in ("momentum", "weight_decay"):
             number(getattr(self, name), name, 0.0, 1.0)
+        number(self.save_every, "save_every", 0.0)
+        if self.lr_warmup is not None:
+            number(self.lr_warmup, "lr_warmup", 0.0)
         number(self.step_gamma, "step_gamma", 0.0, 1.0, open_low=True)
         number(self.val_fraction, "val_fraction", 0.0, 0.9)
         if self.budget is not None:
@@ -162,7 +176,12 @@ class TrainConfig:
         return max(0, min(self.epochs, max(after, self.warmup_epochs + 1)) - 1)
 
     def lr_scale(self, step: int, steps_per_epoch: int) -> float:
-        """The schedule's factor for optimizer step `step` (from 0); a pure function, so resuming needs no state."""
+        """The schedule's factor for optimizer step `step` (from 0), a warm-up's among it; a pure function, so resuming
+        needs no state."""
+        rising = (self.lr_warmup or 0.0) * steps_per_epoch
+        return self._scheduled(step, steps_per_epoch) * (1.0 if step + 1 >= rising else (step + 1) / rising)
+
+    def _scheduled(self, step: int, steps_per_epoch: int) -> float:
         if self.schedule == "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * step / (self.epochs * steps_per_epoch)))
         if self.schedule == "step":

@@ -17,11 +17,11 @@ class StepGuard:
 
     Args:
         held: tasks and families whose modules' statistics a forward may write, by what they are called.
-        most: how many bad steps in a row are left out before the run stops.
+        most: how many bad steps in a row are left out before the run stops; None: 3.
     """
 
-    def __init__(self, held: Mapping[str, Parts], most: int) -> None:
-        self.held, self.most, self.bad = held, most, 0
+    def __init__(self, held: Mapping[str, Parts], most: int | None) -> None:
+        self.held, self.most, self.bad = held, 3 if most is None else most, 0
         self.saved: list[tuple[Tensor, Tensor]] = []
 
     def before(self) -> None:

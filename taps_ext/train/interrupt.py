@@ -12,7 +12,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """On the main thread, the first Ctrl-C or termination asks to stop after this step; the second stops at once."""
+    """On the main thread, the first Ctrl-C, termination or hang-up asks to stop after this step; the second stops."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -20,7 +20,7 @@ class Stop:
     def __enter__(self) -> Stop:
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self.before[number] = signal.signal(number, self._ask)
         return self
 

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, TapsError
+from ..errors import ConfigError
 from ..model import TaskModel
 from ..model.state import Parts, TaskState
 from .average import Average
 from .checks import check_targets
 from .config import TrainConfig
+from .guard import StepGuard
 from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
@@ -102,6 +103,8 @@ class JointRun:
         self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
         self.optimizer = self._optimizer()
+        named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
+        self.guard = StepGuard(named, config.bad_steps)
         self.averages = (
             {k: Average(held, config.ema) for k, held in self.parts.items()} if config.ema is not None else {}
         )
@@ -163,8 +166,15 @@ class JointRun:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * config.lr_scale(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
+        self.guard.before()
+        losses = {name: self._gradients(name) for name in names}
         for name in names:
-            self._gradients(name)
+            self.progress.taken[name] = self.progress.taken.get(name, 0) + 1
+        if self._bad({name: loss for name, (loss, _) in losses.items()}):
+            return
+        for name, (loss, seen) in losses.items():
+            self.progress.losses[name] = self.progress.losses.get(name, 0.0) + loss * seen
+            self.progress.seen[name] = self.progress.seen.get(name, 0) + seen
         if len(names) > 1:
             for parameter in self.shared:
                 if parameter.grad is not None:
@@ -180,8 +190,22 @@ class JointRun:
         for average in self.averages.values():
             average.update()
 
-    def _gradients(self, name: str) -> None:
-        """Those of the mean loss over one batch of a task, and of its penalty."""
+    def _bad(self, losses: Mapping[str, float]) -> bool:
+        """True for a step that is not finite, which is undone. Raises TapsError where too many in a row were bad."""
+        progress = self.progress
+        wrong = next((name for name, loss in losses.items() if not math.isfinite(loss)), None)
+        problem = None if wrong is None else f"task {wrong!r}: the training loss is not finite"
+        if problem is None and (parameter := self.guard.bad_parameter()) is not None:
+            problem = f"the gradient of {parameter} is not finite, though the losses are"
+        if problem is None:
+            self.guard.good()
+            return False
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", parameters)
+        return True
+
+    def _gradients(self, name: str) -> tuple[float, int]:
+        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and the samples."""
         config, progress, task = self.config, self.progress, self.tasks[name]
         taken = progress.taken.get(name, 0)
         lap, batch = divmod(taken, self.sizes[name])
@@ -190,19 +214,12 @@ class JointRun:
         inputs, targets = next(self.streams[name])
         loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TapsError(
-                f"task {name!r}: the training loss of epoch {progress.epoch} is not finite; lower lr, or look for Inf "
-                "or NaN in the data"
-            )
         (loss * (config.loss_weights or {}).get(name, 1.0)).backward()
         if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
                 penalty.backward()
-        progress.taken[name] = taken + 1
-        progress.losses[name] = progress.losses.get(name, 0.0) + value * len(targets)
-        progress.seen[name] = progress.seen.get(name, 0) + len(targets)
+        return value, len(targets)
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, GateError, TapsError
+from ..errors import ConfigError
 from ..model import TaskModel
 from .average import Average
 from .budget import settle
 from .checks import check_targets
 from .config import TrainConfig
+from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
 from .state import load_run, restore, save_run, snapshot
@@ -76,6 +77,7 @@ class Run:
         self.loss = self._training_loss()
         self.outputs: int | None = getattr(self.state.head, "out_features", None)
         self.optimizer = self._optimizer()
+        self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
         learned = [gate.score for _, _, gate in self.state.learned() if gate.score is not None]
@@ -131,12 +133,14 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            try:
-                running += self._gradients(chunk)
-            except GateError as error:
-                if not math.isfinite(running.item()):  # the losses before have spoilt the scores
-                    raise self._not_finite() from error
-                raise
+            self.guard.before()
+            loss, seen = self._gradients(chunk)
+            if self._bad(loss, len(chunk)):
+                progress.batch += len(chunk)
+                progress.step += 1
+                continue
+            running += loss
+            progress.seen += seen
             if config.clip_norm is not None:
                 clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
                 torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
@@ -151,18 +155,31 @@ class Run:
             progress.step += 1
             log.step(progress.step)
         progress.loss = running.item()
-        if not math.isfinite(progress.loss):
-            raise self._not_finite()
         return True
 
-    def _not_finite(self) -> TapsError:
-        return TapsError(
-            f"task {self.name!r}: the training loss of epoch {self.progress.epoch} is not finite; lower lr, or look "
-            "for Inf or NaN in the data"
-        )
+    def _bad(self, loss: Tensor, batches: int) -> bool:
+        """True for a step that is not finite, which is undone.
 
-    def _gradients(self, chunk: list[tuple[Any, Any]]) -> Tensor:
-        """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses."""
+        Raises:
+            TapsError: too many in a row were bad.
+        """
+        progress, wrong = self.progress, None
+        if not math.isfinite(loss.item()):
+            wrong = "the training loss is not finite"
+        elif (parameter := self.guard.bad_parameter()) is not None:
+            wrong = f"the gradient of {parameter} is not finite, though the loss is"
+        if wrong is None:
+            self.guard.good()
+            return False
+        last = progress.batch + batches - 1
+        which = f"batch {progress.batch}" if batches == 1 else f"batches {progress.batch} to {last}"
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", parameters)
+        return True
+
+    def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, int]:
+        """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses, and how many
+        samples there were."""
         config, progress = self.config, self.progress
         samples = sum(len(targets) for _, targets in chunk)
         total = torch.zeros([], dtype=torch.float64, device=self.device)
@@ -174,8 +191,7 @@ class Run:
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
         if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
             sparsity.backward()
-        progress.seen += samples
-        return total
+        return total, samples
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
@@ -223,6 +223,21 @@ def identity(data: Any, argument: str) -> list[Any] | None:
     return [type(dataset).__name__, len(cast(Sized, dataset)), content]
 
 
+class _Seeded(Dataset[Any]):
+    """A dataset whose random numbers depend on the sample alone, whichever process reads it and when."""
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, index: int) -> Any:
+        with forked():
+            seed_host(hash((self.seed, index)) % 2**63)
+            return self.data[index]
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.data))
+
+
 class Batches:
     """Batches of a dataset in an order that depends on nothing but the seed and the epoch.
 
@@ -230,10 +245,11 @@ class Batches:
         data: map-style dataset; tensors held in memory are indexed a batch at a time.
         size: samples in a batch. A training epoch drops a last batch of a single sample, on which no batch
             statistic exists.
+        workers: processes that read samples of other datasets; 0 reads in this one.
     """
 
-    def __init__(self, data: Dataset[Any], size: int, seed: int, *, train: bool) -> None:
-        self.data, self.size, self.seed, self.train = data, size, seed, train
+    def __init__(self, data: Dataset[Any], size: int, seed: int, *, train: bool, workers: int = 0) -> None:
+        self.data, self.size, self.seed, self.train, self.workers = data, size, seed, train, workers
         self.memory = _in_memory(data)
         self.samples = len(cast(Sized, data))
 
@@ -248,9 +264,16 @@ class Batches:
             order = torch.randperm(self.samples, generator=generator)
         else:
             order = torch.arange(self.samples)
-        for index in order.split(self.size)[skip : len(self)]:
-            if self.memory is not None:
+        chosen = order.split(self.size)[skip : len(self)]
+        if self.memory is not None:
+            for index in chosen:
                 yield self.memory[0][index], self.memory[1][index]
-            else:
-                inputs, targets = default_collate([self.data[i] for i in index.tolist()])
-                yield inputs, targets
+            return
+        seeded = _Seeded(self.data, hash((self.seed, epoch, self.train)) % 2**63)
+        loader = DataLoader(
+            seeded,
+            batch_sampler=[index.tolist() for index in chosen],
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(0),  # else to begin draws a number of the run's
+        )
+        yield from loader

@@ -32,8 +32,8 @@ from .state import same_settings
 from .task import Batches, Task, as_dataset, identity, predictions, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
+_ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
 JOINT_STATE = "%joint.state"  # no task's file has such a name
-SAVE_EVERY = 60.0  # seconds between two saves at the ends of epochs, for runs that are killed
 
 
 @dataclass
@@ -172,9 +172,7 @@ class Trainer:
     def _settings(self, name: str, task: Task, mode: str = "incremental") -> dict[str, Any]:
         """What a run depends on, JSON-ready: a run goes on, or counts as done, only if all of it is the same."""
         state = self.model.state(name)
-        plain = {
-            key: value for key, value in self.config.to_dict().items() if key not in ("out", "device", "tensorboard")
-        }
+        plain = {key: value for key, value in self.config.to_dict().items() if key not in _ELSEWHERE}
         layers = {layer: [gate.learn, None if gate.learn else gate.known] for layer, _, gate in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
         splits = ("train", "val")
@@ -222,7 +220,7 @@ class Trainer:
         else:
             train, val = split_off(train, config.val_fraction, config.seed)
         self._check_penalty(name)
-        batches = Batches(train, config.batch_size, config.seed, train=True)
+        batches = Batches(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         return batches, lambda: self.evaluate(name, val, task=task)
@@ -359,7 +357,7 @@ class Trainer:
             if complete:
                 run.close_epoch(log)
             stopping = stop.asked and not run.done
-            if path is not None and (stopping or run.done or time.perf_counter() - saved > SAVE_EVERY):
+            if path is not None and (stopping or run.done or time.perf_counter() - saved > self.config.save_every):
                 run.save(path, settings, parent)
                 saved = time.perf_counter()
             if stopping:
@@ -386,9 +384,9 @@ class Trainer:
         if task is None:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
         totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
-        batches = Batches(
-            as_dataset(data, "data"), self.config.eval_batch_size or self.config.batch_size, 0, train=False
-        )
+        config = self.config
+        size, workers = config.eval_batch_size or config.batch_size, config.num_workers
+        batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
         amp = self.config.amp is not None
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device

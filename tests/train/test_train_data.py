@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from taps_ext import BypassedLayerError, ConfigError, TapsConfig, TapsError, TaskModel
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
+from taps_ext.train.run import Run
 
 
 class Items(Dataset):
@@ -89,8 +91,112 @@ def test_pairs_of_arrays_and_what_is_no_pair() -> None:
 def test_nan_in_the_data_is_not_blamed_on_a_gate() -> None:
     x, y = data(96)
     x[40] = torch.nan
-    with pytest.raises(TapsError, match="the training loss of epoch 0 is not finite; lower lr, or look for Inf or NaN"):
-        fit(build(), task={"train": (x, y), "val": data(16, 2)})
+    message = (
+        "task 't': epoch 0, batch [0-5]: the training loss is not finite; after 1 such steps in a row the run stops"
+    )
+    with pytest.raises(TapsError, match=message):
+        fit(build(), task={"train": (x, y), "val": data(16, 2)}, bad_steps=0)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(where, tmp_path) -> None:
+    """The run is the one whose data lacks that batch: weights, statistics, averages and optimizer."""
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.inf
+
+    calls = []
+
+    def loss(outputs, targets):
+        value = F.cross_entropy(outputs, targets)
+        calls.append(len(calls))
+        if len(calls) == 3:
+            return value * torch.nan if where == "loss" else Spoilt.apply(value)
+        return value
+
+    settings = {"epochs": 1, "ema": 0.9, "select": "last", "schedule": "constant", "val_fraction": 0.2}
+    model = build()
+    with pytest.warns(UserWarning, match="task 't': epoch 0, batch 2: .* is not finite.*; the step was left out"):
+        fit(model, task={"loss": loss, "val": data(16, 2)}, **settings)
+    want = build()
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        before = Run._bad
+
+        def bad(run, value, batches):
+            steps.append(run.progress.batch)
+            if run.progress.batch != 2:
+                return before(run, value, batches)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return before(run, value * torch.nan, batches)
+
+        patch.setattr(Run, "_bad", bad)
+        fit(want, task={"val": data(16, 2)}, **settings)
+    assert steps == list(range(6)) and equal(tensors(model), tensors(want))
+    assert all(bool(t.isfinite().all()) for t in tensors(model).values() if t.is_floating_point())
+
+
+def test_bad_steps_in_a_row_stop_the_run(tmp_path) -> None:
+    """With the last good state on disk."""
+    good = build()
+    fit(good, epochs=2, out=str(tmp_path / "good"))
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(outputs.requires_grad)
+        return F.cross_entropy(outputs, targets) * (torch.nan if sum(calls) > 6 else 1.0)
+
+    with (
+        pytest.raises(
+            TapsError, match="epoch 1, batch 3: the training loss is not finite; after 4 such steps in a row"
+        ),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        fit(build(), task={"loss": loss, "val": data(16, 2)}, epochs=3, out=str(tmp_path / "bad"), save_every=0.0)
+    assert (tmp_path / "bad" / "t.state").exists()
+
+
+def test_a_warm_up_of_the_learning_rate() -> None:
+    config = TrainConfig(epochs=4, lr_warmup=0.5, schedule="constant")
+    assert [config.lr_scale(step, 8) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert TrainConfig(epochs=4).lr_scale(0, 8) == 1.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_are_read_by_workers(workers) -> None:
+    """In the same order, with the same random numbers in the data set, whoever reads them."""
+
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self):
+            self.x, self.targets = data(48)[0], data(48)[1].tolist()
+
+        def __len__(self):
+            return 48
+
+        def __getitem__(self, index):
+            return self.x[index] + 0.1 * torch.randn(3, 8, 8), self.targets[index]
+
+    model = build()
+    fit(model, epochs=2, task={"train": Noisy(), "val": data(16, 2)}, num_workers=workers)
+    assert equal(tensors(model), _noisy(tensors(model)))
+
+
+_NOISY: dict[str, torch.Tensor] = {}
+
+
+def _noisy(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the first of the runs came to."""
+    if not _NOISY:
+        _NOISY.update(found)
+    return _NOISY
 
 
 @pytest.mark.parametrize(

@@ -193,10 +193,6 @@ def test_mistakes_are_found_before_the_first_step() -> None:
 
 def test_a_killed_run_leaves_a_state(tmp_path, monkeypatch) -> None:
     """States are saved at the ends of epochs now and then."""
-    import taps_ext.train.trainer as module
-
-    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
-
     calls = []
 
     def broken(outputs, targets):
