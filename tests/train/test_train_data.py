@@ -145,22 +145,17 @@ def test_a_step_that_is_not_finite_changes_nothing(where, tmp_path) -> None:
 
 def test_bad_steps_in_a_row_stop_the_run(tmp_path) -> None:
     """With the last good state on disk."""
-    good = build()
-    fit(good, epochs=2, out=str(tmp_path / "good"))
     calls = []
 
     def loss(outputs, targets):
         calls.append(outputs.requires_grad)
         return F.cross_entropy(outputs, targets) * (torch.nan if sum(calls) > 6 else 1.0)
 
-    with (
-        pytest.raises(
-            TapsError, match="epoch 1, batch 3: the training loss is not finite; after 4 such steps in a row"
-        ),
-        warnings.catch_warnings(),
-    ):
+    message = "epoch 1, batch 3: the training loss is not finite; after 4 such steps in a row"
+    task = {"loss": loss, "val": data(16, 2)}
+    with pytest.raises(TapsError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(build(), task={"loss": loss, "val": data(16, 2)}, epochs=3, out=str(tmp_path / "bad"), save_every=0.0)
+        fit(build(), task=task, epochs=3, out=str(tmp_path / "bad"), save_every=0.0)
     assert (tmp_path / "bad" / "t.state").exists()
 
 
