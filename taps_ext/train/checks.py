@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .task import Task, accuracy
+from .task import Task, accuracy, pair_of
 
 _IGNORED = -100  # what F.cross_entropy leaves out
 
 
-def check_sample(data: Any, argument: str) -> None:
-    """Raise ConfigError unless the first item of a dataset is a pair of an input tensor and a target."""
-    item = data[0]
-    if isinstance(item, Mapping):
-        raise ConfigError(f"{argument}: expected items (input, target), got dictionaries with keys {list(item)}")
+def check_sample(data: Any, argument: str, base: nn.Module) -> None:
+    """Raise ConfigError unless the first item of a dataset is a pair of an input (a tensor, or a dictionary of tensors)
+    and a target, and the base's forward takes the dictionary's keys."""
+    item = pair_of(data[0])
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
         raise ConfigError(f"{argument}: expected items (input, target), got {got}")
     inputs, target = item
-    if not isinstance(inputs, (Tensor, np.ndarray)):
-        kind = f"{type(inputs).__module__.split('.')[0]} {type(inputs).__name__}"
-        raise ConfigError(
-            f"{argument}: expected a tensor as the input of an item, got {kind}; give the dataset a transform"
-        )
+    for value in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
+        if not isinstance(value, (Tensor, np.ndarray)) and not (isinstance(inputs, Mapping) and _number(value)):
+            kind = f"{type(value).__module__.split('.')[0]} {type(value).__name__}"
+            raise ConfigError(
+                f"{argument}: expected a tensor as the input of an item, got {kind}; give the dataset a transform"
+            )
+    if isinstance(inputs, Mapping):
+        try:
+            inspect.signature(base.forward).bind(**inputs)
+        except TypeError as error:
+            raise ConfigError(
+                f"{argument}: expected inputs by the names that the base's forward takes, got {list(inputs)} ({error})"
+            ) from None
     if not isinstance(target, (Tensor, np.ndarray, np.generic, int, float)):
         raise ConfigError(f"{argument}: expected a number or tensor as the target of an item, got {target!r}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic))
 
 
 def check_targets(task: Task, targets: Tensor, classes: int | None, argument: str, outputs: Any = None) -> None:

@@ -26,7 +26,7 @@ from .log import Log
 from .mixing import schedule
 from .run import Evaluate, quality_of
 from .state import load_run, restore, save_run, snapshot
-from .task import Batch, Batches, Task, augmented, predictions
+from .task import Batch, Batches, Task, augmented, outputs_of
 
 
 def _gated(state: TaskState) -> list[nn.Parameter]:
@@ -224,7 +224,7 @@ class JointRun:
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp is not None):
-            outputs = predictions(self.model(torch.as_tensor(inputs).to(self.device), task=name))
+            outputs = outputs_of(self.model, inputs, name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
             check_targets(

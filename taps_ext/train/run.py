@@ -24,7 +24,7 @@ from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
 from .state import load_run, restore, save_run, snapshot
-from .task import Batches, Task, augmented, predictions
+from .task import Batches, Task, augmented, outputs_of
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -195,7 +195,7 @@ class Run:
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):
-            outputs = predictions(self.model(torch.as_tensor(inputs).to(self.device), task=self.name))
+            outputs = outputs_of(self.model, inputs, self.name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
             check_targets(self.task, targets, self.outputs, f"tasks[{self.name!r}].train", outputs)

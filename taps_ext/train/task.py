@@ -29,6 +29,27 @@ def predictions(outputs: Any) -> Any:
     return logits if isinstance(logits, Tensor) else outputs
 
 
+def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -> Any:
+    """What losses and metrics see of a task's forward on a batch: inputs in a mapping are the forward's keywords."""
+    if isinstance(inputs, Mapping):
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        return predictions(model(**moved, task=task))
+    return predictions(model(torch.as_tensor(inputs).to(device), task=task))
+
+
+LABELS = ("labels", "label", "target")  # under which a dictionary keeps its target
+
+
+def pair_of(item: Any) -> Any:
+    """(inputs, target) of an item or a batch: a dictionary's target is under one of :data:`LABELS`."""
+    if not isinstance(item, Mapping):
+        return item
+    found = [key for key in LABELS if key in item]
+    if len(found) != 1:
+        raise ConfigError(f"data: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
+    return {key: value for key, value in item.items() if key != found[0]}, item[found[0]]
+
+
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of targets that are the largest output, in [0, 1].
 
@@ -52,7 +73,9 @@ class Task:
     """What one task trains on.
 
     Attributes:
-        train: a map-style dataset of (input, target), or a pair of tensors `x [N, ...]`, `y [N, ...]`.
+        train: a map-style dataset of (input, target), or a pair of tensors `x [N, ...]`, `y [N, ...]`. An input may be
+            a dictionary of what the base's forward takes by keyword, with the target beside it, or in it under
+            "labels", "label" or "target", as data for transformers' models have it.
         val: like `train`; None holds out a part of `train`. Selection uses only this split.
         test: like `train`; evaluated once at the end, never used to choose anything.
         loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
@@ -276,4 +299,6 @@ class Batches:
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(0),  # else to begin draws a number of the run's
         )
-        yield from loader
+        for batch in loader:
+            inputs, targets = pair_of(batch)
+            yield inputs, targets

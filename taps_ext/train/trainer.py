@@ -29,7 +29,7 @@ from .joint import JointProgress, JointRun
 from .log import Log
 from .run import Evaluate, Progress, Run
 from .state import same_settings
-from .task import Batches, Task, as_dataset, identity, predictions, split_off, targets_of
+from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
@@ -371,7 +371,7 @@ class Trainer:
             if data is None:
                 continue
             dataset = as_dataset(data, argument)
-            check_sample(dataset, argument)
+            check_sample(dataset, argument, self.model.base)
             targets = targets_of(dataset)
             if targets is not None:
                 check_targets(task, targets, outputs, argument)
@@ -396,7 +396,7 @@ class Trainer:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
                     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                        outputs = predictions(self.model(torch.as_tensor(inputs).to(device), task=name))
+                        outputs = outputs_of(self.model, inputs, name, device)
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
                     targets = targets.to(device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,7 +18,7 @@ from test_trainer import build, data, equal, fit, tensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from taps_ext import BypassedLayerError, ConfigError, TapsConfig, TapsError, TaskModel
+from taps_ext import BypassedLayerError, ConfigError, FullConfig, TapsConfig, TapsError, TaskModel
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.run import Run
 
@@ -40,11 +42,11 @@ class Items(Dataset):
     [
         (
             lambda x, y: {"image": x, "label": y},
-            r"expected items \(input, target\), got dictionaries .*'image', 'label'",
+            r"expected inputs by the names that the base's forward takes, got \['image'\]",
         ),
         (lambda x, y: (x, y, y), r"expected items \(input, target\), got 3 values"),
         (lambda x, y: x, r"expected items \(input, target\), got Tensor"),
-        (lambda x, y: ({"pixels": x}, y), "expected a tensor as the input of an item, got builtins dict"),
+        (lambda x, y: ({"x": "cat"}, y), "expected a tensor as the input of an item, got builtins str"),
         (lambda x, y: (x, "cat"), "expected a number or tensor as the target of an item, got 'cat'"),
         (lambda x, y: (x, torch.tensor(y, dtype=torch.int32)), r"expected int64 labels \[B\], got torch.int32 \[16\]"),
         (lambda x, y: (x, torch.tensor([y])), r"expected int64 labels \[B\], got torch.int64 \[16, 1\]"),
@@ -339,3 +341,47 @@ def test_mistakes_of_the_first_minutes() -> None:
     with pytest.raises(TapsError, match="was unloaded"):
         model(data()[0], task="t")
     assert F.softmax(base(data()[0]), 1).shape[1] == settle(TinyNet()).fc.out_features
+
+
+class Words(nn.Module):
+    """A text model as transformers' are: inputs by keyword, logits in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        mask = attention_mask[..., None].float()
+        pooled = (self.embed(input_ids) * mask).sum(1) / mask.sum(1)
+        return SimpleNamespace(logits=self.classifier(torch.relu(self.hidden(pooled))))
+
+
+@pytest.mark.parametrize("form", ["labels inside", "pairs"])
+@pytest.mark.parametrize("mode", ["incremental", "joint"])
+def test_items_may_be_dictionaries(form, mode, tmp_path) -> None:
+    """Which letter comes more often: a text model trains, and stopped it goes on as if it had not been."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 16, (96, 6), generator=generator)
+    labels = (ids < 8).sum(1).gt(3).long()
+
+    class Texts(Dataset):
+        def __len__(self) -> int:
+            return 96
+
+        def __getitem__(self, index: int) -> Any:
+            item = {"input_ids": ids[index], "attention_mask": torch.ones(6, dtype=torch.int64)}
+            return {**item, "labels": labels[index]} if form == "labels inside" else (item, labels[index])
+
+    torch.manual_seed(0)
+    model = TaskModel(Words().eval(), FullConfig())
+    model.add_task("t", num_classes=2)
+    settings = TrainConfig(epochs=12, batch_size=16, lr=0.5, out=str(tmp_path), num_workers=0)
+    result = Trainer(model, {"t": Task(train=Texts(), val=Texts(), test=Texts())}, settings, quiet=True).fit(mode)["t"]
+    assert result.test["accuracy"] > 0.9
+
+
+def test_a_dictionary_without_a_target_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of \['labels', 'label', 'target'\] in a dictionary, got keys"):
+        fit(build(), task={"train": Items(lambda x, y: {"pixels": x}), "val": data(16, 2)})
