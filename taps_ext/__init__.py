@@ -17,12 +17,14 @@ from .methods import (
 from .model import Report, TaskModel
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Profile, estimate, profile
+from .study import Comparison, compare
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
 from .workspace import workspace_bytes
 
 __all__ = [
     "BypassedLayerError",
+    "Comparison",
     "ConfigError",
     "DepthwiseConfig",
     "FullConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "Trainer",
     "UnsupportedModuleError",
     "__version__",
+    "compare",
     "estimate",
     "gated_conv2d",
     "gated_linear",

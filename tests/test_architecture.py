@@ -18,6 +18,7 @@ ROOMS = [
     {"cli"},
     {"demo", "bench"},
     {"", "zoo"},
+    {"study"},
     {"profiling"},
     {"train"},
     {"plot", "data", "nn"},

@@ -16,11 +16,27 @@ from typing import Any, NoReturn
 
 from ..errors import TapsError, suggestion
 from ..version import __version__
-from . import bench, demo, env, estimate, evaluate, extract, inspect, merge, predict, profile, selftest, train, verify
+from . import (
+    bench,
+    compare,
+    demo,
+    env,
+    estimate,
+    evaluate,
+    extract,
+    inspect,
+    merge,
+    predict,
+    profile,
+    selftest,
+    train,
+    verify,
+)
 
 COMMANDS: dict[str, Any] = {
     "demo": demo,
     "train": train,
+    "compare": compare,
     "eval": evaluate,
     "predict": predict,
     "inspect": inspect,

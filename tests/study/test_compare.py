@@ -1,0 +1,164 @@
+"""Comparing methods: the same trials for each, nothing trained twice, and a sentence that follows from the rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from models import TinyNet, settle
+from torch import Tensor
+
+from taps_ext import Comparison, ConfigError, LoraConfig, ProbeConfig, SeparateLayersConfig, TapsConfig, compare
+from taps_ext.cli import main
+from taps_ext.study.compare import Row, interval, parse_methods, rates
+from taps_ext.train import Task, TrainConfig, Trainer
+
+
+def data(samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(samples) % 3
+    return torch.randn(samples, 3, 8, 8, generator=generator) + y[:, None, None, None], y
+
+
+def task() -> Task:
+    return Task(train=data(48, 0), val=data(24, 1), test=data(24, 2))
+
+
+def base() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return settle(TinyNet())
+
+
+CONFIG = TrainConfig(epochs=2, batch_size=16, lr=0.1, warmup_epochs=1)
+METHODS = {"probe": ProbeConfig(), "taps": TapsConfig(lam=0.1)}
+
+
+def row(method: str, test: float, size: int, *, task: str = "t", converged: bool = True) -> Row:
+    return Row(
+        method=method,
+        task=task,
+        lr=0.1,
+        tests=(test,),
+        test=test,
+        half=math.nan,
+        val=test,
+        parameters=size // 4,
+        trained=size // 4,
+        bytes=size,
+        share=0.0,
+        step=0.01,
+        peak=None,
+        converged=converged,
+    )
+
+
+def test_every_method_has_the_same_trials_and_what_is_there_is_not_trained_again(tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    model = base()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = compare(model, {"t": task()}, METHODS, CONFIG, seeds=2, trials=2, out=tmp_path, tell=told.append)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert [(r.method, r.task, len(r.tests)) for r in found.rows] == [("probe", "t", 2), ("taps", "t", 2)]
+    trained = [line for line in told if "done before" not in line]
+    assert sum(line.startswith("probe") for line in trained) == sum(line.startswith("taps") for line in trained) == 3
+    for r in found.rows:
+        file = next((tmp_path / r.method / "t" / f"lr-{r.lr:.4g}-seed-0").glob("*.taps"))
+        assert r.bytes == file.stat().st_size and r.lr in rates(0.1, 2) and r.peak > 0 and r.step > 0
+    stored = json.loads((tmp_path / "comparison.json").read_text())
+    assert stored == json.loads(json.dumps(found.to_dict()))
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "_run", never)
+    again = compare(base(), {"t": task()}, METHODS, CONFIG, seeds=2, trials=2, out=tmp_path)
+    assert [(r.tests, r.lr, r.bytes, r.val) for r in again.rows] == [
+        (r.tests, r.lr, r.bytes, r.val) for r in found.rows
+    ]
+
+
+def test_time_that_runs_out_is_told(tmp_path) -> None:
+    found = compare(base(), {"t": task()}, METHODS, CONFIG, seeds=1, trials=1, out=tmp_path, max_minutes=0.0)
+    assert not found.rows and found.missing == [("probe", "t"), ("taps", "t")]
+    assert "Cut by the time that was given: probe on t, taps on t." in found.table()
+    assert found.sentence.startswith("No method has converged")
+
+
+def test_the_sentence_follows_from_the_rows() -> None:
+    """The front of mean accuracy over mean bytes, of methods that converged on every task."""
+    rows = [
+        *(row(method, test, size, task=t) for t in "ab" for method, test, size in
+          (("probe", 0.5, 1000), ("worse", 0.4, 2000), ("lora", 0.8, 3000), ("full", 0.9, 9_000_000))),
+        row("late", 0.99, 500, task="a", converged=False),
+        row("late", 0.99, 500, task="b"),
+        row("half", 0.99, 400, task="a"),
+    ]  # fmt: skip
+    found = Comparison(rows, "accuracy")
+    assert [method for method, _, _ in found.front()] == ["probe", "lora", "full"]
+    assert found.sentence == (
+        "By mean accuracy on the test splits: probe from 1.0 kB a task (50.0 %); lora from 3.0 kB a task (80.0 %); "
+        "full from 9.00 MB a task (90.0 %). Not converged on every task, and left out: half, late."
+    )
+    assert found.table().count("\n|") == len(rows) + 1
+
+
+def test_intervals_and_rates() -> None:
+    """Of 1, 2, 3: mean 2, deviation 1, t(2) = 4.303."""
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert math.isnan(interval([1.0])[1])
+    assert rates(0.1, 1) == [0.1] and sorted(rates(0.1, 3)) == pytest.approx([0.1 / 10**0.5, 0.1, 0.1 * 10**0.5])
+    assert rates(0.1, 3)[0] == 0.1 and len(set(rates(0.1, 4))) == 4
+
+
+def test_methods_by_name() -> None:
+    found = parse_methods("probe,separate:bottom=.1,separate:top=2,lora:4,selective-lora:8:alpha=8,taps:lam=0.3")
+    assert found == {
+        "probe": ProbeConfig(),
+        "separate:bottom=.1": SeparateLayersConfig(fraction=0.1, side="bottom"),
+        "separate:top=2": SeparateLayersConfig(top=2),
+        "lora:4": LoraConfig(rank=4),
+        "selective-lora:8:alpha=8": LoraConfig(rank=8, alpha=8, selective=True, lam=0.5),
+        "taps:lam=0.3": TapsConfig(lam=0.3),
+    }
+    for text, message in {
+        "prob": "methods: prob: method: expected one of .* got 'prob' .did you mean 'probe'",
+        "lora:rnk=3": "methods: lora:rnk=3: lora: unknown key 'rnk' .did you mean 'rank'",
+        "lora:rank=": "methods: expected key=value, got 'rank='",
+        "probe,probe": "methods: expected different ones, got 'probe' twice",
+        "lora:rank=x": "methods: lora:rank=x: rank: expected an int >= 1, got 'x'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            parse_methods(text)
+
+
+def test_mistakes_are_told(tmp_path) -> None:
+    for settings, message in (
+        ({"seeds": 0}, "seeds: expected an int >= 1, got 0"),
+        ({"trials": True}, "trials: expected an int >= 1, got True"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare(base(), {"t": task()}, METHODS, CONFIG, out=tmp_path, **settings)
+    with pytest.raises(ConfigError, match=r"tasks\['t'\]: expected a Task with a test split"):
+        compare(base(), {"t": Task(train=data(8, 0))}, METHODS, CONFIG, out=tmp_path)
+    with pytest.raises(ConfigError, match="compare: expected tasks and methods, got none"):
+        compare(base(), {"t": task()}, {}, CONFIG, out=tmp_path)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the built-in sources need scikit-learn")
+    file = tmp_path / "parity.toml"
+    file.write_text(
+        '[base]\nmodel = "python:taps_ext.zoo.small_resnet"\nnum_classes = 10\nargs = { stem_stride = 4, blocks = 1 }\n'
+        "[data]\nsize = 16\nchannels = 1\n[train]\nepochs = 1\nbatch_size = 256\nwarmup_epochs = 0\n"
+        '[tasks.parity]\nsource = "digits:parity"\n'
+    )
+    command = ["compare", str(file), "--methods", "probe,lora:2", "--seeds", "1", "--trials", "1"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in found["rows"]] == ["probe", "lora:2"] and (tmp_path / "plot.png").exists()
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "| parity | lora:2 |" in capsys.readouterr().out
+    assert main([*command[:3], "prob", "--out", str(tmp_path / "out")]) == 2
