@@ -158,11 +158,12 @@ def test_a_step_of_one_task_leaves_the_statistics_of_another(statistics: str) ->
 
 def _lora(host: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A layer's output under LoRA with a random B, and A and B."""
-    model = TaskModel(nn.Sequential(host, nn.Flatten(), nn.LazyLinear(2)), LoraConfig(rank=3, alpha=6.0)).eval()
+    base = nn.Sequential(host, nn.Flatten(), nn.LazyLinear(2))
     found: list[Tensor] = []
     host.register_forward_hook(lambda module, args, output: found.append(output))
     with torch.no_grad():
-        model(x)
+        base(x)
+        model = TaskModel(base, LoraConfig(rank=3, alpha=6.0)).eval()
         model.add_task("t")
         change = model.state("t").table["0"].change
         change.up.normal_()
