@@ -6,6 +6,7 @@ from .full import FullConfig
 from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
 from .probe import ProbeConfig
+from .rcm import RcmConfig
 from .scale_bias import ScaleBiasConfig
 from .separate_layers import SeparateLayersConfig
 from .taps import TapsConfig
@@ -17,6 +18,7 @@ __all__ = [
     "LoraConfig",
     "MethodConfig",
     "ProbeConfig",
+    "RcmConfig",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
     "TapsConfig",

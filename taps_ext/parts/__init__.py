@@ -6,6 +6,7 @@ from .gate import Gate
 from .instead import Instead
 from .layer import Installed, Layer
 from .lowrank import LowRank
+from .modulator import Modulator
 from .own import Own
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
@@ -19,6 +20,7 @@ __all__ = [
     "Instead",
     "Layer",
     "LowRank",
+    "Modulator",
     "Own",
     "Part",
     "Rows",

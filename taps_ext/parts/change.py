@@ -7,7 +7,7 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -58,6 +58,13 @@ def bare() -> Iterator[None]:
         yield
     finally:
         _bare.reset(before)
+
+
+def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """For what makes W_t: products in it are as exact under autocast as without, so that W_t is rounded once."""
+    kind = weight.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casts else nullcontext()
 
 
 class Change(nn.Module):

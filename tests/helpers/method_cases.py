@@ -33,6 +33,7 @@ from taps_ext import (
     LoraConfig,
     MethodConfig,
     ProbeConfig,
+    RcmConfig,
     ScaleBiasConfig,
     SeparateLayersConfig,
     TapsConfig,
@@ -156,6 +157,11 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
     "lora": {
         "lora": LoraConfig(rank=2),
         "lora-selective": LoraConfig(rank=2, selective=True, lam=0.1, norm="task"),
+    },
+    "rcm": {
+        "rcm": RcmConfig(),
+        "rcm-all": RcmConfig(kernel_sizes="all", normalise=False),
+        "rcm-response": RcmConfig(start="response"),
     },
     "mix": {"mix": MixConfig(), "mix-learned": MixConfig(learn=True)},
     "curve": {"curve": CurveConfig()},
