@@ -3,6 +3,7 @@
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
 from .methods import (
+    BitFitConfig,
     DepthwiseConfig,
     FullConfig,
     JointTapsConfig,
@@ -23,6 +24,7 @@ from .version import __version__
 from .workspace import workspace_bytes
 
 __all__ = [
+    "BitFitConfig",
     "BypassedLayerError",
     "ConfigError",
     "DepthwiseConfig",

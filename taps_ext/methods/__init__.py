@@ -1,6 +1,7 @@
 """The methods: one file each, a config that makes the parts a task has over a base model."""
 
 from .base import MethodConfig, UnknownMethod, register_method, registered
+from .bitfit import BitFitConfig
 from .depthwise import DepthwiseConfig
 from .full import FullConfig
 from .joint_taps import JointTapsConfig
@@ -12,6 +13,7 @@ from .separate_layers import SeparateLayersConfig
 from .taps import TapsConfig
 
 __all__ = [
+    "BitFitConfig",
     "DepthwiseConfig",
     "FullConfig",
     "JointTapsConfig",

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import (
+    BitFitConfig,
     ConfigError,
     DepthwiseConfig,
     FullConfig,
@@ -158,6 +159,7 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "lora": LoraConfig(rank=2),
         "lora-selective": LoraConfig(rank=2, selective=True, lam=0.1, norm="task"),
     },
+    "bitfit": {"bitfit": BitFitConfig()},
     "rcm": {
         "rcm": RcmConfig(),
         "rcm-all": RcmConfig(kernel_sizes="all", normalise=False),
