@@ -13,6 +13,7 @@ from .methods import (
     RcmConfig,
     ScaleBiasConfig,
     SeparateLayersConfig,
+    SingularConfig,
     TapsConfig,
     register_method,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Report",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
+    "SingularConfig",
     "TapsConfig",
     "TapsError",
     "Task",

@@ -10,6 +10,7 @@ from .probe import ProbeConfig
 from .rcm import RcmConfig
 from .scale_bias import ScaleBiasConfig
 from .separate_layers import SeparateLayersConfig
+from .singular import SingularConfig
 from .taps import TapsConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RcmConfig",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
+    "SingularConfig",
     "TapsConfig",
     "UnknownMethod",
     "register_method",

@@ -10,6 +10,7 @@ from .modulator import Modulator
 from .own import Own
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
+from .singular import Singular
 
 __all__ = [
     "Below",
@@ -24,6 +25,7 @@ __all__ = [
     "Own",
     "Part",
     "Rows",
+    "Singular",
     "Whole",
     "change_kinds",
     "part_kinds",

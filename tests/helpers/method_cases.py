@@ -37,6 +37,7 @@ from taps_ext import (
     RcmConfig,
     ScaleBiasConfig,
     SeparateLayersConfig,
+    SingularConfig,
     TapsConfig,
     TaskModel,
     UnsupportedModuleError,
@@ -165,6 +166,7 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "rcm-all": RcmConfig(kernel_sizes="all", normalise=False),
         "rcm-response": RcmConfig(start="response"),
     },
+    "singular": {"singular": SingularConfig(), "singular-frozen": SingularConfig(norm="frozen")},
     "mix": {"mix": MixConfig(), "mix-learned": MixConfig(learn=True)},
     "curve": {"curve": CurveConfig()},
     "family": {
