@@ -8,6 +8,7 @@ from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
 from .probe import ProbeConfig
 from .rcm import RcmConfig
+from .residual_adapter import ResidualAdapterConfig
 from .scale_bias import ScaleBiasConfig
 from .separate_layers import SeparateLayersConfig
 from .singular import SingularConfig
@@ -22,6 +23,7 @@ __all__ = [
     "MethodConfig",
     "ProbeConfig",
     "RcmConfig",
+    "ResidualAdapterConfig",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
     "SingularConfig",

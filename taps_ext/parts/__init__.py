@@ -1,5 +1,6 @@
 """What a task puts over one module of the base: a `Part`, of which a `Layer` lets a `Change` in through a `Gate`."""
 
+from .adapter import ParallelAdapter, SeriesAdapter
 from .change import Change, change_kinds, register_change
 from .dense import Dense, Whole
 from .gate import Gate
@@ -23,8 +24,10 @@ __all__ = [
     "LowRank",
     "Modulator",
     "Own",
+    "ParallelAdapter",
     "Part",
     "Rows",
+    "SeriesAdapter",
     "Singular",
     "Whole",
     "change_kinds",

@@ -142,6 +142,10 @@ class Change(nn.Module):
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
 
+    def bias_over(self, bias: Tensor, gate: Gate) -> Tensor:
+        """The bias under it, where `bias` is that of the layer, differentiable as :meth:`weight_over`."""
+        return bias
+
     def unread(self, weight: Tensor, gate: Gate) -> Tensor:
         """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""
         return self.weight_over(weight, gate)
