@@ -3,14 +3,18 @@
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
 from .methods import (
+    BitFitConfig,
     DepthwiseConfig,
     FullConfig,
     JointTapsConfig,
     LoraConfig,
     MethodConfig,
     ProbeConfig,
+    RcmConfig,
+    ResidualAdapterConfig,
     ScaleBiasConfig,
     SeparateLayersConfig,
+    SingularConfig,
     TapsConfig,
     register_method,
 )
@@ -23,6 +27,7 @@ from .version import __version__
 from .workspace import workspace_bytes
 
 __all__ = [
+    "BitFitConfig",
     "BypassedLayerError",
     "Comparison",
     "ConfigError",
@@ -35,9 +40,12 @@ __all__ = [
     "MethodConfig",
     "ProbeConfig",
     "Profile",
+    "RcmConfig",
     "Report",
+    "ResidualAdapterConfig",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
+    "SingularConfig",
     "TapsConfig",
     "TapsError",
     "Task",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -41,16 +41,25 @@ class Scan:
     others: dict[str, nn.Module] = field(default_factory=dict)
     head: str | None = None
 
-    def own(self, modules: Mapping[str, nn.Module], *, buffers: bool = True) -> dict[str, Part]:
+    def own(
+        self, modules: Mapping[str, nn.Module], *, buffers: bool = True, only: Callable[[str], bool] | None = None
+    ) -> dict[str, Part]:
         """A task's own tensors for each of these modules; with `buffers` False their parameters alone.
+
+        Args:
+            only: which parameters, by their names in the module; modules that have none of them are left out.
 
         Raises:
             UnsupportedModuleError: a module whose tensors cannot be a task's own, naming it.
         """
         made: dict[str, Part] = {}
         for name, module in modules.items():
+            held = [key for key, parameter in module._parameters.items() if parameter is not None]
+            names = None if only is None else list(filter(only, held))
+            if names == []:
+                continue
             try:
-                made[name] = Own(module, buffers=buffers)
+                made[name] = Own(module, buffers=buffers, only=names)
             except UnsupportedModuleError as error:
                 raise UnsupportedModuleError(f"{name or 'the base'}: {error}") from None
         return made

@@ -46,7 +46,9 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
             with _named(name):
                 weight, bias = below.folded(), below.bias()
             own = weight.detach() if weight is base_weight(host) else refusing(weight)
-            found[name] = Installed(own, None if bias is base_bias(host) else bias)  # type: ignore[arg-type]
+            if bias is not None and not isinstance(bias, nn.Parameter):
+                bias = nn.Parameter(bias.detach(), requires_grad=False)
+            found[name] = Installed(own, None if bias is base_bias(host) else bias)
     return found
 
 

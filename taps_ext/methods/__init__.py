@@ -1,24 +1,32 @@
 """The methods: one file each, a config that makes the parts a task has over a base model."""
 
 from .base import MethodConfig, UnknownMethod, register_method, registered
+from .bitfit import BitFitConfig
 from .depthwise import DepthwiseConfig
 from .full import FullConfig
 from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
 from .probe import ProbeConfig
+from .rcm import RcmConfig
+from .residual_adapter import ResidualAdapterConfig
 from .scale_bias import ScaleBiasConfig
 from .separate_layers import SeparateLayersConfig
+from .singular import SingularConfig
 from .taps import TapsConfig
 
 __all__ = [
+    "BitFitConfig",
     "DepthwiseConfig",
     "FullConfig",
     "JointTapsConfig",
     "LoraConfig",
     "MethodConfig",
     "ProbeConfig",
+    "RcmConfig",
+    "ResidualAdapterConfig",
     "ScaleBiasConfig",
     "SeparateLayersConfig",
+    "SingularConfig",
     "TapsConfig",
     "UnknownMethod",
     "register_method",

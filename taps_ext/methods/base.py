@@ -90,6 +90,10 @@ class MethodConfig:
         learned gates."""
         return {}
 
+    def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
+        """Called once when a task is added, not when it is loaded: for values that depend on what its family holds by
+        now, and for warnings."""
+
     def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
         """What a task adds to its loss, a scalar; None for nothing. `parts` are the task's, `shared` its family's."""
         return None

@@ -273,6 +273,7 @@ class TaskModel(nn.Module):
         parts = dict(config.parts(found))
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
+        config.begin(found, parts, self._shared(family))
         trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
         if own is not None and path is not None:
             parts[path] = Instead(own, "head")

@@ -1,14 +1,17 @@
 """What a task puts over one module of the base: a `Part`, of which a `Layer` lets a `Change` in through a `Gate`."""
 
+from .adapter import ParallelAdapter, SeriesAdapter
 from .change import Change, change_kinds, register_change
 from .dense import Dense, Whole
 from .gate import Gate
 from .instead import Instead
 from .layer import Installed, Layer
 from .lowrank import LowRank
+from .modulator import Modulator
 from .own import Own
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
+from .singular import Singular
 
 __all__ = [
     "Below",
@@ -19,9 +22,13 @@ __all__ = [
     "Instead",
     "Layer",
     "LowRank",
+    "Modulator",
     "Own",
+    "ParallelAdapter",
     "Part",
     "Rows",
+    "SeriesAdapter",
+    "Singular",
     "Whole",
     "change_kinds",
     "part_kinds",

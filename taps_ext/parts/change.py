@@ -7,7 +7,7 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -66,6 +66,13 @@ def bare() -> Iterator[None]:
         yield
     finally:
         _bare.reset(before)
+
+
+def without_autocast(weight: Tensor) -> AbstractContextManager[Any]:
+    """For what makes W_t: products in it are as exact under autocast as without, so that W_t is rounded once."""
+    kind = weight.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if casts else nullcontext()
 
 
 class Change(nn.Module):
@@ -146,6 +153,10 @@ class Change(nn.Module):
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
+
+    def bias_over(self, bias: Tensor, gate: Gate) -> Tensor:
+        """The bias under it, where `bias` is that of the layer, differentiable as :meth:`weight_over`."""
+        return bias
 
     def unread(self, weight: Tensor, gate: Gate) -> Tensor:
         """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""

@@ -95,7 +95,7 @@ class Layer(Part):
     # -- the work
 
     def forward(self, below: Below, input: Tensor) -> Tensor:
-        return self.product(below, input, below.bias() if self.bias is None else self.bias)
+        return self.product(below, input, self.bias_over(below))
 
     def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
         change = self.change
@@ -109,7 +109,8 @@ class Layer(Part):
         return below.weight() if self.change is None else self.change.weight_over(below.weight(), self.gate)
 
     def bias_over(self, below: Below) -> Tensor | None:
-        return below.bias() if self.bias is None else self.bias
+        bias = below.bias() if self.bias is None else self.bias
+        return bias if bias is None or self.change is None else self.change.bias_over(bias, self.gate)
 
     def run_over(self, op: Op, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.change is None:
@@ -196,7 +197,8 @@ class Layer(Part):
         host = below.host
         folded = self.fold(below.folded())
         own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
-        return own if self.bias is None else {**own, bias_name(host): self.bias}
+        bias = self.bias_over(below)
+        return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}
 
     def fix(self, open: bool) -> None:
         """Turn a learned gate into a fixed one; the change keeps its values."""

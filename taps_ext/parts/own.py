@@ -9,8 +9,8 @@ be a cache of tensors are its own.
 from __future__ import annotations
 
 import copy
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections import ChainMap, Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -71,24 +71,33 @@ class Own(Part):
         host: the base module. Its tensors are copied in value; it is never changed.
         role: "norm" for a normalisation layer (affine parameters, running statistics), "other" for anything else; by
             default what the module is.
+        buffers: False leaves the buffers to the base, and a norm in evaluation mode.
+        only: the names of the parameters that are the task's, the others being the base's; None for all.
 
     Raises:
         UnsupportedModuleError: a traced module; complex parameters; role "norm" and no normalisation layer.
+        ValueError: a name in `only` of no parameter.
     """
 
-    def __init__(self, host: nn.Module, role: str | None = None, *, buffers: bool = True) -> None:
+    def __init__(
+        self, host: nn.Module, role: str | None = None, *, buffers: bool = True, only: Collection[str] | None = None
+    ) -> None:
         super().__init__()
         if isinstance(host, torch.fx.GraphModule):
             held = [*host._parameters, *host._buffers]
             raise UnsupportedModuleError(f"a traced module that holds {held}; adapt the model that it was traced from")
-        if any(p is not None and p.is_complex() for p in host._parameters.values()):
+        mine = {name: p for name, p in host._parameters.items() if only is None or name in only}
+        if only is not None and (unknown := sorted({*only} - {name for name, p in mine.items() if p is not None})):
+            raise ValueError(f"only: expected names of parameters, {unknown[0]!r} is none")
+        if any(p is not None and p.is_complex() for p in mine.values()):
             raise UnsupportedModuleError(
                 "holds complex parameters, which no task trains; to leave them frozen, name it in exclude_modules"
             )
         self.role = role or ("norm" if is_norm(host) else "other")
         if self.role == "norm" and not is_norm(host):
             raise UnsupportedModuleError(f"host: expected a normalisation layer, got {type(host).__name__}")
-        for name, parameter in host._parameters.items():
+        self.only = None if only is None else list(mine)
+        for name, parameter in mine.items():
             own = _copied(parameter)
             trainable = own is not None and own.is_floating_point()
             # Not through `register_parameter`, to which a name of a method of ours is taken.
@@ -106,8 +115,9 @@ class Own(Part):
         for key, value in self.host.__dict__.items():
             if key not in ROUTING:
                 clone.__dict__[key] = self._own(key, value, shared)
+        mine = self._parameters  # and the host's behind them as they are at any time
         clone.__dict__.update(
-            _parameters=self._parameters,
+            _parameters=mine if self.only is None else ChainMap(mine, self.host._parameters),
             _buffers=self._buffers if self.buffers_own else self.host._buffers,
             _non_persistent_buffers_set=(self if self.buffers_own else self.host)._non_persistent_buffers_set,
         )
@@ -207,17 +217,22 @@ class Own(Part):
         """Parameters and persistent buffers."""
         tensors = {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
         facts: dict[str, Any] = {"kind": self.kind, "role": self.role}
-        return Record(facts if self.buffers_own else {**facts, "buffers": False}, tensors)
+        facts |= {} if self.buffers_own else {"buffers": False}
+        return Record(facts if self.only is None else {**facts, "only": self.only}, tensors)
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Own:
-        record.only("role", "buffers")
+        record.only("role", "buffers", "only")
         role, buffers = record.fact("role", str), record.facts.get("buffers", True)
         if type(buffers) is not bool:
             raise record.refuse(f"buffers: expected true or false, got {buffers!r}")
         if role not in _ROLES or (role == "norm" and not is_norm(host)):
             raise record.refuse(f"role: expected {' or '.join(_ROLES)}, as the base's module is, got {role!r}")
-        part = cls(host, role, buffers=buffers)
+        only = None if "only" not in record.facts else record.fact("only", list)
+        try:
+            part = cls(host, role, buffers=buffers, only=only)
+        except (TypeError, ValueError) as error:
+            raise record.refuse(str(error)) from None
         own = part.state_dict(keep_vars=True)
         given_tensors = record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
         with torch.no_grad():
@@ -234,6 +249,8 @@ class Own(Part):
             return super().differs(other)
         if self.role != other.role:
             return f"role: expected {other.role!r}, got {self.role!r}"
+        if self.only != other.only:
+            return f"only: expected {other.only}, got {self.only}"
         return None if self.buffers_own == other.buffers_own else f"buffers: expected {other.buffers_own}"
 
     def lost(self) -> list[str]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import (
+    BitFitConfig,
     ConfigError,
     DepthwiseConfig,
     FullConfig,
@@ -36,8 +37,11 @@ from taps_ext import (
     LoraConfig,
     MethodConfig,
     ProbeConfig,
+    RcmConfig,
+    ResidualAdapterConfig,
     ScaleBiasConfig,
     SeparateLayersConfig,
+    SingularConfig,
     TapsConfig,
     TaskModel,
     UnsupportedModuleError,
@@ -176,6 +180,17 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "lora-selective": LoraConfig(rank=2, selective=True, lam=0.1, norm="task"),
     },
     "columns": {"columns": documented()},
+    "bitfit": {"bitfit": BitFitConfig()},
+    "rcm": {
+        "rcm": RcmConfig(),
+        "rcm-all": RcmConfig(kernel_sizes="all", normalise=False),
+        "rcm-response": RcmConfig(start="response"),
+    },
+    "residual-adapter": {
+        "adapter-parallel": ResidualAdapterConfig(),
+        "adapter-series": ResidualAdapterConfig(mode="series"),
+    },
+    "singular": {"singular": SingularConfig(), "singular-frozen": SingularConfig(norm="frozen")},
     "mix": {"mix": MixConfig(), "mix-learned": MixConfig(learn=True)},
     "curve": {"curve": CurveConfig()},
     "family": {
@@ -195,7 +210,7 @@ FAMILIES = [
 UNFOLDABLE = {"curve": {"conv": "hidden", "vit": "block.fc1"}}  # the first module that does not fold
 # Products that are computed beside the one below: merged they are rounded otherwise.
 BESIDE = {"lora", "lora-selective", "family-lowrank"}
-_DEPTHWISE = {"depthwise", "depthwise-frozen", "scale-bias-depthwise"}
+_NOT_IN_VIT = {"depthwise", "depthwise-frozen", "scale-bias-depthwise", "adapter-parallel"}
 
 # ------------------------------------------------------------------------------------ bases
 
@@ -265,18 +280,25 @@ def vit() -> nn.Module:
 
 
 def small() -> nn.Module:
-    """A depthwise convolution with its norm, a linear layer and a head."""
-    steps = {"depthwise": nn.Conv2d(3, 3, 3, groups=3), "norm": nn.BatchNorm2d(3), "pool": Mean()}
+    """A plain convolution, a depthwise one with its norm, a linear layer and a head."""
+    steps = {
+        "conv": nn.Conv2d(3, 3, 3),
+        "depthwise": nn.Conv2d(3, 3, 3, groups=3),
+        "norm": nn.BatchNorm2d(3),
+        "pool": Mean(),
+    }
     return Steps(OrderedDict(steps | {"hidden": nn.Linear(3, 3), "fc": nn.Linear(3, 5)}))
 
 
 def _rich(base: nn.Module) -> bool:
-    """A depthwise convolution and a norm, so that there is something to do for every method, and four layers beside the
-    head."""
+    """A depthwise convolution, a plain one larger than 1 x 1, a norm and a bias, so that there is something to do for
+    every method, and four layers beside the head."""
     found = [m for m in base.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.MultiheadAttention))]
     depthwise = [m for m in found if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
     norms = [m for m in base.modules() if "Norm" in type(m).__name__ and any(True for _ in m.parameters())]
-    return bool(depthwise and norms) and len(found) > 4
+    plain = [m for m in found if isinstance(m, nn.Conv2d) and m.groups == 1 and m.kernel_size != (1, 1)]
+    biases = [name for name, _ in base.named_parameters() if name.endswith("bias")]  # one is the head's
+    return bool(depthwise and plain and norms) and len(biases) > 1 and len(found) > 4
 
 
 @functools.cache
@@ -312,7 +334,7 @@ RUNS = [
     (base, case)
     for base in list(BASES)[:-1]  # the last is for what takes long
     for case in CASES
-    if not (base == "vit" and case in _DEPTHWISE) and not (base.startswith("random") and case in UNFOLDABLE)
+    if not (base == "vit" and case in _NOT_IN_VIT) and not (base.startswith("random") and case in UNFOLDABLE)
 ]
 
 
