@@ -23,8 +23,8 @@ class SeparateLayersConfig(MethodConfig):
     Attributes:
         bottom, top: how many layers from the input, or from the output.
         layers: globs of layer names.
-        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; the report
-            says the true share.
+        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; it can be
+            empty. The report counts the private weights, beside all of the base's parameters.
         side: "bottom" or "top", for `fraction`.
         norm: "with_layer" makes a normalisation private with the layer before it; "task" all of them; "frozen" none.
     """

@@ -35,6 +35,8 @@ def register_change(name: str) -> Callable[[_Kind], _Kind]:
     def register(cls: _Kind) -> _Kind:
         if name in _KINDS:
             raise TapsError(f"register_change: {name!r} is already {_KINDS[name].__name__}")
+        if cls.role not in ("delta", "weight"):
+            raise TapsError(f"register_change: role of {name!r}: expected 'delta' or 'weight', got {cls.role!r}")
         cls.kind, _KINDS[name] = name, cls
         return cls
 
@@ -86,6 +88,8 @@ class Change(nn.Module):
         weight = base_weight(host)
         self.owed = True
         self.names = tuple(self.shapes(weight))
+        for name in {"score", "bias"}.intersection(self.names):
+            raise TapsError(f"{self.kind}: no tensor of a change may be called {name!r}, which is the layer's own")
         for name in self.names:
             self.register_parameter(name, None)
         if held and not _bare.get():
