@@ -196,8 +196,8 @@ class Trainer:
         family = self.model.state(name).family
         if family is not None and not family.digest:
             raise ConfigError(
-                f"mode: task {name!r} trains the family {family.name!r} with others; expected fit('joint'), or "
-                "save_shared before, which freezes the family"
+                f"mode: task {name!r} trains the family {family.name!r} with others; expected 'joint', or save_shared "
+                "before, which freezes the family"
             )
         batches, evaluate = self._data(name, task)
         run = Run(self.model, name, task, config, batches, evaluate)
