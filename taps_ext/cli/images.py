@@ -68,9 +68,10 @@ def check_geometry(file: TaskFile, now: Mapping[str, Any]) -> None:
     """Raise ConfigError if images would be made otherwise than those that the task was trained on."""
     before = stored_geometry(file)
     if before is None:
+        how = f"normalised by {now['normalize']}" if now["normalize"] else "not normalised"
         say(
             f"{file.path} does not say how its images were made: taken are {now['channels']} channels, "
-            f"{now['height']} x {now['width']}, normalised by {now['normalize']}"
+            f"{now['height']} x {now['width']}, {how}"
         )
         return
     for key in ("channels", "height", "width", "normalize"):

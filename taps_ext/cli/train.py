@@ -23,7 +23,7 @@ a configuration:
   [data]
   size = 224                                 # normalize = "base" (default), "imagenet", "none" or [mean, std]
   [method]
-  method = "taps"                            # or full, probe
+  method = "taps"                            # or full, probe, lora, ...
   lam = 0.5
   [train]
   epochs = 30

@@ -69,7 +69,12 @@ def number(value: Any, argument: str, low: float, high: float = float("inf"), *,
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Base of all method settings: immutable, keyword-only, with an exact JSON round trip."""
+    """Base of all method settings: immutable, keyword-only, with an exact JSON round trip.
+
+    Attributes:
+        target_modules: globs of the layers that the method is given; None for all that can be gated.
+        exclude_modules: globs of layers and modules to leave to the base.
+    """
 
     method: ClassVar[str] = ""
 
@@ -151,6 +156,7 @@ class MethodConfig:
         method = settings.pop("method", None)
         if method not in _METHODS:
             hint = suggestion(str(method), _METHODS)
+            hint = hint or "; import the package that registers another"
             raise ConfigError(f"method: expected one of {sorted(_METHODS)}, got {method!r}{hint}")
         cls = _METHODS[method]
         fields = dataclasses.fields(cls)

@@ -25,8 +25,8 @@ class SeparateLayersConfig(MethodConfig):
     Attributes:
         bottom, top: how many layers from the input, or from the output.
         layers: globs of layer names.
-        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; the report
-            says the true share.
+        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; it can be
+            empty. The report counts the private weights, beside all of the base's parameters.
         side: "bottom" or "top", for `fraction`.
         joint: True shares the other layers' Deltas, biases and (with `norm="with_layer"`) norms among all tasks, as a
             family; train with `Trainer.fit(mode="joint")`.

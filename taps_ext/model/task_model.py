@@ -267,7 +267,10 @@ class TaskModel(nn.Module):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         path = self._head if head_module is None else head_path(self.base, head_module)
         if not config.own_head and (num_classes is not None or head is not None):
-            raise ConfigError(f"add_task: method {config.method!r} is set to run on the base's own head, got another")
+            raise ConfigError(
+                f"add_task: method {config.method!r} is set to run on the base's own head, got another; leave out "
+                "num_classes and head"
+            )
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
         parts = dict(config.parts(found))
@@ -672,7 +675,9 @@ class TaskModel(nn.Module):
         known = self.families.get(file.name)
         if known is not None:
             if known.digest != file.digest:
-                raise ConfigError(f"family: another family called {file.name!r} is there already; unload() it first")
+                raise ConfigError(
+                    f"family: another family called {file.name!r} is there already; load into another TaskModel"
+                )
             return known
         self._family_name(file.name)
         return self._built_family(file, allow_dtype_cast=allow_dtype_cast)

@@ -55,7 +55,8 @@ def check_parent(expected: str, got: str, *, path: Path) -> None:
         raise ParentMismatchError(
             path,
             f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; load the architecture "
-            "and weights that it was trained on, in that type (allow_dtype_cast=True where the base was cast since)",
+            "and weights that it was trained on, in that type (allow_dtype_cast=True where the base was cast since), "
+            "or, where tasks were trained together, put their shared file beside it (or name that in shared=)",
         )
 
 

@@ -240,6 +240,10 @@ def check_kind(expected: str | None, got: str, *, path: Path) -> None:
             ", which says where an unfinished training run stands: train on with the same settings and out, and the "
             "end of the run writes the task's file"
         )
+    elif (expected, got) == ("task", "shared"):
+        advice = ", which tasks build on: load one of their files, or this one with load_shared"
+    elif (expected, got) == ("shared", "task"):
+        advice = ": load it with load_task"
     raise KindError(path, f"taps.kind: expected a {expected} file, got a {got} file{advice}")
 
 
