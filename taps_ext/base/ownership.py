@@ -65,6 +65,8 @@ def check_base(base: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             where = name or "base"
             raise UnsupportedModuleError(f"{where}: expected a module of Python code, got a scripted one")
+        if getattr(type(module), "taps_drop_in", False):
+            raise ConfigError(f"base: {name} is a drop-in layer of its own; call taps_ext.nn.revert(model) first")
     clash = {"task", "tasks"} & set(inspect.signature(base.forward).parameters)
     if clash:
         raise ConfigError(f"base: its forward has an argument {sorted(clash)[0]!r}, which TaskModel needs")

@@ -13,6 +13,7 @@ Paths in the file are relative to it, paths in overrides to the working folder. 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ..methods import MethodConfig
     from ..train import TrainConfig
 
-SECTIONS = ("base", "data", "method", "train", "tasks")
+SECTIONS = ("imports", "base", "data", "method", "train", "tasks")
 BASE_KEYS = ("model", "weights", "num_classes", "head_module", "seed", "args")
 DATA_KEYS = ("size", "channels", "normalize", "seed")
 TASK_KEYS = ("source", "method", "num_classes")
@@ -245,7 +246,21 @@ def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[
         tree[section].update(values)
     for text in overrides:
         override(tree, text)
+    _import(tree.get("imports", []))
     return Config(tree, "run" if path is None else Path(path).stem)
+
+
+def _import(names: Any) -> None:
+    """Import the modules that register methods, kinds of changes or parts of the user's own."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"imports: expected a list of module names, got {names!r}")
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"imports: {name}: {error}; a module beside the configuration is found by its name"
+            ) from None
 
 
 def check_input(base: nn.Module, sample: Tensor, source: str) -> None:

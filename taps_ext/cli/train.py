@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # a head does not depend on the tasks before it
-            model.add_task(name, num_classes=classes, config=methods[name])
+            own = classes if methods[name].own_head else None  # else the base's own head is the task's
+            model.add_task(name, num_classes=own, config=methods[name])
         labels = [*source.classes, *(str(i) for i in range(source.num_classes, classes))]
         tasks[name] = Task(
             train=source.train,

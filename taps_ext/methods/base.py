@@ -88,7 +88,7 @@ class MethodConfig:
     def parts(self, base: Scan) -> dict[str, Part]:
         """One task's parts over the modules of a base, by name; its head comes from :meth:`TaskModel.add_task`. Every
         method defines it, and it is called when a file is loaded, too: to compare."""
-        raise NotImplementedError
+        raise TapsError(f"{type(self).__name__}: defines no parts, which every method must")
 
     def shared(self, base: Scan) -> dict[str, Part]:
         """The parts that all tasks of a family have together, below their own (`TaskModel.save_shared`). They have no

@@ -46,6 +46,10 @@ class LoraConfig(MethodConfig):
             raise ConfigError(f"selective: expected True or False, got {self.selective!r}")
         if self.lam and not self.selective:
             raise ConfigError(f"lam: expected 0 without selective=True, which it acts on, got {self.lam}")
+        for name in ("threshold", "score_init"):
+            if not self.selective and getattr(self, name) != getattr(type(self), name):
+                got = getattr(self, name)
+                raise ConfigError(f"{name}: expected none without selective=True, which it acts on, got {got}")
         one_of(self.norm, ("frozen", "task"), "norm")
 
     def parts(self, base: Scan) -> dict[str, Part]:

@@ -58,6 +58,8 @@ class SeparateLayersConfig(MethodConfig):
         if not isinstance(self.joint, bool):
             raise ConfigError(f"joint: expected True or False, got {self.joint!r}")
         one_of(self.side, ("bottom", "top"), "side")
+        if self.side != "bottom" and self.fraction is None:
+            raise ConfigError(f"side: expected none without fraction, which it is for, got {self.side!r}")
         one_of(self.norm, ("with_layer", "task", "frozen"), "norm")
 
     def private(self, base: Scan) -> list[str]:

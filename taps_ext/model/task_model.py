@@ -37,6 +37,20 @@ from .state import Family, Parts, TaskState, module_key
 _ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
 
 
+def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
+    """What a method made, if it is parts by name.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(parts, Mapping):
+        raise ConfigError(f"method {config.method!r}: parts: expected a dictionary, got {type(parts).__name__}")
+    for name, part in parts.items():
+        if not isinstance(part, Part):
+            raise ConfigError(f"method {config.method!r}: parts[{name!r}]: expected a Part, got {type(part).__name__}")
+    return dict(parts)
+
+
 class TaskModel(nn.Module):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
@@ -273,7 +287,7 @@ class TaskModel(nn.Module):
             )
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
         found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
-        parts = dict(config.parts(found))
+        parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
         config.begin(found, parts, self._shared(family))
@@ -284,6 +298,11 @@ class TaskModel(nn.Module):
         check_shared(self.base, trained)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
         self._install(name, state)
+        if not trained and own is None:
+            warnings.warn(
+                f"task {name!r}: method {config.method!r} finds nothing to train in this base, and there is no own head",
+                stacklevel=3,
+            )
 
     @staticmethod
     def _shared(family: Family | None) -> Mapping[str, Part]:
@@ -610,7 +629,7 @@ class TaskModel(nn.Module):
         Raises:
             ConfigError: the one of its name is built differently.
         """
-        parts = config.shared(found)
+        parts = _checked(config.shared(found), config)
         known = self.families.get(config.family)
         if not parts:
             return None
@@ -620,7 +639,10 @@ class TaskModel(nn.Module):
             known.table[n].differs(part) is None for n, part in parts.items()
         )
         if not same:
-            raise ConfigError(f"config: the family {config.family!r} has other shared parts; give it another family")
+            raise ConfigError(
+                f"config: the family {config.family!r} of the tasks before has other shared parts; a family's tasks "
+                "have the same settings of what they share, and others belong in a TaskModel of their own"
+            )
         return known
 
     def _family_name(self, name: str) -> str:

@@ -38,6 +38,8 @@ def convert(
     """
     if isinstance(patterns, str):
         raise ConfigError(f"patterns: expected a list of patterns, got {patterns!r}")
+    if not patterns:
+        raise ConfigError("patterns: expected at least one pattern, got none")
     if type(model) in _KINDS:
         raise ConfigError(
             f"model: expected a model with layers, got a {type(model).__name__}; call from_linear or from_conv2d"
@@ -74,6 +76,8 @@ def revert(model: nn.Module, *, merge: bool = True) -> list[str]:
         merge: True gives them `W_t`, a new tensor where the gate is open, bit-equal to what the drop-in layer
             multiplied with; False their own weights, as before :func:`convert`.
     """
+    if isinstance(model, TaskModel):
+        raise ConfigError("model: expected a converted model, got a TaskModel; merge_and_unload() is its way back")
     found = {name: module for name, module in model.named_modules() if isinstance(module, _TapsLayer)}
     for layer in found.values():
         _replace(model, layer, layer.to_stock(merge=merge))

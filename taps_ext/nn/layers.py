@@ -41,6 +41,7 @@ class _TapsLayer(nn.Module):
     bias: Any  # Tensor or None
     part: Layer
     _bound: tuple[object, Bound] | None = None  # `token.now` when it was made, and the binding
+    taps_drop_in = True
     _asked = False  # whether the host is to know the gate on a GPU
 
     def _add_part(self, threshold: float, score_init: float) -> None:

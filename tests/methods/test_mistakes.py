@@ -1,0 +1,155 @@
+"""What authors and users of methods are told when something is not as it should be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from models import TinyNet, settle
+from torch import nn
+
+from taps_ext import (
+    ConfigError,
+    LoraConfig,
+    MethodConfig,
+    ScaleBiasConfig,
+    SeparateLayersConfig,
+    TapsError,
+    TaskModel,
+)
+from taps_ext.cli import main
+from taps_ext.nn import convert, revert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(MethodConfig):
+    """A method of whatever it is given."""
+
+    method = "given"
+    made: object = None
+
+    def parts(self, base):
+        return self.made
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, "method 'given': parts: expected a dictionary, got NoneType"),
+        ([1], "method 'given': parts: expected a dictionary, got list"),
+        ({"hidden": 3}, r"method 'given': parts\['hidden'\]: expected a Part, got int"),
+        ({"hidden": nn.Linear(2, 2)}, r"method 'given': parts\['hidden'\]: expected a Part, got Linear"),
+    ],
+)
+def test_a_method_that_makes_no_parts(made, message) -> None:
+    model = TaskModel(settle(TinyNet()))
+    with pytest.raises(ConfigError, match=message):
+        model.add_task("t", num_classes=2, config=Given(made=made))
+    assert model.tasks == []
+
+
+def test_a_method_without_parts() -> None:
+    with pytest.raises(TapsError, match="MethodConfig: defines no parts, which every method must"):
+        TaskModel(settle(TinyNet())).add_task("t", config=MethodConfig())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraConfig(threshold=0.3), "threshold: expected none without selective=True"),
+        (lambda: LoraConfig(score_init=0.3), "score_init: expected none without selective=True"),
+        (lambda: LoraConfig(lam=0.3), "lam: expected 0 without selective=True"),
+        (lambda: SeparateLayersConfig(bottom=2, side="top"), "side: expected none without fraction"),
+        (lambda: SeparateLayersConfig(), "expected one of bottom, top, layers and fraction, got none"),
+        (lambda: SeparateLayersConfig(bottom=1, top=1), r"got \['bottom', 'top'\]"),
+        (lambda: SeparateLayersConfig(bottom=1, joint=1), "joint: expected True or False, got 1"),
+        (lambda: ScaleBiasConfig(simultaneous="no"), "simultaneous: expected True or False, got 'no'"),
+    ],
+)
+def test_settings_that_contradict_each_other(make, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_nothing_to_train_is_told() -> None:
+    bare = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    model = TaskModel(bare, ScaleBiasConfig(last_layer=False))
+    with pytest.warns(UserWarning, match="task 't': method 'scale-bias' finds nothing to train in this base"):
+        model.add_task("t")
+
+
+def test_a_converted_model_is_no_base() -> None:
+    model = settle(TinyNet())
+    convert(model, ["hidden"])
+    with pytest.raises(ConfigError, match=r"base: hidden is a drop-in layer of its own; call taps_ext.nn.revert"):
+        TaskModel(model)
+    revert(model)
+    TaskModel(model)
+    with pytest.raises(ConfigError, match="patterns: expected at least one pattern, got none"):
+        convert(settle(TinyNet()), [])
+    with pytest.raises(ConfigError, match="model: expected a converted model, got a TaskModel"):
+        revert(TaskModel(settle(TinyNet())))
+
+
+CONFIG = """{imports}
+[base]
+model = "python:taps_ext.zoo.small_resnet"
+num_classes = 10
+args = {{ stem_stride = 4, blocks = 1 }}
+[data]
+size = 16
+channels = 1
+[method]
+{method}
+[train]
+epochs = 1
+batch_size = 256
+warmup_epochs = 0
+out = "out"
+[tasks.plain]
+source = "digits:plain"
+"""
+
+MODULE = """
+import torch
+from dataclasses import dataclass
+from taps_ext import MethodConfig, register_method
+from taps_ext.parts import Change, Gate, Layer, register_change
+
+@register_change("doubling")
+class Doubling(Change):
+    def shapes(self, weight):
+        return {"log": (1,)}
+
+    def fold(self, weight):
+        return (weight.float() * torch.exp2(self.log)).to(weight.dtype)
+
+@register_method("doubling")
+@dataclass(frozen=True, kw_only=True)
+class DoublingConfig(MethodConfig):
+    def parts(self, base):
+        return {name: Layer(Gate(learn=False), Doubling(host)) for name, host in base.gated.items()}
+"""
+
+
+def test_a_method_of_ones_own_on_the_command_line(tmp_path, capsys) -> None:
+    pytest.importorskip("sklearn", reason="the built-in sources need scikit-learn")
+    (tmp_path / "doubling_method.py").write_text(MODULE)
+    file = tmp_path / "own.toml"
+    file.write_text(CONFIG.format(imports="", method='method = "doubling"'))
+    assert main(["train", str(file), "--quiet"]) == 2
+    assert "method: expected one of" in capsys.readouterr().err
+    file.write_text(CONFIG.format(imports='imports = ["doubling_method"]', method='method = "doubling"'))
+    assert main(["train", str(file), "--quiet", "--json"]) == 0
+    assert main(["eval", str(tmp_path / "out" / "plain.taps"), "--config", str(file), "--json"]) == 0
+    file.write_text(CONFIG.format(imports='imports = ["no_such_module"]', method='method = "doubling"'))
+    assert main(["train", str(file), "--quiet"]) == 2
+    assert "imports: no_such_module: No module named" in capsys.readouterr().err
+
+
+def test_the_bases_own_head_on_the_command_line(tmp_path) -> None:
+    pytest.importorskip("sklearn", reason="the built-in sources need scikit-learn")
+    file = tmp_path / "head.toml"
+    file.write_text(CONFIG.format(imports="", method='method = "scale-bias"\nlast_layer = false'))
+    assert main(["train", str(file), "--quiet", "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "out" / "plain.taps")]) == 0
