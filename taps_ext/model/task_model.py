@@ -300,7 +300,7 @@ class TaskModel(nn.Module):
         self._install(name, state)
         if not trained and own is None:
             warnings.warn(
-                f"task {name!r}: method {config.method!r} finds nothing to train in this base, and there is no own head",
+                f"task {name!r}: method {config.method!r} finds nothing to train in this base, and it has no head",
                 stacklevel=3,
             )
 
