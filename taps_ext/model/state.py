@@ -199,8 +199,8 @@ class Family(Parts):
         """Raise TapsError if it is not what its file holds any more."""
         if self._content() != self._held:
             raise TapsError(
-                f"{action}: the family {self.name!r} has changed since it was saved; call save_shared({self.name!r}, "
-                "path) again, and save all of its tasks after that"
+                f"{action}: the family {self.name!r} has changed, or was cast, since it was saved; call "
+                f"save_shared({self.name!r}, path) again, and save all of its tasks after that"
             )
 
 
@@ -484,7 +484,10 @@ class TaskState(Parts):
             unseen = unseen or (self.gates_mode == "host" and gate.known is not None and gate.known is not state[name])
         if unseen and not self.told:
             self._follow_late(learned, scores)
-        return [name for name, is_open in state.items() if is_open]
+        opened = [name for name, is_open in state.items() if is_open]
+        if self.gates_mode == "device":  # whose forwards see no gate open that was loaded closed
+            self.grow(opened)
+        return opened
 
     def _follow_late(self, learned: list[tuple[str, Part, Gate]], scores: list[float]) -> None:
         """What is told is what runs: take gates that no forward has seen, and say once where only values showed it."""

@@ -6,6 +6,7 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -53,6 +54,9 @@ def kind_of(facts: Any) -> type[Change] | None:
     name = facts.get("kind") if isinstance(facts, dict) else None
     return _KINDS.get(name) if isinstance(name, str) else None
 
+
+# What a file's change may take at most, beside the weight that it changes.
+_MOST_VALUES, _MOST_SHARE = 1 << 20, 16
 
 _bare: ContextVar[bool] = ContextVar("taps_ext_bare", default=False)
 
@@ -233,6 +237,9 @@ class Change(nn.Module):
         except (TypeError, ValueError) as error:
             raise record.refuse(f"change {kind.kind!r}: {error}") from None
         weight = base_weight(host)
+        values = sum(math.prod(shape) for shape in made.shapes(weight).values())
+        if values > max(_MOST_VALUES, _MOST_SHARE * weight.numel()):  # it may be made later, of no tensors in the file
+            raise record.refuse(f"change {kind.kind!r}: {values:,} values for a weight of {weight.numel():,}")
         if any(name in record.tensors for name in made.names):
             dtype = made.dtype_of(weight)
             given = record.take({name: (shape, dtype) for name, shape in made.shapes(weight).items()})

@@ -86,7 +86,8 @@ class Instead(Part):
         spec = record.fact("module", dict)
         kinds = {"in": int, "out": int, "bias": bool}
         linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())
-        if not linear and spec.get("type") != "custom":
+        known = {"type", *kinds} if linear else {"type", "class"}
+        if (not linear and spec.get("type") != "custom") or spec.keys() != known:
             raise record.refuse(f"head: expected a linear or custom head, got {spec!r}")
         if given is None and not linear:
             raise ConfigError(
