@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
-from method_cases import SETTINGS  # noqa: E402
+from method_cases import SETTINGS, documented_code  # noqa: E402
 
 from taps_ext.methods import registered  # noqa: E402
 
@@ -52,7 +52,7 @@ def source_of(name: str) -> str:
     method = registered()[name]
     if method.__module__.startswith("taps_ext."):
         return Path(inspect.getfile(method)).read_text()
-    return inspect.getsource(method)
+    return documented_code() if method.__module__ == "documented" else inspect.getsource(method)
 
 
 def method_of(rest: str) -> str | None:

@@ -142,10 +142,15 @@ class FamilyConfig(MethodConfig):
 # ------------------------------------------------------------------------------------ settings of every method
 
 
-def documented() -> MethodConfig:
-    """The method that docs/methods.md shows, run as it stands there, in a module of its own."""
+def documented_code() -> str:
+    """The method that docs/methods.md shows."""
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-    code = page.partition("```python\n")[2].partition("```")[0]
+    return page.partition("```python\n")[2].partition("```")[0]
+
+
+def documented() -> MethodConfig:
+    """That method, run as it stands on the page, in a module of its own."""
+    code = documented_code()
     module = ModuleType("documented")
     sys.modules["documented"] = module  # where dataclasses look up annotations
     exec(compile(code, "docs/methods.md", "exec"), module.__dict__)
