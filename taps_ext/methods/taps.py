@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..base.scan import Scan, match
 from ..errors import ConfigError, suggestion
 from ..parts import Dense, Gate, Layer, Part
 from ..parts.host import base_bias
-from ..parts.sampling import Sample, draw, sample_size
+from ..parts.sampling import Sample
 from .base import MethodConfig, number, one_of, register_method
 
 _OVERRIDES = ("threshold", "score_init", "learn", "open")
@@ -155,3 +156,13 @@ def gate_penalty(parts: Mapping[str, Part], lam: float, kind: str = "layer") -> 
         return None
     stacked = torch.stack(scores)
     return reference.sparsity_loss(stacked, stacked.new_tensor(penalty_weights(gates, kind)), float(lam))
+
+
+def sample_size(fraction: float, batch: int) -> int:
+    """ceil(fraction * batch), at least one."""
+    return max(1, math.ceil(fraction * batch - 1e-9))  # not 3 of 10 for 0.2 + 0.1 = 0.30000000000000004
+
+
+def draw(fraction: float, batch: int, device: torch.device) -> Sample:
+    """A sample of `ceil(fraction * batch)`, from torch's generator of the device: `torch.manual_seed` decides it."""
+    return Sample(batch, torch.randperm(batch, device=device)[: sample_size(fraction, batch)].sort().values, [])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..extension import C
 from ..ops.call import Settings
-from ..ops.conv2d import GatedConv2d, Geometry, two
-from ..ops.linear import GatedLinear
+from ..ops.conv2d import GatedConv2d, Geometry, gated_conv2d, two
+from ..ops.linear import GatedLinear, gated_linear
 from .gate import Gate
 from .sampling import Sample
 
@@ -87,7 +87,8 @@ def dense(host: nn.Module, gate: Gate, change: Any, bias_of: Any, general: Road)
     geometry = known[1]
     closed = gate.known is False
     settings = Settings(gate.known, gate.threshold, training=True)
-    name = "linear" if isinstance(host, nn.Linear) else "conv2d"
+    name: str = "linear" if isinstance(host, nn.Linear) else "conv2d"
+    operator: Road = gated_linear if geometry == () else gated_conv2d
     gated, behind = (GatedLinear.apply, (settings,)) if geometry == () else (GatedConv2d.apply, (geometry, settings))
 
     def opened(host: Any, input: Tensor, sample: Sample | None) -> Any:
@@ -98,7 +99,9 @@ def dense(host: nn.Module, gate: Gate, change: Any, bias_of: Any, general: Road)
         except KeyError:
             return general(host, input, sample)
         made = getattr(C, name)(input, weight, delta, score, bias, *geometry, True, False, True)
-        return general(host, input, sample) if made is None else made
+        if made is None:  # the plain function is not enough: the operator, with the tensors at hand
+            return operator(input, weight, delta, score, bias, *geometry, gate=True, threshold=gate.threshold)
+        return made
 
     def trained(host: Any, input: Tensor, sample: Sample | None) -> Any:
         held = host._parameters

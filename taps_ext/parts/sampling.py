@@ -24,16 +24,6 @@ class Sample(NamedTuple):
         return self.batch / len(self.rows)
 
 
-def sample_size(fraction: float, batch: int) -> int:
-    """ceil(fraction * batch), at least one."""
-    return max(1, math.ceil(fraction * batch - 1e-9))  # not 3 of 10 for 0.2 + 0.1 = 0.30000000000000004
-
-
-def draw(fraction: float, batch: int, device: torch.device) -> Sample:
-    """A sample of `ceil(fraction * batch)`, from torch's generator of the device: `torch.manual_seed` decides it."""
-    return Sample(batch, torch.randperm(batch, device=device)[: sample_size(fraction, batch)].sort().values, [])
-
-
 def batch_size(args: Any, kwargs: Any, dim: int) -> int | None:
     """The size of dimension `dim` of the first tensor among a forward's arguments that has it."""
     for leaf in tree_leaves((args, kwargs)):

@@ -24,6 +24,7 @@ from ..train.task import as_dataset, targets_of
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_Z95 = 1.96  # behind them the quantile's expansion in 1 / degrees of freedom, right to 0.02
 RISING = 0.005  # a first metric that rose by more than this in the last fifth of the epochs has not converged
 
 
@@ -34,7 +35,8 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     if len(found) < 2:
         return mean, math.nan
     spread = math.sqrt(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
-    quantile = _T95[len(found) - 2] if len(found) - 2 < len(_T95) else 1.96
+    degrees = len(found) - 1
+    quantile = _T95[degrees - 1] if degrees <= len(_T95) else _Z95 + (_Z95**3 + _Z95) / (4 * degrees)
     return mean, quantile * spread / math.sqrt(len(found))
 
 

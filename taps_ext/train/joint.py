@@ -24,7 +24,7 @@ from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
 from .mixing import schedule
-from .run import Evaluate, quality_of
+from .run import Evaluate, make_optimizer, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .task import Batch, Batches, Task, augmented, outputs_of
 
@@ -102,7 +102,7 @@ class JointRun:
             parameter.requires_grad_(False)
         self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
-        self.optimizer = self._optimizer()
+        self.optimizer = make_optimizer(model, list(tasks), config, "tasks")
         named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
         self.guard = StepGuard(named, config.bad_steps)
         self.averages = (
@@ -111,19 +111,6 @@ class JointRun:
         self.progress, self.best = JointProgress(), self._snapshot()
         self.sizes = {name: len(found) for name, found in batches.items()}
         self.streams: dict[str, Iterator[Batch]] = {}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups = self.model.parameter_groups(
-            list(self.tasks), lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
-        )
-        if not groups:
-            raise ConfigError("tasks: expected something to train, got neither gates, norms nor heads")
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, betas=config.betas)
-        return torch.optim.SGD(groups, momentum=config.momentum)
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Copies of all that is trained, by "<task or family>|<tensor>"."""

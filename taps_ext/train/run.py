@@ -29,6 +29,22 @@ from .task import Batches, Task, augmented, outputs_of
 Evaluate = Callable[[], dict[str, float]]
 
 
+def make_optimizer(model: TaskModel, names: list[str], config: TrainConfig, whose: str) -> torch.optim.Optimizer:
+    """The optimizer of these tasks and of what they share; each group keeps its rate as "base_lr".
+
+    Raises:
+        ConfigError: nothing to train, of `whose`.
+    """
+    groups = model.parameter_groups(names, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay)
+    if not groups:
+        raise ConfigError(f"{whose}: expected something to train, got neither gates, norms nor a head")
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas)
+    return torch.optim.SGD(groups, momentum=config.momentum)
+
+
 def quality_of(task: Task, metrics: Mapping[str, float]) -> float:
     """What selects: the task's first metric, or the loss, so that more is better; -inf for NaN."""
     key = next(iter(task.metrics), "loss")
@@ -76,7 +92,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.loss = self._training_loss()
         self.outputs: int | None = getattr(self.state.head, "out_features", None)
-        self.optimizer = self._optimizer()
+        self.optimizer = make_optimizer(model, [name], config, f"task {name!r}")
         self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -88,19 +104,6 @@ class Run:
         if not smoothing:
             return self.task.loss
         return lambda outputs, targets: F.cross_entropy(outputs, targets, label_smoothing=smoothing)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups = self.model.parameter_groups(
-            self.name, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay
-        )
-        if not groups:
-            raise ConfigError(f"task {self.name!r}: expected something to train, got neither gates, norms nor a head")
-        for group in groups:
-            group["base_lr"] = group["lr"]
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, betas=config.betas)
-        return torch.optim.SGD(groups, momentum=config.momentum)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import ConfigError, TapsConfig, TaskModel
-from taps_ext.parts.sampling import Sample, draw, rows_of
+from taps_ext.methods.taps import draw
+from taps_ext.parts.sampling import Sample, rows_of
 
 # --- drawing, and finding the samples in a layer's input --------------------------------------------
 
