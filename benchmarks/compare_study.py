@@ -204,9 +204,13 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         rcm.initialise(model, rcm.response_basis(model, some.split(64)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     started = time.perf_counter()
-    results = Trainer(model, {name: task for name, (task, _) in found.items()}, settings, quiet=True).fit(mode)
-    seconds = time.perf_counter() - started
-    record: dict[str, Any] = {**asdict(job), "seconds": round(seconds, 1)}
+    trainer = Trainer(model, {name: task for name, (task, _) in found.items()}, settings, quiet=True)
+    record: dict[str, Any] = asdict(job)
+    try:
+        results = trainer.fit(mode)
+    except taps_ext.TapsError as error:  # a rate at which losses are not finite
+        return {**record, "val": 0.0, "test": None, "failed": str(error)}
+    record["seconds"] = round(time.perf_counter() - started, 1)
     record |= {"peak_bytes": resident("VmHWM") - before_bytes, "trained": trained, **stored(model, list(found))}
     for key in ("val", "test"):
         values = [getattr(result, key).get("accuracy") for result in results.values()]
@@ -311,7 +315,7 @@ def run_all(folder: Path, results: Path, only: list[str], workers: int, max_minu
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 test = record["val"] if record["test"] is None else record["test"]
-                print(job.part, job.base, job.size, job.task, job.method, job.lr, job.seed, test, record["seconds"])
+                print(job.part, job.base, job.size, job.task, job.method, job.lr, job.seed, test, record.get("seconds"))
 
 
 def main() -> None:
