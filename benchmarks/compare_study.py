@@ -208,7 +208,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = asdict(job)
     try:
         results = trainer.fit(mode)
-    except taps_ext.TapsError as error:  # a rate at which losses are not finite
+    except taps_ext.DivergedError as error:
         return {**record, "val": 0.0, "test": None, "failed": str(error)}
     record["seconds"] = round(time.perf_counter() - started, 1)
     record |= {"peak_bytes": resident("VmHWM") - before_bytes, "trained": trained, **stored(model, list(found))}

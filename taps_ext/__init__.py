@@ -1,7 +1,15 @@
 """Task adaptive parameter sharing for PyTorch (TAPS, arXiv 2203.16708)."""
 
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
-from .errors import BypassedLayerError, ConfigError, GateError, TapsError, TaskFileError, UnsupportedModuleError
+from .errors import (
+    BypassedLayerError,
+    ConfigError,
+    DivergedError,
+    GateError,
+    TapsError,
+    TaskFileError,
+    UnsupportedModuleError,
+)
 from .methods import (
     BitFitConfig,
     DepthwiseConfig,
@@ -32,6 +40,7 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "DepthwiseConfig",
+    "DivergedError",
     "FullConfig",
     "GateError",
     "JointTapsConfig",

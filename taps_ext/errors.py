@@ -34,6 +34,10 @@ class GateError(TapsError, RuntimeError):
     """A score or a closed delta holds a value that no gate can be read from."""
 
 
+class DivergedError(TapsError, ArithmeticError):
+    """Training stopped at losses or gradients that are not finite."""
+
+
 class SourceError(TapsError, ValueError):
     """A spec, a file or an array that cannot become a data source; the message is one line."""
 

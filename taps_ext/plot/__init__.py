@@ -3,6 +3,6 @@
 from .curves import curves, gates
 from .heatmap import heatmap
 from .profile import profile_picture
-from .tradeoff import tradeoff
+from .tradeoff import Point, tradeoff
 
-__all__ = ["curves", "gates", "heatmap", "profile_picture", "tradeoff"]
+__all__ = ["Point", "curves", "gates", "heatmap", "profile_picture", "tradeoff"]

@@ -1,35 +1,77 @@
-"""What accuracy costs: points of several methods over the parameters that each adds for a task."""
+"""Accuracy against size: methods as points, and the front that no smaller one beats."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from .canvas import new_figure
 
 
+class Point(NamedTuple):
+    """A method: the size of what it adds, what it reaches, the half-width of that (nan: unknown).
+
+    One that has not `converged` is drawn hollow and is on no front.
+    """
+
+    method: str
+    size: float
+    value: float
+    half: float = math.nan
+    converged: bool = True
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other one beats with a size as small, the smallest first."""
+    found: list[Point] = []
+    for point in sorted((p for p in points if p.converged), key=lambda p: (p.size, -p.value)):
+        if not found or point.value > found[-1].value:
+            found.append(point)
+    return found
+
+
 def tradeoff(
     path: str | PathLike[str],
-    points: Mapping[str, Sequence[tuple[float, float]]],
+    panels: Mapping[str, Sequence[Point]],
     *,
-    x: str = "parameters of the task, % of the base",
+    x: str = "bytes of a task's file",
     y: str = "test accuracy, %",
-    title: str = "Accuracy against parameters",
 ) -> None:
-    """Draw method -> its (size, accuracy) points, joined in order of size, into a PNG.
+    """Draw a panel for each title: its points over a logarithmic size, and their front as steps.
 
     Raises:
-        ConfigError: matplotlib is not installed, or there is no point to draw.
+        ConfigError: matplotlib is not installed, there is no point to draw, or one has no size above 0.
     """
-    if not any(points.values()):
-        raise ConfigError("points: expected at least one point to draw, got none")
-    figure = new_figure(6.0, 4.2)
-    axes = figure.add_subplot()
-    for method, found in points.items():
-        ordered = sorted(found)
-        axes.plot([size for size, _ in ordered], [accuracy for _, accuracy in ordered], marker="o", label=method)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    drawn = {title: points for title, points in panels.items() if points}
+    if not drawn:
+        raise ConfigError("panels: expected at least one point to draw, got none")
+    for points in drawn.values():
+        for point in points:
+            if not point.size > 0:
+                raise ConfigError(f"panels: expected sizes above 0, got {point.size} of {point.method!r}")
+    figure = new_figure(1.5 + 4.6 * len(drawn), 4.4)
+    columns = figure.subplots(1, len(drawn), squeeze=False)[0]
+    for axes, (title, points) in zip(columns, drawn.items(), strict=True):
+        _panel(axes, points)
+        axes.set(title=title, xlabel=x)
+    columns[0].set_ylabel(y)
     figure.savefig(path, dpi=130)
+
+
+def _panel(axes: Any, points: Sequence[Point]) -> None:
+    best = front(points)
+    axes.set_xscale("log")
+    axes.step([p.size for p in best], [p.value for p in best], where="post", color="0.6", lw=1.2, zorder=1)
+    for index, point in enumerate(points):
+        color = f"C{index % 10}"
+        half = None if math.isnan(point.half) else point.half
+        fill = color if point.converged else "white"
+        axes.errorbar(point.size, point.value, yerr=half, fmt="o", color=color, mfc=fill, capsize=3, zorder=2)
+        axes.annotate(
+            point.method, (point.size, point.value), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color
+        )
+    axes.margins(x=0.18)
+    axes.grid(alpha=0.3)

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergedError
 from ..methods import MethodConfig
 from ..model import TaskModel
+from ..plot.tradeoff import Point, front
 from ..profiling import estimate
 from ..train import Result, Task, TrainConfig, Trainer
 from ..train.task import as_dataset, targets_of
@@ -25,6 +26,7 @@ from ..train.task import as_dataset, targets_of
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _Z95 = 1.96  # behind them the quantile's expansion in 1 / degrees of freedom, right to 0.02
+Tell = Callable[[int, int, str], None]
 RISING = 0.005  # a first metric that rose by more than this in the last fifth of the epochs has not converged
 
 
@@ -51,7 +53,8 @@ class Row:
         parameters: values that the task adds. trained: those with a gradient. bytes: of its file.
         share: of the gated weights that are open. step: seconds of a step. peak: predicted bytes of a training step, or
             None where that cannot be predicted.
-        converged: False where the validation metric still rose in the last fifth of the epochs.
+        converged: False where the validation metric still rose by more than :data:`RISING` in the last fifth of the
+            epochs, by the mean over the seeds, or where a seed's run diverged.
     """
 
     method: str
@@ -75,48 +78,51 @@ class Comparison:
     """What :func:`compare` found.
 
     Attributes:
-        rows: one for each method and task. missing: runs that `max_minutes` cut, by method and task.
+        rows: one for each method and task. missing: what `max_minutes` cut, by method and task. diverged: those that
+            came to losses that are not finite at every rate.
     """
 
     rows: list[Row]
     metric: str
     missing: list[tuple[str, str]] = field(default_factory=list)
+    diverged: list[tuple[str, str]] = field(default_factory=list)
 
-    def means(self) -> list[tuple[str, float, float]]:
-        """(method, mean file bytes, mean test metric) over the tasks, for methods that converged on all of them, the
-        smallest files first."""
-        tasks = {row.task for row in self.rows}
+    def points(self) -> list[Point]:
+        """Every method that was trained on all tasks: mean file bytes, mean test metric in per cent with the half-width
+        of its 95 % interval over the seeds, and whether it converged on every task."""
+        tasks = list(dict.fromkeys(row.task for row in self.rows))
         found = []
         for method in dict.fromkeys(row.method for row in self.rows):
             rows = [row for row in self.rows if row.method == method]
-            if {row.task for row in rows} == tasks and all(row.converged for row in rows):
-                count = len(rows)
-                found.append((method, sum(r.bytes for r in rows) / count, sum(r.test for r in rows) / count))
-        return sorted(found, key=lambda entry: (entry[1], -entry[2]))
+            if len(rows) < len(tasks):
+                continue
+            size = sum(row.bytes for row in rows) / len(rows)
+            seeds = list(zip(*(row.tests for row in rows), strict=False))  # of each seed that all tasks have
+            mean, half = interval(100 * sum(tests) / len(tests) for tests in seeds)
+            found.append(Point(method, size, mean, half, all(row.converged for row in rows)))
+        return found
 
-    def front(self) -> list[tuple[str, float, float]]:
-        """Those of :meth:`means` that no other method beats with files as small."""
-        front: list[tuple[str, float, float]] = []
-        for entry in self.means():
-            if not front or entry[2] > front[-1][2]:
-                front.append(entry)
-        return front
+    def front(self) -> list[Point]:
+        """Those of :meth:`points` that converged and that no other one beats with files as small."""
+        return front(self.points())
 
     @property
     def sentence(self) -> str:
         """Which method for which budget."""
-        front = self.front()
-        if not front:
+        best = self.front()
+        if not best:
             return "No method has converged on every task: train for more epochs."
-        parts = [f"{method} from {_size(size)} a task ({100 * score:.1f} %)" for method, size, score in front]
-        left = sorted({row.method for row in self.rows} - {method for method, _, _ in self.means()})
+        parts = [f"{point.method} from {_size(point.size)} a task ({point.value:.1f} %)" for point in best]
+        complete = {point.method for point in self.points() if point.converged}
+        left = sorted({row.method for row in self.rows} - complete)
         note = f" Not converged on every task, and left out: {', '.join(left)}." if left else ""
         return f"By mean {self.metric} on the test splits: {'; '.join(parts)}.{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: rows, what is missing, the sentence."""
         rows = [{k: None if v != v else v for k, v in asdict(row).items()} for row in self.rows]
-        return {"metric": self.metric, "rows": rows, "missing": self.missing, "sentence": self.sentence}
+        left = {"missing": self.missing, "diverged": self.diverged}
+        return {"metric": self.metric, "rows": rows, **left, "sentence": self.sentence}
 
     def table(self) -> str:
         """A table in markdown, and the sentence."""
@@ -127,11 +133,17 @@ class Comparison:
             peak = "" if row.peak is None else _size(row.peak)
             score = f"{100 * row.test:.1f}{half} %{'' if row.converged else ' (not converged)'}"
             lines.append(
-                f"| {row.task} | {row.method} | {row.lr:.3g} | {score} | {row.parameters:,} | "
+                f"| {row.task} | {row.method} | {row.lr:.3g} | {score} | {row.parameters:,} | {_size(row.bytes)} | "
                 f"{100 * row.share:.0f} % | {1e3 * row.step:.0f} ms | {peak} |"
             )
-        cut = [f"Cut by the time that was given: {', '.join(f'{m} on {t}' for m, t in self.missing)}."]
-        return "\n".join([*lines, "", self.sentence, *(cut if self.missing else [])])
+        lines += ["", self.sentence]
+        for what, pairs in (
+            ("Cut by the time that was given", self.missing),
+            ("Diverged at every rate", self.diverged),
+        ):
+            if pairs:
+                lines.append(f"{what}: {', '.join(f'{method} on {task}' for method, task in pairs)}.")
+        return "\n".join(lines)
 
 
 def _size(count: float) -> str:
@@ -161,7 +173,7 @@ def compare(
     trials: int = 3,
     out: str | Path,
     max_minutes: float | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> Comparison:
     """Train every task by every method, and say which method does for which budget.
 
@@ -175,7 +187,7 @@ def compare(
         seeds: runs for each method and task. trials: learning rates.
         out: a folder for all runs; what is there already is not trained again.
         max_minutes: no run is begun after this time; what is missing is named.
-        tell: is told about each run.
+        tell: is told about each run before it begins: how many are done, of how many, and which it is.
 
     Raises:
         ConfigError: bad counts; a task without test split, labels or integer targets.
@@ -188,16 +200,18 @@ def compare(
         raise ConfigError("compare: expected tasks and methods, got none")
     classes = {name: _classes(name, task) for name, task in tasks.items()}
     metric = next(iter(next(iter(tasks.values())).metrics), "loss")
-    grid = _Grid(base, tasks, classes, methods, config, Path(out), max_minutes, tell or (lambda line: None))
-    rows, missing = [], []
-    for task in tasks:
-        for method in methods:
-            row = grid.row(method, task, rates(config.lr, trials), seeds)
-            if row is None:
-                missing.append((method, task))
-            else:
-                rows.append(row)
-    found = Comparison(rows, metric, missing)
+    grid = _Grid(
+        base, tasks, classes, methods, config, Path(out), max_minutes, tell or (lambda done, total, line: None)
+    )
+    grid.total = len(tasks) * len(methods) * (trials + seeds - 1)
+    found = Comparison([], metric)
+    for index, (task, method) in enumerate((task, method) for task in tasks for method in methods):
+        grid.done = index * (trials + seeds - 1)
+        row = grid.row(method, task, rates(config.lr, trials), seeds)
+        if isinstance(row, Row):
+            found.rows.append(row)
+        else:
+            (found.missing if row == "missing" else found.diverged).append((method, task))
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "comparison.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return found
@@ -226,24 +240,28 @@ class _Grid:
         config: TrainConfig,
         out: Path,
         max_minutes: float | None,
-        tell: Callable[[str], None],
+        tell: Tell,
     ) -> None:
         self.base, self.tasks, self.classes, self.methods = base, tasks, classes, methods
         self.config, self.out, self.tell = config, out, tell
         self.until = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self.facts: dict[_Run, dict[str, Any]] = {}
+        self.total = self.done = 0
 
-    def row(self, method: str, task: str, lrs: list[float], seeds: int) -> Row | None:
-        """None where time ran out first."""
-        tried = [(lr, self.train(_Run(method, task, lr, 0), test=False)) for lr in lrs]
-        if any(result is None for _, result in tried):
-            return None
+    def row(self, method: str, task: str, lrs: list[float], seeds: int) -> Row | str:
+        """A row, or why there is none: "missing" where time ran out first, "diverged" where every rate did."""
         known = self.tasks[task]
-        lr = max(tried, key=lambda pair: _quality(known, pair[1]))[0]
+        tried = [(lr, self.train(_Run(method, task, lr, 0), test=False)) for lr in lrs]
+        if any(result == "missing" for _, result in tried):
+            return "missing"
+        good = [(lr, result) for lr, result in tried if isinstance(result, Result)]
+        if not good:
+            return "diverged"
+        lr = max(good, key=lambda pair: _quality(known, pair[1].val))[0]
         results = [self.train(_Run(method, task, lr, seed), test=True) for seed in range(seeds)]
-        done = [result for result in results if result is not None]
+        done = [result for result in results if isinstance(result, Result)]
         if not done:
-            return None
+            return "missing"
         key, facts = next(iter(known.metrics), "loss"), self.facts[_Run(method, task, lr, 0)]
         mean, half = interval(result.test[key] for result in done)
         return Row(
@@ -255,17 +273,23 @@ class _Grid:
             half=half,
             val=sum(result.val[key] for result in done) / len(done),
             share=sum(result.share for result in done) / len(done),
-            converged=all(_converged(known, result) for result in done),
+            converged="diverged" not in results and sum(_rise(known, r) for r in done) / len(done) <= RISING,
             **facts,
         )
 
-    def train(self, run: _Run, *, test: bool) -> Result | None:
-        """One run, or what it came to before."""
+    def train(self, run: _Run, *, test: bool) -> Result | str:
+        """One run, or what it came to before: a result, "diverged", or "missing" where there is no time for it."""
         folder = self.out / quote(run.method, safe="") / quote(run.task, safe="") / f"lr-{run.lr:.4g}-seed-{run.seed}"
-        finished = any(folder.glob("*.result.json")) if folder.exists() else False
+        diverged = folder / "diverged.txt"
+        finished = diverged.exists() or (folder.exists() and any(folder.glob("*.result.json")))
         if not finished and self.until is not None and time.monotonic() > self.until:
-            return None
-        self.tell(f"{run.method} on {run.task}, lr {run.lr:.3g}, seed {run.seed}{' (done before)' if finished else ''}")
+            return "missing"
+        if test is False or run.seed:  # the first seed of the chosen rate is a trial's run again
+            line = f"{run.method} on {run.task}, lr {run.lr:.3g}, seed {run.seed}"
+            self.tell(self.done, self.total, f"{line}{' (done before)' if finished else ''}")
+            self.done += 1
+        if diverged.exists():
+            return "diverged"
         config = replace(self.config, lr=run.lr, seed=run.seed, out=str(folder))
         task = self.tasks[run.task]
         with _model(self.base, self.methods[run.method]) as model:
@@ -273,7 +297,12 @@ class _Grid:
                 torch.manual_seed(run.seed)
                 model.add_task(run.task, num_classes=self.classes[run.task])
             trainer = Trainer(model, {run.task: task if test else replace(task, test=None)}, config, quiet=True)
-            result = trainer.fit()[run.task]
+            try:
+                result = trainer.fit()[run.task]
+            except DivergedError as error:
+                folder.mkdir(parents=True, exist_ok=True)
+                diverged.write_text(f"{error}\n", encoding="utf-8")
+                return "diverged"
             self.facts[run] = self._facts(model, run.task, result, folder)
         return result
 
@@ -308,21 +337,22 @@ class _model:
         self.model.unload()
 
 
-def _quality(task: Task, result: Result | None) -> float:
-    assert result is not None
+def _quality(task: Task, metrics: Mapping[str, float]) -> float:
+    """The first metric, or the loss, so that more is better."""
     key = next(iter(task.metrics), "loss")
-    return result.val[key] if task.metrics and task.maximize else -result.val[key]
+    return metrics[key] if task.metrics and task.maximize else -metrics[key]
 
 
-def _converged(task: Task, result: Result) -> bool:
-    """False where the validation metric rose by more than :data:`RISING` in the last fifth of the epochs."""
-    key = f"val_{next(iter(task.metrics), 'loss')}"
-    sign = 1.0 if task.metrics and task.maximize else -1.0
-    values = [sign * entry[key] for entry in result.history]
+def _rise(task: Task, result: Result) -> float:
+    """By how much the first metric's best in the last fifth of the epochs is above its best before."""
+    values = [_quality(task, {k[4:]: v for k, v in entry.items() if k[:4] == "val_"}) for entry in result.history]
+    return rise(values)
+
+
+def rise(values: Sequence[float]) -> float:
+    """By how much the best of the last fifth is above the best before it; inf where there is nothing before."""
     late = max(1, len(values) // 5)
-    if len(values) <= late:
-        return False
-    return max(values[-late:]) - max(values[:-late]) <= RISING
+    return math.inf if len(values) <= late else max(values[-late:]) - max(values[:-late])
 
 
 def _specs(text: str) -> Iterator[tuple[str, list[str]]]:

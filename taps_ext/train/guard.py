@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import TapsError
+from ..errors import DivergedError
 from ..model.state import Parts
 
 
@@ -49,7 +49,7 @@ class StepGuard:
             what: which step it is and what is wrong with it. parameters: those that have gradients now.
 
         Raises:
-            TapsError: so many steps in a row were bad.
+            DivergedError: so many steps in a row were bad.
         """
         for buffer, copy in self.saved:
             buffer.copy_(copy)
@@ -58,7 +58,7 @@ class StepGuard:
         self.bad += 1
         advice = "lower lr, or look for Inf or NaN in the data"
         if self.bad > self.most:
-            raise TapsError(f"{what}; after {self.bad} such steps in a row the run stops; {advice}")
+            raise DivergedError(f"{what}; after {self.bad} such steps in a row the run stops; {advice}")
         warnings.warn(f"{what}; the step was left out; {advice}", stacklevel=3)
 
     def good(self) -> None:

@@ -178,7 +178,7 @@ class JointRun:
             average.update()
 
     def _bad(self, losses: Mapping[str, float]) -> bool:
-        """True for a step that is not finite, which is undone. Raises TapsError where too many in a row were bad."""
+        """True for a step that is not finite, which is undone. Raises DivergedError after too many in a row."""
         progress = self.progress
         wrong = next((name for name, loss in losses.items() if not math.isfinite(loss)), None)
         problem = None if wrong is None else f"task {wrong!r}: the training loss is not finite"

@@ -164,7 +164,7 @@ class Run:
         """True for a step that is not finite, which is undone.
 
         Raises:
-            TapsError: too many in a row were bad.
+            DivergedError: too many in a row were bad.
         """
         progress, wrong = self.progress, None
         if not math.isfinite(loss.item()):

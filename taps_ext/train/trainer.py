@@ -135,7 +135,7 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: after Ctrl-C, once the state is written.
-            TapsError: a loss that is not finite.
+            DivergedError: too many steps in a row whose losses or gradients are not finite.
         """
         if mode not in MODES:
             raise ConfigError(f"mode: expected one of {list(MODES)}, got {mode!r}{suggestion(str(mode), MODES)}")

@@ -11,9 +11,18 @@ import torch
 from models import TinyNet, settle
 from torch import Tensor
 
-from taps_ext import Comparison, ConfigError, LoraConfig, ProbeConfig, SeparateLayersConfig, TapsConfig, compare
+from taps_ext import (
+    Comparison,
+    ConfigError,
+    DivergedError,
+    LoraConfig,
+    ProbeConfig,
+    SeparateLayersConfig,
+    TapsConfig,
+    compare,
+)
 from taps_ext.cli import main
-from taps_ext.study.compare import Row, interval, parse_methods, rates
+from taps_ext.study.compare import Row, interval, parse_methods, rates, rise
 from taps_ext.train import Task, TrainConfig, Trainer
 
 
@@ -56,14 +65,17 @@ def row(method: str, test: float, size: int, *, task: str = "t", converged: bool
 
 
 def test_every_method_has_the_same_trials_and_what_is_there_is_not_trained_again(tmp_path, monkeypatch) -> None:
-    told: list[str] = []
+    told: list[tuple[int, int, str]] = []
     model = base()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = compare(model, {"t": task()}, METHODS, CONFIG, seeds=2, trials=2, out=tmp_path, tell=told.append)
+    found = compare(
+        model, {"t": task()}, METHODS, CONFIG, seeds=2, trials=2, out=tmp_path, tell=lambda *run: told.append(run)
+    )
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert [(r.method, r.task, len(r.tests)) for r in found.rows] == [("probe", "t", 2), ("taps", "t", 2)]
-    trained = [line for line in told if "done before" not in line]
-    assert sum(line.startswith("probe") for line in trained) == sum(line.startswith("taps") for line in trained) == 3
+    assert [(done, total) for done, total, _ in told] == [(run, 6) for run in range(6)]
+    assert sum(line.startswith("probe") for *_, line in told) == sum(line.startswith("taps") for *_, line in told) == 3
+    assert not any("done before" in line for *_, line in told)
     for r in found.rows:
         file = next((tmp_path / r.method / "t" / f"lr-{r.lr:.4g}-seed-0").glob("*.taps"))
         assert r.bytes == file.stat().st_size and r.lr in rates(0.1, 2) and r.peak > 0 and r.step > 0
@@ -97,12 +109,40 @@ def test_the_sentence_follows_from_the_rows() -> None:
         row("half", 0.99, 400, task="a"),
     ]  # fmt: skip
     found = Comparison(rows, "accuracy")
-    assert [method for method, _, _ in found.front()] == ["probe", "lora", "full"]
+    assert [point.method for point in found.front()] == ["probe", "lora", "full"]
     assert found.sentence == (
         "By mean accuracy on the test splits: probe from 1.0 kB a task (50.0 %); lora from 3.0 kB a task (80.0 %); "
         "full from 9.00 MB a task (90.0 %). Not converged on every task, and left out: half, late."
     )
     assert found.table().count("\n|") == len(rows) + 1
+
+
+def test_rates_that_diverge_are_passed_over(tmp_path, monkeypatch) -> None:
+    """The largest of three rates comes to NaN; at every rate: said, not tried again, and no row."""
+    fit = Trainer.fit
+
+    def diverge(self: Trainer, **settings):
+        if self.config.lr > limit:
+            raise DivergedError("not finite")
+        return fit(self, **settings)
+
+    limit = 0.2
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    arguments = (base(), {"t": task()}, {"probe": ProbeConfig()}, CONFIG)
+    found = compare(*arguments, seeds=1, trials=3, out=tmp_path / "one")
+    assert [r.lr < limit for r in found.rows] == [True] and not found.diverged
+    limit = 0.0
+    found = compare(*arguments, seeds=1, trials=2, out=tmp_path / "all")
+    assert not found.rows and found.diverged == [("probe", "t")] and not found.missing
+    assert "Diverged at every rate: probe on t." in found.table()
+    limit = 1.0  # nothing is tried again
+    assert compare(*arguments, seeds=1, trials=2, out=tmp_path / "all").diverged == [("probe", "t")]
+
+
+def test_a_rise_is_told_from_the_last_fifth() -> None:
+    assert rise([0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(0.1)
+    assert rise([0.1] * 8 + [0.05, 0.2]) == pytest.approx(0.1) and rise([0.5] * 8 + [0.1, 0.4]) < 0
+    assert rise([0.5]) == math.inf
 
 
 def test_intervals_and_rates() -> None:

@@ -9,8 +9,9 @@ import torch
 from test_trainer import build, fit
 
 from taps_ext import ConfigError
-from taps_ext.plot import curves, gates, tradeoff
+from taps_ext.plot import Point, curves, gates, tradeoff
 from taps_ext.plot.curves import _metric, read_epochs
+from taps_ext.plot.tradeoff import front
 from taps_ext.train import TrainConfig
 
 pytest.importorskip("matplotlib")
@@ -64,10 +65,19 @@ def test_each_task_has_its_own_metric(tmp_path) -> None:
 
 
 def test_tradeoff(tmp_path) -> None:
-    tradeoff(tmp_path / "t.png", {"TAPS": [(40.0, 97.0), (10.0, 95.0)], "fine-tuning": [(100.0, 99.0)]})
+    points = [Point("TAPS", 40.0, 97.0, 0.5), Point("probe", 1.0, 80.0), Point("late", 2.0, 99.0, converged=False)]
+    tradeoff(tmp_path / "t.png", {"signs": points, "digits": points[:1], "none": []})
     assert is_png(tmp_path / "t.png")
-    with pytest.raises(ConfigError, match="points: expected at least one point"):
-        tradeoff(tmp_path / "t.png", {"TAPS": []})
+    with pytest.raises(ConfigError, match="panels: expected at least one point"):
+        tradeoff(tmp_path / "t.png", {"signs": []})
+    with pytest.raises(ConfigError, match="panels: expected sizes above 0, got 0 of 'free'"):
+        tradeoff(tmp_path / "t.png", {"signs": [Point("free", 0, 50.0)]})
+
+
+def test_the_front() -> None:
+    """No other converged point is as small and better; of equal sizes the better one."""
+    points = [Point("a", 1, 50.0), Point("b", 1, 60.0), Point("c", 2, 55.0), Point("d", 3, 70.0), Point("e", 4, 70.0)]
+    assert [p.method for p in front([*points, Point("f", 1, 99.0, converged=False)])] == ["b", "d"]
 
 
 def test_a_restarted_run_and_a_torn_line(tmp_path) -> None:
