@@ -20,6 +20,9 @@
 #                      make transfer-table prints it
 #   make fraction      does a task learn the same from sampled score gradients (four hours, after the bases of make
 #                      transfer), resumable; make fraction-table prints it
+#   make compare-study methods beside each other on the bases and data of ../shared/data, joint training, BoRA's prior
+#                      (five hours), resumable; then a quiet machine's seconds of a step; make compare-table prints it
+#   make task-files    retrains the eight task files on which storage is measured (twenty minutes), prints their digests
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
@@ -77,7 +80,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table architectures flops memory gpu
+  fraction-table compare-study compare-table task-files architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -134,6 +137,18 @@ study: build
 
 study-table: build
 	$(PY) benchmarks/study.py table $(STUDY)
+
+COMPARE := --results benchmarks/results/compare.jsonl
+compare-study: build
+	$(PY) benchmarks/compare_study.py run --data ../shared/data $(COMPARE)
+	$(PY) benchmarks/compare_study.py steps --data ../shared/data $(COMPARE)
+	$(PY) benchmarks/compare_study.py plot $(COMPARE)
+
+compare-table: build
+	$(PY) benchmarks/compare_study.py table $(COMPARE)
+
+task-files: build
+	$(PY) benchmarks/task_files.py --data ../shared/data --out runs/task-files
 
 TRANSFER := --results benchmarks/results/transfer.jsonl
 transfer: build

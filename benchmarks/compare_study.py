@@ -2,6 +2,7 @@
 BoRA over small tasks.
 
     python benchmarks/compare_study.py run   --data ../shared/data --results benchmarks/results/compare.jsonl
+    python benchmarks/compare_study.py steps --data ../shared/data --results benchmarks/results/compare.jsonl
     python benchmarks/compare_study.py table --results benchmarks/results/compare.jsonl
     python benchmarks/compare_study.py plot  --results benchmarks/results/compare.jsonl --docs docs
 
@@ -9,7 +10,7 @@ BoRA over small tasks.
 will. Two processes of one thread each train side by side. Every run: SGD with momentum .9 and a cosine to zero, batches
 of 32, a tenth of the training data held out, no augmentation. A method's rate is the best of three on the held-out part
 of one task (signs), one seed and fewer epochs, and serves all of that base's tasks; a test split is read once, at the
-end of a run.
+end of a run. `steps` then times a step of each method in turns and wants a quiet machine.
 
 Parts: `methods` (MobileNetV2 at 64 pixels on two tasks and at 96 on one, ResNet-20 on three), `joint` (ResNet-20, three
 tasks), `prior` (ResNet-20, ten groups of handwritten characters as small tasks).
@@ -22,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,16 +32,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from study import cut_torn_line, read
-from torch import Tensor, nn
+from real import base_of, task_of
+from study import cut_torn_line, number, read
 
 import taps_ext
 from taps_ext.methods import MethodConfig, rcm
+from taps_ext.plot import Point, tradeoff
 from taps_ext.study import parse_methods
-from taps_ext.train import Task, TrainConfig, Trainer
+from taps_ext.study.compare import RISING, Comparison, Row, interval, rise
+from taps_ext.train import TrainConfig, Trainer
 
 SEEDS = (0, 1, 2)
 TRIAL_EPOCHS, EPOCHS, PRIOR_EPOCHS = 4, 10, 15
@@ -84,61 +87,6 @@ def rates(method: str) -> list[float]:
     return [centre, centre / 10**0.5, centre * 10**0.5]
 
 
-# --- data and bases -----------------------------------------------------------------------------
-
-
-def images(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8 `[N, H, W, 3]` or `[N, H, W]` as the ImageNet bases take it: float32 `[N, 3, size, size]`."""
-    x = torch.from_numpy(pixels).float().div(255)
-    x = x[..., None].expand(*x.shape, 3) if x.dim() == 3 else x
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = ((x - mean) / std).permute(0, 3, 1, 2)
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def arrays(folder: Path, task: str) -> dict[str, np.ndarray]:
-    """Pixels and labels of a task: "omniglot-1" and "omniglot-2" are its characters' halves, "group-3" the fourth tenth
-    of the first 240."""
-    name, _, part = task.partition("-")
-    file = "omniglot" if name == "group" else name
-    with np.load(folder / f"{file}.npz", allow_pickle=False) as found:
-        data = {key: found[key] for key in ("x_train", "y_train", "x_test", "y_test")}
-    if not part:
-        return data
-    if name == "group":
-        first, last = 24 * int(part), 24 * int(part) + 24
-    else:
-        first, last = (0, 121) if part == "1" else (121, 242)
-    for split in ("train", "test"):
-        chosen = (data[f"y_{split}"] >= first) & (data[f"y_{split}"] < last)
-        data[f"x_{split}"] = data[f"x_{split}"][chosen]
-        data[f"y_{split}"] = data[f"y_{split}"][chosen] - first
-    return data
-
-
-def task_of(folder: Path, name: str, size: int, *, test: bool) -> tuple[Task, int]:
-    """A task's data and its number of classes."""
-    data = arrays(folder, name)
-    splits = {s: (images(data[f"x_{s}"], size), torch.from_numpy(data[f"y_{s}"]).long()) for s in ("train", "test")}
-    task = Task(train=splits["train"], test=splits["test"] if test else None)
-    return task, int(data["y_train"].max()) + 1
-
-
-def base_of(folder: Path, name: str) -> nn.Module:
-    """A pretrained base in evaluation mode."""
-    if name == "resnet":
-        from resnet20 import pretrained
-
-        return pretrained(folder / "resnet20-cifar10.safetensors").to(memory_format=torch.channels_last)
-    import torchvision
-
-    net = torchvision.models.mobilenet_v2()
-    net.load_state_dict(taps_ext.store.read_safetensors(folder / "mobilenet_v2-imagenet1k.safetensors")[0])
-    return net.eval().to(memory_format=torch.channels_last)
-
-
 # --- one run ------------------------------------------------------------------------------------
 
 
@@ -164,12 +112,6 @@ def tasks_of(job: Job) -> list[str]:
     if job.part == "joint":
         return list(TASKS["resnet"])
     return [f"group-{i}" for i in range(10)] if job.part == "prior" else [job.task]
-
-
-def rise(history: list[dict[str, Any]], key: str) -> float:
-    """By how much the validation accuracy of the last fifth of the epochs is above what was reached before."""
-    values, late = [entry[key] for entry in history], max(1, len(history) // 5)
-    return float(max(values[-late:]) - max(values[:-late]))
 
 
 def resident(key: str) -> int:
@@ -217,7 +159,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         record[key] = values if len(values) > 1 else values[0]
     joint = mode == "joint"
     keys = [f"{name}_val_accuracy" if joint else "val_accuracy" for name in found]
-    rises = [rise(r.history, key) for r, key in zip(results.values(), keys, strict=True)]
+    rises = [rise([entry[key] for entry in r.history]) for r, key in zip(results.values(), keys, strict=True)]
     record["rise"] = rises if len(rises) > 1 else rises[0]
     record["share"] = sum(r.share for r in results.values()) / len(results)
     with torch.no_grad():
@@ -288,7 +230,7 @@ def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def waiting(results: Path, only: list[str]) -> Iterator[Job]:
     records = read(results)
-    done = {key_of(record) for record in records}
+    done = {key_of(record) for record in records if record["part"] != "step"}
     for job in [*trials(), *finals(records)]:
         if job.key not in done and (not only or job.part in only or job.part == "trial"):
             yield job
@@ -318,19 +260,228 @@ def run_all(folder: Path, results: Path, only: list[str], workers: int, max_minu
                 print(job.part, job.base, job.size, job.task, job.method, job.lr, job.seed, test, record.get("seconds"))
 
 
+# --- seconds and bytes of a step ----------------------------------------------------------------
+
+
+def steps(folder: Path, results: Path, rounds: int) -> None:
+    """Time a training step of every method, in turns, on a quiet machine; the peak is the predicted one."""
+    records = [record for record in read(results) if record["part"] != "step"]
+    sizes = {("resnet", 32): RESNET, ("mobilenet", 64): MOBILENET, ("mobilenet", 96): LARGE}
+    found = []
+    for (base, size), methods in sizes.items():
+        task, classes = task_of(folder, "signs", size)
+        x, y = task.train[0][:32], task.train[1][:32]
+        models = {name: prepared(folder, base, name, classes) for name in methods}
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for turn in range(rounds + 1):
+            for name, (model, optimizer) in models.items():
+                started = time.perf_counter()
+                optimizer.zero_grad(set_to_none=True)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if turn:  # the first warms up
+                    seconds[name].append(time.perf_counter() - started)
+        for name, (model, _) in models.items():
+            batch = torch.empty_like(x, device="meta")
+            peak = taps_ext.estimate(model, [batch], task="signs", optimizer="sgd").peak
+            where = {"base": base, "size": size, "method": name}
+            found.append({"part": "step", **where, "seconds": statistics.median(seconds[name]), "peak": peak})
+    lines = [json.dumps(record) + "\n" for record in [*records, *found]]
+    draft = results.with_suffix(".tmp")
+    draft.write_text("".join(lines), encoding="utf-8")
+    draft.replace(results)
+
+
+def prepared(folder: Path, base: str, name: str, classes: int) -> tuple[taps_ext.TaskModel, torch.optim.Optimizer]:
+    """A task as it starts, all of its gates open, and an optimizer."""
+    model = taps_ext.TaskModel(base_of(folder, base), parse_methods(name, LAM)[name])
+    model.add_task("signs", num_classes=classes)
+    model.set_task("signs")
+    model.train()
+    return model, torch.optim.SGD(model.parameter_groups("signs", lr=1e-4), momentum=0.9)
+
+
+# --- what it says -------------------------------------------------------------------------------
+
+By = dict[tuple[str, int, str, str], dict[int, dict[str, Any]]]
+
+
+def by_method(results: Path) -> By:
+    """(base, size, task, method) -> seed -> record, of runs that did not diverge."""
+    found: By = {}
+    for r in read(results):
+        if r["part"] == "methods" and r["test"] is not None:
+            found.setdefault((r["base"], r["size"], r["task"], r["method"]), {})[r["seed"]] = r
+    return found
+
+
+def comparisons(results: Path) -> dict[str, Comparison]:
+    """Title -> the rows of a base at a size."""
+    costs = {(r["base"], r["size"], r["method"]): r for r in read(results) if r["part"] == "step"}
+    found: dict[str, Comparison] = {}
+    for (base, size, task, method), seeds in by_method(results).items():
+        runs = [seeds[seed] for seed in sorted(seeds)]
+        tests = tuple(run["test"] for run in runs)
+        mean, half = interval(tests)
+        cost = costs.get((base, size, method), {"seconds": math.nan, "peak": None})
+        row = Row(
+            method=method,
+            task=task,
+            lr=runs[0]["lr"],
+            tests=tests,
+            test=mean,
+            half=half,
+            val=statistics.fmean(run["val"] for run in runs),
+            parameters=runs[0]["parameters"],
+            trained=runs[0]["trained"],
+            bytes=round(statistics.fmean(run["bytes"] for run in runs)),
+            share=statistics.fmean(run["share"] for run in runs),
+            step=cost["seconds"],
+            peak=cost["peak"],
+            converged=statistics.fmean(run["rise"] for run in runs) <= RISING,
+        )
+        title = {"resnet": "ResNet-20", "mobilenet": "MobileNetV2"}[base] + f", {size} pixels"
+        found.setdefault(title, Comparison([], "accuracy")).rows.append(row)
+    for comparison in found.values():
+        comparison.rows.sort(key=lambda row: (row.task, row.bytes))
+    return found
+
+
+def paired(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> list[float]:
+    """Points of test accuracy by which one method is above another, by seed."""
+    return [100 * (one[seed]["test"] - other[seed]["test"]) for seed in sorted(set(one) & set(other))]
+
+
+def verdict(values: list[float]) -> str:
+    """Points, with their 95 % interval, and whether it holds zero."""
+    mean, half = interval(values)
+    if math.isnan(half):
+        return f"{mean:+.1f} (one seed)"
+    says = "held" if mean > half else "did not hold" if mean < -half else "open"
+    return f"{mean:+.1f} ± {half:.1f}: {says}"
+
+
+def claims(found: By) -> list[str]:
+    """What the papers claim, here."""
+    lines = ["| claim | where | points | ", "|---|---|---|"]
+    places = list(dict.fromkeys(key[:3] for key in found))
+
+    def line(claim: str, place: tuple[str, int, str], better: str, worse: str) -> None:
+        one, other = found.get((*place, better)), found.get((*place, worse))
+        if one and other and (values := paired(one, other)):
+            lines.append(f"| {claim} | {place[0]} {place[1]}, {place[2]} | {verdict(values)} |")
+
+    for place in places:
+        probe, full = found.get((*place, "probe")), found.get((*place, "full"))
+        for patch in ("scale-bias", "depthwise"):
+            runs = found.get((*place, patch))
+            if not (probe and full and runs):
+                continue
+            seeds = sorted(set(probe) & set(full) & set(runs))
+            shares = [100 * (runs[s]["test"] - probe[s]["test"]) / (full[s]["test"] - probe[s]["test"]) for s in seeds]
+            mean, half = interval(shares)
+            says = "held" if mean - half > 50 else "did not hold" if mean + half < 50 else "open"
+            name = f"{patch} closes most of the gap between probe and fine-tuning"
+            lines.append(f"| {name} | {place[0]} {place[1]}, {place[2]} | {mean:.0f} % ± {half:.0f} of it: {says} |")
+    for place in places:
+        for ends in (0.2, 0.4, *LAYERS):
+            line(
+                f"bottom above top, {ends} {'of the weights' if ends < 1 else 'layers'}",
+                place,
+                f"separate:bottom={ends}",
+                f"separate:top={ends}",
+            )
+    for place in places:
+        for other in ("probe", "scale-bias", "depthwise", "lora:8", "rcm", "full"):
+            line(f"TAPS above {other}", place, "taps", other)
+    for place in places:
+        line("selective LoRA above LoRA", place, "selective-lora:8", "lora:8")
+        line("RCM's response initialisation above none", place, "rcm:start=response", "rcm")
+    return lines
+
+
+def joint_table(results: Path) -> list[str]:
+    """Joint beside incremental training."""
+    lines = [
+        "| training | " + " | ".join(TASKS["resnet"]) + " | mean | values stored | shared | files | peak | s an epoch |"
+    ]
+    lines.append("|---" * 10 + "|")
+    runs = [r for r in read(results) if r["part"] == "joint" and r["test"] is not None]
+    for name in JOINT:
+        chosen = [r for r in runs if r["method"] == name]
+        if not chosen:
+            continue
+        tasks = [interval(100 * r["test"][i] for r in chosen) for i in range(3)]
+        mean = interval(100 * statistics.fmean(r["test"]) for r in chosen)
+        passes = 2 * EPOCHS if name == "lean" else EPOCHS
+        cells = [number(value) for value in (*tasks, mean)]
+        cells += [f"{statistics.fmean(r['parameters'] for r in chosen):,.0f}", f"{chosen[0]['shared']:,}"]
+        cells += [f"{statistics.fmean(r['bytes'] for r in chosen) / 1e6:.2f} MB"]
+        cells += [f"{statistics.fmean(r['peak_bytes'] for r in chosen) / 1e6:.0f} MB"]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {statistics.fmean(r['seconds'] for r in chosen) / passes:.1f} |"
+        )
+    return lines
+
+
+def prior_table(results: Path) -> list[str]:
+    """BoRA's precision, and by how much each is above separate runs (tau = 0), paired by seed."""
+    runs = {t: {r["seed"]: r for r in read(results) if r["part"] == "prior" and r["method"] == t} for t in TAUS}
+    lines = ["| tau | mean test accuracy of ten tasks | above tau = 0 |", "|---|---|---|"]
+    for tau, seeds in runs.items():
+        if seeds:
+            means = {seed: {"test": statistics.fmean(r["test"])} for seed, r in seeds.items()}
+            apart = {seed: {"test": statistics.fmean(r["test"])} for seed, r in runs["0"].items()}
+            above = "" if tau == "0" or not (values := paired(means, apart)) else number(interval(values))
+            lines.append(f"| {tau} | {number(interval(100 * r['test'] for r in means.values()))} | {above} |")
+    return lines
+
+
+def tables(results: Path) -> str:
+    """All of it in Markdown."""
+    lines = []
+    for title, comparison in comparisons(results).items():
+        lines += [f"## {title}", "", comparison.table(), ""]
+    lines += ["## The papers' claims, here", "", *claims(by_method(results)), ""]
+    lines += ["## Joint and incremental training", "", *joint_table(results), ""]
+    lines += ["## BoRA's prior", "", *prior_table(results), ""]
+    return "\n".join(lines)
+
+
+def plot(results: Path, docs: Path) -> None:
+    """A panel for each base, size and task."""
+    panels: dict[str, list[Point]] = {}
+    for title, comparison in comparisons(results).items():
+        for task in dict.fromkeys(row.task for row in comparison.rows):
+            rows = [row for row in comparison.rows if row.task == task]
+            panels[f"{title.removesuffix(' pixels')}, {task}"] = [
+                Point(row.method, row.bytes, 100 * row.test, 100 * row.half, row.converged) for row in rows
+            ]
+    tradeoff(docs / "compare.png", panels, columns=3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run"])
+    parser.add_argument("command", choices=["run", "steps", "table", "plot"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--only", nargs="*", default=[], choices=["methods", "joint", "prior"], help="parts")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps a method")
     parser.add_argument("--max-minutes", type=float, help="begin no run after this time")
     args = parser.parse_args()
-    if not args.data.is_dir():
+    if args.command in ("run", "steps") and not args.data.is_dir():
         parser.error(f"--data: no folder {args.data}")
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    run_all(args.data, args.results, args.only, args.workers, args.max_minutes)
+    if args.command == "run":
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        run_all(args.data, args.results, args.only, args.workers, args.max_minutes)
+    elif args.command == "steps":
+        steps(args.data, args.results, args.rounds)
+    elif args.command == "plot":
+        plot(args.results, args.docs)
+    else:
+        print(tables(args.results))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def tradeoff(
     *,
     x: str = "bytes of a task's file",
     y: str = "test accuracy, %",
+    columns: int = 3,
 ) -> None:
-    """Draw a panel for each title: its points over a logarithmic size, and their front as steps.
+    """Draw a panel for each title, so many side by side: its points over a logarithmic size, and their front as steps.
 
     Raises:
         ConfigError: matplotlib is not installed, there is no point to draw, or one has no size above 0.
@@ -52,12 +53,15 @@ def tradeoff(
         for point in points:
             if not point.size > 0:
                 raise ConfigError(f"panels: expected sizes above 0, got {point.size} of {point.method!r}")
-    figure = new_figure(1.5 + 4.6 * len(drawn), 4.4)
-    columns = figure.subplots(1, len(drawn), squeeze=False)[0]
-    for axes, (title, points) in zip(columns, drawn.items(), strict=True):
+    wide = min(columns, len(drawn))
+    high = math.ceil(len(drawn) / wide)
+    figure = new_figure(1.0 + 4.8 * wide, 4.2 * high)
+    grid = list(figure.subplots(high, wide, squeeze=False).flat)
+    for axes, (title, points) in zip(grid, drawn.items(), strict=False):
         _panel(axes, points)
-        axes.set(title=title, xlabel=x)
-    columns[0].set_ylabel(y)
+        axes.set(title=title, xlabel=x, ylabel=y)
+    for axes in grid[len(drawn) :]:
+        axes.remove()
     figure.savefig(path, dpi=130)
 
 
