@@ -18,7 +18,7 @@ from .methods import (
     TapsConfig,
     register_method,
 )
-from .model import Report, TaskModel
+from .model import ByResolution, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Profile, estimate, profile
 from .study import Comparison, compare
@@ -28,6 +28,7 @@ from .workspace import workspace_bytes
 
 __all__ = [
     "BitFitConfig",
+    "ByResolution",
     "BypassedLayerError",
     "Comparison",
     "ConfigError",
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "compare",
     "estimate",
+    "fold_norms",
     "gated_conv2d",
     "gated_linear",
     "profile",
