@@ -20,7 +20,7 @@ from .methods import (
 )
 from .model import ByResolution, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
-from .profiling import Memory, Profile, estimate, profile
+from .profiling import Memory, Operations, Profile, estimate, operations, profile
 from .study import Comparison, compare
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
@@ -39,6 +39,7 @@ __all__ = [
     "LoraConfig",
     "Memory",
     "MethodConfig",
+    "Operations",
     "ProbeConfig",
     "Profile",
     "RcmConfig",
@@ -61,6 +62,7 @@ __all__ = [
     "fold_norms",
     "gated_conv2d",
     "gated_linear",
+    "operations",
     "profile",
     "register_method",
     "workspace_bytes",
