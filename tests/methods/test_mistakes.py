@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -76,6 +78,25 @@ def test_nothing_to_train_is_told() -> None:
     model = TaskModel(bare, ScaleBiasConfig(last_layer=False))
     with pytest.warns(UserWarning, match="task 't': method 'scale-bias' finds nothing to train in this base"):
         model.add_task("t")
+
+
+@pytest.mark.parametrize(("side", "layer"), [("bottom", "conv1"), ("top", "hidden")])
+def test_a_fraction_that_chooses_nothing_is_told(side: str, layer: str) -> None:
+    """And the one that it names chooses a layer."""
+    model = TaskModel(settle(TinyNet()))
+    with pytest.warns(UserWarning, match=f"fraction 0.01 chooses no layer from the {side}; the smallest") as told:
+        model.add_task("none", config=SeparateLayersConfig(fraction=0.01, side=side))
+    least = re.search(r"is ([\d.e-]+), which is (\w+)", str(told[0].message))
+    total = sum(
+        m.weight.numel() for n, m in model.base.named_modules() if n in ("conv1", "conv2", "depthwise", "hidden")
+    )
+    assert least[2] == layer
+    assert 0 <= float(least[1]) - model.base.get_submodule(layer).weight.numel() / total < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_task("one", config=SeparateLayersConfig(fraction=float(least[1]), side=side))
+        model.add_task("asked", config=SeparateLayersConfig(fraction=0.0, side=side))
+    assert [row.layer for row in model.report("one").rows] == [layer] and not model.report("none").rows
 
 
 def test_a_converted_model_is_no_base() -> None:
