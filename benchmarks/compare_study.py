@@ -37,9 +37,8 @@ from real import base_of, task_of
 from study import cut_torn_line, number, read
 
 import taps_ext
-from taps_ext.methods import MethodConfig, rcm
+from taps_ext.methods import MethodConfig, parse_methods, rcm
 from taps_ext.plot import Point, tradeoff
-from taps_ext.study import parse_methods
 from taps_ext.study.compare import RISING, Comparison, Row, interval, rise
 from taps_ext.train import TrainConfig, Trainer
 
@@ -281,8 +280,10 @@ def steps(folder: Path, results: Path, rounds: int) -> None:
         for name, (model, _) in models.items():
             batch = torch.empty_like(x, device="meta")
             peak = taps_ext.estimate(model, [batch], task="signs", optimizer="sgd").peak
+            added = taps_ext.operations(model, [batch[:1]], task="signs").added
             where = {"base": base, "size": size, "method": name}
-            found.append({"part": "step", **where, "seconds": statistics.median(seconds[name]), "peak": peak})
+            costs = {"seconds": statistics.median(seconds[name]), "peak": peak, "added": added}
+            found.append({"part": "step", **where, **costs})
     lines = [json.dumps(record) + "\n" for record in [*records, *found]]
     draft = results.with_suffix(".tmp")
     draft.write_text("".join(lines), encoding="utf-8")
@@ -320,7 +321,7 @@ def comparisons(results: Path) -> dict[str, Comparison]:
         runs = [seeds[seed] for seed in sorted(seeds)]
         tests = tuple(run["test"] for run in runs)
         mean, half = interval(tests)
-        cost = costs.get((base, size, method), {"seconds": math.nan, "peak": None})
+        cost = costs.get((base, size, method), {"seconds": math.nan, "peak": None, "added": None})
         row = Row(
             method=method,
             task=task,
@@ -335,6 +336,7 @@ def comparisons(results: Path) -> dict[str, Comparison]:
             share=statistics.fmean(run["share"] for run in runs),
             step=cost["seconds"],
             peak=cost["peak"],
+            added=cost["added"],
             converged=statistics.fmean(run["rise"] for run in runs) <= RISING,
         )
         title = {"resnet": "ResNet-20", "mobilenet": "MobileNetV2"}[base] + f", {size} pixels"

@@ -26,9 +26,9 @@ from .methods import (
     TapsConfig,
     register_method,
 )
-from .model import Report, TaskModel
+from .model import ByResolution, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
-from .profiling import Memory, Profile, estimate, profile
+from .profiling import Memory, Operations, Profile, estimate, operations, profile
 from .study import Comparison, compare
 from .train import Task, TrainConfig, Trainer
 from .version import __version__
@@ -36,6 +36,7 @@ from .workspace import workspace_bytes
 
 __all__ = [
     "BitFitConfig",
+    "ByResolution",
     "BypassedLayerError",
     "Comparison",
     "ConfigError",
@@ -47,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "Memory",
     "MethodConfig",
+    "Operations",
     "ProbeConfig",
     "Profile",
     "RcmConfig",
@@ -66,8 +68,10 @@ __all__ = [
     "__version__",
     "compare",
     "estimate",
+    "fold_norms",
     "gated_conv2d",
     "gated_linear",
+    "operations",
     "profile",
     "register_method",
     "workspace_bytes",

@@ -52,7 +52,8 @@ def source_of(name: str) -> str:
     method = registered()[name]
     if method.__module__.startswith("taps_ext."):
         return Path(inspect.getfile(method)).read_text()
-    return documented_code() if method.__module__ == "documented" else inspect.getsource(method)
+    number = method.__module__.partition("documented")[2]
+    return documented_code(int(number)) if number else inspect.getsource(method)
 
 
 def method_of(rest: str) -> str | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .common import count, size
 
 if TYPE_CHECKING:
+    from ..methods import MethodConfig
     from ..model import TaskModel
-    from ..profiling import Memory
+    from ..profiling import Memory, Operations
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -44,7 +46,11 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the base's, where a task file belongs to them (safetensors; else pretrained ones are downloaded)",
     )
-    parser.add_argument("--method", choices=["taps", "full", "probe"], help="without a task file (taps)")
+    parser.add_argument(
+        "--method",
+        metavar="METHOD",
+        help="without a task file: any method, as `taps compare` takes it, such as lora:8 (taps)",
+    )
     parser.add_argument(
         "--open", metavar="GLOB", nargs="+", help="the layers that are open, all others closed (default: all are open)"
     )
@@ -58,6 +64,35 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", choices=["bf16"], help="run forwards under autocast")
 
 
+def _method(text: str, gate_fraction: float | None) -> MethodConfig:
+    """The settings of the method that is asked for."""
+    from ..methods import parse_methods
+
+    found = parse_methods(text)
+    if len(found) != 1:
+        raise ConfigError(f"method: expected one, got {list(found)}")
+    (config,) = found.values()
+    if gate_fraction is None:
+        return config
+    if not hasattr(config, "gate_fraction"):
+        raise ConfigError(f"gate_fraction: expected none with method {text!r}, which has no such setting")
+    return replace(config, gate_fraction=gate_fraction)  # type: ignore[call-arg]
+
+
+def added(model: TaskModel, inputs: Sequence[Any], task: str) -> Operations:
+    """What the task's forward computes, and what of it is its own."""
+    from ..profiling import operations
+
+    return operations(model, inputs, task=task)
+
+
+def told(found: Operations) -> str:
+    """The same in words."""
+    whole, own = (f"{value / 1e9:.4g} GFLOP" for value in (found.forward, found.added))
+    where = "" if found.first is None else f", from {found.first} on"
+    return f"forward {whole}, of which the task adds {own} to a model that runs others{where}"
+
+
 def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     """The model and the name of its task; weights are random where none are needed.
 
@@ -66,7 +101,7 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     """
     import torch
 
-    from .. import FullConfig, MethodConfig, ProbeConfig, TapsConfig, TaskModel, store
+    from .. import TaskModel, store
     from ..base.scan import match
     from .base import build_base
 
@@ -74,8 +109,7 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
         if args.task is not None and getattr(args, name) is not None:
             raise ConfigError(f"{name}: expected none beside a task file, which says it all")
     method = args.method or "taps"
-    if args.gate_fraction is not None and method != "taps":
-        raise ConfigError(f"gate_fraction: expected none with method {method!r}, which learns no gates")
+    config = _method(method, args.gate_fraction)
     section: dict[str, Any] = {"model": args.model}
     if args.weights is not None:
         section["weights"] = args.weights
@@ -85,9 +119,7 @@ def step_model(args: argparse.Namespace) -> tuple[TaskModel, str]:
     model = TaskModel(build_base(section))
     if task is not None:
         return model, model.load_task(task)
-    methods: dict[str, MethodConfig] = {"full": FullConfig(), "probe": ProbeConfig()}
-    methods["taps"] = TapsConfig(lam=0.5, gate_fraction=args.gate_fraction or 1.0)
-    model.add_task("task", config=methods[method])
+    model.add_task("task", config=config)
     state = model.state("task")
     if args.open is not None:
         layers = {name: gate for name, _, gate in state.learned()}

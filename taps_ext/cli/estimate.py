@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from .common import emit, table
-from .costs import add_step_arguments, parts, step_model
+from .costs import add_step_arguments, added, parts, step_model, told
 
-PURPOSE = "Predict the peak memory of a training step or a forward without running it."
+PURPOSE = "Predict a step's peak memory, and the operations that a task adds, without running it."
 BOUND = "on a CPU a lower bound where there are convolutions: what they copy inside is not counted"
 MORE = f"""
 
@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> int:
     model, task = step_model(args)
     inputs = (torch.empty(args.batch, *args.shape, device="meta"),)
     memory = estimate(model, inputs, task=task, phase=args.phase, optimizer=args.optimizer, amp=args.amp)
+    found = added(model, inputs, task)
     if args.json:
-        emit(memory.to_dict())
+        emit({**memory.to_dict(), "operations": found.to_dict()})
     else:
         print(table(("part", "memory"), parts(memory)))
         print(BOUND)
+        print(told(found))
     return 0

@@ -7,7 +7,7 @@ import argparse
 from ..errors import ConfigError
 from ..plot.canvas import check_picture
 from .common import count, emit, say
-from .costs import add_step_arguments, step_facts, step_model
+from .costs import add_step_arguments, added, step_facts, step_model, told
 
 PURPOSE = "Measure a training step or a forward: each layer against this machine's limits, and memory by its parts."
 EXAMPLE = "taps profile timm:resnet50 --batch 8 --gate-fraction 0.125 --open 'layer4.*' --plot step.png"
@@ -46,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
         amp=args.amp,
         steps=args.steps,
     )
+    work = added(model, inputs, task)
     if args.json:
-        emit({**found.to_dict(), "step": step_facts(args)})
+        emit({**found.to_dict(), "step": step_facts(args), "operations": work.to_dict()})
     else:
         print(found.table())
+        print(told(work))
     if args.plot is not None:
         found.plot(args.plot)
         say(f"wrote {args.plot}")

@@ -6,6 +6,7 @@ from .depthwise import DepthwiseConfig
 from .full import FullConfig
 from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
+from .parse import parse_methods
 from .probe import ProbeConfig
 from .rcm import RcmConfig
 from .residual_adapter import ResidualAdapterConfig
@@ -29,6 +30,7 @@ __all__ = [
     "SingularConfig",
     "TapsConfig",
     "UnknownMethod",
+    "parse_methods",
     "register_method",
     "registered",
 ]

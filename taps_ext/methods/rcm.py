@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.scan import Scan
+from ..base.dataflow import dataflow
+from ..base.scan import Scan, scan
 from ..errors import ConfigError, TapsError, suggestion
-from ..parts import Dense, Gate, Layer, Modulator, Part
+from ..parts import Axes, Change, Dense, Gate, Layer, LowModulator, Modulator, Part
 from ..parts.host import base_bias, base_weight
 from .base import MethodConfig, one_of, register_method
 
@@ -39,13 +41,21 @@ class RcmConfig(MethodConfig):
         private_shortcuts: the 1 x 1 convolutions of residual connections, which are known by "downsample" or "shortcut"
             in their names, are wholly the task's (an open Delta) and not modulated.
         start: "identity" starts from M_t = I. "response" lets tasks share a rotation of the responses U^T, in a family
-            that is not trained, so that M_t starts from U: call :func:`initialise` once the first task is added.
+            that is not trained, so that M_t starts from U: call :func:`prepare` before the first task is added, or
+            :func:`initialise` once it is.
+        rank: with start="response", how many axes of a layer's responses a task keeps, in each group of outputs (ours):
+            `W_t = M_t (U_r^T W)`, M_t `[O, rank]`, which starts from U_r. The mean of the responses that is lost so,
+            `b = (I - U_r U_r^T) E[W x]`, is added to the layer's bias, which is the task's own then, or subtracted from
+            the running mean of the task's norm behind it: BN(z + b; mu) = BN(z; mu - b). (The paper's code adds it
+            there.) Call :func:`prepare` before the first task is added. None keeps all of them; so does, exactly, a
+            rank that is no less than a layer's outputs in a group.
     """
 
     kernel_sizes: str = "k>1"
     normalise: bool = True
     private_shortcuts: bool = True
     start: str = "identity"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +64,14 @@ class RcmConfig(MethodConfig):
         for name in ("normalise", "private_shortcuts"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.rank is not None:
+            if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+                raise ConfigError(f"rank: expected an int >= 1 or None, got {self.rank!r}")
+            if self.start != "response":
+                raise ConfigError(
+                    'rank: expected start="response" beside it, whose axes a task keeps some of, got '
+                    f"start={self.start!r}"
+                )
 
     def modulated(self, base: Scan) -> dict[str, nn.Module]:
         """The layers that get modulators."""
@@ -72,10 +90,7 @@ class RcmConfig(MethodConfig):
                 f"rcm: the base has no layer to modulate with kernel_sizes={self.kernel_sizes!r}; "
                 "'all' takes linear layers and 1x1 convolutions, too"
             )
-        layers: dict[str, Part] = {
-            name: Layer(Gate(learn=False), Modulator(host, normalise=self.normalise))
-            for name, host in modulated.items()
-        }
+        layers: dict[str, Part] = {name: self._over(host) for name, host in modulated.items()}
         if self.private_shortcuts:
             layers |= {
                 name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host))
@@ -84,15 +99,30 @@ class RcmConfig(MethodConfig):
             }
         return {**layers, **base.own(base.norms)}
 
+    def _over(self, host: nn.Module) -> Layer:
+        """A task's modulator over one layer."""
+        if self.rank is None:
+            return Layer(Gate(learn=False), Modulator(host, normalise=self.normalise))
+        change = LowModulator(host, rank=self.rank, normalise=self.normalise)
+        return Layer(Gate(learn=False), change, bias=base_bias(host) if _loses(host, self.rank) else None)
+
     def shared(self, base: Scan) -> dict[str, Part]:
-        """The rotations of responses, the identity until :func:`initialise`; nothing trains them."""
+        """The rotations of responses, the identity until :func:`prepare` or :func:`initialise`; nothing trains them."""
         layers = self.modulated(base) if self.start == "response" else {}
-        return {name: Layer(Gate(learn=False), Modulator(host)).requires_grad_(False) for name, host in layers.items()}
+        kind: type[Change] = Modulator if self.rank is None else Axes
+        return {name: Layer(Gate(learn=False), kind(host)).requires_grad_(False) for name, host in layers.items()}
 
     def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
-        """Start from what undoes the family's rotations, and warn of modulators as large as Deltas."""
+        """Start from what undoes the family's rotations, and warn of modulators as large as Deltas.
+
+        Raises:
+            ConfigError: a rank, and no axes yet of which it keeps some.
+        """
         for name, below in shared.items():
-            _modulator(parts[name]).take(_inverse(_modulator(below)))
+            if self.rank is None:
+                _modulator(parts[name]).take(_inverse(_modulator(below)))
+            else:
+                self._keep(base, name, parts, below)
         own = sum(p.numel() for name in self.modulated(base) for p in parts[name].changes())
         dense = sum(base_weight(host).numel() for host in self.modulated(base).values())
         if 2 * own > dense:
@@ -102,10 +132,67 @@ class RcmConfig(MethodConfig):
                 stacklevel=4,  # the caller of add_task
             )
 
+    def _keep(self, base: Scan, name: str, parts: Mapping[str, Part], below: Part) -> None:
+        """Start a modulator from the first axes, and restore the mean that the others took with them."""
+        axes, own, host = _axes(below), _modulator(parts[name]), base.gated[name]
+        undone = _inverse(axes)  # [groups, size, size]
+        rank = own.matrix.shape[1]
+        if not _loses(host, rank):
+            own.take(undone)
+            return
+        blocks = axes.whole(torch.float32)
+        if torch.equal(blocks, torch.eye(blocks.shape[1], device=blocks.device).expand_as(blocks)):
+            raise ConfigError(
+                f"rcm: rank {self.rank}: the axes of {name}'s responses are not known yet; call rcm.prepare(model, "
+                "batches) before the first task is added"
+            )
+        own.take(undone[..., :rank])
+        with torch.no_grad():
+            mean = axes.mean.double().view(axes.groups, -1, 1)
+            kept = own.whole(torch.float64) @ (axes.whole(torch.float64)[:, :rank] @ mean)
+            lost = (mean - kept).flatten()
+            bias = parts[name]._parameters["bias"]
+            if bias is not None:
+                bias.add_(lost)
+            else:
+                parts[_norm_behind(base, name, self.rank)].get_buffer("running_mean").sub_(lost)
+
+
+def _loses(host: nn.Module, rank: int) -> bool:
+    """Whether a modulator of this rank keeps less than all of a layer's outputs in each group."""
+    return len(base_weight(host)) // getattr(host, "groups", 1) > rank
+
+
+def _norm_behind(base: Scan, layer: str, rank: int | None) -> str:
+    """The batch norm behind a layer, which can hold a mean.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for norm, before in base.follows().items():
+        if before == layer:
+            if getattr(base.norms[norm], "running_mean", None) is not None:
+                return norm
+            break
+    raise _homeless(layer, rank)
+
+
+def _homeless(layer: str, rank: int | None) -> ConfigError:
+    return ConfigError(
+        f"rcm: rank {rank}: {layer} has neither a bias nor a batch norm that alone reads its result, to hold the mean "
+        "that it loses; name it in exclude_modules"
+    )
+
 
 def _modulator(part: Part) -> Modulator:
     change = part.change
     assert isinstance(change, Modulator)
+    return change
+
+
+def _axes(part: Part) -> Axes:
+    change = part.change
+    assert isinstance(change, Axes)
     return change
 
 
@@ -129,9 +216,14 @@ def response_basis(model: nn.Module, batches: Iterable[Any], layers: Sequence[st
     Raises:
         ConfigError: a name of no such layer; no batches; responses that are not finite.
     """
+    names = list(_family(model).table) if layers is None else list(layers)
+    return {name: found.axes() for name, found in _responses(model, batches, names).items()}
+
+
+def _responses(model: nn.Module, batches: Iterable[Any], names: Sequence[str]) -> dict[str, _Sums]:
+    """What :func:`response_basis` says, before it makes axes of it."""
     families = getattr(model, "families", None)
     base: nn.Module = model if families is None else model.base  # type: ignore[assignment]
-    names = list(_family(model).table) if layers is None else list(layers)
     modules, sums = dict(base.named_modules()), {}
     for name in names:
         host = modules.get(name)
@@ -145,7 +237,7 @@ def response_basis(model: nn.Module, batches: Iterable[Any], layers: Sequence[st
         for module in modes:
             module.training = False
         for batch in batches:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            x = _input(batch)
             with torch.no_grad():
                 base(x) if families is None else model(x, task=None)
     finally:
@@ -153,7 +245,13 @@ def response_basis(model: nn.Module, batches: Iterable[Any], layers: Sequence[st
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    return {name: found.axes(name) for name, found in sums.items()}
+    for name, found in sums.items():
+        found.settle(name)
+    return sums
+
+
+def _input(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 class _Sums:
@@ -174,14 +272,17 @@ class _Sums:
         self.sum += rows.sum(dim=2)[:, None]
         self.products += rows @ rows.mT
 
-    def axes(self, name: str) -> Tensor:
+    def settle(self, name: str) -> None:
+        """Make mean `[groups, 1, O / groups]` and covariance of the sums."""
         if not self.count:
             raise ConfigError(f"batches: expected some that reach {name!r}, got none")
-        mean = self.sum / self.count
-        covariance = self.products / self.count - mean.mT @ mean
-        if not bool(torch.isfinite(covariance).all()):
+        self.mean = self.sum / self.count
+        self.covariance = self.products / self.count - self.mean.mT @ self.mean
+        if not bool(torch.isfinite(self.covariance).all()):
             raise ConfigError(f"batches: expected finite responses of {name!r}, got Inf or NaN")
-        axes = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+
+    def axes(self) -> Tensor:
+        axes = torch.linalg.eigh(self.covariance).eigenvectors.flip(-1)
         largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
         return (axes * largest.sign()).flatten(0, 1)  # of an axis and its opposite always the same
 
@@ -195,6 +296,48 @@ def _family(model: Any) -> Any:
             "first"
         )
     return found[0]
+
+
+@torch.no_grad()
+def prepare(model: Any, batches: Iterable[Any], config: RcmConfig | None = None) -> None:
+    """Make the axes of the base's responses that the tasks of an RCM family start from, before there is one:
+
+        model = TaskModel(base, RcmConfig(start="response", rank=16))
+        rcm.prepare(model, batches)
+        model.add_task("birds", num_classes=200)
+
+    Args:
+        model: a :class:`taps_ext.TaskModel`, whose base is run.
+        batches: as :func:`response_basis`. config: of the tasks; by default the model's.
+
+    Raises:
+        ConfigError: a config without start="response"; bad batches; a layer of which a rank would lose a mean that
+            nothing can hold, naming it.
+        TapsError: tasks build on the family already, or it is in a file.
+    """
+    config = getattr(model, "config", None) if config is None else config
+    if not isinstance(config, RcmConfig) or config.start != "response":
+        raise ConfigError(f'config: expected RcmConfig(start="response"), got {config!r}')
+    family = model.add_family(config)
+    if family.digest or any(model.state(name).family is family for name in model.tasks):
+        raise TapsError("prepare: tasks build on the family already; call it before the first one is added")
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ConfigError("batches: expected some, got none")
+    if config.rank is not None:
+        found = scan(model.base, model._head, target=config.target_modules, exclude=config.exclude_modules)
+        flow = dataflow(model.base, lambda: model(_input(first), task=None))
+        for name, host in config.modulated(found).items():
+            lossy = _loses(host, config.rank) and base_bias(host) is None
+            if lossy and flow.layer.get(_norm_behind(found, name, config.rank)) != name:
+                raise _homeless(name, config.rank)
+    for name, sums in _responses(model, itertools.chain([first], batches), list(family.table)).items():
+        below, bias = _modulator(family.table[name]), base_bias(model.base.get_submodule(name))
+        below.take(sums.axes().reshape(below.groups, -1, below.matrix.shape[1]).mT)
+        if config.rank is not None:
+            mean = sums.mean.flatten()
+            _axes(family.table[name]).mean.copy_(mean if bias is None else mean - bias)
 
 
 @torch.no_grad()
@@ -219,6 +362,8 @@ def initialise(model: Any, basis: Mapping[str, Tensor]) -> None:
     family = _family(model)
     if family.digest:
         raise TapsError("initialise: the family is in a file, on which its tasks build; call it before save_shared")
+    if family.config.rank is not None:
+        raise TapsError("initialise: the family's tasks keep a rank of its axes; call prepare before they are added")
     states = [state for name in model.tasks if (state := model.state(name)).family is family]
     if any(state.installed for state in states):
         raise TapsError("initialise: a task is merged; call unmerge_task() first")

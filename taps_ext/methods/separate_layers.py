@@ -3,6 +3,9 @@ arXiv 2107.11359)."""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..base.scan import Scan, match
@@ -25,8 +28,9 @@ class SeparateLayersConfig(MethodConfig):
     Attributes:
         bottom, top: how many layers from the input, or from the output.
         layers: globs of layer names.
-        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; it can be
-            empty. The report counts the private weights, beside all of the base's parameters.
+        fraction: the longest run of layers from `side` that holds at most this share of the gated weights; where it is
+            empty a warning names the smallest that is not. The report counts the private weights, beside all of the
+            base's parameters.
         side: "bottom" or "top", for `fraction`.
         joint: True shares the other layers' Deltas, biases and (with `norm="with_layer"`) norms among all tasks, as a
             family; train with `Trainer.fit(mode="joint")`.
@@ -78,6 +82,19 @@ class SeparateLayersConfig(MethodConfig):
             raise ConfigError(f"separate-layers: expected at most {len(names)} layers, got {count}")
         chosen = set(ordered[:count])
         return [name for name in names if name in chosen]
+
+    def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
+        """Warn of a fraction that chooses nothing."""
+        if not self.fraction or not base.gated or self.private(base):
+            return
+        sizes = {name: base_weight(host).numel() for name, host in base.gated.items()}
+        first = list(sizes)[-1 if self.side == "top" else 0]
+        least = math.ceil(1e6 * sizes[first] / sum(sizes.values())) / 1e6
+        warnings.warn(
+            f"separate-layers: fraction {self.fraction:g} chooses no layer from the {self.side}; the smallest that "
+            f"does is {least:g}, which is {first}",
+            stacklevel=4,  # the caller of add_task
+        )
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """An open Delta in the private layers, their biases, and the norms that go with them."""

@@ -1,6 +1,8 @@
 """TaskModel: a frozen base, the tasks beside it, and their reports."""
 
+from .fold import Folded, fold_norms
 from .report import Report, Row
+from .resolution import ByResolution
 from .task_model import TaskModel
 
-__all__ = ["Report", "Row", "TaskModel"]
+__all__ = ["ByResolution", "Folded", "Report", "Row", "TaskModel", "fold_norms"]

@@ -645,6 +645,26 @@ class TaskModel(nn.Module):
             )
         return known
 
+    def add_family(self, config: MethodConfig | None = None) -> Family:
+        """What the tasks of a method are to have together, before there is one of them; the family at hand where there
+        is one. A first task makes it else.
+
+        Raises:
+            ConfigError: a method without shared parts; the family of its name is built differently.
+        """
+        self._loaded()
+        config = self.config if config is None else config
+        if not isinstance(config, MethodConfig):
+            raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
+        found = scan(self.base, self._head, target=config.target_modules, exclude=config.exclude_modules)
+        family = self._family(config, found)
+        if family is None:
+            raise ConfigError(f"config: method {config.method!r} has no shared parts as it is set")
+        if family.name not in self.families:
+            self._place(family)
+            self._families[module_key(family.name)] = family
+        return family
+
     def _family_name(self, name: str) -> str:
         """The name of a new family. Raises ConfigError where one differs from it by dots and slashes alone."""
         if module_key(name) in self._families:

@@ -7,13 +7,14 @@ from .gate import Gate
 from .instead import Instead
 from .layer import Installed, Layer
 from .lowrank import LowRank
-from .modulator import Modulator
+from .modulator import Axes, LowModulator, Modulator
 from .own import Own
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
 from .singular import Singular
 
 __all__ = [
+    "Axes",
     "Below",
     "Change",
     "Dense",
@@ -21,6 +22,7 @@ __all__ = [
     "Installed",
     "Instead",
     "Layer",
+    "LowModulator",
     "LowRank",
     "Modulator",
     "Own",

@@ -1,8 +1,9 @@
-"""Modulator: a matrix over the outputs of a layer, W_t = M W."""
+"""Modulator: a matrix over the outputs of a layer, W_t = M W; of low rank over axes of its responses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Modulator(Change):
     """
 
     role = "weight"  # decay would pull M to zero, not to the identity
-    settings = ("normalise",)
+    settings: ClassVar[tuple[str, ...]] = ("normalise",)
 
     matrix: nn.Parameter
     gain: nn.Parameter
@@ -48,14 +49,18 @@ class Modulator(Change):
             self.gain.fill_(1.0)
 
     def _blocks(self, matrix: Tensor) -> Tensor:
-        """The block of each group, `[groups, O / groups, O / groups]`."""
-        return matrix.view(self.groups, matrix.shape[1], matrix.shape[1])
+        """The block of each group, `[groups, O / groups, columns]`."""
+        return matrix.view(self.groups, -1, matrix.shape[1])
+
+    def _lengths(self, matrix: Tensor) -> Tensor:
+        """Of the rows, which they are divided by."""
+        return matrix.norm(dim=1)
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """M as it multiplies, in blocks, differentiable."""
         matrix = self.matrix.to(dtype)
         if self.normalise:
-            matrix = matrix * (self.gain.to(dtype) / matrix.norm(dim=1))[:, None]
+            matrix = matrix * (self.gain.to(dtype) / self._lengths(matrix))[:, None]
         return self._blocks(matrix)
 
     @torch.no_grad()
@@ -70,10 +75,59 @@ class Modulator(Change):
         size = len(weight) // self.groups
         rows = weight.to(wide).reshape(self.groups, size, weight.shape[1:].numel())
         with without_autocast(weight):
-            return (self.whole(wide) @ rows).reshape(weight.shape).to(weight.dtype)
+            return (self.whole(wide) @ rows[:, : self.matrix.shape[1]]).reshape(weight.shape).to(weight.dtype)
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         return 0 if self.owed else 2 * self.matrix.shape[1] * self.elements
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
         return 0 if self.owed or gate.known is False else self.elements * dtype.itemsize
+
+
+@register_change("axes")
+class Axes(Modulator):
+    """`W_s = U^T W`, U being the axes of a layer's responses in each group, `[O / groups, O / groups]`, the largest
+    first; and the responses' mean `[O]`, without the layer's bias, which low ranks above it restore."""
+
+    settings = ()
+
+    mean: nn.Parameter
+
+    def __init__(self, host: nn.Module, *, held: bool = True) -> None:
+        super().__init__(host, held=held)
+
+    def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+        return {**super().shapes(weight), "mean": weight.shape[:1]}
+
+
+@register_change("low-modulator")
+class LowModulator(Modulator):
+    """`W_t = M W_s` of the first `rank` outputs that lie below in each group: M `[O, min(rank, O / groups)]`.
+
+    It leaves a layer as it is only over axes along which its responses lie (:class:`Axes`), with their lost mean
+    restored. A row of zeros stays one.
+
+    Raises:
+        ValueError: `rank` is no int of 1 or more.
+    """
+
+    settings = ("normalise", "rank")
+
+    def __init__(self, host: nn.Module, *, rank: int, normalise: bool = False, held: bool = True) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected an int >= 1, got {rank!r}")
+        self.rank = rank
+        super().__init__(host, normalise=normalise, held=held)
+
+    def shapes(self, weight: Tensor) -> dict[str, Sequence[int]]:
+        full = super().shapes(weight)
+        rows, columns = full["matrix"]
+        return {**full, "matrix": (rows, min(self.rank, columns))}
+
+    def start(self, weight: Tensor) -> None:
+        super().start(weight)
+        if self.normalise:
+            self.gain.copy_(self.matrix.norm(dim=1))
+
+    def _lengths(self, matrix: Tensor) -> Tensor:
+        return super()._lengths(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -4,5 +4,6 @@ from .dry_run import estimate
 from .machine import Machine, measure
 from .measured import Profile, profile
 from .memory import Memory
+from .operations import Operations, operations
 
-__all__ = ["Machine", "Memory", "Profile", "estimate", "measure", "profile"]
+__all__ = ["Machine", "Memory", "Operations", "Profile", "estimate", "measure", "operations", "profile"]

@@ -90,7 +90,7 @@ class _Count(TorchDispatchMode):
         return parts
 
 
-def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
+def hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
     """A copy of a model whose tensors have no storage."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers(), *merged(model)]:
@@ -104,6 +104,20 @@ def _hollow(model: TaskModel, fake: FakeTensorMode) -> TaskModel:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = fake.from_tensor(value.detach(), static_shapes=True)
     return copy.deepcopy(model, memo)
+
+
+def empty_inputs(model: TaskModel, inputs: Sequence[Any]) -> Any:
+    """Inputs without values, on the model's device where they are on none; called where tensors have no storage."""
+    home = next(model.parameters()).device
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        device = home if value.device.type == "meta" else value.device
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return made.requires_grad_(value.requires_grad)
+
+    return tree_map(empty, tuple(inputs))
 
 
 def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> int:
@@ -146,28 +160,19 @@ def estimate(
     if name is not None:
         model.state(name).refresh()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    hollow = _hollow(model, fake)
-    memory = resident(hollow, name)
-
-    home = next(model.parameters()).device
-
-    def empty(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        device = home if value.device.type == "meta" else value.device
-        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return made.requires_grad_(value.requires_grad)
+    empty = hollow(model, fake)
+    memory = resident(empty, name)
 
     def prepare() -> None:
         if name is not None:
-            hollow.state(name).take_as_told(model.state(name))
+            empty.state(name).take_as_told(model.state(name))
 
     with fake:
-        step = Step(hollow, tree_map(empty, tuple(inputs)), name, phase, optimizer, amp, loss)
+        step = Step(empty, empty_inputs(model, inputs), name, phase, optimizer, amp, loss)
         memory.inputs = size(step.input_tensors())
-        hollow.train(phase == "train")
+        empty.train(phase == "train")
         calls = _calls(step)
-        tensors = [*hollow.parameters(), *hollow.buffers(), *merged(hollow), *step.input_tensors()]
+        tensors = [*empty.parameters(), *empty.buffers(), *merged(empty), *step.input_tensors()]
         count = _Count(tensors, step.gradients)
         with count:
             prepare()
@@ -176,7 +181,7 @@ def estimate(
             prepare()
             count.start()
             step.run(count.during)
-        owners = {"optimizer": step.optimizer_state(), "weights": casts(hollow)}
+        owners = {"optimizer": step.optimizer_state(), "weights": casts(empty)}
     found = count.peak(owners)
     memory = replace(memory, **{**found, "weights": memory.weights + found["weights"]})
     memory.workspace = _workspace(step, calls)

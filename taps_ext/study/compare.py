@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DivergedError
-from ..methods import MethodConfig
+from ..methods import MethodConfig, parse_methods
 from ..model import TaskModel
 from ..plot.tradeoff import Point, front
-from ..profiling import estimate
+from ..profiling import estimate, operations
 from ..train import Result, Task, TrainConfig, Trainer
 from ..train.task import as_dataset, targets_of
+
+__all__ = ["Comparison", "Row", "compare", "interval", "parse_methods", "rates"]
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -55,6 +57,8 @@ class Row:
             None where that cannot be predicted.
         converged: False where the validation metric still rose by more than :data:`RISING` in the last fifth of the
             epochs, by the mean over the seeds, or where a seed's run diverged.
+        added: operations of one sample's forward that the task adds to a model that runs other tasks
+            (:class:`taps_ext.Operations`), or None where they cannot be counted.
     """
 
     method: str
@@ -71,6 +75,7 @@ class Row:
     step: float
     peak: int | None
     converged: bool
+    added: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,18 @@ class Comparison:
 
     def table(self) -> str:
         """A table in markdown, and the sentence."""
-        lines = [f"| task | method | lr | test {self.metric} | parameters | file | weights open | step | peak |"]
-        lines.append("|---|---|---|---|---|---|---|---|---|")
+        lines = [
+            f"| task | method | lr | test {self.metric} | parameters | file | weights open | added | step | peak |"
+        ]
+        lines.append("|---|---|---|---|---|---|---|---|---|---|")
         for row in self.rows:
             half = "" if math.isnan(row.half) else f" ± {100 * row.half:.1f}"
             peak = "" if row.peak is None else _size(row.peak)
+            added = "" if row.added is None else f"{row.added / 1e6:.1f} MFLOP"
             score = f"{100 * row.test:.1f}{half} %{'' if row.converged else ' (not converged)'}"
             lines.append(
                 f"| {row.task} | {row.method} | {row.lr:.3g} | {score} | {row.parameters:,} | {_size(row.bytes)} | "
-                f"{100 * row.share:.0f} % | {1e3 * row.step:.0f} ms | {peak} |"
+                f"{100 * row.share:.0f} % | {added} | {1e3 * row.step:.0f} ms | {peak} |"
             )
         lines += ["", self.sentence]
         for what, pairs in (
@@ -311,16 +319,18 @@ class _Grid:
         data = as_dataset(task.train, f"tasks[{name!r}].train")
         steps = max(1, len(result.history)) * math.ceil(len(data) / self.config.batch_size)  # type: ignore[arg-type]
         inputs = data[0][0] if isinstance(data[0], (tuple, list)) else None
-        peak = None
+        peak = added = None
         if isinstance(inputs, torch.Tensor):
             batch = torch.empty(self.config.batch_size, *inputs.shape, dtype=inputs.dtype, device="meta")
             peak = estimate(model, [batch], task=name, optimizer=self.config.optimizer, amp=self.config.amp).peak
+            added = operations(model, [batch[:1]], task=name).added
         return {
             "parameters": model.report(name).parameters,
             "trained": sum(p.numel() for p in state.parameters() if p.requires_grad),
             "bytes": next(folder.glob("*.taps")).stat().st_size,
             "step": result.seconds / steps,
             "peak": peak,
+            "added": added,
         }
 
 
@@ -353,56 +363,3 @@ def rise(values: Sequence[float]) -> float:
     """By how much the best of the last fifth is above the best before it; inf where there is nothing before."""
     late = max(1, len(values) // 5)
     return math.inf if len(values) <= late else max(values[-late:]) - max(values[:-late])
-
-
-def _specs(text: str) -> Iterator[tuple[str, list[str]]]:
-    for part in text.split(","):
-        name, *arguments = part.strip().split(":")
-        yield name, arguments
-
-
-def parse_methods(text: str, lam: float = 0.5) -> dict[str, MethodConfig]:
-    """Methods from a list such as "probe,scale-bias,separate:bottom=0.1,lora:8,selective-lora:8,taps,full".
-
-    A name is a registered method's, "separate" (separate-layers; bottom or top below 1 is a fraction of the weights) or
-    "selective-lora"; behind colons stand its settings as key=value; a bare number is the rank.
-
-    Args:
-        lam: of methods with learned gates, where nothing else is said.
-
-    Raises:
-        ConfigError: an unknown method or setting.
-    """
-    found = {}
-    for name, arguments in _specs(text):
-        settings: dict[str, Any] = {}
-        for argument in arguments:
-            key, equals, value = argument.partition("=")
-            settings[key if equals else "rank"] = _value(value if equals else key, argument)
-        method = {"separate": "separate-layers", "selective-lora": "lora"}.get(name, name)
-        if name == "selective-lora":
-            settings["selective"] = True
-        if method in ("taps", "joint-taps") or settings.get("selective"):
-            settings.setdefault("lam", lam)
-        for side in ("bottom", "top") if method == "separate-layers" else ():
-            if isinstance(settings.get(side), float):
-                settings |= {"fraction": settings.pop(side), "side": side}
-        label = ":".join([name, *arguments])
-        if label in found:
-            raise ConfigError(f"methods: expected different ones, got {label!r} twice")
-        try:
-            found[label] = MethodConfig.from_dict({"method": method, **settings})
-        except ConfigError as error:
-            raise ConfigError(f"methods: {label}: {error}") from None
-    return found
-
-
-def _value(text: str, argument: str) -> Any:
-    if not text:
-        raise ConfigError(f"methods: expected key=value, got {argument!r}")
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text, text)

@@ -54,12 +54,25 @@ def test_profile_as_json(call) -> None:
 def test_estimate(call) -> None:
     code, out, _ = call("estimate", *SMALL, "--json")
     memory = json.loads(out)
+    work = memory.pop("operations")
+    assert work == {"forward": work["forward"], "added": work["forward"], "first": "0"} and work["forward"] > 0
     assert code == 0 and memory["peak"] == sum(value for part, value in memory.items() if part != "peak")
     assert memory["inputs"] == 2 * 3 * 16 * 16 * 4
     code, table, _ = call("estimate", *SMALL)
+    assert "GFLOP to a model that runs others, from 0 on" in table
     assert code == 0 and "activations" in table and "peak" in table and "a lower bound where there are" in table
     adam = json.loads(call("estimate", *SMALL, "--optimizer", "adamw", "--json")[1])
     assert 1.9 * memory["optimizer"] < adam["optimizer"] < 2.1 * memory["optimizer"]
+
+
+@pytest.mark.parametrize("method", ["lora:2", "separate:top=1", "scale-bias", "joint-taps:gate_fraction=0.5", "bitfit"])
+def test_any_method(call, method: str) -> None:
+    code, out, _ = call("estimate", *SMALL, "--method", method, "--json")
+    assert code == 0 and json.loads(out)["operations"]["added"] > 0
+    code, out, _ = call("profile", *SMALL, "--method", method, "--steps", 1, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["step"]["method"] == method
+    assert found["operations"]["first"] == ("2" if method == "separate:top=1" else "0")
 
 
 def test_a_task_file_gives_the_gates(call, tmp_path) -> None:
@@ -93,6 +106,9 @@ def test_a_profile_is_refused_before_it_is_measured(call, words, message) -> Non
         (("timm:resnet51",), "timm has no model 'resnet51'"),
         ((*SMALL, "--open", "7"), "open: "),
         ((*SMALL, "--method", "full", "--open", "0"), "open: method 'full' has no gates that could be closed"),
+        ((*SMALL, "--method", "prob"), "methods: prob: method: expected one of"),
+        ((*SMALL, "--method", "probe,full"), "method: expected one, got ['probe', 'full']"),
+        ((*SMALL, "--method", "lora:2", "--gate-fraction", "0.5"), "gate_fraction: expected none with method 'lora:2'"),
         ((*SMALL, "--shape", "3,x"), "expected sizes such as 3,224,224, got '3,x'"),
         ((*SMALL, "--gate-fraction", "0"), "expected a number in (0, 1], got '0'"),
         ((*SMALL, "--batch", "0"), "expected an int >= 1, got '0'"),

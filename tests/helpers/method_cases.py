@@ -142,21 +142,22 @@ class FamilyConfig(MethodConfig):
 # ------------------------------------------------------------------------------------ settings of every method
 
 
-def documented_code() -> str:
-    """The method that docs/methods.md shows."""
+def documented_code(number: int = 0) -> str:
+    """A method that docs/methods.md shows: the first, or the second, which shares."""
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-    return page.partition("```python\n")[2].partition("```")[0]
+    return page.split("```python\n")[1 + number].partition("```")[0]
 
 
-def documented() -> MethodConfig:
-    """That method, run as it stands on the page, in a module of its own."""
-    code = documented_code()
-    module = ModuleType("documented")
-    sys.modules["documented"] = module  # where dataclasses look up annotations
-    exec(compile(code, "docs/methods.md", "exec"), module.__dict__)
-    made: MethodConfig = module.ColumnsConfig()
+def documented(number: int, config: str) -> type[MethodConfig]:
+    """Its config, run as it stands on the page, in a module of its own."""
+    module = ModuleType(f"documented{number}")
+    sys.modules[module.__name__] = module  # where dataclasses look up annotations
+    exec(compile(documented_code(number), "docs/methods.md", "exec"), module.__dict__)
+    made: type[MethodConfig] = getattr(module, config)
     return made
 
+
+Columns, Tied = documented(0, "ColumnsConfig"), documented(1, "TiedConfig")
 
 SETTINGS: dict[str, dict[str, MethodConfig]] = {
     "taps": {
@@ -184,7 +185,8 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "lora": LoraConfig(rank=2),
         "lora-selective": LoraConfig(rank=2, selective=True, lam=0.1, norm="task"),
     },
-    "columns": {"columns": documented()},
+    "columns": {"columns": Columns()},
+    "tied": {"tied": Tied(), "tied-sampled": Tied(fraction=0.5)},
     "bitfit": {"bitfit": BitFitConfig()},
     "rcm": {
         "rcm": RcmConfig(),
@@ -208,7 +210,7 @@ CASES = {name: config for cases in SETTINGS.values() for name, config in cases.i
 FAMILIES = [
     name
     for name, config in CASES.items()
-    if config.method in ("family", "joint-taps")
+    if config.method in ("family", "joint-taps", "tied")
     or getattr(config, "joint", False)
     or getattr(config, "simultaneous", False)
 ]

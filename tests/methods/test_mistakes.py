@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
+import torch
+from method_cases import Tied
 from models import TinyNet, settle
 from torch import nn
 
@@ -76,6 +80,48 @@ def test_nothing_to_train_is_told() -> None:
     model = TaskModel(bare, ScaleBiasConfig(last_layer=False))
     with pytest.warns(UserWarning, match="task 't': method 'scale-bias' finds nothing to train in this base"):
         model.add_task("t")
+
+
+@pytest.mark.parametrize(("side", "layer"), [("bottom", "conv1"), ("top", "hidden")])
+def test_a_fraction_that_chooses_nothing_is_told(side: str, layer: str) -> None:
+    """And the one that it names chooses a layer."""
+    model = TaskModel(settle(TinyNet()))
+    with pytest.warns(UserWarning, match=f"fraction 0.01 chooses no layer from the {side}; the smallest") as told:
+        model.add_task("none", config=SeparateLayersConfig(fraction=0.01, side=side))
+    least = re.search(r"is ([\d.e-]+), which is (\w+)", str(told[0].message))
+    total = sum(
+        m.weight.numel() for n, m in model.base.named_modules() if n in ("conv1", "conv2", "depthwise", "hidden")
+    )
+    assert least[2] == layer
+    assert 0 <= float(least[1]) - model.base.get_submodule(layer).weight.numel() / total < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_task("one", config=SeparateLayersConfig(fraction=float(least[1]), side=side))
+        model.add_task("asked", config=SeparateLayersConfig(fraction=0.0, side=side))
+    assert [row.layer for row in model.report("one").rows] == [layer] and not model.report("none").rows
+
+
+def test_the_documented_method_that_shares() -> None:
+    """What docs/methods.md says of it: a task on the base's head, a penalty on open Deltas alone, refused settings."""
+    model = TaskModel(settle(TinyNet()), Tied(heads=False, pull=0.5))
+    with pytest.raises(ConfigError, match="'tied' is set to run on the base's own head, got another"):
+        model.add_task("t", num_classes=2)
+    model.add_task("t")
+    state = model.state("t")
+    assert state.head is None and list(model.families) == ["tied"]
+    with torch.no_grad():
+        for name, score in (("conv1", 0.15), ("hidden", 0.05)):
+            state.table[name].change.delta.fill_(0.25)
+            state.table[name].gate.score.fill_(score)
+        state.refresh()
+    loss = model.sparsity_loss("t")
+    want = 0.1 * (3 * 0.15 + 0.05) / 4 + 0.5 * 0.0625 * 8 * 3 * 9
+    assert loss.item() == pytest.approx(want, rel=8 * torch.finfo(torch.float32).eps)
+    loss.backward()
+    assert state.table["hidden"].change.delta.grad is None and state.table["conv1"].change.delta.grad.any()
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=r"fraction: expected a number in \(0, 1\]"):
+            Tied(fraction=fraction)
 
 
 def test_a_converted_model_is_no_base() -> None:
