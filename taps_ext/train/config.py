@@ -53,7 +53,8 @@ class TrainConfig:
         bad_steps: a step whose loss or gradients are not finite changes nothing and is named in a warning; after more
             than this many in a row (None: 3) the run stops. 0 stops at the first.
         lr_warmup: epochs (a fraction will do) over which learning rates rise from zero, before the schedule's factor.
-        save_every: seconds between two states on disk, written at the ends of epochs, for runs that are killed.
+        save_every: seconds between two states on disk, each written after a step or at the end of an epoch, for runs
+            that are killed. A run that is stopped (Ctrl-C, SIGTERM, a hang-up) saves in any case.
         num_workers: processes that read samples, for data that is not held in memory; 0 reads in this one.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.

@@ -135,12 +135,13 @@ class JointRun:
     # -- steps
 
     def train_epoch(self, log: Log, stop: Stop) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for first."""
+        """Train to the end of the epoch; False if a stop was asked for first, or after a step a state was due."""
         progress, config = self.progress, self.config
+        first = progress.step
         self.model.train()
         steps = schedule(self.sizes, config.mix, config.seed, progress.epoch)
         while progress.step < len(steps):
-            if stop.asked:
+            if stop.asked or (stop.saving and progress.step > first):
                 return False
             self._step(steps[progress.step], len(steps))
             progress.step += 1

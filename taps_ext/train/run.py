@@ -122,13 +122,14 @@ class Run:
     # -- epochs
 
     def train_epoch(self, log: Log, stop: Stop) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for first."""
+        """Train to the end of the epoch; False if a stop was asked for first, or after a step a state was due."""
         config, progress, optimizer = self.config, self.progress, self.optimizer
+        first = progress.batch
         self.model.train()
         running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
         stream = self.batches.epoch(progress.epoch, skip=progress.batch)
         while progress.batch < len(self.batches):
-            if stop.asked:  # before the next samples draw random numbers
+            if stop.asked or (stop.saving and progress.batch > first):  # before the next samples draw random numbers
                 progress.loss = running.item()
                 return False
             chunk = list(islice(stream, config.accumulate))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,22 @@ def _table(record: store.TaskFile, key: str, path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise MetadataError(path, f"{key}: expected a JSON object, got {record.extra.get(key, 'none')[:60]}")
     return found
+
+
+@contextmanager
+def advising(path: Path) -> Iterator[None]:
+    """What cannot be read of a finished run says how to go on."""
+    advice = "delete it, or use resume=False (--restart)"
+    try:
+        yield
+    except TaskFileError as error:
+        raise type(error)(error.path, f"{error.problem}; {advice}") from error
+    except OSError as error:
+        raise ConfigError(f"resume: {path} cannot be read ({error.strerror}); {advice}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"resume: {path} is damaged ({error}); {advice}") from None
 
 
 def load_run(

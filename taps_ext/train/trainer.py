@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import store
 from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from ..model.state import Family
@@ -28,7 +29,7 @@ from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
 from .log import Log
 from .run import Evaluate, Progress, Run
-from .state import same_settings
+from .state import advising, same_settings
 from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
@@ -134,8 +135,13 @@ class Trainer:
             task name -> :class:`Result`. The model is left with the selected epoch of each task.
 
         Raises:
-            TrainingInterrupted: after Ctrl-C, once the state is written.
+            TrainingInterrupted: after Ctrl-C, a termination or a hang-up, once the state is written.
             TapsError: a loss that is not finite.
+            TaskFileError: a damaged file of a finished task or family, or a damaged state.
+
+        A task that was finished before an interruption comes back from its file: outputs, reports and what is saved of
+        it are those of a run that was not interrupted. Its closed Deltas are not in the file; they would be zeros if it
+        were trained on, where a run that was not interrupted has what they were when they closed.
         """
         if mode not in MODES:
             raise ConfigError(f"mode: expected one of {list(MODES)}, got {mode!r}{suggestion(str(mode), MODES)}")
@@ -246,7 +252,8 @@ class Trainer:
             return True
         for family in families:
             if not family.digest:
-                self.model.load_shared(self._family_file(family))
+                with advising(self._family_file(family)):
+                    self.model.load_shared(self._family_file(family))
         return False
 
     def _fit_together(self, resume: str | bool, stop: Stop, mode: str) -> dict[str, Result]:
@@ -261,6 +268,8 @@ class Trainer:
         run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean)  # type: ignore[arg-type]
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / JOINT_STATE
+        if path is not None and resume is False:
+            self._begin_anew(path, self.tasks)
         parent = self.model.fingerprint()
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
@@ -328,11 +337,11 @@ class Trainer:
         config, name = self.config, run.name
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / f"{_safe(name)}.state"
+        if path is not None and resume is False:
+            self._begin_anew(path, [name])
         parent = self.model.fingerprint(run.state.head_path)
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
-        if self.out is not None and resume is False:
-            (self.out / f"{_safe(name)}.result.json").unlink(missing_ok=True)  # of a run that this one replaces
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
@@ -349,17 +358,22 @@ class Trainer:
         self, run: Run | JointRun, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str
     ) -> None:
         """Epochs until the run is done, saved now and then, and where a stop is asked for."""
-        saved = time.perf_counter()
-        started = saved - run.progress.seconds
+        if path is not None and not self.quiet:
+            said = f"state saved every {self.config.save_every:g} s in {path}; Ctrl-C saves"
+            print(f"{run.name}: {said}", file=sys.stderr)
+        began = time.perf_counter()
+        started, stop.due = began - run.progress.seconds, began + self.config.save_every
+        if path is None:
+            stop.due = math.inf
         while not run.done:
             complete = run.train_epoch(log, stop)
             run.progress.seconds = time.perf_counter() - started
             if complete:
                 run.close_epoch(log)
             stopping = stop.asked and not run.done
-            if path is not None and (stopping or run.done or time.perf_counter() - saved > self.config.save_every):
+            if path is not None and (stopping or run.done or stop.saving):
                 run.save(path, settings, parent)
-                saved = time.perf_counter()
+                stop.due = time.perf_counter() + self.config.save_every
             if stopping:
                 raise TrainingInterrupted(self._stopped(run.name, path))
 
@@ -461,28 +475,35 @@ class Trainer:
         result.file = str(target)
         tested = _test_data(result.task, task) if result.test else None
         text = json.dumps({"settings": settings, "tested": tested, "result": asdict(result)})
-        draft = self.out / f"{_safe(result.task)}.result.json.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.out / f"{_safe(result.task)}.result.json")
+        store.write_text(self._marker(result.task), text)
+
+    def _marker(self, name: str) -> Path:
+        """The file that says that a task is finished."""
+        assert self.out is not None
+        return self.out / f"{_safe(name)}.result.json"
+
+    def _begin_anew(self, path: Path, names: Iterable[str]) -> None:
+        """Drop the state and the markers of a run that this one replaces: killed before its own first state, it is not
+        taken for the other."""
+        for file in (path, *(self._marker(name) for name in names)):
+            file.unlink(missing_ok=True)
 
     def _finished(self, name: str, task: Task, settings: dict[str, Any]) -> Result | None:
         """The result of a task that an earlier run with the same settings finished, loaded into the model."""
         if self.out is None:
             return None
-        marker = self.out / f"{_safe(name)}.result.json"
+        marker = self._marker(name)
         if not marker.exists():
             return None
-        try:
+        with advising(marker):
             record = json.loads(marker.read_text(encoding="utf-8"))
             before, tested, result = record["settings"], record["tested"], Result(**record["result"])
-        except (ValueError, KeyError, TypeError) as error:
-            advice = "delete it, or use resume=False (--restart)"
-            raise ConfigError(f"resume: {marker} is damaged ({error}); {advice}") from None
         same_settings(marker, before, settings)
         file = self.out / f"{_safe(name)}.taps"
         if not file.exists():
             return None
-        self.model.reload_task(name, file)
+        with advising(file):
+            self.model.reload_task(name, file)
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
         result = replace(result, file=str(file))
