@@ -33,7 +33,9 @@ class TrainConfig:
             keep nothing for backward. None: never, or with a budget after half of the epochs. A budget's gates rest
             in the last epoch at the latest, and not before the first epoch with a penalty has ended.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
-        amp: "bf16" runs forwards under autocast; None does not.
+        amp: "bf16" or "fp16" runs forwards under autocast; None does not. With "fp16" losses are scaled
+            (`torch.amp.GradScaler`): a step whose gradients overflow is left out and halves the scale, down to 1, which
+            is no bad step; at a scale of 1 it is one. Gradients are unscaled before they are clipped.
         clip_norm: bound on the global gradient norm of everything but the scores.
         label_smoothing: of the training loss, in [0, 1), where that is `F.cross_entropy`.
         ema: decay of a moving average of all that is trained but the scores, in [0, 1); validated and kept are the
@@ -165,7 +167,7 @@ class TrainConfig:
         if self.hierarchy is not None and self.hierarchy != math.inf:
             number(self.hierarchy, "hierarchy", 0.0)
         if self.amp is not None:
-            one_of(self.amp, ("bf16",), "amp")
+            one_of(self.amp, ("bf16", "fp16"), "amp")
 
     @property
     def rest_epoch(self) -> int | None:

@@ -51,15 +51,20 @@ class StepGuard:
         Raises:
             TapsError: so many steps in a row were bad.
         """
-        for buffer, copy in self.saved:
-            buffer.copy_(copy)
-        for parameter in parameters:
-            parameter.grad = None
+        self.leave_out(parameters)
         self.bad += 1
         advice = "lower lr, or look for Inf or NaN in the data"
         if self.bad > self.most:
             raise TapsError(f"{what}; after {self.bad} such steps in a row the run stops; {advice}")
         warnings.warn(f"{what}; the step was left out; {advice}", stacklevel=3)
+
+    @torch.no_grad()
+    def leave_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave everything as it was before the step."""
+        for buffer, copy in self.saved:
+            buffer.copy_(copy)
+        for parameter in parameters:
+            parameter.grad = None
 
     def good(self) -> None:
         """A step was taken."""

@@ -24,8 +24,10 @@ from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
 from .mixing import schedule
-from .run import Evaluate, make_optimizer, quality_of
+from .precision import autocast
+from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
+from .stepper import Own, Stepper
 from .task import Batch, Batches, Task, augmented, outputs_of
 
 
@@ -77,6 +79,7 @@ class JointRun:
         evaluate: Mapping[str, Evaluate],
         *,
         shared_first: bool = False,
+        own: Own = NONE,
     ) -> None:
         self.model, self.tasks, self.config, self.batches, self.evaluate = model, tasks, config, batches, evaluate
         for name in ("budget", "freeze_after"):
@@ -102,7 +105,8 @@ class JointRun:
             parameter.requires_grad_(False)
         self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
-        self.optimizer = make_optimizer(model, list(tasks), config, "tasks")
+        self.stepper = Stepper(groups_of(model, list(tasks), config, "tasks"), config, own, self.device)
+        self.optimizer = self.stepper.optimizer
         named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
         self.guard = StepGuard(named, config.bad_steps)
         self.averages = (
@@ -151,8 +155,7 @@ class JointRun:
 
     def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> None:
         config, optimizer = self.config, self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * config.lr_scale(self.progress.steps, steps_per_epoch)
+        self.stepper.rates(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         self.guard.before()
         losses = {name: self._gradients(name) for name in names}
@@ -167,29 +170,32 @@ class JointRun:
             for parameter in self.shared:
                 if parameter.grad is not None:
                     parameter.grad.div_(len(names))
-        if config.clip_norm is not None:
-            clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
-            nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+        self.stepper.clip()
         if self.model.gates == "device":
             self.model.drop_closed_gradients(names)
-        optimizer.step()
+        self.stepper.step()
         if self.tied is not None:
             self.tied.step(names, config.lr * config.lr_scale(self.progress.steps, steps_per_epoch))
         for average in self.averages.values():
             average.update()
 
     def _bad(self, losses: Mapping[str, float]) -> bool:
-        """True for a step that is not finite, which is undone. Raises TapsError where too many in a row were bad."""
+        """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do. Raises
+        TapsError where too many in a row were bad."""
         progress = self.progress
         wrong = next((name for name, loss in losses.items() if not math.isfinite(loss)), None)
         problem = None if wrong is None else f"task {wrong!r}: the training loss is not finite"
-        if problem is None and (parameter := self.guard.bad_parameter()) is not None:
-            problem = f"the gradient of {parameter} is not finite, though the losses are"
+        if problem is None:
+            self.stepper.scaler.unscale()
+            if (parameter := self.guard.bad_parameter()) is not None:
+                if self.stepper.scaler.backed_off():
+                    self.guard.leave_out(self.stepper.parameters)
+                    return True
+                problem = f"the gradient of {parameter} is not finite, though the losses are"
         if problem is None:
             self.guard.good()
             return False
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", parameters)
+        self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", self.stepper.parameters)
         return True
 
     def _gradients(self, name: str) -> tuple[float, int]:
@@ -202,16 +208,16 @@ class JointRun:
         inputs, targets = next(self.streams[name])
         loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
         value = float(loss.detach())
-        (loss * (config.loss_weights or {}).get(name, 1.0)).backward()
+        self.stepper.backward(loss * (config.loss_weights or {}).get(name, 1.0))
         if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
-                penalty.backward()
+                self.stepper.backward(penalty)
         return value, len(targets)
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp is not None):
+        with autocast(config.amp, self.device):
             outputs = outputs_of(self.model, inputs, name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
@@ -269,11 +275,11 @@ class JointRun:
         average = {f"{key}|{n}": t for key, held in self.averages.items() for n, t in held.values.items()}
         counters["average_steps"] = {key: held.steps for key, held in self.averages.items()}
         kept = {"best": self.best, "average": average}
-        save_run(path, self._snapshot(), self.optimizer, kept, counters, parent, "")
+        save_run(path, self._snapshot(), self.stepper, kept, counters, parent, "")
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
-        kept, counters = load_run(path, self._restore, self.optimizer, parent, settings)
+        kept, counters = load_run(path, self._restore, self.stepper, parent, settings)
         self.progress, self.best = JointProgress(**counters["progress"]), kept["best"]
         self.streams = {}
         for key, held in self.averages.items():

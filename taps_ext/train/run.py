@@ -23,14 +23,17 @@ from .config import TrainConfig
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
+from .precision import autocast
 from .state import load_run, restore, save_run, snapshot
+from .stepper import Own, Stepper
 from .task import Batches, Task, augmented, outputs_of
 
+NONE = Own()
 Evaluate = Callable[[], dict[str, float]]
 
 
-def make_optimizer(model: TaskModel, names: list[str], config: TrainConfig, whose: str) -> torch.optim.Optimizer:
-    """The optimizer of these tasks and of what they share; each group keeps its rate as "base_lr".
+def groups_of(model: TaskModel, names: list[str], config: TrainConfig, whose: str) -> list[dict[str, Any]]:
+    """What an optimizer of these tasks and of what they share is made of.
 
     Raises:
         ConfigError: nothing to train, of `whose`.
@@ -38,11 +41,7 @@ def make_optimizer(model: TaskModel, names: list[str], config: TrainConfig, whos
     groups = model.parameter_groups(names, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay)
     if not groups:
         raise ConfigError(f"{whose}: expected something to train, got neither gates, norms nor a head")
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas)
-    return torch.optim.SGD(groups, momentum=config.momentum)
+    return groups
 
 
 def quality_of(task: Task, metrics: Mapping[str, float]) -> float:
@@ -78,13 +77,21 @@ class Run:
     Args:
         batches: of the training split.
         evaluate: metrics of the task, as it is now, on the validation split.
+        own: the user's own optimizer and scheduler.
 
     Raises:
-        ConfigError: nothing to train.
+        ConfigError: nothing to train; an optimizer or scheduler that cannot be used.
     """
 
     def __init__(
-        self, model: TaskModel, name: str, task: Task, config: TrainConfig, batches: Batches, evaluate: Evaluate
+        self,
+        model: TaskModel,
+        name: str,
+        task: Task,
+        config: TrainConfig,
+        batches: Batches,
+        evaluate: Evaluate,
+        own: Own = NONE,
     ) -> None:
         self.model, self.name, self.task, self.config = model, name, task, config
         self.batches, self.evaluate = batches, evaluate
@@ -92,7 +99,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.loss = self._training_loss()
         self.outputs: int | None = getattr(self.state.head, "out_features", None)
-        self.optimizer = make_optimizer(model, [name], config, f"task {name!r}")
+        self.stepper = Stepper(groups_of(model, [name], config, f"task {name!r}"), config, own, self.device)
+        self.optimizer = self.stepper.optimizer
         self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -133,9 +141,7 @@ class Run:
                 progress.loss = running.item()
                 return False
             chunk = list(islice(stream, config.accumulate))
-            factor = config.lr_scale(progress.step, self.steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+            self.stepper.rates(progress.step, self.steps_per_epoch)
             optimizer.zero_grad(set_to_none=True)
             self.guard.before()
             loss, seen = self._gradients(chunk)
@@ -145,14 +151,12 @@ class Run:
                 continue
             running += loss
             progress.seen += seen
-            if config.clip_norm is not None:
-                clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
-                torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+            self.stepper.clip()
             if self.model.gates == "device":
                 self.model.drop_closed_gradients(self.name)
             if not progress.held:
                 self._count_reopened()
-            optimizer.step()
+            self.stepper.step()
             if self.average is not None:
                 self.average.update()
             progress.batch += len(chunk)
@@ -162,7 +166,7 @@ class Run:
         return True
 
     def _bad(self, loss: Tensor, batches: int) -> bool:
-        """True for a step that is not finite, which is undone.
+        """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do.
 
         Raises:
             TapsError: too many in a row were bad.
@@ -170,15 +174,19 @@ class Run:
         progress, wrong = self.progress, None
         if not math.isfinite(loss.item()):
             wrong = "the training loss is not finite"
-        elif (parameter := self.guard.bad_parameter()) is not None:
-            wrong = f"the gradient of {parameter} is not finite, though the loss is"
+        else:
+            self.stepper.scaler.unscale()
+            if (parameter := self.guard.bad_parameter()) is not None:
+                if self.stepper.scaler.backed_off():
+                    self.guard.leave_out(self.stepper.parameters)
+                    return True
+                wrong = f"the gradient of {parameter} is not finite, though the loss is"
         if wrong is None:
             self.guard.good()
             return False
         last = progress.batch + batches - 1
         which = f"batch {progress.batch}" if batches == 1 else f"batches {progress.batch} to {last}"
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", parameters)
+        self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", self.stepper.parameters)
         return True
 
     def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, int]:
@@ -190,15 +198,15 @@ class Run:
         for index, (inputs, targets) in enumerate(chunk):
             seed = hash((config.seed, progress.epoch, progress.batch + index)) % 2**63
             loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
-            (loss * (len(targets) / samples)).backward()
+            self.stepper.backward(loss * (len(targets) / samples))
             total += loss.detach().double() * len(targets)
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
         if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
-            sparsity.backward()
+            self.stepper.backward(sparsity)
         return total, samples
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):
+        with autocast(self.config.amp, self.device):
             outputs = outputs_of(self.model, inputs, self.name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
@@ -290,11 +298,11 @@ class Run:
         if self.average is not None:
             counters["average_steps"] = self.average.steps
         kept = {"best": self.best, "average": average}
-        save_run(path, snapshot(self.state), self.optimizer, kept, counters, parent, self.name)
+        save_run(path, snapshot(self.state), self.stepper, kept, counters, parent, self.name)
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
-        kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.optimizer, parent, settings)
+        kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.stepper, parent, settings)
         self.progress, self.best = Progress(**counters["progress"]), kept["best"]
         if self.progress.held:
             self.rest()

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import store
 from ..errors import ConfigError, suggestion
@@ -28,8 +29,10 @@ from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
 from .log import Log
+from .precision import autocast
 from .run import Evaluate, Progress, Run
 from .state import advising, same_settings
+from .stepper import Own
 from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
@@ -71,10 +74,21 @@ class Trainer:
         tasks: task name -> its data, loss and metrics.
         config: settings shared by all tasks.
         quiet: print nothing.
+        optimizer: instead of the config's `optimizer`, `momentum` and `betas`: `optimizer(groups) -> Optimizer`, called
+            for each run with groups as `TaskModel.parameter_groups` gives them ("name", "params", "lr" and
+            "weight_decay" of the config, which an argument of the optimizer's does not change; set `group["lr"]` for
+            other rates). All parameters must be in it, in groups of their names, and `step()` must need no closure.
+        scheduler: instead of the config's `schedule`, `step_epochs`, `step_gamma` and `lr_warmup`:
+            `scheduler(optimizer) -> LRScheduler`, stepped once after every step of the optimizer (a step that is left
+            out, as `TrainConfig.bad_steps` says, does not count). Its `state_dict()` holds numbers, text and tensors.
+
+        Both are called once more where a run is resumed, and what they held is put back; which functions they are
+        belongs to the run's settings. They are called in every run of the Trainer's: one for each task, or one of a
+        joint run and then one for each task that is trained on its own.
 
     Raises:
         ConfigError: a task that the model lacks; a budget or freeze_after without learned gates; label smoothing with
-            a loss that is not `F.cross_entropy`.
+            a loss that is not `F.cross_entropy`; settings that a factory leaves without effect.
     """
 
     def __init__(
@@ -84,6 +98,8 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         quiet: bool = False,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     ) -> None:
         config = TrainConfig() if config is None else config
         for argument, value, kind in (
@@ -107,6 +123,8 @@ class Trainer:
                     f"label_smoothing: expected 0 for task {name!r}, whose loss is not F.cross_entropy, "
                     f"got {config.label_smoothing}"
                 )
+        self.own = Own(optimizer, scheduler)
+        self.own.check(config)
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             try:
@@ -193,6 +211,8 @@ class Trainer:
         method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
         settings = {**plain, **method, "task": name, "head": head, "gates": layers, **functions}
         settings |= {f"data.{split}": value for split, value in data.items()}
+        made = {"optimizer": self.own.optimizer, "scheduler": self.own.scheduler}
+        settings |= {key: describe(factory) for key, factory in made.items() if factory is not None}
         if mode != "incremental":  # which 0.1's runs were
             settings["mode"] = mode
         found: dict[str, Any] = json.loads(json.dumps(settings))
@@ -210,7 +230,7 @@ class Trainer:
                 "before, which freezes the family"
             )
         batches, evaluate = self._data(name, task)
-        run = Run(self.model, name, task, config, batches, evaluate)
+        run = Run(self.model, name, task, config, batches, evaluate, self.own)
         try:
             return self._run(run, task, settings, resume, stop)
         finally:
@@ -265,7 +285,7 @@ class Trainer:
         settings = {"mode": mode, "tasks": {n: self._settings(n, task, mode) for n, task in self.tasks.items()}}
         data = {name: self._data(name, task) for name, task in self.tasks.items()}
         batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
-        run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean)  # type: ignore[arg-type]
+        run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean, own=self.own)  # type: ignore[arg-type]
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / JOINT_STATE
         if path is not None and resume is False:
@@ -401,7 +421,7 @@ class Trainer:
         config = self.config
         size, workers = config.eval_batch_size or config.batch_size, config.num_workers
         batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
-        amp = self.config.amp is not None
+        amp = self.config.amp
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
         was_training = self.model.training
@@ -409,7 +429,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    with autocast(amp, device):
                         outputs = outputs_of(self.model, inputs, name, device)
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
