@@ -2,7 +2,8 @@
 
 from .config import TrainConfig
 from .interrupt import TrainingInterrupted
+from .metrics import whole
 from .task import Task, accuracy
 from .trainer import Result, Trainer
 
-__all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy"]
+__all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy", "whole"]

@@ -23,6 +23,7 @@ from .guard import StepGuard
 from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
+from .metrics import weight_of
 from .mixing import schedule
 from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
@@ -45,7 +46,7 @@ class JointProgress:
     step: int = 0  # within the epoch
     taken: dict[str, int] = field(default_factory=dict)  # task: batches since the start of the run
     losses: dict[str, float] = field(default_factory=dict)  # task: sum over the samples of the epoch
-    seen: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
     steps: int = 0  # of the optimizer, since the start
     seconds: float = 0.0
     best: dict[str, Any] | None = None
@@ -158,9 +159,13 @@ class JointRun:
         self.stepper.rates(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         self.guard.before()
-        losses = {name: self._gradients(name) for name in names}
+        found = {name: self._gradients(name) for name in names}
         for name in names:
             self.progress.taken[name] = self.progress.taken.get(name, 0) + 1
+        losses = {name: pair for name, pair in found.items() if pair is not None}
+        names = tuple(losses)
+        if not losses:
+            return
         if self._bad({name: loss for name, (loss, _) in losses.items()}):
             return
         for name, (loss, seen) in losses.items():
@@ -198,14 +203,18 @@ class JointRun:
         self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", self.stepper.parameters)
         return True
 
-    def _gradients(self, name: str) -> tuple[float, int]:
-        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and the samples."""
+    def _gradients(self, name: str) -> tuple[float, float] | None:
+        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and what it is the mean
+        of: samples, or their parts that count. None where nothing counts: then the step has not got the task."""
         config, progress, task = self.config, self.progress, self.tasks[name]
         taken = progress.taken.get(name, 0)
         lap, batch = divmod(taken, self.sizes[name])
         if name not in self.streams or batch == 0:
             self.streams[name] = self.batches[name].epoch(lap, skip=batch)
         inputs, targets = next(self.streams[name])
+        weight = weight_of(task.loss, targets)
+        if not weight:
+            return None
         loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
         value = float(loss.detach())
         self.stepper.backward(loss * (config.loss_weights or {}).get(name, 1.0))
@@ -213,7 +222,7 @@ class JointRun:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
                 self.stepper.backward(penalty)
-        return value, len(targets)
+        return value, weight
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]
@@ -241,7 +250,7 @@ class JointRun:
             shares = {name: self.model.report(name).share for name in self.tasks}
             entry: dict[str, Any] = {"epoch": progress.epoch}
             for name, found in metrics.items():
-                entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / max(1, progress.seen.get(name, 0))
+                entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / (progress.seen.get(name) or 1)
                 entry |= {f"{name}_val_{key}": value for key, value in found.items()}
                 entry[f"{name}_share"] = shares[name]
             log.event("epoch", {}, **entry)

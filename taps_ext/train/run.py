@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
+from .metrics import weight_of
 from .precision import autocast
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
@@ -63,7 +64,7 @@ class Progress:
     open: list[str] | None = None  # layers that were open in the last step
     reopened: int = 0
     loss: float = 0.0
-    seen: int = 0
+    seen: float = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
     peak: list[Any] | None = None
@@ -145,7 +146,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
             self.guard.before()
             loss, seen = self._gradients(chunk)
-            if self._bad(loss, len(chunk)):
+            if not seen or self._bad(loss, len(chunk)):
                 progress.batch += len(chunk)
                 progress.step += 1
                 continue
@@ -189,19 +190,22 @@ class Run:
         self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", self.stepper.parameters)
         return True
 
-    def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, int]:
+    def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses, and how many
-        samples there were."""
+        samples it is over, or their parts that count. Where nothing counts there are none."""
         config, progress = self.config, self.progress
-        samples = sum(len(targets) for _, targets in chunk)
+        weights = [weight_of(self.task.loss, targets) for _, targets in chunk]
+        samples = sum(weights)
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         for index, (inputs, targets) in enumerate(chunk):
+            if not weights[index]:
+                continue
             seed = hash((config.seed, progress.epoch, progress.batch + index)) % 2**63
             loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
-            self.stepper.backward(loss * (len(targets) / samples))
-            total += loss.detach().double() * len(targets)
+            self.stepper.backward(loss * (weights[index] / samples))
+            total += loss.detach().double() * weights[index]
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
-        if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
+        if samples and penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
             self.stepper.backward(sparsity)
         return total, samples
 
@@ -222,7 +226,7 @@ class Run:
             report = self.model.report(self.name)
             entry = {
                 "epoch": progress.epoch,
-                "loss": progress.loss / max(1, progress.seen),
+                "loss": progress.loss / (progress.seen or 1),
                 **{f"val_{key}": value for key, value in metrics.items()},
                 "share": report.share,
                 "layers_open": report.layers_open,

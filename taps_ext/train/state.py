@@ -17,7 +17,7 @@ from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorE
 from . import randomness
 from .stepper import Stepper, moments, put_moments
 
-GROUPS = ("part", "optimizer", "best", "average", "own", "random")
+GROUPS = ("part", "optimizer", "best", "average", "random", "own")
 """What a state's tensors belong to: each is called `<group>:<name>`."""
 
 

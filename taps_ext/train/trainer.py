@@ -29,11 +29,12 @@ from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
 from .log import Log
+from .metrics import Measured, described
 from .precision import autocast
 from .run import Evaluate, Progress, Run
 from .state import advising, same_settings
 from .stepper import Own
-from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
+from .task import Batches, Task, accuracy, as_dataset, identity, outputs_of, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
@@ -203,7 +204,7 @@ class Trainer:
         data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
         functions = {
             "loss": describe(task.loss),
-            "metrics": {key: describe(metric) for key, metric in task.metrics.items()},
+            "metrics": {key: described(metric) for key, metric in task.metrics.items()},
             "augment": describe(task.augment),
             "maximize": task.maximize,
             "labels": task.labels,
@@ -413,17 +414,21 @@ class Trainer:
             raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
-        """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
+        """Loss and metrics of a task on a dataset, as `Task` says. The mode is restored.
+
+        Raises:
+            ConfigError: an unknown task; a metric that is no number.
+        """
         task = self.tasks.get(name) if task is None else task
         if task is None:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
-        totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
         config = self.config
         size, workers = config.eval_batch_size or config.batch_size, config.num_workers
         batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
         amp = self.config.amp
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
+        measured = Measured(task.loss, task.metrics, accuracy, device)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -433,19 +438,17 @@ class Trainer:
                         outputs = outputs_of(self.model, inputs, name, device)
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
-                    targets = targets.to(device)
-                    totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
-                    for key, metric in task.metrics.items():
-                        totals[key] += float(metric(outputs, targets)) * len(targets)
+                    measured.update(outputs, targets.to(device))
         finally:
             self.model.train(was_training)
-        if not math.isfinite(totals["loss"]):
+        found = measured.compute()
+        if not math.isfinite(found["loss"]):
             warnings.warn(
                 f"task {name!r}: the loss on {batches.samples} samples to evaluate is not finite; look for Inf or NaN "
                 "in them",
                 stacklevel=2,
             )
-        return {key: value / batches.samples for key, value in totals.items()}
+        return found
 
     def _stopped(self, name: str, path: Path | None) -> str:
         if path is None:
