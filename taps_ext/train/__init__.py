@@ -1,9 +1,21 @@
 """Training: settings, tasks, the loop and its resumable state."""
 
+from .callbacks import Callback, RunInfo
 from .config import TrainConfig
 from .interrupt import TrainingInterrupted
 from .metrics import whole
+from .result import Result
 from .task import Task, accuracy
-from .trainer import Result, Trainer
+from .trainer import Trainer
 
-__all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy", "whole"]
+__all__ = [
+    "Callback",
+    "Result",
+    "RunInfo",
+    "Task",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
+    "accuracy",
+    "whole",
+]

@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..model import TaskModel
 from ..model.state import Parts, TaskState
 from .average import Average
+from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
 from .guard import StepGuard
@@ -52,6 +53,7 @@ class JointProgress:
     best: dict[str, Any] | None = None
     peak: list[Any] | None = None
     improved: int = 0
+    stopped: bool = False  # a callback asked for it
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -113,6 +115,7 @@ class JointRun:
         self.averages = (
             {k: Average(held, config.ema) for k, held in self.parts.items()} if config.ema is not None else {}
         )
+        self.told: Told | None = None
         self.progress, self.best = JointProgress(), self._snapshot()
         self.sizes = {name: len(found) for name, found in batches.items()}
         self.streams: dict[str, Iterator[Batch]] = {}
@@ -131,9 +134,10 @@ class JointRun:
 
     @property
     def done(self) -> bool:
-        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
+        """True after the last epoch, where a callback asked to stop, or where `patience` epochs brought nothing better
+        than the best before them."""
         progress, patience = self.progress, self.config.patience
-        if progress.epoch >= self.config.epochs:
+        if progress.epoch >= self.config.epochs or progress.stopped:
             return True
         return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
@@ -148,13 +152,17 @@ class JointRun:
         while progress.step < len(steps):
             if stop.asked or (stop.saving and progress.step > first):
                 return False
-            self._step(steps[progress.step], len(steps))
+            losses = self._step(steps[progress.step], len(steps))
             progress.step += 1
             progress.steps += 1
             log.step(progress.steps)
+            if self.told is not None and losses:
+                named = {f"{name}_loss": loss for name, loss in losses.items()}
+                self.told.step(progress.steps, {**named, **self.stepper.rates_now()})
         return True
 
-    def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> None:
+    def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, float]:
+        """Take a step; the losses of its tasks, none if it was left out."""
         config, optimizer = self.config, self.optimizer
         self.stepper.rates(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
@@ -165,9 +173,9 @@ class JointRun:
         losses = {name: pair for name, pair in found.items() if pair is not None}
         names = tuple(losses)
         if not losses:
-            return
+            return {}
         if self._bad({name: loss for name, (loss, _) in losses.items()}):
-            return
+            return {}
         for name, (loss, seen) in losses.items():
             self.progress.losses[name] = self.progress.losses.get(name, 0.0) + loss * seen
             self.progress.seen[name] = self.progress.seen.get(name, 0) + seen
@@ -183,6 +191,7 @@ class JointRun:
             self.tied.step(names, config.lr * config.lr_scale(self.progress.steps, steps_per_epoch))
         for average in self.averages.values():
             average.update()
+        return {name: loss for name, (loss, _) in losses.items()}
 
     def _bad(self, losses: Mapping[str, float]) -> bool:
         """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do. Raises

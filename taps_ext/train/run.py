@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..model import TaskModel
 from .average import Average
 from .budget import settle
+from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
 from .guard import StepGuard
@@ -69,6 +70,7 @@ class Progress:
     best: dict[str, Any] | None = None
     peak: list[Any] | None = None
     improved: int = 0
+    stopped: bool = False  # a callback asked for it
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -102,6 +104,7 @@ class Run:
         self.outputs: int | None = getattr(self.state.head, "out_features", None)
         self.stepper = Stepper(groups_of(model, [name], config, f"task {name!r}"), config, own, self.device)
         self.optimizer = self.stepper.optimizer
+        self.told: Told | None = None
         self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -120,9 +123,10 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
+        """True after the last epoch, where a callback asked to stop, or where `patience` epochs brought nothing better
+        than the best before them."""
         progress, patience = self.progress, self.config.patience
-        if progress.epoch >= self.config.epochs:
+        if progress.epoch >= self.config.epochs or progress.stopped:
             return True
         if self.config.budget is not None and not progress.held:
             return False  # the choice is still to be made
@@ -163,6 +167,8 @@ class Run:
             progress.batch += len(chunk)
             progress.step += 1
             log.step(progress.step)
+            if self.told is not None:
+                self.told.step(progress.step, {"loss": loss.item() / seen, **self.stepper.rates_now()})
         progress.loss = running.item()
         return True
 

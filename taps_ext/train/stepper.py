@@ -138,6 +138,10 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
 
+    def rates_now(self) -> dict[str, float]:
+        """The learning rates of the step at hand, by "lr/<group>"."""
+        return {f"lr/{group['name']}": float(group["lr"]) for group in self.optimizer.param_groups}
+
     def backward(self, loss: Tensor) -> None:
         self.scaler.scaled(loss).backward()
 

@@ -7,8 +7,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +23,7 @@ from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from ..model.state import Family
 from . import randomness
+from .callbacks import Callback, RunInfo, Told, check_callbacks
 from .checks import check_sample, check_targets
 from .config import TrainConfig
 from .identity import describe
@@ -31,6 +32,7 @@ from .joint import JointProgress, JointRun
 from .log import Log
 from .metrics import Measured, described
 from .precision import autocast
+from .result import Result
 from .run import Evaluate, Progress, Run
 from .state import advising, same_settings
 from .stepper import Own
@@ -39,22 +41,6 @@ from .task import Batches, Task, accuracy, as_dataset, identity, outputs_of, spl
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
 JOINT_STATE = "%joint.state"  # no task's file has such a name
-
-
-@dataclass
-class Result:
-    """What training one task came to. Metrics are those of the selected epoch (from 0)."""
-
-    task: str
-    epoch: int
-    val: dict[str, float]
-    test: dict[str, float]
-    share: float
-    layers_open: int
-    within_budget: bool
-    seconds: float
-    file: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _test_data(name: str, task: Task) -> Any:
@@ -82,9 +68,10 @@ class Trainer:
         scheduler: instead of the config's `schedule`, `step_epochs`, `step_gamma` and `lr_warmup`:
             `scheduler(optimizer) -> LRScheduler`, stepped once after every step of the optimizer (a step that is left
             out, as `TrainConfig.bad_steps` says, does not count). Its `state_dict()` holds numbers, text and tensors.
+        callbacks: told of starts, steps, epochs and ends of runs; they may ask to stop (see `Callback`).
 
-        Both are called once more where a run is resumed, and what they held is put back; which functions they are
-        belongs to the run's settings. They are called in every run of the Trainer's: one for each task, or one of a
+        Both factories are called once more where a run is resumed, and what was made is put back in its state; which
+        functions they are belongs to the run's settings. They are called in every run of the Trainer's: one for each task, or one of a
         joint run and then one for each task that is trained on its own.
 
     Raises:
@@ -101,6 +88,7 @@ class Trainer:
         quiet: bool = False,
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         config = TrainConfig() if config is None else config
         for argument, value, kind in (
@@ -126,6 +114,7 @@ class Trainer:
                 )
         self.own = Own(optimizer, scheduler)
         self.own.check(config)
+        self.callbacks = check_callbacks(callbacks)
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             try:
@@ -298,23 +287,33 @@ class Trainer:
         board = self.out / "tensorboard" / "joint" if self.out is not None and config.tensorboard else None
         total = run.steps_per_epoch * config.epochs
         log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
-        try:
-            self._train(run, log, stop, path, settings, parent)
-        finally:
-            log.close()
-            run.release()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.keep_best()
-        if lean:
-            self._freeze_families()
-            return {}
-        results = {name: self._joint_result(name, run.progress) for name in self.tasks}
-        if path is not None:
-            self._freeze_families()
+        with self._told(run, tuple(self.tasks), settings, total) as told:
+            try:
+                self._train(run, log, stop, path, settings, parent)
+            finally:
+                log.close()
+                run.release()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.keep_best()
+            if lean:
+                self._freeze_families()
+                return {}
+            results = {name: self._joint_result(name, run.progress) for name in self.tasks}
+            if path is not None:
+                self._freeze_families()
+                for name, task in self.tasks.items():
+                    self._keep(results[name], task, self._settings(name, task, mode))
+                path.unlink(missing_ok=True)
             for name, task in self.tasks.items():
-                self._keep(results[name], task, self._settings(name, task, mode))
-            path.unlink(missing_ok=True)
-        return {n: self._test(r, self.tasks[n], self._settings(n, self.tasks[n], mode)) for n, r in results.items()}
+                told.results[name] = self._test(results[name], task, self._settings(name, task, mode))
+        return told.results
+
+    def _told(self, run: Run | JointRun, tasks: tuple[str, ...], settings: dict[str, Any], steps: int) -> Told:
+        """The callbacks of a run, which tells them of its steps if there are any."""
+        info = RunInfo(run.name, tasks, self.config, settings, run.progress.epoch, steps, self.out)
+        told = Told(self.callbacks, info)
+        run.told = told if self.callbacks else None
+        return told
 
     def _freeze_families(self) -> None:
         """Save what the tasks share; from here on nothing trains it. Without a folder it is frozen alone."""
@@ -367,13 +366,15 @@ class Trainer:
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
         log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
-        try:
-            self._train(run, log, stop, path, settings, parent)
-        finally:
-            log.close()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.keep_best()
-        return self._finish(name, task, run.progress, settings, path)
+        with self._told(run, (name,), settings, total) as told:
+            try:
+                self._train(run, log, stop, path, settings, parent)
+            finally:
+                log.close()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.keep_best()
+            told.results[name] = self._finish(name, task, run.progress, settings, path)
+        return told.results[name]
 
     def _train(
         self, run: Run | JointRun, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str
@@ -391,6 +392,8 @@ class Trainer:
             run.progress.seconds = time.perf_counter() - started
             if complete:
                 run.close_epoch(log)
+                if run.told is not None and run.told.epoch(run.progress.history[-1]):
+                    run.progress.stopped = True
             stopping = stop.asked and not run.done
             if path is not None and (stopping or run.done or stop.saving):
                 run.save(path, settings, parent)
