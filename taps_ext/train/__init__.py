@@ -7,6 +7,7 @@ from .metrics import whole
 from .result import Result
 from .task import Task, accuracy
 from .trainer import Trainer
+from .weighting import Uncertainty, Weighting, register_weighting
 
 __all__ = [
     "Callback",
@@ -16,6 +17,9 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainingInterrupted",
+    "Uncertainty",
+    "Weighting",
     "accuracy",
+    "register_weighting",
     "whole",
 ]

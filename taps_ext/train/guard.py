@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TapsError
-from ..model.state import Parts
 
 
 class StepGuard:
     """Undo a step whose loss or gradients are not finite, and stop a run of which too many in a row are.
 
     Args:
-        held: tasks and families whose modules' statistics a forward may write, by what they are called.
+        held: tasks, families and whatever else is trained, whose buffers a step may write, by what they are called.
         most: how many bad steps in a row are left out before the run stops; None: 3.
     """
 
-    def __init__(self, held: Mapping[str, Parts], most: int | None) -> None:
+    def __init__(self, held: Mapping[str, nn.Module], most: int | None) -> None:
         self.held, self.most, self.bad = held, 3 if most is None else most, 0
         self.saved: list[tuple[Tensor, Tensor]] = []
 

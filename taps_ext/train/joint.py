@@ -31,6 +31,7 @@ from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
 from .task import Batch, Batches, Task, augmented, outputs_of
+from .weighting import weighted, weighting_of
 
 
 def _gated(state: TaskState) -> list[nn.Parameter]:
@@ -90,9 +91,8 @@ class JointRun:
                 raise ConfigError(f'{name}: expected None with mode="joint", got {getattr(config, name)}')
         if config.accumulate != 1:
             raise ConfigError(f'accumulate: expected 1 with mode="joint", got {config.accumulate}')
-        unknown = [name for name in config.loss_weights or {} if name not in tasks]
-        if unknown:
-            raise ConfigError(f"loss_weights: expected one of {list(tasks)}, got {unknown[0]!r}")
+        self.device = next(model.parameters()).device
+        self.weighting = weighting_of(config.loss_weights, list(tasks)).to(self.device)
         self.states = {name: model.state(name) for name in tasks}
         families = [state.family for state in self.states.values() if state.family is not None]
         self.families = {family.name: family for family in families if not family.digest}
@@ -100,7 +100,6 @@ class JointRun:
             **{f"shared/{name}": family for name, family in self.families.items()},
             **{f"task/{name}": state for name, state in self.states.items()},
         }
-        self.device = next(model.parameters()).device
         self.shared_first = shared_first
         later = [(p, p.requires_grad) for state in self.states.values() for p in _gated(state)] if shared_first else []
         self.later = later
@@ -108,10 +107,14 @@ class JointRun:
             parameter.requires_grad_(False)
         self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
-        self.stepper = Stepper(groups_of(model, list(tasks), config, "tasks"), config, own, self.device)
+        groups = groups_of(model, list(tasks), config, "tasks")
+        weights = [p for p in self.weighting.parameters() if p.requires_grad]
+        if weights:
+            groups.append({"name": "weighting", "params": weights, "lr": config.lr, "weight_decay": 0.0})
+        self.stepper = Stepper(groups, config, own, self.device)
         self.optimizer = self.stepper.optimizer
         named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
-        self.guard = StepGuard(named, config.bad_steps)
+        self.guard = StepGuard({**named, "the loss weights": self.weighting}, config.bad_steps)
         self.averages = (
             {k: Average(held, config.ema) for k, held in self.parts.items()} if config.ema is not None else {}
         )
@@ -191,7 +194,9 @@ class JointRun:
             self.tied.step(names, config.lr * config.lr_scale(self.progress.steps, steps_per_epoch))
         for average in self.averages.values():
             average.update()
-        return {name: loss for name, (loss, _) in losses.items()}
+        told = {name: loss for name, (loss, _) in losses.items()}
+        self.weighting.after(told)
+        return told
 
     def _bad(self, losses: Mapping[str, float]) -> bool:
         """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do. Raises
@@ -226,7 +231,7 @@ class JointRun:
             return None
         loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
         value = float(loss.detach())
-        self.stepper.backward(loss * (config.loss_weights or {}).get(name, 1.0))
+        self.stepper.backward(weighted(self.weighting, name, loss))
         if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
@@ -262,6 +267,7 @@ class JointRun:
                 entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / (progress.seen.get(name) or 1)
                 entry |= {f"{name}_val_{key}": value for key, value in found.items()}
                 entry[f"{name}_share"] = shares[name]
+            entry |= self.weighting.values()
             log.event("epoch", {}, **entry)
             progress.history.append(entry)
             quality = [quality_of(self.tasks[name], found) for name, found in metrics.items()]
@@ -292,13 +298,14 @@ class JointRun:
         counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
         average = {f"{key}|{n}": t for key, held in self.averages.items() for n, t in held.values.items()}
         counters["average_steps"] = {key: held.steps for key, held in self.averages.items()}
-        kept = {"best": self.best, "average": average}
+        kept = {"best": self.best, "average": average, "weighting": dict(self.weighting.state_dict())}
         save_run(path, self._snapshot(), self.stepper, kept, counters, parent, "")
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
         kept, counters = load_run(path, self._restore, self.stepper, parent, settings)
         self.progress, self.best = JointProgress(**counters["progress"]), kept["best"]
+        self.weighting.load_state_dict(kept["weighting"])
         self.streams = {}
         for key, held in self.averages.items():
             values = {n.removeprefix(f"{key}|"): t for n, t in kept["average"].items() if n.startswith(f"{key}|")}

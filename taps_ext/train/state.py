@@ -17,7 +17,7 @@ from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorE
 from . import randomness
 from .stepper import Stepper, moments, put_moments
 
-GROUPS = ("part", "optimizer", "best", "average", "random", "own")
+GROUPS = ("part", "optimizer", "best", "average", "random", "own", "weighting")
 """What a state's tensors belong to: each is called `<group>:<name>`."""
 
 
@@ -44,7 +44,8 @@ def save_run(
 ) -> None:
     """Write the whole state of a run of the task `name` ("" for a joint run), atomically: a file of the kind "state".
 
-    `parts` are the tensors that are trained, `kept` further ones: "best" (those of the best epoch) and "average".
+    `parts` are the tensors that are trained, `kept` further ones: "best" (those of the best epoch), "average" and
+    "weighting" (of tasks' losses).
     `counters` is JSON-ready.
     """
     tensors, numbers = moments(stepper.optimizer)
@@ -149,4 +150,4 @@ def load_run(
     put_moments(stepper.optimizer, groups["optimizer"], numbers)
     stepper.load(counters, groups["own"])
     randomness.restore(groups["random"])
-    return {"best": groups["best"], "average": groups["average"]}, counters
+    return {key: groups[key] for key in ("best", "average", "weighting")}, counters

@@ -16,6 +16,7 @@ from .packing import pack, unpack
 from .precision import Scaler
 
 Groups = list[dict[str, Any]]
+UNCLIPPED = ("score", "weighting")  # groups whose gradients do not count in the global norm
 
 
 class Own(NamedTuple):
@@ -148,7 +149,7 @@ class Stepper:
     def clip(self) -> None:
         """As `TrainConfig.clip_norm` says."""
         if self.config.clip_norm is not None:
-            clipped = [p for g in self.optimizer.param_groups if g["name"] != "score" for p in g["params"]]
+            clipped = [p for g in self.optimizer.param_groups if g["name"] not in UNCLIPPED for p in g["params"]]
             nn.utils.clip_grad_norm_(clipped, self.config.clip_norm)
 
     def step(self) -> None:

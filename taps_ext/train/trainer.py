@@ -71,8 +71,8 @@ class Trainer:
         callbacks: told of starts, steps, epochs and ends of runs; they may ask to stop (see `Callback`).
 
         Both factories are called once more where a run is resumed, and what was made is put back in its state; which
-        functions they are belongs to the run's settings. They are called in every run of the Trainer's: one for each task, or one of a
-        joint run and then one for each task that is trained on its own.
+        functions they are belongs to the run's settings. They are called in every run of the Trainer's: one for each
+        task, or one of a joint run and then one for each task that is trained on its own.
 
     Raises:
         ConfigError: a task that the model lacks; a budget or freeze_after without learned gates; label smoothing with
