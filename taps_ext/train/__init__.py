@@ -4,6 +4,7 @@ from .callbacks import Callback, RunInfo
 from .config import TrainConfig
 from .interrupt import TrainingInterrupted
 from .metrics import whole
+from .multitask import MultiTask
 from .result import Result
 from .task import Task, accuracy
 from .trainer import Trainer
@@ -11,6 +12,7 @@ from .weighting import Uncertainty, Weighting, register_weighting
 
 __all__ = [
     "Callback",
+    "MultiTask",
     "Result",
     "RunInfo",
     "Task",

@@ -31,6 +31,7 @@ from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
 from .log import Log
 from .metrics import Measured, described
+from .multitask import batches_of, labels_of
 from .precision import autocast
 from .result import Result
 from .run import Evaluate, Progress, Run
@@ -236,7 +237,7 @@ class Trainer:
         else:
             train, val = split_off(train, config.val_fraction, config.seed)
         self._check_penalty(name)
-        batches = Batches(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
+        batches = batches_of(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         return batches, lambda: self.evaluate(name, val, task=task)
@@ -409,7 +410,8 @@ class Trainer:
             if data is None:
                 continue
             dataset = as_dataset(data, argument)
-            check_sample(dataset, argument, self.model.base)
+            labels = labels_of(dataset)
+            check_sample(dataset if labels is None else labels.first(argument), argument, self.model.base)
             targets = targets_of(dataset)
             if targets is not None:
                 check_targets(task, targets, outputs, argument)
@@ -427,7 +429,7 @@ class Trainer:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
         config = self.config
         size, workers = config.eval_batch_size or config.batch_size, config.num_workers
-        batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
+        batches = batches_of(as_dataset(data, "data"), size, 0, train=False, workers=workers)
         amp = self.config.amp
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
@@ -437,6 +439,8 @@ class Trainer:
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
+                    if not len(targets):  # none of the task's, in a batch of several tasks'
+                        continue
                     with autocast(amp, device):
                         outputs = outputs_of(self.model, inputs, name, device)
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
