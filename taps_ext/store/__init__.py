@@ -15,6 +15,7 @@ from .io import (
     verify,
     write,
     write_safetensors,
+    write_text,
 )
 from .metadata import Metadata
 from .record import Record
@@ -48,4 +49,5 @@ __all__ = [
     "verify",
     "write",
     "write_safetensors",
+    "write_text",
 ]

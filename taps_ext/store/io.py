@@ -215,6 +215,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     return len(header) + sum(info.nbytes for info in plan.values())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file as durably as `write` does: once it returns, the text outlives a loss of power.
+
+    Raises MissingFileError, NotRegularFileError, and OSError from the disk.
+    """
+    with _replacing(path) as fd:
+        _write_all(fd, memoryview(text.encode("utf-8")))
+
+
 def check_claims(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], *, path: Path) -> None:
     """Raises unless the tensors are exactly the claimed ones, and every score is a float32 scalar."""
     for stored, claim in claims.items():

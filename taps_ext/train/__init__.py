@@ -1,8 +1,27 @@
 """Training: settings, tasks, the loop and its resumable state."""
 
+from .callbacks import Callback, RunInfo
 from .config import TrainConfig
 from .interrupt import TrainingInterrupted
+from .metrics import whole
+from .multitask import MultiTask
+from .result import Result
 from .task import Task, accuracy
-from .trainer import Result, Trainer
+from .trainer import Trainer
+from .weighting import Uncertainty, Weighting, register_weighting
 
-__all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy"]
+__all__ = [
+    "Callback",
+    "MultiTask",
+    "Result",
+    "RunInfo",
+    "Task",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
+    "Uncertainty",
+    "Weighting",
+    "accuracy",
+    "register_weighting",
+    "whole",
+]

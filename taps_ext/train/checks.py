@@ -54,7 +54,7 @@ def check_targets(task: Task, targets: Tensor, classes: int | None, argument: st
         outputs: the model's, where they are known already; only `[B, classes]` says what targets must be like.
     """
     _check_loss(task, targets, classes, argument, outputs)
-    if targets.is_floating_point() and accuracy in task.metrics.values():
+    if targets.is_floating_point() and any(metric is accuracy for metric in task.metrics.values()):
         raise ConfigError(
             f"{argument}: expected int64 labels, of which accuracy can be told, got {targets.dtype} "
             f"{list(targets.shape)}; give the task metrics of its own, or metrics={{}} to select by the loss"

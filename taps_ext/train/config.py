@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, suggestion
 from ..methods.base import number, one_of
+from .weighting import WEIGHTINGS
 
 MIXES = ("all", "proportional", "uniform", "temperature", "round-robin")
 
@@ -33,8 +34,10 @@ class TrainConfig:
             keep nothing for backward. None: never, or with a budget after half of the epochs. A budget's gates rest
             in the last epoch at the latest, and not before the first epoch with a penalty has ended.
         accumulate: forwards averaged into one step; gates are fixed and the penalty added once in each step.
-        amp: "bf16" runs forwards under autocast; None does not.
-        clip_norm: bound on the global gradient norm of everything but the scores.
+        amp: "bf16" or "fp16" runs forwards under autocast; None does not. With "fp16" losses are scaled
+            (`torch.amp.GradScaler`): a step whose gradients overflow is left out and halves the scale, down to 1, which
+            is no bad step; at a scale of 1 it is one. Gradients are unscaled before they are clipped.
+        clip_norm: bound on the global gradient norm of everything but the scores (and trained loss weights).
         label_smoothing: of the training loss, in [0, 1), where that is `F.cross_entropy`.
         ema: decay of a moving average of all that is trained but the scores, in [0, 1); validated and kept are the
             averages, while gates come from the live scores. None keeps the live values.
@@ -44,7 +47,9 @@ class TrainConfig:
             task with most batches, while smaller ones start again. One task a step, an epoch having as many steps as
             all tasks have batches: "proportional" (each batch of each once, shuffled), "uniform" (drawn alike),
             "temperature" (drawn in proportion to the square root of the number of batches), "round-robin".
-        loss_weights: of joint training, task -> factor of its loss (default 1).
+        loss_weights: of joint training, task -> factor of its loss (default 1), or the name of a weighting:
+            "uncertainty" (`taps_ext.train.Uncertainty`: trained log-variances), or one of your own
+            (`taps_ext.train.register_weighting`).
         hierarchy: of joint training, the precision tau of a Gaussian prior over the tasks' changes and norms, whose
             mean is that of the tasks (BoRA, arXiv 2407.15857). After each step every value that was trained moves to
             (value + lr * tau * mean) / (1 + lr * tau): the step of the penalty tau / 2 * sum of squared distances,
@@ -53,11 +58,14 @@ class TrainConfig:
         bad_steps: a step whose loss or gradients are not finite changes nothing and is named in a warning; after more
             than this many in a row (None: 3) the run stops. 0 stops at the first.
         lr_warmup: epochs (a fraction will do) over which learning rates rise from zero, before the schedule's factor.
-        save_every: seconds between two states on disk, written at the ends of epochs, for runs that are killed.
+        save_every: seconds between two states on disk, each written after a step or at the end of an epoch, for runs
+            that are killed. A run that is stopped (Ctrl-C, SIGTERM, a hang-up) saves in any case.
         num_workers: processes that read samples, for data that is not held in memory; 0 reads in this one.
         seed: of batch order, validation split, augmentation and dropout (heads are drawn by `add_task`).
         val_fraction: share of the training data held out where a task brings no validation split.
-        select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last.
+        select: "best" keeps the epoch with the best validation metric (within the budget), "last" the last. Of joint
+            training it is one epoch for all tasks, the best by the mean of their first metrics: what they share is of
+            one epoch, and a task's own values of another epoch were never trained over it.
         device: where to train; None leaves the model where it is.
         tensorboard: also write events for TensorBoard, under `out`/tensorboard.
         out: folder for metrics, task files and the state to resume from; None writes nothing.
@@ -85,7 +93,7 @@ class TrainConfig:
     ema: float | None = None
     patience: int | None = None
     mix: str | None = None
-    loss_weights: Mapping[str, float] | None = None
+    loss_weights: Mapping[str, float] | str | None = None
     hierarchy: float | None = None
     bad_steps: int | None = None
     lr_warmup: float | None = None
@@ -152,19 +160,28 @@ class TrainConfig:
             raise ConfigError("tensorboard: expected out to name the folder for its events, got None")
         one_of(self.optimizer, ("sgd", "adamw"), "optimizer")
         one_of(self.schedule, ("cosine", "step", "constant"), "schedule")
+        if self.select == "best-each":
+            raise ConfigError(
+                'select: expected "best" or "last", got "best-each": tasks trained together share values of one epoch; '
+                'tasks that share nothing are selected each for itself with mode="incremental"'
+            )
         one_of(self.select, ("best", "last"), "select")
         if self.mix is not None:
             one_of(self.mix, MIXES, "mix")
-        if self.loss_weights is not None:
+        if isinstance(self.loss_weights, str):
+            one_of(self.loss_weights, tuple(sorted(WEIGHTINGS)), "loss_weights")
+        elif self.loss_weights is not None:
             if not isinstance(self.loss_weights, Mapping):
-                raise ConfigError(f"loss_weights: expected task names and numbers, got {self.loss_weights!r}")
+                raise ConfigError(
+                    f"loss_weights: expected task names and numbers, or a weighting's name, got {self.loss_weights!r}"
+                )
             for task, weight in self.loss_weights.items():
                 number(weight, f"loss_weights[{task!r}]", 0.0)
             object.__setattr__(self, "loss_weights", dict(self.loss_weights))
         if self.hierarchy is not None and self.hierarchy != math.inf:
             number(self.hierarchy, "hierarchy", 0.0)
         if self.amp is not None:
-            one_of(self.amp, ("bf16",), "amp")
+            one_of(self.amp, ("bf16", "fp16"), "amp")
 
     @property
     def rest_epoch(self) -> int | None:

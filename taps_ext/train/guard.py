@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DivergedError
-from ..model.state import Parts
 
 
 class StepGuard:
     """Undo a step whose loss or gradients are not finite, and stop a run of which too many in a row are.
 
     Args:
-        held: tasks and families whose modules' statistics a forward may write, by what they are called.
+        held: tasks, families and whatever else is trained, whose buffers a step may write, by what they are called.
         most: how many bad steps in a row are left out before the run stops; None: 3.
     """
 
-    def __init__(self, held: Mapping[str, Parts], most: int | None) -> None:
+    def __init__(self, held: Mapping[str, nn.Module], most: int | None) -> None:
         self.held, self.most, self.bad = held, 3 if most is None else most, 0
         self.saved: list[tuple[Tensor, Tensor]] = []
 
@@ -51,15 +50,20 @@ class StepGuard:
         Raises:
             DivergedError: so many steps in a row were bad.
         """
-        for buffer, copy in self.saved:
-            buffer.copy_(copy)
-        for parameter in parameters:
-            parameter.grad = None
+        self.leave_out(parameters)
         self.bad += 1
         advice = "lower lr, or look for Inf or NaN in the data"
         if self.bad > self.most:
             raise DivergedError(f"{what}; after {self.bad} such steps in a row the run stops; {advice}")
         warnings.warn(f"{what}; the step was left out; {advice}", stacklevel=3)
+
+    @torch.no_grad()
+    def leave_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave everything as it was before the step."""
+        for buffer, copy in self.saved:
+            buffer.copy_(copy)
+        for parameter in parameters:
+            parameter.grad = None
 
     def good(self) -> None:
         """A step was taken."""

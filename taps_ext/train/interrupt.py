@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from typing import Any
 
 
@@ -12,10 +14,19 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """On the main thread, the first Ctrl-C, termination or hang-up asks to stop after this step; the second stops."""
+    """On the main thread, the first Ctrl-C, termination or hang-up asks to stop after this step; the second stops.
+
+    Attributes:
+        asked: to stop. due: when (by `time.perf_counter`) a state is to be written, for which steps pause.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.due = False, math.inf
+
+    @property
+    def saving(self) -> bool:
+        """A state is due."""
+        return time.perf_counter() >= self.due
 
     def __enter__(self) -> Stop:
         self.before: dict[int, Any] = {}

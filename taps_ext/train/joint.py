@@ -17,16 +17,21 @@ from ..errors import ConfigError
 from ..model import TaskModel
 from ..model.state import Parts, TaskState
 from .average import Average
+from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
 from .guard import StepGuard
 from .hierarchy import Hierarchy
 from .interrupt import Stop
 from .log import Log
+from .metrics import weight_of
 from .mixing import schedule
-from .run import Evaluate, make_optimizer, quality_of
+from .precision import autocast
+from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
+from .stepper import Own, Stepper
 from .task import Batch, Batches, Task, augmented, outputs_of
+from .weighting import weighted, weighting_of
 
 
 def _gated(state: TaskState) -> list[nn.Parameter]:
@@ -43,12 +48,13 @@ class JointProgress:
     step: int = 0  # within the epoch
     taken: dict[str, int] = field(default_factory=dict)  # task: batches since the start of the run
     losses: dict[str, float] = field(default_factory=dict)  # task: sum over the samples of the epoch
-    seen: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
     steps: int = 0  # of the optimizer, since the start
     seconds: float = 0.0
     best: dict[str, Any] | None = None
     peak: list[Any] | None = None
     improved: int = 0
+    stopped: bool = False  # a callback asked for it
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -77,6 +83,7 @@ class JointRun:
         evaluate: Mapping[str, Evaluate],
         *,
         shared_first: bool = False,
+        own: Own = NONE,
     ) -> None:
         self.model, self.tasks, self.config, self.batches, self.evaluate = model, tasks, config, batches, evaluate
         for name in ("budget", "freeze_after"):
@@ -84,9 +91,8 @@ class JointRun:
                 raise ConfigError(f'{name}: expected None with mode="joint", got {getattr(config, name)}')
         if config.accumulate != 1:
             raise ConfigError(f'accumulate: expected 1 with mode="joint", got {config.accumulate}')
-        unknown = [name for name in config.loss_weights or {} if name not in tasks]
-        if unknown:
-            raise ConfigError(f"loss_weights: expected one of {list(tasks)}, got {unknown[0]!r}")
+        self.device = next(model.parameters()).device
+        self.weighting = weighting_of(config.loss_weights, list(tasks)).to(self.device)
         self.states = {name: model.state(name) for name in tasks}
         families = [state.family for state in self.states.values() if state.family is not None]
         self.families = {family.name: family for family in families if not family.digest}
@@ -94,7 +100,6 @@ class JointRun:
             **{f"shared/{name}": family for name, family in self.families.items()},
             **{f"task/{name}": state for name, state in self.states.items()},
         }
-        self.device = next(model.parameters()).device
         self.shared_first = shared_first
         later = [(p, p.requires_grad) for state in self.states.values() for p in _gated(state)] if shared_first else []
         self.later = later
@@ -102,12 +107,18 @@ class JointRun:
             parameter.requires_grad_(False)
         self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
-        self.optimizer = make_optimizer(model, list(tasks), config, "tasks")
+        groups = groups_of(model, list(tasks), config, "tasks")
+        weights = [p for p in self.weighting.parameters() if p.requires_grad]
+        if weights:
+            groups.append({"name": "weighting", "params": weights, "lr": config.lr, "weight_decay": 0.0})
+        self.stepper = Stepper(groups, config, own, self.device)
+        self.optimizer = self.stepper.optimizer
         named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
-        self.guard = StepGuard(named, config.bad_steps)
+        self.guard = StepGuard({**named, "the loss weights": self.weighting}, config.bad_steps)
         self.averages = (
             {k: Average(held, config.ema) for k, held in self.parts.items()} if config.ema is not None else {}
         )
+        self.told: Told | None = None
         self.progress, self.best = JointProgress(), self._snapshot()
         self.sizes = {name: len(found) for name, found in batches.items()}
         self.streams: dict[str, Iterator[Batch]] = {}
@@ -126,39 +137,48 @@ class JointRun:
 
     @property
     def done(self) -> bool:
-        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
+        """True after the last epoch, where a callback asked to stop, or where `patience` epochs brought nothing better
+        than the best before them."""
         progress, patience = self.progress, self.config.patience
-        if progress.epoch >= self.config.epochs:
+        if progress.epoch >= self.config.epochs or progress.stopped:
             return True
         return patience is not None and progress.peak is not None and progress.epoch - 1 - progress.improved >= patience
 
     # -- steps
 
     def train_epoch(self, log: Log, stop: Stop) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for first."""
+        """Train to the end of the epoch; False if a stop was asked for first, or after a step a state was due."""
         progress, config = self.progress, self.config
+        first = progress.step
         self.model.train()
         steps = schedule(self.sizes, config.mix, config.seed, progress.epoch)
         while progress.step < len(steps):
-            if stop.asked:
+            if stop.asked or (stop.saving and progress.step > first):
                 return False
-            self._step(steps[progress.step], len(steps))
+            losses = self._step(steps[progress.step], len(steps))
             progress.step += 1
             progress.steps += 1
             log.step(progress.steps)
+            if self.told is not None and losses:
+                named = {f"{name}_loss": loss for name, loss in losses.items()}
+                self.told.step(progress.steps, {**named, **self.stepper.rates_now()})
         return True
 
-    def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> None:
+    def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, float]:
+        """Take a step; the losses of its tasks, none if it was left out."""
         config, optimizer = self.config, self.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * config.lr_scale(self.progress.steps, steps_per_epoch)
+        self.stepper.rates(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         self.guard.before()
-        losses = {name: self._gradients(name) for name in names}
+        found = {name: self._gradients(name) for name in names}
         for name in names:
             self.progress.taken[name] = self.progress.taken.get(name, 0) + 1
+        losses = {name: pair for name, pair in found.items() if pair is not None}
+        names = tuple(losses)
+        if not losses:
+            return {}
         if self._bad({name: loss for name, (loss, _) in losses.items()}):
-            return
+            return {}
         for name, (loss, seen) in losses.items():
             self.progress.losses[name] = self.progress.losses.get(name, 0.0) + loss * seen
             self.progress.seen[name] = self.progress.seen.get(name, 0) + seen
@@ -166,51 +186,61 @@ class JointRun:
             for parameter in self.shared:
                 if parameter.grad is not None:
                     parameter.grad.div_(len(names))
-        if config.clip_norm is not None:
-            clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
-            nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+        self.stepper.clip()
         if self.model.gates == "device":
             self.model.drop_closed_gradients(names)
-        optimizer.step()
+        self.stepper.step()
         if self.tied is not None:
             self.tied.step(names, config.lr * config.lr_scale(self.progress.steps, steps_per_epoch))
         for average in self.averages.values():
             average.update()
+        told = {name: loss for name, (loss, _) in losses.items()}
+        self.weighting.after(told)
+        return told
 
     def _bad(self, losses: Mapping[str, float]) -> bool:
-        """True for a step that is not finite, which is undone. Raises DivergedError after too many in a row."""
+        """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do. Raises
+        DivergedError where too many in a row were bad."""
         progress = self.progress
         wrong = next((name for name, loss in losses.items() if not math.isfinite(loss)), None)
         problem = None if wrong is None else f"task {wrong!r}: the training loss is not finite"
-        if problem is None and (parameter := self.guard.bad_parameter()) is not None:
-            problem = f"the gradient of {parameter} is not finite, though the losses are"
+        if problem is None:
+            self.stepper.scaler.unscale()
+            if (parameter := self.guard.bad_parameter()) is not None:
+                if self.stepper.scaler.backed_off():
+                    self.guard.leave_out(self.stepper.parameters)
+                    return True
+                problem = f"the gradient of {parameter} is not finite, though the losses are"
         if problem is None:
             self.guard.good()
             return False
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", parameters)
+        self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", self.stepper.parameters)
         return True
 
-    def _gradients(self, name: str) -> tuple[float, int]:
-        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and the samples."""
+    def _gradients(self, name: str) -> tuple[float, float] | None:
+        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and what it is the mean
+        of: samples, or their parts that count. None where nothing counts: then the step has not got the task."""
         config, progress, task = self.config, self.progress, self.tasks[name]
         taken = progress.taken.get(name, 0)
         lap, batch = divmod(taken, self.sizes[name])
         if name not in self.streams or batch == 0:
             self.streams[name] = self.batches[name].epoch(lap, skip=batch)
         inputs, targets = next(self.streams[name])
+        weight = weight_of(task.loss, targets)
+        if not weight:
+            return None
         loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
         value = float(loss.detach())
-        (loss * (config.loss_weights or {}).get(name, 1.0)).backward()
+        self.stepper.backward(weighted(self.weighting, name, loss))
         if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
-                penalty.backward()
-        return value, len(targets)
+                self.stepper.backward(penalty)
+        return value, weight
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp is not None):
+        with autocast(config.amp, self.device):
             outputs = outputs_of(self.model, inputs, name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
@@ -234,9 +264,10 @@ class JointRun:
             shares = {name: self.model.report(name).share for name in self.tasks}
             entry: dict[str, Any] = {"epoch": progress.epoch}
             for name, found in metrics.items():
-                entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / max(1, progress.seen.get(name, 0))
+                entry[f"{name}_loss"] = progress.losses.get(name, 0.0) / (progress.seen.get(name) or 1)
                 entry |= {f"{name}_val_{key}": value for key, value in found.items()}
                 entry[f"{name}_share"] = shares[name]
+            entry |= self.weighting.values()
             log.event("epoch", {}, **entry)
             progress.history.append(entry)
             quality = [quality_of(self.tasks[name], found) for name, found in metrics.items()]
@@ -267,13 +298,14 @@ class JointRun:
         counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
         average = {f"{key}|{n}": t for key, held in self.averages.items() for n, t in held.values.items()}
         counters["average_steps"] = {key: held.steps for key, held in self.averages.items()}
-        kept = {"best": self.best, "average": average}
-        save_run(path, self._snapshot(), self.optimizer, kept, counters, parent, "")
+        kept = {"best": self.best, "average": average, "weighting": dict(self.weighting.state_dict())}
+        save_run(path, self._snapshot(), self.stepper, kept, counters, parent, "")
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
-        kept, counters = load_run(path, self._restore, self.optimizer, parent, settings)
+        kept, counters = load_run(path, self._restore, self.stepper, parent, settings)
         self.progress, self.best = JointProgress(**counters["progress"]), kept["best"]
+        self.weighting.load_state_dict(kept["weighting"])
         self.streams = {}
         for key, held in self.averages.items():
             values = {n.removeprefix(f"{key}|"): t for n, t in kept["average"].items() if n.startswith(f"{key}|")}

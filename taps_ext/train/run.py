@@ -18,19 +18,24 @@ from ..errors import ConfigError
 from ..model import TaskModel
 from .average import Average
 from .budget import settle
+from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
+from .metrics import weight_of
+from .precision import autocast
 from .state import load_run, restore, save_run, snapshot
+from .stepper import Own, Stepper
 from .task import Batches, Task, augmented, outputs_of
 
+NONE = Own()
 Evaluate = Callable[[], dict[str, float]]
 
 
-def make_optimizer(model: TaskModel, names: list[str], config: TrainConfig, whose: str) -> torch.optim.Optimizer:
-    """The optimizer of these tasks and of what they share; each group keeps its rate as "base_lr".
+def groups_of(model: TaskModel, names: list[str], config: TrainConfig, whose: str) -> list[dict[str, Any]]:
+    """What an optimizer of these tasks and of what they share is made of.
 
     Raises:
         ConfigError: nothing to train, of `whose`.
@@ -38,11 +43,7 @@ def make_optimizer(model: TaskModel, names: list[str], config: TrainConfig, whos
     groups = model.parameter_groups(names, lr=config.lr, score_lr=config.score_lr, weight_decay=config.weight_decay)
     if not groups:
         raise ConfigError(f"{whose}: expected something to train, got neither gates, norms nor a head")
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas)
-    return torch.optim.SGD(groups, momentum=config.momentum)
+    return groups
 
 
 def quality_of(task: Task, metrics: Mapping[str, float]) -> float:
@@ -64,11 +65,12 @@ class Progress:
     open: list[str] | None = None  # layers that were open in the last step
     reopened: int = 0
     loss: float = 0.0
-    seen: int = 0
+    seen: float = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
     peak: list[Any] | None = None
     improved: int = 0
+    stopped: bool = False  # a callback asked for it
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -78,13 +80,21 @@ class Run:
     Args:
         batches: of the training split.
         evaluate: metrics of the task, as it is now, on the validation split.
+        own: the user's own optimizer and scheduler.
 
     Raises:
-        ConfigError: nothing to train.
+        ConfigError: nothing to train; an optimizer or scheduler that cannot be used.
     """
 
     def __init__(
-        self, model: TaskModel, name: str, task: Task, config: TrainConfig, batches: Batches, evaluate: Evaluate
+        self,
+        model: TaskModel,
+        name: str,
+        task: Task,
+        config: TrainConfig,
+        batches: Batches,
+        evaluate: Evaluate,
+        own: Own = NONE,
     ) -> None:
         self.model, self.name, self.task, self.config = model, name, task, config
         self.batches, self.evaluate = batches, evaluate
@@ -92,7 +102,9 @@ class Run:
         self.device = next(model.parameters()).device
         self.loss = self._training_loss()
         self.outputs: int | None = getattr(self.state.head, "out_features", None)
-        self.optimizer = make_optimizer(model, [name], config, f"task {name!r}")
+        self.stepper = Stepper(groups_of(model, [name], config, f"task {name!r}"), config, own, self.device)
+        self.optimizer = self.stepper.optimizer
+        self.told: Told | None = None
         self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -111,9 +123,10 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """True after the last epoch, or where `patience` epochs brought nothing better than the best before them."""
+        """True after the last epoch, where a callback asked to stop, or where `patience` epochs brought nothing better
+        than the best before them."""
         progress, patience = self.progress, self.config.patience
-        if progress.epoch >= self.config.epochs:
+        if progress.epoch >= self.config.epochs or progress.stopped:
             return True
         if self.config.budget is not None and not progress.held:
             return False  # the choice is still to be made
@@ -122,46 +135,45 @@ class Run:
     # -- epochs
 
     def train_epoch(self, log: Log, stop: Stop) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for first."""
+        """Train to the end of the epoch; False if a stop was asked for first, or after a step a state was due."""
         config, progress, optimizer = self.config, self.progress, self.optimizer
+        first = progress.batch
         self.model.train()
         running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
         stream = self.batches.epoch(progress.epoch, skip=progress.batch)
         while progress.batch < len(self.batches):
-            if stop.asked:  # before the next samples draw random numbers
+            if stop.asked or (stop.saving and progress.batch > first):  # before the next samples draw random numbers
                 progress.loss = running.item()
                 return False
             chunk = list(islice(stream, config.accumulate))
-            factor = config.lr_scale(progress.step, self.steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+            self.stepper.rates(progress.step, self.steps_per_epoch)
             optimizer.zero_grad(set_to_none=True)
             self.guard.before()
             loss, seen = self._gradients(chunk)
-            if self._bad(loss, len(chunk)):
+            if not seen or self._bad(loss, len(chunk)):
                 progress.batch += len(chunk)
                 progress.step += 1
                 continue
             running += loss
             progress.seen += seen
-            if config.clip_norm is not None:
-                clipped = [p for g in optimizer.param_groups if g["name"] != "score" for p in g["params"]]
-                torch.nn.utils.clip_grad_norm_(clipped, config.clip_norm)
+            self.stepper.clip()
             if self.model.gates == "device":
                 self.model.drop_closed_gradients(self.name)
             if not progress.held:
                 self._count_reopened()
-            optimizer.step()
+            self.stepper.step()
             if self.average is not None:
                 self.average.update()
             progress.batch += len(chunk)
             progress.step += 1
             log.step(progress.step)
+            if self.told is not None:
+                self.told.step(progress.step, {"loss": loss.item() / seen, **self.stepper.rates_now()})
         progress.loss = running.item()
         return True
 
     def _bad(self, loss: Tensor, batches: int) -> bool:
-        """True for a step that is not finite, which is undone.
+        """True for a step that is not finite, which is undone; in silence where a smaller scale of fp16 will do.
 
         Raises:
             DivergedError: too many in a row were bad.
@@ -169,35 +181,42 @@ class Run:
         progress, wrong = self.progress, None
         if not math.isfinite(loss.item()):
             wrong = "the training loss is not finite"
-        elif (parameter := self.guard.bad_parameter()) is not None:
-            wrong = f"the gradient of {parameter} is not finite, though the loss is"
+        else:
+            self.stepper.scaler.unscale()
+            if (parameter := self.guard.bad_parameter()) is not None:
+                if self.stepper.scaler.backed_off():
+                    self.guard.leave_out(self.stepper.parameters)
+                    return True
+                wrong = f"the gradient of {parameter} is not finite, though the loss is"
         if wrong is None:
             self.guard.good()
             return False
         last = progress.batch + batches - 1
         which = f"batch {progress.batch}" if batches == 1 else f"batches {progress.batch} to {last}"
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", parameters)
+        self.guard.undo(f"task {self.name!r}: epoch {progress.epoch}, {which}: {wrong}", self.stepper.parameters)
         return True
 
-    def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, int]:
+    def _gradients(self, chunk: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses, and how many
-        samples there were."""
+        samples it is over, or their parts that count. Where nothing counts there are none."""
         config, progress = self.config, self.progress
-        samples = sum(len(targets) for _, targets in chunk)
+        weights = [weight_of(self.task.loss, targets) for _, targets in chunk]
+        samples = sum(weights)
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         for index, (inputs, targets) in enumerate(chunk):
+            if not weights[index]:
+                continue
             seed = hash((config.seed, progress.epoch, progress.batch + index)) % 2**63
             loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
-            (loss * (len(targets) / samples)).backward()
-            total += loss.detach().double() * len(targets)
+            self.stepper.backward(loss * (weights[index] / samples))
+            total += loss.detach().double() * weights[index]
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
-        if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
-            sparsity.backward()
+        if samples and penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
+            self.stepper.backward(sparsity)
         return total, samples
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp is not None):
+        with autocast(self.config.amp, self.device):
             outputs = outputs_of(self.model, inputs, self.name, self.device)
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
@@ -213,7 +232,7 @@ class Run:
             report = self.model.report(self.name)
             entry = {
                 "epoch": progress.epoch,
-                "loss": progress.loss / max(1, progress.seen),
+                "loss": progress.loss / (progress.seen or 1),
                 **{f"val_{key}": value for key, value in metrics.items()},
                 "share": report.share,
                 "layers_open": report.layers_open,
@@ -289,11 +308,11 @@ class Run:
         if self.average is not None:
             counters["average_steps"] = self.average.steps
         kept = {"best": self.best, "average": average}
-        save_run(path, snapshot(self.state), self.optimizer, kept, counters, parent, self.name)
+        save_run(path, snapshot(self.state), self.stepper, kept, counters, parent, self.name)
 
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
-        kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.optimizer, parent, settings)
+        kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.stepper, parent, settings)
         self.progress, self.best = Progress(**counters["progress"]), kept["best"]
         if self.progress.held:
             self.rest()

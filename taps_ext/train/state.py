@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import store
@@ -15,8 +15,9 @@ from ..errors import ConfigError, TaskFileError
 from ..model.state import Parts, TaskState
 from ..store.errors import MetadataError, ParentMismatchError, UnexpectedTensorError
 from . import randomness
+from .stepper import Stepper, moments, put_moments
 
-GROUPS = ("part", "optimizer", "best", "average", "random")
+GROUPS = ("part", "optimizer", "best", "average", "random", "own", "weighting")
 """What a state's tensors belong to: each is called `<group>:<name>`."""
 
 
@@ -32,30 +33,10 @@ def restore(state: Parts, tensors: Mapping[str, Tensor]) -> None:
         state.refresh(force=True)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors by "<index>.<key>", and its plain numbers likewise."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
-    return tensors, numbers
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
-) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *numbers.items()]:
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def save_run(
     path: Path,
     parts: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
     kept: Mapping[str, Mapping[str, Tensor]],
     counters: Mapping[str, Any],
     parent: str,
@@ -63,14 +44,17 @@ def save_run(
 ) -> None:
     """Write the whole state of a run of the task `name` ("" for a joint run), atomically: a file of the kind "state".
 
-    `parts` are the tensors that are trained, `kept` further ones: "best" (those of the best epoch) and "average".
+    `parts` are the tensors that are trained, `kept` further ones: "best" (those of the best epoch), "average" and
+    "weighting" (of tasks' losses).
     `counters` is JSON-ready.
     """
-    moments, numbers = _optimizer_tensors(optimizer)
+    tensors, numbers = moments(stepper.optimizer)
+    more, own = stepper.saved()
     groups: dict[str, Mapping[str, Tensor]] = {
         "part": parts,
-        "optimizer": moments,
+        "optimizer": tensors,
         **kept,
+        "own": own,
         "random": randomness.state(),
     }
     values = {f"{group}:{name}": tensor.cpu() for group, named in groups.items() for name, tensor in named.items()}
@@ -79,7 +63,7 @@ def save_run(
         parent=parent,
         name=name,
         values=values,
-        extra={"train.counters": json.dumps(dict(counters)), "train.numbers": json.dumps(numbers)},
+        extra={"train.counters": json.dumps({**counters, **more}), "train.numbers": json.dumps(numbers)},
     )
     store.save(path, record)
 
@@ -112,10 +96,26 @@ def _table(record: store.TaskFile, key: str, path: Path) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def advising(path: Path) -> Iterator[None]:
+    """What cannot be read of a finished run says how to go on."""
+    advice = "delete it, or use resume=False (--restart)"
+    try:
+        yield
+    except TaskFileError as error:
+        raise type(error)(error.path, f"{error.problem}; {advice}") from error
+    except OSError as error:
+        raise ConfigError(f"resume: {path} cannot be read ({error.strerror}); {advice}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"resume: {path} is damaged ({error}); {advice}") from None
+
+
 def load_run(
     path: Path,
     put: Callable[[Mapping[str, Tensor]], None],
-    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
     parent: str,
     expected: Mapping[str, Any],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -147,6 +147,7 @@ def load_run(
             raise UnexpectedTensorError(path, f"tensor {name!r}: expected one of {', '.join(GROUPS)} before a colon")
         groups[group][rest] = tensor
     put(groups["part"])
-    _load_optimizer(optimizer, groups["optimizer"], numbers)
+    put_moments(stepper.optimizer, groups["optimizer"], numbers)
+    stepper.load(counters, groups["own"])
     randomness.restore(groups["random"])
-    return {"best": groups["best"], "average": groups["average"]}, counters
+    return {key: groups[key] for key in ("best", "average", "weighting")}, counters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
+from .metrics import Metric, hits
 from .randomness import forked, seed_host
 
 Batch = tuple[Any, Any]
@@ -51,21 +53,21 @@ def pair_of(item: Any) -> Any:
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of targets that are the largest output, in [0, 1].
+    """Share of targets that are the largest output, in [0, 1]; targets of -100 are left out, as `F.cross_entropy` does.
+
+    Over a split the Trainer counts targets, so that it is exact whatever the batches are.
 
     Args:
         outputs: `[B, C]`, or `[B, C, ...]` as `F.cross_entropy` takes it. targets: `[B]`, or `[B, ...]`.
 
+    Returns:
+        the share, or nan where no target counts.
+
     Raises:
         ConfigError: other shapes.
     """
-    labels = outputs.argmax(dim=min(1, outputs.dim() - 1))
-    if labels.shape != targets.shape:
-        raise ConfigError(
-            f"accuracy: expected targets {list(labels.shape)} for outputs {list(outputs.shape)}, got "
-            f"{list(targets.shape)}; give the task metrics of its own"
-        )
-    return (labels == targets).float().mean().item()
+    right, counted = hits(outputs, targets)
+    return right / counted if counted else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,14 @@ class Task:
         val: like `train`; None holds out a part of `train`. Selection uses only this split.
         test: like `train`; evaluated once at the end, never used to choose anything.
         loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
-            transformers `ModelOutput` it is the logits.
-        metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch; the first one selects, or the loss
-            if there is none. By default :func:`accuracy`.
+            transformers `ModelOutput` it is the logits. Means of batches are weighted by their samples; those of
+            `F.cross_entropy` (also in a `functools.partial`, and `nn.CrossEntropyLoss`, without class weights) by the
+            targets that they do not ignore, so that means over splits and accumulated steps are exact. A batch all of
+            whose targets are ignored is passed over.
+        metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch, whose values are weighted by the
+            batches' samples; or an object with `update(outputs, targets)`, `compute()` and `reset()`, as torchmetrics'
+            are, or `whole(function)`, which are computed over the whole split. The first one selects, or the loss if
+            there is none. By default :func:`accuracy`.
         maximize: False if less of the first metric is better.
         augment: for training batches: `augment(inputs, generator) -> inputs`, or a transform of torchvision (any
             `nn.Module` or function of one argument), which is given one sample at a time; or None. Random numbers of
@@ -98,7 +105,7 @@ class Task:
     val: Any = None
     test: Any = None
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
-    metrics: Mapping[str, Callable[[Any, Any], float]] = field(default_factory=lambda: {"accuracy": accuracy})
+    metrics: Mapping[str, Callable[[Any, Any], float] | Metric] = field(default_factory=lambda: {"accuracy": accuracy})
     maximize: bool = True
     augment: Callable[..., Any] | None = None
     labels: list[str] | None = None

@@ -7,8 +7,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,40 +16,32 @@ from urllib.parse import quote
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
+from .. import store
 from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from ..model.state import Family
 from . import randomness
+from .callbacks import Callback, RunInfo, Told, check_callbacks
 from .checks import check_sample, check_targets
 from .config import TrainConfig
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
 from .log import Log
+from .metrics import Measured, described
+from .multitask import batches_of, labels_of
+from .precision import autocast
+from .result import Result
 from .run import Evaluate, Progress, Run
-from .state import same_settings
-from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
+from .state import advising, same_settings
+from .stepper import Own
+from .task import Batches, Task, accuracy, as_dataset, identity, outputs_of, split_off, targets_of
 
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
 JOINT_STATE = "%joint.state"  # no task's file has such a name
-
-
-@dataclass
-class Result:
-    """What training one task came to. Metrics are those of the selected epoch (from 0)."""
-
-    task: str
-    epoch: int
-    val: dict[str, float]
-    test: dict[str, float]
-    share: float
-    layers_open: int
-    within_budget: bool
-    seconds: float
-    file: str | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _test_data(name: str, task: Task) -> Any:
@@ -70,10 +62,22 @@ class Trainer:
         tasks: task name -> its data, loss and metrics.
         config: settings shared by all tasks.
         quiet: print nothing.
+        optimizer: instead of the config's `optimizer`, `momentum` and `betas`: `optimizer(groups) -> Optimizer`, called
+            for each run with groups as `TaskModel.parameter_groups` gives them ("name", "params", "lr" and
+            "weight_decay" of the config, which an argument of the optimizer's does not change; set `group["lr"]` for
+            other rates). All parameters must be in it, in groups of their names, and `step()` must need no closure.
+        scheduler: instead of the config's `schedule`, `step_epochs`, `step_gamma` and `lr_warmup`:
+            `scheduler(optimizer) -> LRScheduler`, stepped once after every step of the optimizer (a step that is left
+            out, as `TrainConfig.bad_steps` says, does not count). Its `state_dict()` holds numbers, text and tensors.
+        callbacks: told of starts, steps, epochs and ends of runs; they may ask to stop (see `Callback`).
+
+        Both factories are called once more where a run is resumed, and what was made is put back in its state; which
+        functions they are belongs to the run's settings. They are called in every run of the Trainer's: one for each
+        task, or one of a joint run and then one for each task that is trained on its own.
 
     Raises:
         ConfigError: a task that the model lacks; a budget or freeze_after without learned gates; label smoothing with
-            a loss that is not `F.cross_entropy`.
+            a loss that is not `F.cross_entropy`; settings that a factory leaves without effect.
     """
 
     def __init__(
@@ -83,6 +87,9 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         quiet: bool = False,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         config = TrainConfig() if config is None else config
         for argument, value, kind in (
@@ -106,6 +113,9 @@ class Trainer:
                     f"label_smoothing: expected 0 for task {name!r}, whose loss is not F.cross_entropy, "
                     f"got {config.label_smoothing}"
                 )
+        self.own = Own(optimizer, scheduler)
+        self.own.check(config)
+        self.callbacks = check_callbacks(callbacks)
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             try:
@@ -134,8 +144,13 @@ class Trainer:
             task name -> :class:`Result`. The model is left with the selected epoch of each task.
 
         Raises:
-            TrainingInterrupted: after Ctrl-C, once the state is written.
+            TrainingInterrupted: after Ctrl-C, a termination or a hang-up, once the state is written.
             DivergedError: too many steps in a row whose losses or gradients are not finite.
+            TaskFileError: a damaged file of a finished task or family, or a damaged state.
+
+        A task that was finished before an interruption comes back from its file: outputs, reports and what is saved of
+        it are those of a run that was not interrupted. Its closed Deltas are not in the file; they would be zeros if it
+        were trained on, where a run that was not interrupted has what they were when they closed.
         """
         if mode not in MODES:
             raise ConfigError(f"mode: expected one of {list(MODES)}, got {mode!r}{suggestion(str(mode), MODES)}")
@@ -179,7 +194,7 @@ class Trainer:
         data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
         functions = {
             "loss": describe(task.loss),
-            "metrics": {key: describe(metric) for key, metric in task.metrics.items()},
+            "metrics": {key: described(metric) for key, metric in task.metrics.items()},
             "augment": describe(task.augment),
             "maximize": task.maximize,
             "labels": task.labels,
@@ -187,6 +202,8 @@ class Trainer:
         method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
         settings = {**plain, **method, "task": name, "head": head, "gates": layers, **functions}
         settings |= {f"data.{split}": value for split, value in data.items()}
+        made = {"optimizer": self.own.optimizer, "scheduler": self.own.scheduler}
+        settings |= {key: describe(factory) for key, factory in made.items() if factory is not None}
         if mode != "incremental":  # which 0.1's runs were
             settings["mode"] = mode
         found: dict[str, Any] = json.loads(json.dumps(settings))
@@ -204,7 +221,7 @@ class Trainer:
                 "before, which freezes the family"
             )
         batches, evaluate = self._data(name, task)
-        run = Run(self.model, name, task, config, batches, evaluate)
+        run = Run(self.model, name, task, config, batches, evaluate, self.own)
         try:
             return self._run(run, task, settings, resume, stop)
         finally:
@@ -220,7 +237,7 @@ class Trainer:
         else:
             train, val = split_off(train, config.val_fraction, config.seed)
         self._check_penalty(name)
-        batches = Batches(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
+        batches = batches_of(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
         if not len(batches):
             raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
         return batches, lambda: self.evaluate(name, val, task=task)
@@ -246,7 +263,8 @@ class Trainer:
             return True
         for family in families:
             if not family.digest:
-                self.model.load_shared(self._family_file(family))
+                with advising(self._family_file(family)):
+                    self.model.load_shared(self._family_file(family))
         return False
 
     def _fit_together(self, resume: str | bool, stop: Stop, mode: str) -> dict[str, Result]:
@@ -258,9 +276,11 @@ class Trainer:
         settings = {"mode": mode, "tasks": {n: self._settings(n, task, mode) for n, task in self.tasks.items()}}
         data = {name: self._data(name, task) for name, task in self.tasks.items()}
         batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
-        run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean)  # type: ignore[arg-type]
+        run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean, own=self.own)  # type: ignore[arg-type]
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / JOINT_STATE
+        if path is not None and resume is False:
+            self._begin_anew(path, self.tasks)
         parent = self.model.fingerprint()
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
@@ -268,23 +288,33 @@ class Trainer:
         board = self.out / "tensorboard" / "joint" if self.out is not None and config.tensorboard else None
         total = run.steps_per_epoch * config.epochs
         log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
-        try:
-            self._train(run, log, stop, path, settings, parent)
-        finally:
-            log.close()
-            run.release()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.keep_best()
-        if lean:
-            self._freeze_families()
-            return {}
-        results = {name: self._joint_result(name, run.progress) for name in self.tasks}
-        if path is not None:
-            self._freeze_families()
+        with self._told(run, tuple(self.tasks), settings, total) as told:
+            try:
+                self._train(run, log, stop, path, settings, parent)
+            finally:
+                log.close()
+                run.release()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.keep_best()
+            if lean:
+                self._freeze_families()
+                return {}
+            results = {name: self._joint_result(name, run.progress) for name in self.tasks}
+            if path is not None:
+                self._freeze_families()
+                for name, task in self.tasks.items():
+                    self._keep(results[name], task, self._settings(name, task, mode))
+                path.unlink(missing_ok=True)
             for name, task in self.tasks.items():
-                self._keep(results[name], task, self._settings(name, task, mode))
-            path.unlink(missing_ok=True)
-        return {n: self._test(r, self.tasks[n], self._settings(n, self.tasks[n], mode)) for n, r in results.items()}
+                told.results[name] = self._test(results[name], task, self._settings(name, task, mode))
+        return told.results
+
+    def _told(self, run: Run | JointRun, tasks: tuple[str, ...], settings: dict[str, Any], steps: int) -> Told:
+        """The callbacks of a run, which tells them of its steps if there are any."""
+        info = RunInfo(run.name, tasks, self.config, settings, run.progress.epoch, steps, self.out)
+        told = Told(self.callbacks, info)
+        run.told = told if self.callbacks else None
+        return told
 
     def _freeze_families(self) -> None:
         """Save what the tasks share; from here on nothing trains it. Without a folder it is frozen alone."""
@@ -328,38 +358,47 @@ class Trainer:
         config, name = self.config, run.name
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / f"{_safe(name)}.state"
+        if path is not None and resume is False:
+            self._begin_anew(path, [name])
         parent = self.model.fingerprint(run.state.head_path)
         if path is not None and resume is not False and (path.exists() or resume is True):
             run.load(path, settings, parent)
-        if self.out is not None and resume is False:
-            (self.out / f"{_safe(name)}.result.json").unlink(missing_ok=True)  # of a run that this one replaces
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
         log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
-        try:
-            self._train(run, log, stop, path, settings, parent)
-        finally:
-            log.close()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.keep_best()
-        return self._finish(name, task, run.progress, settings, path)
+        with self._told(run, (name,), settings, total) as told:
+            try:
+                self._train(run, log, stop, path, settings, parent)
+            finally:
+                log.close()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.keep_best()
+            told.results[name] = self._finish(name, task, run.progress, settings, path)
+        return told.results[name]
 
     def _train(
         self, run: Run | JointRun, log: Log, stop: Stop, path: Path | None, settings: dict[str, Any], parent: str
     ) -> None:
         """Epochs until the run is done, saved now and then, and where a stop is asked for."""
-        saved = time.perf_counter()
-        started = saved - run.progress.seconds
+        if path is not None and not self.quiet:
+            said = f"state saved every {self.config.save_every:g} s in {path}; Ctrl-C saves"
+            print(f"{run.name}: {said}", file=sys.stderr)
+        began = time.perf_counter()
+        started, stop.due = began - run.progress.seconds, began + self.config.save_every
+        if path is None:
+            stop.due = math.inf
         while not run.done:
             complete = run.train_epoch(log, stop)
             run.progress.seconds = time.perf_counter() - started
             if complete:
                 run.close_epoch(log)
+                if run.told is not None and run.told.epoch(run.progress.history[-1]):
+                    run.progress.stopped = True
             stopping = stop.asked and not run.done
-            if path is not None and (stopping or run.done or time.perf_counter() - saved > self.config.save_every):
+            if path is not None and (stopping or run.done or stop.saving):
                 run.save(path, settings, parent)
-                saved = time.perf_counter()
+                stop.due = time.perf_counter() + self.config.save_every
             if stopping:
                 raise TrainingInterrupted(self._stopped(run.name, path))
 
@@ -371,7 +410,8 @@ class Trainer:
             if data is None:
                 continue
             dataset = as_dataset(data, argument)
-            check_sample(dataset, argument, self.model.base)
+            labels = labels_of(dataset)
+            check_sample(dataset if labels is None else labels.first(argument), argument, self.model.base)
             targets = targets_of(dataset)
             if targets is not None:
                 check_targets(task, targets, outputs, argument)
@@ -379,39 +419,43 @@ class Trainer:
             raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
-        """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
+        """Loss and metrics of a task on a dataset, as `Task` says. The mode is restored.
+
+        Raises:
+            ConfigError: an unknown task; a metric that is no number.
+        """
         task = self.tasks.get(name) if task is None else task
         if task is None:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
-        totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
         config = self.config
         size, workers = config.eval_batch_size or config.batch_size, config.num_workers
-        batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
-        amp = self.config.amp is not None
+        batches = batches_of(as_dataset(data, "data"), size, 0, train=False, workers=workers)
+        amp = self.config.amp
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
+        measured = Measured(task.loss, task.metrics, accuracy, device)
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
                 for inputs, targets in batches.epoch(0):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    if not len(targets):  # none of the task's, in a batch of several tasks'
+                        continue
+                    with autocast(amp, device):
                         outputs = outputs_of(self.model, inputs, name, device)
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
-                    targets = targets.to(device)
-                    totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
-                    for key, metric in task.metrics.items():
-                        totals[key] += float(metric(outputs, targets)) * len(targets)
+                    measured.update(outputs, targets.to(device))
         finally:
             self.model.train(was_training)
-        if not math.isfinite(totals["loss"]):
+        found = measured.compute()
+        if not math.isfinite(found["loss"]):
             warnings.warn(
                 f"task {name!r}: the loss on {batches.samples} samples to evaluate is not finite; look for Inf or NaN "
                 "in them",
                 stacklevel=2,
             )
-        return {key: value / batches.samples for key, value in totals.items()}
+        return found
 
     def _stopped(self, name: str, path: Path | None) -> str:
         if path is None:
@@ -461,28 +505,35 @@ class Trainer:
         result.file = str(target)
         tested = _test_data(result.task, task) if result.test else None
         text = json.dumps({"settings": settings, "tested": tested, "result": asdict(result)})
-        draft = self.out / f"{_safe(result.task)}.result.json.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.out / f"{_safe(result.task)}.result.json")
+        store.write_text(self._marker(result.task), text)
+
+    def _marker(self, name: str) -> Path:
+        """The file that says that a task is finished."""
+        assert self.out is not None
+        return self.out / f"{_safe(name)}.result.json"
+
+    def _begin_anew(self, path: Path, names: Iterable[str]) -> None:
+        """Drop the state and the markers of a run that this one replaces: killed before its own first state, it is not
+        taken for the other."""
+        for file in (path, *(self._marker(name) for name in names)):
+            file.unlink(missing_ok=True)
 
     def _finished(self, name: str, task: Task, settings: dict[str, Any]) -> Result | None:
         """The result of a task that an earlier run with the same settings finished, loaded into the model."""
         if self.out is None:
             return None
-        marker = self.out / f"{_safe(name)}.result.json"
+        marker = self._marker(name)
         if not marker.exists():
             return None
-        try:
+        with advising(marker):
             record = json.loads(marker.read_text(encoding="utf-8"))
             before, tested, result = record["settings"], record["tested"], Result(**record["result"])
-        except (ValueError, KeyError, TypeError) as error:
-            advice = "delete it, or use resume=False (--restart)"
-            raise ConfigError(f"resume: {marker} is damaged ({error}); {advice}") from None
         same_settings(marker, before, settings)
         file = self.out / f"{_safe(name)}.taps"
         if not file.exists():
             return None
-        self.model.reload_task(name, file)
+        with advising(file):
+            self.model.reload_task(name, file)
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
         result = replace(result, file=str(file))

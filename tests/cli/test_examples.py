@@ -17,6 +17,7 @@ RUNS = {
     "torchvision_model": ["torchvision"],
     "transformers_model": ["transformers"],
     "plain_loop": [],
+    "callbacks": [],
 }
 
 

@@ -360,7 +360,7 @@ def test_a_diverging_loss_is_an_error() -> None:
         ({"lr": math.nan}, "lr: expected a number"),
         ({"optimizer": "sdg"}, "optimizer: expected one of .*did you mean 'sgd'"),
         ({"budget": 1.5}, "budget"),
-        ({"amp": "fp16"}, "amp"),
+        ({"amp": "fp8"}, "amp"),
         ({"betas": (0.9,)}, "betas"),
         ({"betas": 3}, "betas"),
         ({"accumulate": True}, "accumulate"),
