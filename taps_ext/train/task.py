@@ -13,14 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
+from .fetch import Batch, Epochs, FetchEach, Reader
 from .randomness import forked, seed_host
-
-Batch = tuple[Any, Any]
 
 
 def predictions(outputs: Any) -> Any:
@@ -246,35 +245,22 @@ def identity(data: Any, argument: str) -> list[Any] | None:
     return [type(dataset).__name__, len(cast(Sized, dataset)), content]
 
 
-class _Seeded(Dataset[Any]):
-    """A dataset whose random numbers depend on the sample alone, whichever process reads it and when."""
-
-    def __init__(self, data: Dataset[Any], seed: int) -> None:
-        self.data, self.seed = data, seed
-
-    def __getitem__(self, index: int) -> Any:
-        with forked():
-            seed_host(hash((self.seed, index)) % 2**63)
-            return self.data[index]
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.data))
-
-
-class Batches:
+class Batches(Epochs):
     """Batches of a dataset in an order that depends on nothing but the seed and the epoch.
 
     Args:
         data: map-style dataset; tensors held in memory are indexed a batch at a time.
         size: samples in a batch. A training epoch drops a last batch of a single sample, on which no batch
             statistic exists.
-        workers: processes that read samples of other datasets; 0 reads in this one.
+        workers: processes that read samples of other datasets; 0 reads in this one. Training's live as long as this.
     """
 
     def __init__(self, data: Dataset[Any], size: int, seed: int, *, train: bool, workers: int = 0) -> None:
-        self.data, self.size, self.seed, self.train, self.workers = data, size, seed, train, workers
+        self.data, self.size, self.seed, self.train = data, size, seed, train
         self.memory = _in_memory(data)
         self.samples = len(cast(Sized, data))
+        how = {"num_workers": workers, "persistent_workers": train and workers > 0}
+        self.reader = None if self.memory is not None else Reader(FetchEach(data, default_collate), how)
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.size)
@@ -292,13 +278,8 @@ class Batches:
             for index in chosen:
                 yield self.memory[0][index], self.memory[1][index]
             return
-        seeded = _Seeded(self.data, hash((self.seed, epoch, self.train)) % 2**63)
-        loader = DataLoader(
-            seeded,
-            batch_sampler=[index.tolist() for index in chosen],
-            num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),  # else to begin draws a number of the run's
-        )
-        for batch in loader:
+        assert self.reader is not None
+        seed = hash((self.seed, epoch, self.train)) % 2**63
+        for batch in self.reader.read([(seed, index.tolist()) for index in chosen]):
             inputs, targets = pair_of(batch)
             yield inputs, targets
