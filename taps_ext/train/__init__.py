@@ -3,6 +3,16 @@
 from .config import TrainConfig
 from .interrupt import TrainingInterrupted
 from .task import Task, accuracy
+from .tokens import token_accuracy, token_cross_entropy
 from .trainer import Result, Trainer
 
-__all__ = ["Result", "Task", "TrainConfig", "Trainer", "TrainingInterrupted", "accuracy"]
+__all__ = [
+    "Result",
+    "Task",
+    "TrainConfig",
+    "Trainer",
+    "TrainingInterrupted",
+    "accuracy",
+    "token_accuracy",
+    "token_cross_entropy",
+]

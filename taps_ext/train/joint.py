@@ -19,6 +19,7 @@ from ..model.state import Parts, TaskState
 from .average import Average
 from .checks import check_targets
 from .config import TrainConfig
+from .fetch import Epochs
 from .guard import StepGuard
 from .hierarchy import Hierarchy
 from .interrupt import Stop
@@ -26,7 +27,8 @@ from .log import Log
 from .mixing import schedule
 from .run import Evaluate, make_optimizer, quality_of
 from .state import load_run, restore, save_run, snapshot
-from .task import Batch, Batches, Task, augmented, outputs_of
+from .task import Batch, Task, augmented, outputs_of
+from .tokens import count_of
 
 
 def _gated(state: TaskState) -> list[nn.Parameter]:
@@ -73,7 +75,7 @@ class JointRun:
         model: TaskModel,
         tasks: Mapping[str, Task],
         config: TrainConfig,
-        batches: Mapping[str, Batches],
+        batches: Mapping[str, Epochs],
         evaluate: Mapping[str, Evaluate],
         *,
         shared_first: bool = False,
@@ -206,7 +208,7 @@ class JointRun:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
                 penalty.backward()
-        return value, len(targets)
+        return value, count_of(task.loss, targets)
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]

@@ -20,11 +20,13 @@ from .average import Average
 from .budget import settle
 from .checks import check_targets
 from .config import TrainConfig
+from .fetch import Epochs
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
 from .state import load_run, restore, save_run, snapshot
-from .task import Batches, Task, augmented, outputs_of
+from .task import Task, augmented, outputs_of
+from .tokens import count_of
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -84,7 +86,7 @@ class Run:
     """
 
     def __init__(
-        self, model: TaskModel, name: str, task: Task, config: TrainConfig, batches: Batches, evaluate: Evaluate
+        self, model: TaskModel, name: str, task: Task, config: TrainConfig, batches: Epochs, evaluate: Evaluate
     ) -> None:
         self.model, self.name, self.task, self.config = model, name, task, config
         self.batches, self.evaluate = batches, evaluate
@@ -184,13 +186,14 @@ class Run:
         """Gradients of the mean loss over some batches and of the penalty; returns the sum of the losses, and how many
         samples there were."""
         config, progress = self.config, self.progress
-        samples = sum(len(targets) for _, targets in chunk)
+        samples = sum(count_of(self.task.loss, targets) for _, targets in chunk)
         total = torch.zeros([], dtype=torch.float64, device=self.device)
         for index, (inputs, targets) in enumerate(chunk):
             seed = hash((config.seed, progress.epoch, progress.batch + index)) % 2**63
             loss = self._loss(augmented(self.task.augment, inputs, seed), targets)
-            (loss * (len(targets) / samples)).backward()
-            total += loss.detach().double() * len(targets)
+            count = count_of(self.task.loss, targets)
+            (loss * (count / max(1, samples))).backward()
+            total += loss.detach().double() * count
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
         if penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
             sparsity.backward()

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ from ..errors import ConfigError, suggestion
 from ..model import TaskModel
 from ..model.state import Family
 from . import randomness
-from .checks import check_sample, check_targets
+from .checks import check_item, check_sample, check_targets
 from .config import TrainConfig
+from .fetch import Epochs
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
+from .loader import LoaderBatches, batches_of, identity_of, is_loader, splits
 from .log import Log
 from .run import Evaluate, Progress, Run
 from .state import same_settings
-from .task import Batches, Task, as_dataset, identity, outputs_of, split_off, targets_of
+from .task import Task, as_dataset, outputs_of, targets_of
+from .tokens import count_of
 
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
@@ -52,9 +55,14 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _test_data(name: str, task: Task) -> Any:
-    """What tells one test split from another, JSON-ready. It has no part in training, so a run may change it."""
-    return json.loads(json.dumps(identity(task.test, f"tasks[{name!r}].test")))
+def _identity(name: str, task: Task, split: str, config: TrainConfig) -> Any:
+    """What tells one split from another, JSON-ready; None of one that the task lacks."""
+    data = getattr(task, split)
+    size = config.batch_size if split == "train" else config.eval_batch_size or config.batch_size
+    if data is None:
+        return None
+    found = identity_of(data, f"tasks[{name!r}].{split}", size=size, workers=config.num_workers)
+    return json.loads(json.dumps(found))
 
 
 def _safe(name: str) -> str:
@@ -175,8 +183,7 @@ class Trainer:
         plain = {key: value for key, value in self.config.to_dict().items() if key not in _ELSEWHERE}
         layers = {layer: [gate.learn, None if gate.learn else gate.known] for layer, _, gate in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
-        splits = ("train", "val")
-        data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
+        data = {split: _identity(name, task, split, self.config) for split in ("train", "val")}
         functions = {
             "loss": describe(task.loss),
             "metrics": {key: describe(metric) for key, metric in task.metrics.items()},
@@ -187,6 +194,8 @@ class Trainer:
         method = {f"method.{k}": v for k, v in state.config.to_dict().items()}
         settings = {**plain, **method, "task": name, "head": head, "gates": layers, **functions}
         settings |= {f"data.{split}": value for split, value in data.items()}
+        if task.batches_per_epoch is not None:
+            settings["batches_per_epoch"] = task.batches_per_epoch
         if mode != "incremental":  # which 0.1's runs were
             settings["mode"] = mode
         found: dict[str, Any] = json.loads(json.dumps(settings))
@@ -210,20 +219,29 @@ class Trainer:
         finally:
             run.release()
 
-    def _data(self, name: str, task: Task) -> tuple[Batches, Evaluate]:
+    def _data(self, name: str, task: Task) -> tuple[Epochs, Evaluate]:
         """The training batches of a task, and its metrics on the validation split."""
-        config = self.config
-        train = as_dataset(task.train, f"tasks[{name!r}].train")
+        config, argument = self.config, f"tasks[{name!r}]"
         self._check_data(name, task)
-        if task.val is not None:
-            val = as_dataset(task.val, f"tasks[{name!r}].val")
-        else:
-            train, val = split_off(train, config.val_fraction, config.seed)
+        train, val = splits(task, argument, config.val_fraction, config.seed)
         self._check_penalty(name)
-        batches = Batches(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
-        if not len(batches):
-            raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
-        return batches, lambda: self.evaluate(name, val, task=task)
+        batches = batches_of(
+            train,
+            f"{argument}.train",
+            size=config.batch_size,
+            seed=config.seed,
+            workers=config.num_workers,
+            train=True,
+            length=task.batches_per_epoch,
+        )
+        held = self._to_evaluate(val, f"{argument}.val")
+        return batches, lambda: self.evaluate(name, held, task=task)
+
+    def _to_evaluate(self, data: Any, argument: str) -> Epochs:
+        """The batches of validation or test data."""
+        config = self.config
+        size = config.eval_batch_size or config.batch_size
+        return batches_of(data, argument, size=size, workers=config.num_workers)
 
     # -- tasks together
 
@@ -370,6 +388,9 @@ class Trainer:
             data, argument = getattr(task, split), f"tasks[{name!r}].{split}"
             if data is None:
                 continue
+            if is_loader(data):
+                self._check_loader(data, argument, task if split == "train" else None)
+                continue
             dataset = as_dataset(data, argument)
             check_sample(dataset, argument, self.model.base)
             targets = targets_of(dataset)
@@ -378,15 +399,24 @@ class Trainer:
         if task.labels is not None and isinstance(outputs, int) and len(task.labels) != outputs:
             raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
+    def _check_loader(self, data: Any, argument: str, task: Task | None) -> None:
+        """Look at the first batch of a `DataLoader`, as far as this process can read it without reading on. Training's
+        is that of `task`."""
+        config, length = self.config, None if task is None else task.batches_per_epoch
+        how = {"size": config.batch_size, "seed": config.seed, "workers": config.num_workers}
+        batches = batches_of(data, argument, train=task is not None, length=length, **how)
+        if isinstance(batches, LoaderBatches) and batches.loader.worker_init_fn is None:
+            check_item(batches.first(), argument, self.model.base, batch=True)
+
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
-        """Loss and metrics of a task on a dataset, each a mean over samples. The mode is restored."""
+        """Loss and metrics of a task on a dataset, a `DataLoader` or data that can only be read on, each a mean over
+        samples (:func:`token_cross_entropy` and :func:`token_accuracy` over tokens). The mode is restored."""
         task = self.tasks.get(name) if task is None else task
         if task is None:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
-        totals: dict[str, float] = dict.fromkeys(["loss", *task.metrics], 0.0)
-        config = self.config
-        size, workers = config.eval_batch_size or config.batch_size, config.num_workers
-        batches = Batches(as_dataset(data, "data"), size, 0, train=False, workers=workers)
+        functions: dict[str, Callable[[Any, Any], Any]] = {"loss": task.loss, **task.metrics}
+        totals, seen = dict.fromkeys(functions, 0.0), dict.fromkeys(functions, 0)
+        batches = data if isinstance(data, Epochs) else self._to_evaluate(data, "data")
         amp = self.config.amp is not None
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
@@ -400,18 +430,18 @@ class Trainer:
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
                     targets = targets.to(device)
-                    totals["loss"] += float(task.loss(outputs, targets)) * len(targets)
-                    for key, metric in task.metrics.items():
-                        totals[key] += float(metric(outputs, targets)) * len(targets)
+                    for key, function in functions.items():
+                        count = count_of(function, targets)
+                        totals[key] += float(function(outputs, targets)) * count
+                        seen[key] += count
         finally:
             self.model.train(was_training)
         if not math.isfinite(totals["loss"]):
             warnings.warn(
-                f"task {name!r}: the loss on {batches.samples} samples to evaluate is not finite; look for Inf or NaN "
-                "in them",
+                f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them",
                 stacklevel=2,
             )
-        return {key: value / batches.samples for key, value in totals.items()}
+        return {key: value / max(1, seen[key]) for key, value in totals.items()}
 
     def _stopped(self, name: str, path: Path | None) -> str:
         if path is None:
@@ -459,7 +489,7 @@ class Trainer:
         metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
         self.model.save_task(result.task, target, labels=task.labels, metrics=metrics, preprocessing=task.preprocessing)
         result.file = str(target)
-        tested = _test_data(result.task, task) if result.test else None
+        tested = _identity(result.task, task, "test", self.config) if result.test else None
         text = json.dumps({"settings": settings, "tested": tested, "result": asdict(result)})
         draft = self.out / f"{_safe(result.task)}.result.json.tmp"
         draft.write_text(text, encoding="utf-8")
@@ -486,7 +516,7 @@ class Trainer:
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
         result = replace(result, file=str(file))
-        now = _test_data(name, task)
+        now = _identity(name, task, "test", self.config)
         if task.test is None:
             return replace(result, test={})
         return result if tested == now and now[2] is not None else self._test(result, task, settings)
