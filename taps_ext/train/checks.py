@@ -25,7 +25,7 @@ def check_sample(data: Any, argument: str, base: nn.Module) -> None:
 def check_item(item: Any, argument: str, base: nn.Module, *, batch: bool = False) -> None:
     """As :func:`check_sample`, of one item, or of what a `DataLoader` makes of several."""
     of, mend = ("a batch", "collate_fn") if batch else ("an item", "transform")
-    item = pair_of(item)
+    item = pair_of(item, argument)
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
         raise ConfigError(f"{argument}: expected items (input, target), got {got}")

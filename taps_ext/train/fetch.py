@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -25,6 +25,18 @@ class Epochs(ABC):
     @abstractmethod
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, leaving out the first `skip`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes that read; nothing is read after it."""
+
+
+def end_workers(reading: Any) -> None:
+    """End the processes behind an iterator of a `DataLoader` now, and not when it is collected as garbage: an error's
+    traceback may hold it for long."""
+    shutdown = getattr(reading, "_shutdown_workers", None)  # of one that has processes
+    if shutdown is not None:
+        shutdown()
 
 
 class Fetch(Dataset[Any]):
@@ -112,6 +124,7 @@ class Reader:
 
     def __init__(self, batches: Fetch, settings: Mapping[str, Any]) -> None:
         self.keys = _Keys()
+        self.reading: Any = None
         self.first = torch.Generator()
         self.loader: DataLoader[Any] = DataLoader(
             batches,
@@ -125,4 +138,8 @@ class Reader:
     def read(self, keys: Iterable[Key]) -> Iterator[Any]:
         self.keys.now = keys
         self.first.manual_seed(0)  # else to begin draws a number of the run's, and a worker's seed depends on the epoch
-        return iter(self.loader)
+        self.reading = iter(self.loader)
+        return cast("Iterator[Any]", self.reading)
+
+    def close(self) -> None:
+        end_workers(self.reading)

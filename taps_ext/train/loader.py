@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import ConfigError
-from .fetch import Batch, Epochs, Fetch, Key, Reader, settings_of
+from .fetch import Batch, Epochs, Fetch, Key, Reader, end_workers, settings_of
 from .identity import describe
 from .randomness import forked, seed_host
 from .task import Batches, Task, as_dataset, content_of, identity, pair_of, split_off
@@ -48,7 +48,7 @@ def pair_of_batch(batch: Any, argument: str) -> Batch:
     Raises:
         ConfigError: no pair; targets that are no tensor, or have no batch dimension.
     """
-    pair = pair_of(batch)
+    pair = pair_of(batch, argument)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         got = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
         raise ConfigError(f"{argument}: expected batches (inputs, targets), got {got}")
@@ -165,6 +165,9 @@ class LoaderBatches(Epochs):
         for batch in self.reader.read(self.keys(epoch)[skip:]):
             yield pair_of_batch(batch, self.argument)
 
+    def close(self) -> None:
+        self.reader.close()
+
     def first(self) -> Batch:
         """The first batch of the first epoch, read in this process."""
         return pair_of_batch(self.reader.loader.dataset[self.keys(0)[0]], self.argument)
@@ -198,7 +201,10 @@ class StreamBatches(Epochs):
             length = len(loader)
             if not length:
                 raise ConfigError(f"{argument}: expected at least one batch, got none")
-        self.length = length
+        self.length, self.reading = length, cast(Any, None)
+
+    def close(self) -> None:
+        end_workers(self.reading)
 
     def __len__(self) -> int:
         assert self.length is not None  # in training it is known
@@ -223,9 +229,10 @@ class StreamBatches(Epochs):
         )
         with forked():
             seed_host(seed)
-            reading = iter(loader)
+            self.reading = reading = iter(loader)
         for position in count():
             if position == self.length:
+                end_workers(reading)
                 return
             with forked():
                 seed_host(hash((seed, position)) % 2**63)

@@ -51,13 +51,13 @@ def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -
 LABELS = ("labels", "label", "target")  # under which a dictionary keeps its target
 
 
-def pair_of(item: Any) -> Any:
+def pair_of(item: Any, argument: str = "data") -> Any:
     """(inputs, target) of an item or a batch: a dictionary's target is under one of :data:`LABELS`."""
     if not isinstance(item, Mapping):
         return item
     found = [key for key in LABELS if key in item]
     if len(found) != 1:
-        raise ConfigError(f"data: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
+        raise ConfigError(f"{argument}: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
     return {key: value for key, value in item.items() if key != found[0]}, item[found[0]]
 
 
@@ -311,3 +311,7 @@ class Batches(Epochs):
         for batch in self.reader.read([(seed, index.tolist()) for index in chosen]):
             inputs, targets = pair_of(batch)
             yield inputs, targets
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()

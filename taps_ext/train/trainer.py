@@ -114,6 +114,7 @@ class Trainer:
                     f"label_smoothing: expected 0 for task {name!r}, whose loss is not F.cross_entropy, "
                     f"got {config.label_smoothing}"
                 )
+        self.reading: list[Epochs] = []
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             try:
@@ -218,6 +219,7 @@ class Trainer:
             return self._run(run, task, settings, resume, stop)
         finally:
             run.release()
+            self._close()
 
     def _data(self, name: str, task: Task) -> tuple[Epochs, Evaluate]:
         """The training batches of a task, and its metrics on the validation split."""
@@ -235,7 +237,13 @@ class Trainer:
             length=task.batches_per_epoch,
         )
         held = self._to_evaluate(val, f"{argument}.val")
+        self.reading += [batches, held]
         return batches, lambda: self.evaluate(name, held, task=task)
+
+    def _close(self) -> None:
+        """End the processes that read data."""
+        while self.reading:
+            self.reading.pop().close()
 
     def _to_evaluate(self, data: Any, argument: str) -> Epochs:
         """The batches of validation or test data."""
@@ -291,6 +299,7 @@ class Trainer:
         finally:
             log.close()
             run.release()
+            self._close()
         run.optimizer.zero_grad(set_to_none=True)
         run.keep_best()
         if lean:
@@ -436,6 +445,8 @@ class Trainer:
                         seen[key] += count
         finally:
             self.model.train(was_training)
+            if batches is not data:
+                batches.close()
         if not math.isfinite(totals["loss"]):
             warnings.warn(
                 f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them",

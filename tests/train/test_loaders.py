@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -444,11 +445,12 @@ def _die() -> None:
     ],
 )
 def test_an_error_in_a_worker_is_the_runs(form, how, error, message) -> None:
-    """Of the type that it had, with where it was raised."""
+    """Of the type that it had, with where it was raised; and no worker is left, whoever holds the traceback."""
     train = Failing(how)
     task = {"train": train if form == "dataset" else DataLoader(train, batch_size=16, num_workers=2)}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as held:
         fit(build(), task={**task, "val": data(16, 2)}, num_workers=2)
+    assert held.tb and not multiprocessing.active_children()
 
 
 def _init(worker: int) -> None:

@@ -148,7 +148,8 @@ def test_how_long_an_epoch_is() -> None:
         list(epochs_of(_Short(), size=12).epoch(0))
     for empty in (_Short(0), DataLoader(_Short(0), batch_size=8)):
         for split in ("train", "val", "test"):
-            with pytest.raises(ConfigError, match=rf"{split}: expected at least one batch, got none"):
+            where = "data" if split == "test" else split  # which is evaluated after the run
+            with pytest.raises(ConfigError, match=rf"{where}: expected at least one batch, got none"):
                 fit(build(), epochs=1, task={"train": data(), "val": val, split: empty})
 
 
