@@ -20,6 +20,7 @@
 #                      make transfer-table prints it
 #   make fraction      does a task learn the same from sampled score gradients (four hours, after the bases of make
 #                      transfer), resumable; make fraction-table prints it
+#   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
@@ -77,7 +78,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table architectures flops memory gpu
+  fraction-table data-path architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -150,6 +151,9 @@ fraction: build
 
 fraction-table: build
 	$(PY) benchmarks/fraction.py table $(FRACTION)
+
+data-path: build
+	$(PY) benchmarks/data_path.py
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json

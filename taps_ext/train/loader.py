@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..errors import ConfigError
 from .fetch import Batch, Epochs, Fetch, Key, Reader, end_workers, settings_of
@@ -169,8 +169,11 @@ class LoaderBatches(Epochs):
         self.reader.close()
 
     def first(self) -> Batch:
-        """The first batch of the first epoch, read in this process."""
-        return pair_of_batch(self.reader.loader.dataset[self.keys(0)[0]], self.argument)
+        """The first batch of the first epoch, read in this process: of two samples where batches of any size come."""
+        seed, samples = self.keys(0)[0]
+        if type(self.loader.batch_sampler) is BatchSampler and not self.loader.drop_last:
+            samples = samples[:2]
+        return pair_of_batch(self.reader.loader.dataset[seed, samples], self.argument)
 
 
 class StreamBatches(Epochs):
