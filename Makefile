@@ -23,6 +23,7 @@
 #   make compare-study methods beside each other on the bases and data of ../shared/data, joint training, BoRA's prior
 #                      (five hours), resumable; then a quiet machine's seconds of a step; make compare-table prints it
 #   make task-files    retrains the eight task files on which storage is measured (twenty minutes), prints their digests
+#   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
@@ -81,6 +82,7 @@ build: $(VENV)/.built
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
   fraction-table compare-study compare-table task-files architectures flops memory gpu
+  fraction-table data-path architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -165,6 +167,9 @@ fraction: build
 
 fraction-table: build
 	$(PY) benchmarks/fraction.py table $(FRACTION)
+
+data-path: build
+	$(PY) benchmarks/data_path.py
 
 architectures: build
 	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json

@@ -7,6 +7,7 @@ from .metrics import whole
 from .multitask import MultiTask
 from .result import Result
 from .task import Task, accuracy
+from .tokens import token_accuracy, token_cross_entropy
 from .trainer import Trainer
 from .weighting import Uncertainty, Weighting, register_weighting
 
@@ -23,5 +24,7 @@ __all__ = [
     "Weighting",
     "accuracy",
     "register_weighting",
+    "token_accuracy",
+    "token_cross_entropy",
     "whole",
 ]

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .task import Task, accuracy, pair_of
-
-_IGNORED = -100  # what F.cross_entropy leaves out
+from .tokens import IGNORED, token_cross_entropy
 
 
 def check_sample(data: Any, argument: str, base: nn.Module) -> None:
     """Raise ConfigError unless the first item of a dataset is a pair of an input (a tensor, or a dictionary of tensors)
     and a target, and the base's forward takes the dictionary's keys."""
-    item = pair_of(data[0])
+    check_item(data[0], argument, base)
+
+
+def check_item(item: Any, argument: str, base: nn.Module, *, batch: bool = False) -> None:
+    """As :func:`check_sample`, of one item, or of what a `DataLoader` makes of several."""
+    of, mend = ("a batch", "collate_fn") if batch else ("an item", "transform")
+    item = pair_of(item, argument)
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
         raise ConfigError(f"{argument}: expected items (input, target), got {got}")
@@ -29,7 +34,7 @@ def check_sample(data: Any, argument: str, base: nn.Module) -> None:
         if not isinstance(value, (Tensor, np.ndarray)) and not (isinstance(inputs, Mapping) and _number(value)):
             kind = f"{type(value).__module__.split('.')[0]} {type(value).__name__}"
             raise ConfigError(
-                f"{argument}: expected a tensor as the input of an item, got {kind}; give the dataset a transform"
+                f"{argument}: expected a tensor as the input of {of}, got {kind}; give the dataset a {mend}"
             )
     if isinstance(inputs, Mapping):
         try:
@@ -39,7 +44,7 @@ def check_sample(data: Any, argument: str, base: nn.Module) -> None:
                 f"{argument}: expected inputs by the names that the base's forward takes, got {list(inputs)} ({error})"
             ) from None
     if not isinstance(target, (Tensor, np.ndarray, np.generic, int, float)):
-        raise ConfigError(f"{argument}: expected a number or tensor as the target of an item, got {target!r}")
+        raise ConfigError(f"{argument}: expected a number or tensor as the target of {of}, got {target!r}")
 
 
 def _number(value: Any) -> bool:
@@ -62,8 +67,14 @@ def check_targets(task: Task, targets: Tensor, classes: int | None, argument: st
 
 
 def _check_loss(task: Task, targets: Tensor, classes: int | None, argument: str, outputs: Any) -> None:
-    if task.loss is not F.cross_entropy or classes is None or targets.is_cuda:
+    if task.loss not in (F.cross_entropy, token_cross_entropy) or classes is None or targets.is_cuda:
         return
+    last = isinstance(outputs, Tensor) and outputs.dim() > 2 and outputs.shape[:-1] == targets.shape
+    if last and task.loss is F.cross_entropy and outputs.shape[1] != classes == outputs.shape[-1]:
+        raise ConfigError(
+            f"{argument}: expected outputs [B, {classes}, ...] for F.cross_entropy, got {list(outputs.shape)}, classes "
+            "last; give the task token_cross_entropy as its loss and token_accuracy as its metric (taps_ext.train)"
+        )
     flat = isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] == classes
     got = f"{targets.dtype} {list(targets.shape)}"
     if targets.is_floating_point():
@@ -78,7 +89,7 @@ def _check_loss(task: Task, targets: Tensor, classes: int | None, argument: str,
         return
     if flat and (targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1):
         raise ConfigError(f"{argument}: expected int64 labels [B], got {got}")
-    kept = targets[targets != _IGNORED]
+    kept = targets[targets != IGNORED]
     if kept.numel() and (int(kept.max()) >= classes or int(kept.min()) < 0):
         wrong = int(kept.max()) if int(kept.max()) >= classes else int(kept.min())
         raise ConfigError(f"{argument}: expected labels from 0 to {classes - 1} (the head), got {wrong}")

@@ -20,6 +20,7 @@ from .average import Average
 from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
+from .fetch import Batch, Epochs
 from .guard import StepGuard
 from .hierarchy import Hierarchy
 from .interrupt import Stop
@@ -30,7 +31,7 @@ from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
-from .task import Batch, Batches, Task, augmented, outputs_of
+from .task import Task, augmented, outputs_of
 from .weighting import weighted, weighting_of
 
 
@@ -79,7 +80,7 @@ class JointRun:
         model: TaskModel,
         tasks: Mapping[str, Task],
         config: TrainConfig,
-        batches: Mapping[str, Batches],
+        batches: Mapping[str, Epochs],
         evaluate: Mapping[str, Evaluate],
         *,
         shared_first: bool = False,

@@ -46,16 +46,10 @@ class Log:
         self.progress: Any = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            self.progress = Progress(*columns, console=Console(stderr=True))
+            from .bar import progress_line
+
+            self.progress = progress_line(Console(stderr=True))
             self.progress.start()
             self.bar = self.progress.add_task(title, total=total, note="")
         self.started = time.perf_counter()

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .identity import describe
-
-IGNORED = -100
-"""What `F.cross_entropy` leaves out, unless it is told otherwise."""
+from .tokens import IGNORED, token_accuracy, token_cross_entropy, token_hits
 
 
 @runtime_checkable
@@ -85,23 +83,22 @@ def hits(outputs: Tensor, targets: Tensor) -> tuple[int, int]:
 
 
 def weight_of(loss: Callable[..., Any], targets: Any) -> float:
-    """What the mean loss of a batch weighs among others: its samples, in their parts that count.
+    """What the mean loss of a batch weighs among others: what it is the mean of.
 
-    Where the loss is `F.cross_entropy` (or a partial of it, or `nn.CrossEntropyLoss`) its mean is over the targets that
-    it does not ignore, so a batch of B samples with a share q of such targets weighs B * q: means over batches are then
-    those over all targets. A batch of other losses weighs its samples. 0: nothing in it counts.
+    That of `F.cross_entropy` (or a partial of it, or `nn.CrossEntropyLoss`) and of `token_cross_entropy` is one of the
+    targets that are not ignored, so that means over batches are those over all targets. A batch of other losses
+    weighs its samples. 0: nothing in it counts.
     """
     ignored = _ignored_by(loss)
-    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
+    if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return float(len(targets))
-    left_out = int((targets == ignored).sum())
-    if not left_out:
-        return float(len(targets))
-    return len(targets) * ((targets.numel() - left_out) / targets.numel())
+    return float((targets != ignored).sum())
 
 
 def _ignored_by(loss: Callable[..., Any]) -> int | None:
     """The label that a mean cross-entropy leaves out, or None for other losses."""
+    if loss is token_cross_entropy:
+        return IGNORED
     if isinstance(loss, nn.CrossEntropyLoss):
         return loss.ignore_index if loss.reduction == "mean" and loss.weight is None else None
     settings: dict[str, Any] = {}
@@ -127,13 +124,13 @@ class _Mean:
 
 
 class _Accuracy:
-    """`accuracy` over a whole split, exactly."""
+    """An accuracy over a whole split, exactly. `count`: gives how many of a batch are right, and how many count."""
 
-    def __init__(self) -> None:
-        self.right = self.counted = 0
+    def __init__(self, count: Callable[[Any, Any], tuple[int, int]]) -> None:
+        self.count, self.right, self.counted = count, 0, 0
 
     def update(self, outputs: Any, targets: Any) -> None:
-        right, counted = hits(outputs, targets)
+        right, counted = self.count(outputs, targets)
         self.right, self.counted = self.right + right, self.counted + counted
 
     def compute(self) -> float:
@@ -155,7 +152,9 @@ class Measured:
         self.metrics: dict[str, Any] = {}
         for name, metric in metrics.items():
             if metric is counted:
-                self.metrics[name] = _Accuracy()
+                self.metrics[name] = _Accuracy(hits)
+            elif metric is token_accuracy:
+                self.metrics[name] = _Accuracy(token_hits)
             elif is_metric(metric):
                 if isinstance(metric, nn.Module):
                     metric.to(device)

@@ -94,7 +94,7 @@ def labels_of(data: Dataset[Any]) -> Labels | None:
     return None
 
 
-def batches_of(data: Dataset[Any], size: int, seed: int, *, train: bool, workers: int) -> Batches:
+def dataset_batches(data: Dataset[Any], size: int, seed: int, *, train: bool, workers: int) -> Batches:
     """The batches of a task's dataset."""
     labels = labels_of(data)
     if labels is None:
@@ -107,16 +107,19 @@ class LabelBatches(Batches):
 
     def __init__(self, labels: Labels, size: int, seed: int, *, train: bool, workers: int) -> None:
         super().__init__(labels, size, seed, train=train, workers=workers)
-        self.name, self.reader = labels.name, labels.whole.reader(size, seed, train, workers)
+        self.name, self.together = labels.name, labels.whole.reader(size, seed, train, workers)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         own: Iterator[_Items] | None = None  # where the task is not in step with the others
         for index in range(skip, len(self)):
-            items = None if own is not None else self.reader.batch(epoch, index, starting=index == skip)
+            items = None if own is not None else self.together.batch(epoch, index, starting=index == skip)
             if items is None:
-                own = self.reader.stream(epoch, index, len(self)) if own is None else own
+                own = self.together.stream(epoch, index, len(self)) if own is None else own
                 items = next(own)
             yield items.of(self.name, least=2 if self.train and self.size > 1 else 1)
+
+    def close(self) -> None:
+        self.together.close()
 
 
 class _Items:
@@ -204,3 +207,7 @@ class _Reader:
             self.running = self.stream(epoch, index)
         self.last, self.at = next(self.running), (epoch, index)
         return self.last
+
+    def close(self) -> None:
+        """End the processes that read; another epoch begins anew."""
+        self.at = self.last = self.running = None

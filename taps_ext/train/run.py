@@ -21,6 +21,7 @@ from .budget import settle
 from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
+from .fetch import Epochs
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
@@ -28,7 +29,7 @@ from .metrics import weight_of
 from .precision import autocast
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
-from .task import Batches, Task, augmented, outputs_of
+from .task import Task, augmented, outputs_of
 
 NONE = Own()
 Evaluate = Callable[[], dict[str, float]]
@@ -92,7 +93,7 @@ class Run:
         name: str,
         task: Task,
         config: TrainConfig,
-        batches: Batches,
+        batches: Epochs,
         evaluate: Evaluate,
         own: Own = NONE,
     ) -> None:

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
+from .fetch import Batch, Epochs, FetchEach, Reader
 from .metrics import Metric, hits
 from .randomness import forked, seed_host
-
-Batch = tuple[Any, Any]
 
 
 def predictions(outputs: Any) -> Any:
@@ -32,23 +31,35 @@ def predictions(outputs: Any) -> Any:
 
 
 def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -> Any:
-    """What losses and metrics see of a task's forward on a batch: inputs in a mapping are the forward's keywords."""
-    if isinstance(inputs, Mapping):
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        return predictions(model(**moved, task=task))
-    return predictions(model(torch.as_tensor(inputs).to(device), task=task))
+    """What losses and metrics see of a task's forward on a batch: inputs in a mapping are the forward's keywords.
+
+    Raises:
+        ConfigError: a batch of one sample before a batch norm in training.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+            return predictions(model(**moved, task=task))
+        return predictions(model(torch.as_tensor(inputs).to(device), task=task))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch has no type of its own for it
+            raise
+        raise ConfigError(
+            f"task {task!r}: expected batches of two samples or more, of which a batch norm has statistics, got one of "
+            f"a single sample; drop_last=True leaves out the last one of a DataLoader ({error})"
+        ) from error
 
 
 LABELS = ("labels", "label", "target")  # under which a dictionary keeps its target
 
 
-def pair_of(item: Any) -> Any:
+def pair_of(item: Any, argument: str = "data") -> Any:
     """(inputs, target) of an item or a batch: a dictionary's target is under one of :data:`LABELS`."""
     if not isinstance(item, Mapping):
         return item
     found = [key for key in LABELS if key in item]
     if len(found) != 1:
-        raise ConfigError(f"data: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
+        raise ConfigError(f"{argument}: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
     return {key: value for key, value in item.items() if key != found[0]}, item[found[0]]
 
 
@@ -77,8 +88,10 @@ class Task:
     Attributes:
         train: a map-style dataset of (input, target), or a pair of tensors `x [N, ...]`, `y [N, ...]`. An input may be
             a dictionary of what the base's forward takes by keyword, with the target beside it, or in it under
-            "labels", "label" or "target", as data for transformers' models have it.
-        val: like `train`; None holds out a part of `train`. Selection uses only this split.
+            "labels", "label" or "target", as data for transformers' models have it. Or a `DataLoader`, which says
+            itself what is in a batch and who reads it, or an `IterableDataset`; see below.
+        val: like `train`; None holds out a part of `train`, which a dataset or a pair of tensors then has to be.
+            Selection uses only this split.
         test: like `train`; evaluated once at the end, never used to choose anything.
         loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
             transformers `ModelOutput` it is the logits. Means of batches are weighted by their samples; those of
@@ -95,10 +108,19 @@ class Task:
             torch, NumPy and Python are seeded for each batch.
         labels: class names, one for each output of a linear head; kept in the task file.
         preprocessing: how inputs are made from files, JSON-ready; kept in the task file.
+        batches_per_epoch: batches in an epoch of training, for a `DataLoader` or an `IterableDataset` whose length is
+            not known, or that is longer than an epoch should be. None: all of them.
 
-    Data is read in the process that trains; a slow dataset slows it down. A run in `out` is taken up only for the same
-    data: tensors and image folders count by their content, a dataset class of yours by its type, length and labels, and
-    by what its method `identity()` returns (JSON-ready) if it has one.
+    Datasets are read in the process that trains, or in `TrainConfig.num_workers` others; a `DataLoader` brings
+    batch size, sampler, collate function and workers of its own. An epoch's batches, and what is drawn at random for
+    them, depend on the seed and the epoch alone (docs/data.md says what that asks of a sampler of yours), so that a run
+    that was stopped goes on with the batches that it had not seen: without reading the others, or, where data can only
+    be read on, by reading them again. `IterableDataset`s share themselves out between workers, as in torch, and are
+    read to their end in validation and test.
+
+    A run in `out` is taken up only for the same data: tensors and image folders count by their content, a dataset class
+    of yours by its type, length and labels, and by what its method `identity()` returns (JSON-ready) if it has one; a
+    `DataLoader` also by what its sampler puts into batches, and by its collate function.
     """
 
     train: Any
@@ -110,8 +132,12 @@ class Task:
     augment: Callable[..., Any] | None = None
     labels: list[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
+    batches_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
+        count = self.batches_per_epoch
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigError(f"batches_per_epoch: expected an int >= 1 or None, got {count!r}")
         if not isinstance(self.metrics, Mapping):
             raise ConfigError(f"metrics: expected a mapping of names to functions, got {type(self.metrics).__name__}")
         if "loss" in self.metrics:
@@ -237,51 +263,39 @@ def _in_memory(data: Dataset[Any]) -> tuple[Tensor, Tensor] | None:
     return (data.x, data.y) if type(data) is ArrayDataset else None
 
 
-def identity(data: Any, argument: str) -> list[Any] | None:
-    """What tells one dataset from another, JSON-ready: type, length and a digest of what is known of its content."""
-    if data is None:
-        return None
-    dataset = as_dataset(data, argument)
+def content_of(dataset: Any) -> str | None:
+    """A digest of what is known of a dataset's content, or None: nothing."""
     memory, own = _in_memory(dataset), getattr(dataset, "identity", None)
-    content: str | None = None
     if memory is not None:
-        content = fingerprint({"x": memory[0], "y": memory[1]})
-    elif callable(own):
-        content = hashlib.sha256(json.dumps(own()).encode()).hexdigest()
-    elif (targets := targets_of(dataset)) is not None:
-        content = fingerprint({"y": targets})
-    return [type(dataset).__name__, len(cast(Sized, dataset)), content]
+        return fingerprint({"x": memory[0], "y": memory[1]})
+    if callable(own):
+        return hashlib.sha256(json.dumps(own()).encode()).hexdigest()
+    targets = targets_of(dataset) if hasattr(dataset, "__len__") else None
+    return None if targets is None else fingerprint({"y": targets})
 
 
-class _Seeded(Dataset[Any]):
-    """A dataset whose random numbers depend on the sample alone, whichever process reads it and when."""
-
-    def __init__(self, data: Dataset[Any], seed: int) -> None:
-        self.data, self.seed = data, seed
-
-    def __getitem__(self, index: int) -> Any:
-        with forked():
-            seed_host(hash((self.seed, index)) % 2**63)
-            return self.data[index]
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self.data))
+def identity(data: Any, argument: str) -> list[Any]:
+    """What tells one dataset from another, JSON-ready: type, length and a digest of what is known of its content."""
+    dataset = as_dataset(data, argument)
+    return [type(dataset).__name__, len(cast(Sized, dataset)), content_of(dataset)]
 
 
-class Batches:
+class Batches(Epochs):
     """Batches of a dataset in an order that depends on nothing but the seed and the epoch.
 
     Args:
         data: map-style dataset; tensors held in memory are indexed a batch at a time.
         size: samples in a batch. A training epoch drops a last batch of a single sample, on which no batch
             statistic exists.
-        workers: processes that read samples of other datasets; 0 reads in this one.
+        workers: processes that read samples of other datasets; 0 reads in this one. Training's live as long as this.
     """
 
     def __init__(self, data: Dataset[Any], size: int, seed: int, *, train: bool, workers: int = 0) -> None:
-        self.data, self.size, self.seed, self.train, self.workers = data, size, seed, train, workers
+        self.data, self.size, self.seed, self.train = data, size, seed, train
         self.memory = _in_memory(data)
         self.samples = len(cast(Sized, data))
+        how = {"num_workers": workers, "persistent_workers": train and workers > 0}
+        self.reader = None if self.memory is not None else Reader(FetchEach(data, default_collate), how)
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.size)
@@ -299,13 +313,12 @@ class Batches:
             for index in chosen:
                 yield self.memory[0][index], self.memory[1][index]
             return
-        seeded = _Seeded(self.data, hash((self.seed, epoch, self.train)) % 2**63)
-        loader = DataLoader(
-            seeded,
-            batch_sampler=[index.tolist() for index in chosen],
-            num_workers=self.workers,
-            generator=torch.Generator().manual_seed(0),  # else to begin draws a number of the run's
-        )
-        for batch in loader:
+        assert self.reader is not None
+        seed = hash((self.seed, epoch, self.train)) % 2**63
+        for batch in self.reader.read([(seed, index.tolist()) for index in chosen]):
             inputs, targets = pair_of(batch)
             yield inputs, targets
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.close()

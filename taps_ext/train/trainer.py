@@ -24,29 +24,36 @@ from ..model import TaskModel
 from ..model.state import Family
 from . import randomness
 from .callbacks import Callback, RunInfo, Told, check_callbacks
-from .checks import check_sample, check_targets
+from .checks import check_item, check_sample, check_targets
 from .config import TrainConfig
+from .fetch import Epochs
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
 from .joint import JointProgress, JointRun
+from .loader import LoaderBatches, batches_of, identity_of, is_loader, splits
 from .log import Log
 from .metrics import Measured, described
-from .multitask import batches_of, labels_of
+from .multitask import labels_of
 from .precision import autocast
 from .result import Result
 from .run import Evaluate, Progress, Run
 from .state import advising, same_settings
 from .stepper import Own
-from .task import Batches, Task, accuracy, as_dataset, identity, outputs_of, split_off, targets_of
+from .task import Task, accuracy, as_dataset, outputs_of, targets_of
 
 MODES = ("incremental", "joint", "lean")
 _ELSEWHERE = ("out", "device", "tensorboard", "save_every", "num_workers")  # settings that do not change a run
 JOINT_STATE = "%joint.state"  # no task's file has such a name
 
 
-def _test_data(name: str, task: Task) -> Any:
-    """What tells one test split from another, JSON-ready. It has no part in training, so a run may change it."""
-    return json.loads(json.dumps(identity(task.test, f"tasks[{name!r}].test")))
+def _identity(name: str, task: Task, split: str, config: TrainConfig) -> Any:
+    """What tells one split from another, JSON-ready; None of one that the task lacks."""
+    data = getattr(task, split)
+    size = config.batch_size if split == "train" else config.eval_batch_size or config.batch_size
+    if data is None:
+        return None
+    found = identity_of(data, f"tasks[{name!r}].{split}", size=size, workers=config.num_workers)
+    return json.loads(json.dumps(found))
 
 
 def _safe(name: str) -> str:
@@ -116,6 +123,7 @@ class Trainer:
         self.own = Own(optimizer, scheduler)
         self.own.check(config)
         self.callbacks = check_callbacks(callbacks)
+        self.reading: list[Epochs] = []
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
             try:
@@ -190,8 +198,7 @@ class Trainer:
         plain = {key: value for key, value in self.config.to_dict().items() if key not in _ELSEWHERE}
         layers = {layer: [gate.learn, None if gate.learn else gate.known] for layer, _, gate in state.gated()}
         head = None if state.head is None else [[n, list(t.shape)] for n, t in state.head.state_dict().items()]
-        splits = ("train", "val")
-        data = {split: identity(getattr(task, split), f"tasks[{name!r}].{split}") for split in splits}
+        data = {split: _identity(name, task, split, self.config) for split in ("train", "val")}
         functions = {
             "loss": describe(task.loss),
             "metrics": {key: described(metric) for key, metric in task.metrics.items()},
@@ -204,6 +211,8 @@ class Trainer:
         settings |= {f"data.{split}": value for split, value in data.items()}
         made = {"optimizer": self.own.optimizer, "scheduler": self.own.scheduler}
         settings |= {key: describe(factory) for key, factory in made.items() if factory is not None}
+        if task.batches_per_epoch is not None:
+            settings["batches_per_epoch"] = task.batches_per_epoch
         if mode != "incremental":  # which 0.1's runs were
             settings["mode"] = mode
         found: dict[str, Any] = json.loads(json.dumps(settings))
@@ -226,21 +235,37 @@ class Trainer:
             return self._run(run, task, settings, resume, stop)
         finally:
             run.release()
+            self._close()
 
-    def _data(self, name: str, task: Task) -> tuple[Batches, Evaluate]:
+    def _data(self, name: str, task: Task) -> tuple[Epochs, Evaluate]:
         """The training batches of a task, and its metrics on the validation split."""
-        config = self.config
-        train = as_dataset(task.train, f"tasks[{name!r}].train")
+        config, argument = self.config, f"tasks[{name!r}]"
         self._check_data(name, task)
-        if task.val is not None:
-            val = as_dataset(task.val, f"tasks[{name!r}].val")
-        else:
-            train, val = split_off(train, config.val_fraction, config.seed)
+        train, val = splits(task, argument, config.val_fraction, config.seed)
         self._check_penalty(name)
-        batches = batches_of(train, config.batch_size, config.seed, train=True, workers=config.num_workers)
-        if not len(batches):
-            raise ConfigError(f"tasks[{name!r}].train: expected at least one full batch, got {batches.samples} samples")
-        return batches, lambda: self.evaluate(name, val, task=task)
+        batches = batches_of(
+            train,
+            f"{argument}.train",
+            size=config.batch_size,
+            seed=config.seed,
+            workers=config.num_workers,
+            train=True,
+            length=task.batches_per_epoch,
+        )
+        held = self._to_evaluate(val, f"{argument}.val")
+        self.reading += [batches, held]
+        return batches, lambda: self.evaluate(name, held, task=task)
+
+    def _close(self) -> None:
+        """End the processes that read data."""
+        while self.reading:
+            self.reading.pop().close()
+
+    def _to_evaluate(self, data: Any, argument: str) -> Epochs:
+        """The batches of validation or test data."""
+        config = self.config
+        size = config.eval_batch_size or config.batch_size
+        return batches_of(data, argument, size=size, workers=config.num_workers)
 
     # -- tasks together
 
@@ -294,6 +319,7 @@ class Trainer:
             finally:
                 log.close()
                 run.release()
+                self._close()
             run.optimizer.zero_grad(set_to_none=True)
             run.keep_best()
             if lean:
@@ -409,6 +435,9 @@ class Trainer:
             data, argument = getattr(task, split), f"tasks[{name!r}].{split}"
             if data is None:
                 continue
+            if is_loader(data):
+                self._check_loader(data, argument, task if split == "train" else None)
+                continue
             dataset = as_dataset(data, argument)
             labels = labels_of(dataset)
             check_sample(dataset if labels is None else labels.first(argument), argument, self.model.base)
@@ -418,8 +447,17 @@ class Trainer:
         if task.labels is not None and isinstance(outputs, int) and len(task.labels) != outputs:
             raise ConfigError(f"tasks[{name!r}].labels: expected {outputs} names (the head), got {len(task.labels)}")
 
+    def _check_loader(self, data: Any, argument: str, task: Task | None) -> None:
+        """Look at the first batch of a `DataLoader`, as far as this process can read it without reading on. Training's
+        is that of `task`."""
+        config, length = self.config, None if task is None else task.batches_per_epoch
+        how = {"size": config.batch_size, "seed": config.seed, "workers": config.num_workers}
+        batches = batches_of(data, argument, train=task is not None, length=length, **how)
+        if isinstance(batches, LoaderBatches) and batches.loader.worker_init_fn is None:
+            check_item(batches.first(), argument, self.model.base, batch=True)
+
     def evaluate(self, name: str, data: Any, *, task: Task | None = None) -> dict[str, float]:
-        """Loss and metrics of a task on a dataset, as `Task` says. The mode is restored.
+        """Loss and metrics of a task on whatever a `Task` takes as a split, or its batches. The mode is restored.
 
         Raises:
             ConfigError: an unknown task; a metric that is no number.
@@ -427,10 +465,8 @@ class Trainer:
         task = self.tasks.get(name) if task is None else task
         if task is None:
             raise ConfigError(f"task: expected one of {list(self.tasks)}, got {name!r}")
-        config = self.config
-        size, workers = config.eval_batch_size or config.batch_size, config.num_workers
-        batches = batches_of(as_dataset(data, "data"), size, 0, train=False, workers=workers)
-        amp = self.config.amp
+        batches = data if isinstance(data, Epochs) else self._to_evaluate(data, "data")
+        amp, seen = self.config.amp, 0
         outputs_of_head = getattr(self.model.state(name).head, "out_features", None)
         device = self.device
         measured = Measured(task.loss, task.metrics, accuracy, device)
@@ -446,13 +482,15 @@ class Trainer:
                     outputs = outputs.float() if isinstance(outputs, Tensor) and amp else outputs
                     check_targets(task, targets, outputs_of_head, f"task {name!r}", outputs)
                     measured.update(outputs, targets.to(device))
+                    seen += len(targets)
         finally:
             self.model.train(was_training)
+            if batches is not data:
+                batches.close()
         found = measured.compute()
         if not math.isfinite(found["loss"]):
             warnings.warn(
-                f"task {name!r}: the loss on {batches.samples} samples to evaluate is not finite; look for Inf or NaN "
-                "in them",
+                f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them",
                 stacklevel=2,
             )
         return found
@@ -503,7 +541,7 @@ class Trainer:
         metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
         self.model.save_task(result.task, target, labels=task.labels, metrics=metrics, preprocessing=task.preprocessing)
         result.file = str(target)
-        tested = _test_data(result.task, task) if result.test else None
+        tested = _identity(result.task, task, "test", self.config) if result.test else None
         text = json.dumps({"settings": settings, "tested": tested, "result": asdict(result)})
         store.write_text(self._marker(result.task), text)
 
@@ -537,7 +575,7 @@ class Trainer:
         if not self.quiet:
             print(f"{name}: trained before with the same settings, loaded from {file}", file=sys.stderr)
         result = replace(result, file=str(file))
-        now = _test_data(name, task)
+        now = _identity(name, task, "test", self.config)
         if task.test is None:
             return replace(result, test={})
         return result if tested == now and now[2] is not None else self._test(result, task, settings)

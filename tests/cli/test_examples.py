@@ -16,6 +16,7 @@ RUNS = {
     "timm_model": ["timm"],
     "torchvision_model": ["torchvision"],
     "transformers_model": ["transformers"],
+    "text_transformer": ["transformers"],
     "plain_loop": [],
     "callbacks": [],
 }
@@ -42,11 +43,12 @@ def test_example(name: str, tmp_path) -> None:
         pytest.importorskip(library)
     printed = run(name, tmp_path, "--epochs", "1")
     files = sorted(tmp_path.glob("runs/*/*.taps"))
-    assert len(files) == (2 if name == "transformers_model" else 1)
+    assert len(files) == (2 if RUNS[name] == ["transformers"] else 1)
     assert all(store.read_header(file).metadata.method["method"] == "taps" for file in files)
     if name == "torchvision_model":
         assert len(list(tmp_path.glob("runs/torchvision/*.png"))) == 2
     wanted = {
+        "text_transformer": "of 4 parts",
         "plain_loop": "merged model equal: True",
         "transformers_model": "ImageClassifierOutput with logits [1, 2]",
     }

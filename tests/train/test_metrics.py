@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from taps_ext import ConfigError, ProbeConfig, TapsConfig, TaskModel
 from taps_ext.train import Task, TrainConfig, Trainer, accuracy, whole
 from taps_ext.train.metrics import weight_of
+from taps_ext.train.tokens import token_cross_entropy
 
 
 class Largest:
@@ -104,10 +105,11 @@ def test_what_is_ignored_is_left_out_exactly(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("loss", "weight"),
     [
-        (F.cross_entropy, 4 * 0.75),
-        (nn.CrossEntropyLoss(), 4 * 0.75),
-        (functools.partial(F.cross_entropy, label_smoothing=0.1), 4 * 0.75),
-        (functools.partial(F.cross_entropy, ignore_index=2), 4 * 0.5),
+        (F.cross_entropy, 6),
+        (nn.CrossEntropyLoss(), 6),
+        (functools.partial(F.cross_entropy, label_smoothing=0.1), 6),
+        (functools.partial(F.cross_entropy, ignore_index=2), 4),
+        (token_cross_entropy, 6),
         (functools.partial(F.cross_entropy, weight=torch.ones(3)), 4),
         (functools.partial(F.cross_entropy, reduction="sum"), 4),
         (lambda outputs, targets: F.cross_entropy(outputs, targets), 4),

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskModel
 from taps_ext.train import MultiTask, Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.joint import JointRun
-from taps_ext.train.multitask import LabelBatches, batches_of
+from taps_ext.train.multitask import LabelBatches, dataset_batches
 
 SAMPLES = 32
 
@@ -167,7 +167,7 @@ def test_workers_read_the_same() -> None:
     items = Items({"b": set(range(0, SAMPLES, 3))})
     found = []
     for workers in (0, 2):
-        made = batches_of(MultiTask(items).task("b"), 8, 5, train=True, workers=workers)
+        made = dataset_batches(MultiTask(items).task("b"), 8, 5, train=True, workers=workers)
         assert isinstance(made, LabelBatches)
         found.append([(x.clone(), y.clone()) for x, y in made.epoch(1)])
     assert len(found[0]) == 4
@@ -177,8 +177,8 @@ def test_workers_read_the_same() -> None:
 
 def test_tasks_that_are_not_in_step_read_for_themselves() -> None:
     whole = MultiTask(Items({"b": {5}}))
-    made = {name: batches_of(whole.task(name), 8, 0, train=True, workers=0) for name in "ab"}
-    alone = batches_of(MultiTask(Items({"b": {5}})).task("b"), 8, 0, train=True, workers=0)
+    made = {name: dataset_batches(whole.task(name), 8, 0, train=True, workers=0) for name in "ab"}
+    alone = dataset_batches(MultiTask(Items({"b": {5}})).task("b"), 8, 0, train=True, workers=0)
     want = [[y.tolist() for _, y in alone.epoch(e)] for e in range(2)]
     first = made["a"].epoch(0)
     next(first), next(first)
