@@ -93,7 +93,8 @@ def drawn(loader: DataLoader[Any], seed: int, epoch: int, most: int | None) -> l
 
 
 def _digest(batches: list[Any]) -> str:
-    return hashlib.sha256(repr(batches).encode()).hexdigest()
+    plain = [batch.tolist() if isinstance(batch, (Tensor, np.ndarray)) else batch for batch in batches]
+    return hashlib.sha256(repr(plain).encode()).hexdigest()
 
 
 class LoaderBatches(Epochs):
