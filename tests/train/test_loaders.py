@@ -377,9 +377,8 @@ def test_what_tells_one_loader_from_another() -> None:
     assert len({str(found) for found in [of(), *others]}) == 7
     assert of(shuffle=True) == of(shuffle=True)
     large = [[torch.arange(2000)], [torch.arange(2000).index_fill(0, torch.tensor([1000]), 7)]]
-    assert of(batch_sampler=large[0], batch_size=1) != of(
-        batch_sampler=large[1], batch_size=1
-    )  # which torch would not print in full
+    one, two = (of(batch_sampler=found, batch_size=1) for found in large)
+    assert one != two  # which torch would not print in full
     one, two = (of(shuffle=True, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     assert one == two  # a generator is seeded anew
 
