@@ -76,7 +76,7 @@ class Gaps {
       gap_ += code;
       if (gap_ >= units_ - last_) return fail(PatchFault::kRange, result);
       if (code == kEscape<Code>) continue;
-      if (gap_ == 0) return fail(PatchFault::kTwice, result);
+      if (gap_ == 0) return fail(last_ < 0 ? PatchFault::kRange : PatchFault::kTwice, result);
       last_ += gap_;
       gap_ = 0;
       at[n++] = last_;

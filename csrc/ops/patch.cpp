@@ -64,7 +64,7 @@ Coded coded(const Tensor& index, const Tensor& values, int64_t unit, int64_t uni
   expect_unit(unit);
   expect_width(width);
   expect_whole(news, unit, "values");
-  if (units < 0 || units > INT64_MAX / 8) fail("units: expected a tensor's size, got ", units);
+  if (units < 0 || units > (INT64_C(1) << 62) / unit) fail("units: expected a tensor's size, got ", units);
   if (width == 0 && codes.size != (units + 7) / 8) {
     fail("index: expected ", (units + 7) / 8, " bytes for ", units, " bits, got ", codes.size);
   }
