@@ -76,8 +76,8 @@ class Form(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a patch holds of a tensor that changes: coding, index (`places`) and values (uint8 on the CPU), and the sum of the
-    elements that they replace (0 where nothing is replaced)."""
+    """What a patch holds of a tensor that changes: coding, index (`places`) and values, as uint8 on the CPU, and the sum
+    of the elements that they replace (0 where there are none)."""
 
     coding: str
     places: Tensor
@@ -291,8 +291,12 @@ def _parse(header: Header, raw: bytes, path: Path) -> dict[str, _Facts]:
                 path, f"tensor {show(stored)}: expected a vector of U8, got {info.dtype} {show(list(info.shape))}"
             )
         _check_length(stored, info.nbytes, *expected[stored], path=path)
-    for side, key in ((0, "taps.before"), (1, "taps.after")):
-        actual = state_digest((name, *form) for name, fact in facts.items() if (form := fact[side]) is not None)
+    ends = {
+        "taps.before": {name: fact.before for name, fact in facts.items()},
+        "taps.after": {name: fact.after for name, fact in facts.items()},
+    }
+    for key, forms in ends.items():
+        actual = state_digest((name, *form) for name, form in forms.items() if form is not None)
         if strings[key] != actual:
             raise DigestError(path, f"{key}: states {show(strings[key])}, taps.tensors has {actual}")
     return facts

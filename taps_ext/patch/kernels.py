@@ -52,7 +52,7 @@ def units_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
 
 def data_of(tensor: Tensor) -> Tensor:
     """The row-major bytes as a vector of uint8, on the tensor's device; a copy where it is not contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return _bytes_of(tensor.detach().contiguous())
 
 
 def sum_of(tensor: Tensor) -> int:
@@ -107,7 +107,7 @@ def prepare(target: Tensor, change: Numbers) -> tuple[int, Callable[[], None]]:
         return sum_of(target), lambda: _copy(target, new)
     width = WIDTHS[change.coding]
     if target.is_contiguous() and _compiled(target):
-        data = target.reshape(-1).view(torch.uint8)
+        data = _bytes_of(target)
         arguments = (change.places, change.values, change.unit)
         replaced = _proven(torch.ops.taps_ext.patch_check(data, *arguments, change.units, width))
 
@@ -155,6 +155,11 @@ def _find_plain(old: Tensor, new: Tensor, unit: int) -> Change | None:
     index = codes.encode(numbers, WIDTHS[coding], len(first)).cpu()
     values = second[numbers].view(torch.uint8).cpu()
     return Change(coding, index, values, sums.sum_at(numbers, first[numbers], unit))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's own memory; sizes of 0 and 1 let it have any strides."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _best(lengths: dict[str, int], values: int, everything: int) -> str:
