@@ -11,6 +11,7 @@ import enum
 import torch
 from torch import Tensor
 
+from ..errors import TapsError
 from .sums import UNITS
 
 WIDTHS = {"gap8": 1, "gap16": 2, "gap32": 4, "bitmask": 0}
@@ -27,13 +28,17 @@ class Fault(enum.IntEnum):
     COUNT = 4
 
 
-class CodeFault(Exception):
-    """An index that cannot be read: what is wrong, and at which number."""
+class CodeFault(TapsError):
+    """An index that cannot be read: what is wrong, and at which number. Whoever knows the tensor's name catches it."""
 
-    def __init__(self, fault: Fault, at: int) -> None:
-        super().__init__(fault, at)
-        self.fault = fault
-        self.at = at
+    @property
+    def fault(self) -> Fault:
+        fault: Fault = self.args[0]
+        return fault
+
+    @property
+    def at(self) -> int:
+        return int(self.args[1])
 
 
 def sizes(gaps: Tensor, units: int) -> dict[str, int]:

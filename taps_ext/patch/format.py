@@ -76,8 +76,8 @@ class Form(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a patch holds of a tensor that changes: coding, index (`places`) and values, as uint8 on the CPU, and the sum
-    of the elements that they replace (0 where there are none)."""
+    """What a patch holds of a tensor that changes: coding, index (`places`) and values, as uint8 on the CPU, and the
+    sum of the elements that they replace (0 where there are none)."""
 
     coding: str
     places: Tensor

@@ -29,10 +29,9 @@ def locked(folder: str, *, write: bool) -> Iterator[None]:
     for one that does. What a killed writer left half done is brought to its end first."""
     while True:
         with held(folder, exclusive=write):
-            unfinished = os.path.lexists(os.path.join(folder, JOURNAL))
             if write:
                 recover(folder)
-            if write or not unfinished:
+            if write or not unfinished(folder):
                 yield
                 return
         with held(folder):
@@ -72,6 +71,11 @@ def commit(folder: str, news: Sequence[Replacement]) -> None:
     _finish(folder, moves)
     for new in news:
         new.close()
+
+
+def unfinished(folder: str) -> bool:
+    """Whether a `commit` is under way there."""
+    return os.path.lexists(os.path.join(folder, JOURNAL))
 
 
 def recover(folder: str) -> None:

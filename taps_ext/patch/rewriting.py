@@ -18,7 +18,7 @@ from . import kernels
 from .applying import Applied, check_forms, mismatch
 from .errors import BaseMismatchError, LinkedShardError, OtherTensorsError
 from .format import Entry, Patch
-from .journal import ENDING, commit, held
+from .journal import ENDING, commit, held, unfinished
 from .sources import Checkpoint, Shard, folder_of, is_sharded, opened
 
 
@@ -57,9 +57,9 @@ def _check_before(checkpoint: Checkpoint, patch: Patch) -> None:
     """Raise AlreadyAppliedError or BaseMismatchError, before a byte is written, unless what changes is as it was."""
     wrong: dict[str, int] = {}
     for name, entry in patch.changed.items():
-        if entry.before is None or entry.part is None:
+        if entry.before is None:
             continue
-        if not entry.in_place:
+        if entry.part is None or not entry.in_place:  # goes, or comes back in another form
             if kernels.sum_of(checkpoint.read(name)) != entry.before.sum:
                 raise _not_the_base(patch, name, checkpoint.tensors[name][0].path)
             continue
@@ -97,15 +97,16 @@ def _in_place(checkpoint: Checkpoint, patch: Patch, verify: str) -> None:
                 news[-1].seal()
             elif verify == "full":
                 _verify(shard, patch)
+        if len(news) > 1:
+            commit(folder_of(checkpoint.path), news)
+        elif news:
+            news[0].rename()
     except BaseException:
         for new in news:
-            new.drop()
+            new.close() if unfinished(folder_of(checkpoint.path)) else new.drop()
         raise
-    if len(news) == 1:
-        news[0].rename()
-        sync_folder(news[0].folder)
-    elif news:
-        commit(folder_of(checkpoint.path), news)
+    for new in news[:1]:
+        sync_folder(new.folder)
 
 
 def _new_folder(checkpoint: Checkpoint, patch: Patch, verify: str, out: str) -> None:

@@ -15,6 +15,7 @@ from ..store import strict_json
 from ..store.errors import (
     DuplicateKeyError,
     HeaderError,
+    KindError,
     LayoutError,
     LimitError,
     MissingFileError,
@@ -28,7 +29,7 @@ from ..store.format import ALL_DTYPE_NAMES, ALL_DTYPES, Header, TensorInfo, chec
 from ..store.io import open_regular, read_all, read_container
 from ..store.tensors import check_bool, check_storable, memory
 from . import kernels
-from .format import Form
+from .format import FORMAT_KEY, Form
 from .journal import locked
 from .sums import state_digest
 
@@ -181,6 +182,8 @@ def opened(path: Path, *, write: bool = False) -> Iterator[Checkpoint]:
         for file in files.paths:
             fd, size = stack.enter_context(open_regular(file))
             header, text = read_container(fd, size, path=file, dtypes=ALL_DTYPES)
+            if ours := sorted(key for key in header.metadata if key in ("taps.format", FORMAT_KEY)):
+                raise KindError(file, f"key {ours[0]!r}: expected a plain checkpoint, got a file of taps_ext's own")
             shards.append(Shard(file, fd, header, text))
             for name, info in header.tensors.items():
                 if name in tensors:

@@ -1,4 +1,4 @@
-"""States to patch: tensors of every dtype, layout and size with random bits, and others that differ from them in some."""
+"""States to patch: tensors of every dtype, layout and size with random bits, and others that differ in some."""
 
 from __future__ import annotations
 

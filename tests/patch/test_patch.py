@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -196,7 +198,8 @@ def test_twice_and_on_another_base(verify: str, kept: bool) -> None:
         target = copies(old)
         target[name] = new[name].clone()
         given = patch.State(target) if kept else target
-        unchanged(target, lambda: patch.apply(given, made, verify=verify), BaseMismatchError, repr(name))
+        call = partial(patch.apply, given, made, verify=verify)
+        unchanged(target, call, BaseMismatchError, repr(name))
     target = copies(old)
     target["gap"][0, 0] += 1
     given = patch.State(target) if kept else target
@@ -333,16 +336,14 @@ def chain(seed: int, length: int = 4) -> list[dict[str, Tensor]]:
     states = [random_pair(seed)[0]]
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(length - 1):
-        states.append(
-            {n: changed(t, chance.choice((0.0, 0.02, 0.3, 1.0)), generator) for n, t in states[-1].items()}
-        )
+        states.append({n: changed(t, chance.choice((0.0, 0.02, 0.3, 1.0)), generator) for n, t in states[-1].items()})
     return states
 
 
 @pytest.mark.parametrize("seed", range(2000 if THOROUGH else 40))
 def test_a_chain_composes(seed: int) -> None:
     states = chain(seed)
-    steps = [patch.diff(a, b) for a, b in zip(states, states[1:], strict=False)]
+    steps = [patch.diff(a, b) for a, b in itertools.pairwise(states)]
     one = copies(states[0])
     for step in steps:
         patch.apply(one, step)
@@ -363,7 +364,7 @@ def test_a_chain_that_comes_back_and_one_that_reshapes() -> None:
     gone = {name: tensor for name, tensor in more.items() if name != "one"}
     odd = {**gone, "two": torch.arange(1, 6), "one": torch.tensor(3.0)}
     states = [old, new, more, gone, odd]
-    steps = [patch.diff(a, b) for a, b in zip(states, states[1:], strict=False)]
+    steps = [patch.diff(a, b) for a, b in itertools.pairwise(states)]
     whole = steps[0]
     for number, step in enumerate(steps[1:], 2):
         whole = patch.compose(whole, step)
@@ -372,7 +373,7 @@ def test_a_chain_that_comes_back_and_one_that_reshapes() -> None:
 
 def test_a_wrong_order_in_a_chain() -> None:
     states = [{"w": torch.full((50,), float(i))} for i in range(4)]
-    steps = [patch.diff(a, b) for a, b in zip(states, states[1:], strict=False)]
+    steps = [patch.diff(a, b) for a, b in itertools.pairwise(states)]
     named = [patch.Patch(s.entries, f"{i}.tapspatch", s.before, s.after) for i, s in enumerate(steps)]
     target = copies(states[0])
     unchanged(target, lambda: patch.apply(target, [named[0], named[2]]), ChainOrderError, "patch 2 of 2: begins at")
