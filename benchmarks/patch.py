@@ -2,10 +2,10 @@
 
     python benchmarks/patch.py [--millions 128] [--json FILE]
 
-One run, one thread, the best of several turns that alternate. `copy` writes all of a new state into the old one's memory
-(`copy_`, what `load_state_dict` does), `clone` into memory of its own. Plain torch finds with `nonzero`, keeps int32
-numbers, and writes with `index_put_`, without proving anything. The larger state has ten times the elements, of which as
-many change.
+One run, one thread, the best of several turns that alternate. `copy` writes all of a new state into the old one's
+memory (`copy_`, what `load_state_dict` does), `clone` into memory of its own. Plain torch finds with `nonzero`, keeps
+int32 numbers, and writes with `index_put_`, without proving anything. The larger state has ten times the elements, of
+which as many change.
 """
 
 from __future__ import annotations

@@ -133,15 +133,15 @@ def _inspect(args: argparse.Namespace) -> int:
     if rows:
         cells = [
             (
-                r["tensor"],
-                r["change"],
-                r["dtype"],
-                "x".join(map(str, r["shape"])),
-                f"{r['elements']:,}",
-                r["coding"] or "",
+                row["tensor"],
+                row["change"],
+                row["dtype"],
+                "x".join(map(str, row["shape"])),
+                f"{row['elements']:,}",
+                row["coding"] or "",
+                f"{row['bytes']:,}",
             )
-            + (f"{r['bytes']:,}",)
-            for r in rows
+            for row in rows
         ]
         print("\n" + table(("tensor", "change", "dtype", "shape", "elements", "coding", "bytes"), cells))
     return 0

@@ -39,7 +39,7 @@ from taps_ext.store.errors import (
 )
 
 RUNS = settings(
-    max_examples=100_000 if THOROUGH else 200,
+    max_examples=20_000 if THOROUGH else 200,
     deadline=None,
     derandomize=not THOROUGH,
     database=None,
