@@ -9,7 +9,6 @@ docs/patch.md says how a patch is stored and what is proven.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from .errors import (
 from .format import Entry, Form, Part, Patch, load, parse
 from .making import compose, diff, digest
 from .rewriting import apply_files
+from .sources import check_machine
 
 __all__ = [
     "AlreadyAppliedError",
@@ -87,8 +87,7 @@ def apply(
         SharedMemoryError: tensors in memory overlap otherwise than wholly and with one future.
         TaskFileError: whatever else is wrong with a file. ConfigError: with an argument.
     """
-    if sys.byteorder != "little":
-        raise ConfigError("patch: expected a little-endian machine, which is what patches are written for")
+    check_machine()
     files = isinstance(target, (str, os.PathLike))
     chosen = verify if verify is not None else "full" if files else "touched"
     if chosen not in VERIFY:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ from .sources import Live, digest_of, forms_of, live
 from .sums import MODULUS
 
 VERIFY = ("full", "touched")
+MANY = 1 << 16
+"""Changed elements from which on threads share the work."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Applied(NamedTuple):
@@ -127,18 +133,15 @@ def apply_live(target: Mapping[str, Tensor] | State, patch: Patch, verify: str) 
         _expect(patch, known, target.forms, "apply")
     if verify == "full":
         _expect(patch, {n: e.before for n, e in patch.entries.items() if e.before}, forms_of(given), "apply")
-    writes: list[tuple[Tensor, Callable[[], None]]] = []
-    wrong: dict[str, int] = {}
-    for name, entry in changed.items():
-        assert entry.part is not None
-        replaced, write = kernels.prepare(given.tensors[name], entry.numbers())
-        if replaced != entry.part.replaced:
-            wrong[name] = replaced
-        writes.append((tensors[name], write))
+    threads = _threads([given.tensors[name] for name in changed], patch.elements)
+    ready = _each(lambda name: kernels.prepare(given.tensors[name], changed[name].numbers()), list(changed), threads)
+    sums = {name: replaced for name, (replaced, _) in zip(changed, ready, strict=True)}
+    wrong = {name: sums[name] for name, e in changed.items() if e.part is not None and sums[name] != e.part.replaced}
     if wrong:
         raise mismatch(patch, wrong, "apply")
     with torch.no_grad():
-        _run(writes)
+        _run([write for _, write in ready], threads)
+    torch.autograd.graph.increment_version([t for n, t in tensors.items() if n in changed and not t.is_inference()])
     if isinstance(target, State):
         target.forms = {name: form for name, e in patch.entries.items() if (form := e.after) is not None}
         target.digest = patch.after
@@ -177,17 +180,27 @@ def _expect(patch: Patch, wanted: Mapping[str, Form], got: Mapping[str, Form], p
     )
 
 
-def _run(writes: list[tuple[Tensor, Callable[[], None]]]) -> None:
-    """Write all. Ctrl-C waits until it is done: writing again what was half written is the same."""
+def _threads(tensors: Sequence[Tensor], elements: int) -> int:
+    """How many threads take tensors at a time: torch's for the compiled kernels and many elements, else this one, whose
+    modes and streams hold for it alone."""
+    apart = all(tensor.device.type == "cpu" and not tensor.is_inference() for tensor in tensors)
+    return min(torch.get_num_threads(), len(tensors)) if apart and elements >= MANY else 1
+
+
+def _each(call: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    if threads < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, items))
+
+
+def _run(writes: Sequence[Callable[[], None]], threads: int) -> None:
+    """Write all. Ctrl-C waits until it is done: writing again what was written is the same."""
     interrupt: KeyboardInterrupt | None = None
-    at = 0
-    while at < len(writes):
+    while True:
         try:
-            tensor, write = writes[at]
-            write()
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
-            at += 1
+            _each(lambda write: write(), writes, threads)
+            break
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:

@@ -196,7 +196,7 @@ def parse(data: bytes, *, path: Path = "patch") -> Patch:
     raw = data[8:end]
     header = parse_header(raw, size, path=path)
     facts = _parse(header, raw, path)
-    rest = bytearray(data[end:])
+    rest = bytearray(memoryview(data)[end:])
     held = torch.frombuffer(rest, dtype=torch.uint8) if rest else torch.empty(0, dtype=torch.uint8)
     return _filled(facts, header, held, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -202,9 +203,16 @@ def _check_index(index: str, places: Mapping[str, str], tensors: Mapping[str, tu
         raise LayoutError(index, f"tensor {show(surplus[0])}: is in {tensors[surplus[0]][0].path}, not in the index")
 
 
+def check_machine() -> None:
+    """Raise ConfigError where numbers lie in memory otherwise than in files."""
+    if sys.byteorder != "little":
+        raise ConfigError("patch: expected a little-endian machine, which is what patches are written for")
+
+
 @contextmanager
 def source(state: Any, where: str) -> Iterator[Source]:
     """A path or a mapping of tensors as a source."""
+    check_machine()
     if isinstance(state, (str, os.PathLike)):
         with opened(state) as checkpoint:
             yield checkpoint

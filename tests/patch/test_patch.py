@@ -161,6 +161,20 @@ def test_a_model_and_its_ties_and_versions() -> None:
     assert model[2].weight is model[0].weight
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = random_pair(seed, most=9000)
+    old.update(example()[0])
+    new.update(example()[1])
+    made = patch.diff(old, new)
+    monkeypatch.setattr(applying, "MANY", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    target = copies(old)
+    patch.apply(target, made)
+    assert same(target, new)
+    unchanged(target, lambda: patch.apply(target, made), AlreadyAppliedError, "already")
+
+
 def test_an_application_is_proportional_to_the_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read of the state, in elements: what changes, with a State as without one."""
     old = {f"w{i}": torch.zeros(50_000) for i in range(4)}
