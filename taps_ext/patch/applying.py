@@ -140,11 +140,13 @@ def apply_live(target: Mapping[str, Tensor] | State, patch: Patch, verify: str) 
     if wrong:
         raise mismatch(patch, wrong, "apply")
     with torch.no_grad():
-        _run([write for _, write in ready], threads)
+        interrupt = _run([write for _, write in ready], threads)
     torch.autograd.graph.increment_version([t for n, t in tensors.items() if n in changed and not t.is_inference()])
     if isinstance(target, State):
         target.forms = {name: form for name, e in patch.entries.items() if (form := e.after) is not None}
         target.digest = patch.after
+    if interrupt is not None:
+        raise interrupt
     proven = "state" if isinstance(target, State) and verify == "touched" else verify
     return Applied(patch.before, patch.after, len(changed), patch.elements, proven)
 
@@ -194,17 +196,15 @@ def _each(call: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_
         return list(pool.map(call, items))
 
 
-def _run(writes: Sequence[Callable[[], None]], threads: int) -> None:
-    """Write all. Ctrl-C waits until it is done: writing again what was written is the same."""
+def _run(writes: Sequence[Callable[[], None]], threads: int) -> KeyboardInterrupt | None:
+    """Write all; gives back a Ctrl-C that came meanwhile, since writing again what was written is the same."""
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
             _each(lambda write: write(), writes, threads)
-            break
+            return interrupt
         except KeyboardInterrupt as error:
             interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 def _check_memory(given: Live, changed: Mapping[str, Entry]) -> None:

@@ -337,10 +337,13 @@ def test_ctrl_c_between_two_tensors_waits(monkeypatch: pytest.MonkeyPatch) -> No
         return replaced, once
 
     monkeypatch.setattr(kernels, "prepare", interrupted)
-    target = copies(old)
+    state = patch.State(copies(old))
+    seen = versions(state.tensors)
     with pytest.raises(KeyboardInterrupt):
-        patch.apply(target, made)
-    assert same(target, new)
+        patch.apply(state, made)
+    assert same(state.tensors, new) and state.digest == made.after
+    state.check()
+    assert all((state.tensors[n]._version > seen[n]) == (n in made.changed) for n in seen)
 
 
 # ------------------------------------------------------------------------------------------------- chains
