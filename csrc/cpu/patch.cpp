@@ -132,7 +132,7 @@ class Mask {
 // element: those of a sparse patch lie too far apart for the machine to guess, and it can wait for few at a time.
 template <class Numbers, class Unit, class Each>
 void walk(Numbers numbers, int64_t count, const uint8_t* target, PatchChecked* result, const Each& each) {
-  constexpr int kBatch = 64;
+  constexpr int kBatch = 128;
   int64_t batches[2][kBatch];
   const auto ask = [&](int64_t at) {
     if (target != nullptr) __builtin_prefetch(target + at * static_cast<int64_t>(sizeof(Unit)));
