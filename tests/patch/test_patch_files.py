@@ -294,6 +294,29 @@ def test_litter_of_the_dead_goes_and_that_of_the_living_stays(tmp_path: Path) ->
     alive.drop()
 
 
+def test_litter_of_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = states()
+    folder, made = write_shards(tmp_path / "model", old), patch.diff(old, new)
+    part = tmp_path / ".taps-made.part"
+    part.mkdir()
+    (part / "model-00001-of-00003.safetensors").write_bytes(b"half")
+    with journal.held(str(part)), pytest.raises(ConfigError, match="nobody else is writing"):
+        patch.apply(folder, made, out=tmp_path / "made")
+    assert part.exists() and not (tmp_path / "made").exists()
+    patch.apply(folder, made, out=tmp_path / "made")
+    assert same(read(tmp_path / "made"), new) and not part.exists()
+    with monkeypatch.context() as context:
+        context.setattr(os, "rename", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(BaseException, match="stopped"):
+            patch.apply(folder, made, out=tmp_path / "again")
+    assert sorted(os.listdir(tmp_path)) == ["made", "model"]
+
+
+def test_readers_share_a_folder(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "model", states()[0])
+    assert patch.diff(folder, folder).changed == {}
+
+
 @pytest.mark.parametrize("after", range(4))
 def test_a_commit_that_stopped_is_finished_by_whoever_opens(
     tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
