@@ -9,7 +9,7 @@
 #                      shape on the twin, with sanitizers (about half an hour)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
-#   make fuzz          the long random tests: task files, and 500 random models
+#   make fuzz          the long random tests: task files, patches, and 500 random models
 #   make bench         gated layers against the best alternatives and the committed results, what calls cost against
 #                      bounds, a training step against fine-tuning, docs/benchmarks.md (keep the machine quiet);
 #                      make bench-layers measures the layers anew
@@ -81,8 +81,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table compare-study compare-table task-files architectures flops memory gpu
-  fraction-table data-path architectures flops memory gpu
+  fraction-table compare-study compare-table task-files data-path architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -94,7 +93,7 @@ lint: build
 
 # One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
-FUZZ := tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
+FUZZ := tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
 
 test: lint
 	$(PYTEST) --durations=10

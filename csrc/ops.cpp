@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
       "Tensor weight, Tensor? delta, Tensor? score, bool? gate, float threshold, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[5] output_mask, "
       "Tensor? rows, float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Patches (docs/patch.md, cpu/patch.h), on the CPU: vectors of uint8, in units of 1, 2, 4 or 8 bytes. A sum of 128
+  // bits is told as two numbers.
+  m.def("patch_sum(Tensor bytes, int first_word) -> int[]");
+  m.def("patch_measure(Tensor before, Tensor after, int unit) -> int[]");
+  m.def("patch_encode(Tensor before, Tensor after, Tensor(a!) index, Tensor(b!) values, int unit, int width) -> int[]");
+  m.def("patch_check(Tensor? target, Tensor index, Tensor values, int unit, int units, int width) -> int[]");
+  m.def("patch_write(Tensor(a!) target, Tensor index, Tensor values, int unit, int width) -> int[]");
   // For the tests of the ABI alone.
   m.def("_probe_optional_list(Tensor?[] deltas) -> int[]");
   m.def("_probe_packed(Tensor[] parts, str codec) -> int[]");
@@ -88,6 +95,14 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
 TAPS_REGISTER(CPU)
 TAPS_REGISTER(CUDA)
 #undef TAPS_REGISTER
+
+STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
+  m.impl("patch_sum", TORCH_BOX(&taps::patch_sum));
+  m.impl("patch_measure", TORCH_BOX(&taps::patch_measure));
+  m.impl("patch_encode", TORCH_BOX(&taps::patch_encode));
+  m.impl("patch_check", TORCH_BOX(&taps::patch_check));
+  m.impl("patch_write", TORCH_BOX(&taps::patch_write));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CompositeExplicitAutograd, m) {
   m.impl("_probe_optional_list", TORCH_BOX(&taps::probe_optional_list));

@@ -34,6 +34,16 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
                             const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
                             const OptionalTensor& rows, double row_scale);
 
+// Patches: bytes of tensors on the CPU, with what cpu/patch.h says of them as a list of numbers.
+std::vector<int64_t> patch_sum(const Tensor& bytes, int64_t first_word);
+std::vector<int64_t> patch_measure(const Tensor& before, const Tensor& after, int64_t unit);
+std::vector<int64_t> patch_encode(const Tensor& before, const Tensor& after, const Tensor& index, const Tensor& values,
+                                  int64_t unit, int64_t width);
+std::vector<int64_t> patch_check(const OptionalTensor& target, const Tensor& index, const Tensor& values, int64_t unit,
+                                 int64_t units, int64_t width);
+std::vector<int64_t> patch_write(const Tensor& target, const Tensor& index, const Tensor& values, int64_t unit,
+                                 int64_t width);
+
 // What eager calls of Python use instead, or None (core/layer.h).
 pybind11::object direct_linear(const Layer& layer, const Call& call);
 pybind11::object direct_conv2d(const Layer& layer, pybind11::handle stride, pybind11::handle padding,

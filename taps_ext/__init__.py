@@ -1,6 +1,7 @@
 """Task adaptive parameter sharing for PyTorch (TAPS, arXiv 2203.16708)."""
 
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
+from . import patch as patch
 from .errors import (
     BypassedLayerError,
     ConfigError,

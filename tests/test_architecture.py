@@ -28,7 +28,7 @@ ROOMS = [
     {"base"},
     {"routing"},
     {"parts"},
-    {"workspace"},
+    {"workspace", "patch"},
     {"store", "ops"},
     {"reference"},
     {"extension"},

@@ -55,6 +55,22 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What other safetensors files hold: never in a `.taps` file, but in checkpoints. The last two are none of safetensors'.
+ALL_DTYPES: dict[str, torch.dtype] = {
+    **DTYPES,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "C128": torch.complex128,
+    "C32": torch.complex32,
+}
+ALL_DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return ALL_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ def check_name(name: object, *, path: Path, what: str = "tensor") -> str:
 def count_bytes(name: str, dtype: str, shape: Iterable[int], *, path: Path) -> int:
     """Bytes of a dense tensor; raises LimitError where torch's 64-bit strides could overflow."""
     shape = tuple(shape)
-    itemsize = DTYPES[dtype].itemsize
+    itemsize = ALL_DTYPES[dtype].itemsize
     if len(shape) > MAX_RANK:
         raise LimitError(path, f"tensor {show(name)}: rank {len(shape)}, at most {MAX_RANK} allowed")
     extent = itemsize  # zeros count as one here: strides multiply the other sizes all the same
@@ -125,7 +141,7 @@ def plan_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, path: Pat
         raise LimitError(path, f"{len(tensors)} tensors, at most {MAX_TENSORS} allowed")
     plan: dict[str, TensorInfo] = {}
     begin = 0
-    for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name)):
+    for name in sorted(tensors, key=lambda name: (-ALL_DTYPES[tensors[name][0]].itemsize, name)):
         dtype, shape = tensors[name]
         end = begin + count_bytes(check_name(name, path=path), dtype, shape, path=path)
         plan[name] = TensorInfo(name, dtype, shape, begin, end)
@@ -170,8 +186,8 @@ def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
     return length
 
 
-def parse_header(raw: bytes, file_bytes: int, *, path: Path) -> Header:
-    """Parses and proves a safetensors header (`raw` is the JSON, without the length prefix).
+def parse_header(raw: bytes, file_bytes: int, *, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Header:
+    """Parses and proves a safetensors header (`raw` is the JSON, without the length prefix) with tensors of `dtypes`.
 
     Raises HeaderError, DuplicateKeyError, LimitError, TensorNameError, UnknownDtypeError, LayoutError,
     TruncatedFileError.
@@ -191,7 +207,7 @@ def parse_header(raw: bytes, file_bytes: int, *, path: Path) -> Header:
             raise HeaderError(path, f"__metadata__ key {show(key)}: expected a string, got {show(value)}")
     if len(table) > MAX_TENSORS:
         raise LimitError(path, f"{len(table)} tensors in the header, at most {MAX_TENSORS} allowed")
-    tensors = [_parse_tensor(name, entry, path=path) for name, entry in table.items()]
+    tensors = [_parse_tensor(name, entry, dtypes, path=path) for name, entry in table.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     _prove_layout(tensors, file_bytes - 8 - len(raw), path=path)
     return Header({tensor.name: tensor for tensor in tensors}, metadata, 8 + len(raw), file_bytes)
@@ -218,15 +234,15 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_TENSOR_BYTES
 
 
-def _parse_tensor(name: str, entry: Any, *, path: Path) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any, dtypes: Mapping[str, torch.dtype], *, path: Path) -> TensorInfo:
     check_name(name, path=path)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(
             path, f"tensor {show(name)}: expected exactly dtype, shape and data_offsets, got {show(entry)}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnknownDtypeError(path, f"tensor {show(name)}: dtype {show(dtype)}; expected one of {' '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise UnknownDtypeError(path, f"tensor {show(name)}: dtype {show(dtype)}; expected one of {' '.join(dtypes)}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise HeaderError(path, f"tensor {show(name)}: shape: expected sizes >= 0 below 2**63, got {show(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):

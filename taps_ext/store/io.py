@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import secrets
 import stat
 import struct
@@ -20,6 +21,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows: temporary files of killed writers stay
+    fcntl = None  # type: ignore[assignment]
 
 from .errors import (
     DigestError,
@@ -37,6 +43,7 @@ from .errors import (
 from .format import (
     DIGEST_KEY,
     DTYPE_NAMES,
+    DTYPES,
     Header,
     TensorInfo,
     check_canonical,
@@ -112,21 +119,21 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     strings[DIGEST_KEY] = "sha256:" + "0" * 64
     draft = encode_header(plan, strings, path=path)  # digests have one length, so the header's is known already
     digests: dict[str, str] = {}
-    with _replacing(path) as fd:
-        _write_all(fd, memoryview(draft))
+    with replacing(path) as fd:
+        write_all(fd, memoryview(draft))
         for name, info in plan.items():
             data, owner = to_bytes(sources[name])
             hasher = TensorHash(info.dtype, info.shape)
             for piece in chunks(data):
                 _check_piece(info, claims[name], piece, path=path)
                 hasher.update(piece)
-                _write_all(fd, piece)
+                write_all(fd, piece)
             digests[name] = hasher.digest()
             del data, owner
         strings["taps.digests"] = dumps(digests)
         strings[DIGEST_KEY] = header_digest(plan, strings, path=path)
         os.lseek(fd, 0, os.SEEK_SET)
-        _write_all(fd, memoryview(encode_header(plan, strings, path=path)))
+        write_all(fd, memoryview(encode_header(plan, strings, path=path)))
     return len(draft) + sum(info.nbytes for info in plan.values())
 
 
@@ -140,7 +147,7 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
     booleans).
     """
     tensors: dict[str, Tensor] = {}
-    with _open_regular(path) as (fd, size):
+    with open_regular(path) as (fd, size):
         header = _file_header(fd, size, path=path)
         for name, info in header.tensors.items():
             expected = header.digests[name] if verify else None
@@ -155,7 +162,7 @@ def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
     `format.parse_header` and `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError,
     GateRecordError, CodecError, ShapeMismatchError and DtypeMismatchError (of scores).
     """
-    with _open_regular(path) as (fd, size):
+    with open_regular(path) as (fd, size):
         header = _file_header(fd, size, path=path)
     check_kind(kind, header.metadata.kind, path=path)
     return header
@@ -164,7 +171,7 @@ def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
 def verify(path: Path) -> Verification:
     """Compares every tensor with its digest, 16 MiB at a time. Header errors raise as in `read_header`."""
     damaged: list[str] = []
-    with _open_regular(path) as (fd, size):
+    with open_regular(path) as (fd, size):
         header = _file_header(fd, size, path=path)
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for name, info in header.tensors.items():
@@ -172,7 +179,7 @@ def verify(path: Path) -> Verification:
             bad = False
             for begin in range(0, info.nbytes, CHUNK_BYTES):
                 piece = buffer[: min(CHUNK_BYTES, info.nbytes - begin)]
-                _read_all(fd, piece, path=path)
+                read_all(fd, piece, path=path)
                 hasher.update(piece)
                 try:
                     _check_piece(info, header.claims[name], piece, path=path)
@@ -190,8 +197,8 @@ def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> tuple
 
     Nothing vouches for the values: such files carry no digests. Raises as `format.parse_header` does.
     """
-    with _open_regular(path) as (fd, size):
-        header, _ = _container(fd, size, path=path)
+    with open_regular(path) as (fd, size):
+        header, _ = read_container(fd, size, path=path)
         plain = Claim("", "")
         tensors = {n: _read_tensor(fd, t, plain, None, path=path).to(device) for n, t in header.tensors.items()}
     return tensors, dict(header.metadata)
@@ -206,11 +213,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
     plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
     header = encode_header(plan, metadata or {}, path=path)
-    with _replacing(path) as fd:
-        _write_all(fd, memoryview(header))
+    with replacing(path) as fd:
+        write_all(fd, memoryview(header))
         for name in plan:
             data, owner = to_bytes(sources[name])
-            _write_all(fd, data)
+            write_all(fd, data)
             del data, owner
     return len(header) + sum(info.nbytes for info in plan.values())
 
@@ -220,8 +227,8 @@ def write_text(path: Path, text: str) -> None:
 
     Raises MissingFileError, NotRegularFileError, and OSError from the disk.
     """
-    with _replacing(path) as fd:
-        _write_all(fd, memoryview(text.encode("utf-8")))
+    with replacing(path) as fd:
+        write_all(fd, memoryview(text.encode("utf-8")))
 
 
 def check_claims(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], *, path: Path) -> None:
@@ -243,16 +250,19 @@ def check_claims(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo],
             raise UnexpectedTensorError(path, f"tensor {show(stored)}: nothing in the file's table claims it")
 
 
-def _container(fd: int, size: int, *, path: Path) -> tuple[Header, bytes]:
+def read_container(
+    fd: int, size: int, *, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> tuple[Header, bytes]:
+    """The proven header at the start of an open file of `size` bytes, and its text; the data are next in the file."""
     prefix = bytearray(min(8, size))
-    _read_all(fd, memoryview(prefix), path=path)
+    read_all(fd, memoryview(prefix), path=path)
     raw = bytearray(header_length(bytes(prefix), size, path=path))
-    _read_all(fd, memoryview(raw), path=path)
-    return parse_header(bytes(raw), size, path=path), bytes(raw)
+    read_all(fd, memoryview(raw), path=path)
+    return parse_header(bytes(raw), size, path=path, dtypes=dtypes), bytes(raw)
 
 
 def _file_header(fd: int, size: int, *, path: Path) -> FileHeader:
-    header, raw = _container(fd, size, path=path)
+    header, raw = read_container(fd, size, path=path)
     check_version(header.metadata, path=path)
     check_canonical(header, raw, path=path)
     metadata = parse_metadata(header.metadata, path=path)
@@ -266,7 +276,7 @@ def _read_tensor(fd: int, info: TensorInfo, claim: Claim, expected: str | None, 
     tensor = torch.empty(info.shape, dtype=info.torch_dtype, device="cpu")
     hasher = TensorHash(info.dtype, info.shape)
     for piece in chunks(memory(tensor)):
-        _read_all(fd, piece, path=path)
+        read_all(fd, piece, path=path)
         if expected is not None:
             hasher.update(piece)
     if expected is not None and hasher.digest() != expected:
@@ -287,7 +297,7 @@ def _check_piece(info: TensorInfo, claim: Claim, piece: memoryview, *, path: Pat
 
 
 @contextmanager
-def _open_regular(path: Path) -> Iterator[tuple[int, int]]:
+def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """A descriptor and its size. Opening never blocks, even on a pipe; what is checked is what is then
     read.
     """
@@ -316,43 +326,120 @@ def _file_type(mode: int) -> str:
     return "a special file"
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[int]:
-    """A descriptor to write; on leaving without an exception, its file durably takes the place of `path`."""
-    target = os.path.realpath(path)
-    folder = os.path.dirname(target)
-    mode = None
-    with suppress(FileNotFoundError, NotADirectoryError):
-        mode = os.stat(target).st_mode
-        if not stat.S_ISREG(mode):
-            raise NotRegularFileError(path, f"expected a file to replace, got {_file_type(mode)}")
-    temporary = os.path.join(folder, f".taps-{secrets.token_hex(8)}.tmp")
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    fd = -1
-    try:
-        try:
-            fd = os.open(temporary, flags, 0o666)  # the kernel applies the umask
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFileError(path, f"no such folder: {folder}") from None
-        except OSError as error:  # say which file was asked for
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        if mode is not None and hasattr(os, "fchmod"):
-            os.fchmod(fd, stat.S_IMODE(mode) & 0o777)
-        yield fd
-        os.fsync(fd)
-        fd, written = -1, fd
-        os.close(written)
-        os.replace(temporary, target)
-    except BaseException:
-        if fd >= 0:
-            os.close(fd)
+class Replacement:
+    """A temporary file beside `path` that can take its place.
+
+    It is locked for as long as its writer lives, so that `sweep` tells what a killed one has left.
+    """
+
+    def __init__(self, path: Path, ending: str = ".tmp") -> None:
+        self.path = path
+        self.target = os.path.realpath(path)
+        self.folder = os.path.dirname(self.target)
+        mode = None
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(temporary)
+            mode = os.stat(self.target).st_mode
+            if not stat.S_ISREG(mode):
+                raise NotRegularFileError(path, f"expected a file to replace, got {_file_type(mode)}")
+        sweep(self.folder, ending)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        self.fd = -1
+        self.temporary = ""
+        while self.fd < 0:
+            self.temporary = os.path.join(self.folder, f".taps-{secrets.token_hex(8)}{ending}")
+            try:
+                self.fd = os.open(self.temporary, flags, 0o666)  # the kernel applies the umask
+            except (FileNotFoundError, NotADirectoryError):
+                raise MissingFileError(path, f"no such folder: {self.folder}") from None
+            except OSError as error:  # say which file was asked for
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+            _lock(self.fd)
+            if not _is_at(self.fd, self.temporary):  # swept before it was locked
+                os.close(self.fd)
+                self.fd = -1
+        try:
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(self.fd, stat.S_IMODE(mode) & 0o777)
+        except BaseException:
+            self.drop()
+            raise
+
+    def seal(self) -> None:
+        """All that was written is on the disk."""
+        os.fsync(self.fd)
+
+    def rename(self) -> None:
+        """It is the file at `path` now, durably once the folder is synchronised."""
+        os.replace(self.temporary, self.target)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def drop(self) -> None:
+        """Remove it."""
+        self.close()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(self.temporary)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A descriptor to write; on leaving without an exception, its file durably takes the place of `path`."""
+    new = Replacement(path)
+    try:
+        yield new.fd
+        new.seal()
+        new.rename()
+    except BaseException:
+        new.drop()
         raise
-    _sync_folder(folder)
+    sync_folder(new.folder)
 
 
-def _sync_folder(folder: str) -> None:
+def sweep(folder: str, ending: str = ".tmp") -> None:
+    """Remove the temporary files of writers that were killed; those of living ones are locked, and stay."""
+    try:
+        names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name) and name.endswith(ending)]
+    except OSError:  # whoever asked is about to say what is wrong with the folder
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        with suppress(OSError):  # somebody else's, or gone: tidying is no reason to fail
+            fd = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            try:
+                if _lock(fd) and _is_at(fd, path):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+_TEMPORARY = re.compile(r"\.taps-[0-9a-f]{16}\.[a-z]+")
+
+
+def _lock(fd: int) -> bool:
+    """Whether this process holds the file now; False too where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
+
+
+def sync_folder(folder: str) -> None:
     if os.name != "posix":
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -365,12 +452,12 @@ def _sync_folder(folder: str) -> None:
         os.close(fd)
 
 
-def _write_all(fd: int, data: memoryview) -> None:
+def write_all(fd: int, data: memoryview) -> None:
     while data:
         data = data[os.write(fd, data) :]
 
 
-def _read_all(fd: int, view: memoryview, *, path: Path) -> None:
+def read_all(fd: int, view: memoryview, *, path: Path) -> None:
     done = 0
     while done < len(view):
         count = os.readv(fd, [view[done:]])

@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from .format import DTYPE_NAMES
 CHUNK_BYTES = 16 << 20
 
 
-def check_storable(name: str, tensor: object, *, path: Path) -> Tensor:
-    """Returns `tensor` detached if it is dense, real and materialised; raises UnsupportedTensorError if
+def check_storable(name: str, tensor: object, *, path: Path, dtypes: Mapping[torch.dtype, str] = DTYPE_NAMES) -> Tensor:
+    """Returns `tensor` detached if it is dense, materialised and of one of `dtypes`; raises UnsupportedTensorError if
     not.
     """
 
@@ -44,7 +44,7 @@ def check_storable(name: str, tensor: object, *, path: Path) -> Tensor:
         raise refuse(f"a quantised tensor ({tensor.dtype})")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise refuse(f"layout {tensor.layout}" + (" (nested)" if tensor.is_nested else ""))
-    if tensor.dtype not in DTYPE_NAMES:
+    if tensor.dtype not in dtypes:
         raise refuse(f"{tensor.dtype}, which the format does not hold")
     return tensor.detach()
 

@@ -1,0 +1,250 @@
+"""Patching a state in memory: everything is proven before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..store.errors import (
+    DtypeMismatchError,
+    MissingTensorError,
+    Path,
+    ShapeMismatchError,
+    UnexpectedTensorError,
+    UnsupportedTensorError,
+    show,
+)
+from . import kernels
+from .errors import AlreadyAppliedError, BaseMismatchError, OtherTensorsError, SharedMemoryError
+from .format import Entry, Form, Patch, load
+from .making import check_order, compose
+from .sources import Live, digest_of, forms_of, live
+from .sums import MODULUS
+
+VERIFY = ("full", "touched")
+MANY = 1 << 16
+"""Changed elements from which on threads share the work."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Applied(NamedTuple):
+    """What `apply` did.
+
+    Attributes:
+        before, after: the states' digests. tensors, elements: how many were written. verified: "full" if the digest
+            before was proven of all of the state, "state" if it was a `State`'s and proven of the elements that were
+            written, "touched" if of these alone.
+    """
+
+    before: str
+    after: str
+    tensors: int
+    elements: int
+    verified: str
+
+
+class State:
+    """A state in memory with its digest, kept from patch to patch.
+
+    Making it reads the state once; each `apply` then proves that the patch begins where the state stands, for the cost
+    of what changes. What is written to the tensors by other means is noticed where a patch touches it, and by `check`.
+
+    Args:
+        tensors: named tensors (`model.state_dict()`), on any device, of any strides.
+
+    Raises:
+        TaskFileError: naming a tensor that cannot be patched.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if not isinstance(tensors, Mapping):
+            raise ConfigError(f"tensors: expected a mapping of names to tensors, got {type(tensors).__name__}")
+        self.tensors = dict(tensors)
+        self.forms: dict[str, Form] = forms_of(live(self.tensors, "State"))
+        self.digest: str = digest_of(self.forms)
+
+    def check(self) -> None:
+        """Reads all of it again. Raises BaseMismatchError, naming a tensor that was written to by other means."""
+        for name, form in forms_of(live(self.tensors, "State")).items():
+            if form != self.forms[name]:
+                raise BaseMismatchError("State", f"tensor {show(name)}: was written to since its sum was taken")
+
+
+def as_patch(patch: Any) -> Patch:
+    """One patch: as it is, read from a path, or several composed.
+
+    Raises:
+        ConfigError: none of these. ChainOrderError: several that do not follow each other.
+    """
+    if isinstance(patch, Patch):
+        return patch
+    if isinstance(patch, (str, os.PathLike)):
+        return load(patch)
+    if isinstance(patch, Sequence) and patch:
+        chain = [as_patch(one) for one in patch]
+        check_order(chain)
+        return reduce(compose, chain)
+    raise ConfigError(f"patch: expected a Patch, a path, or a list of them, got {type(patch).__name__}")
+
+
+def check_forms(patch: Patch, got: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+    """Raise unless the state has exactly the tensors that the patch begins with, of its dtypes and shapes."""
+    for name, entry in patch.entries.items():
+        if entry.before is None:
+            if name in got:
+                raise UnexpectedTensorError(path, f"tensor {show(name)}: is there, but the patch adds it")
+            continue
+        if name not in got:
+            raise MissingTensorError(path, f"tensor {show(name)}: expected one, as the patch begins with, got none")
+        dtype, shape = got[name]
+        if shape != entry.before.shape:
+            raise ShapeMismatchError(
+                path,
+                f"tensor {show(name)}: expected shape {show(list(entry.before.shape))}, got {show(list(shape))}",
+            )
+        if dtype != entry.before.dtype:
+            raise DtypeMismatchError(path, f"tensor {show(name)}: expected {entry.before.dtype}, got {dtype}")
+    if surplus := sorted(got.keys() - patch.entries.keys()):
+        raise UnexpectedTensorError(path, f"tensor {show(surplus[0])}: the patch knows none of this name")
+
+
+def apply_live(target: Mapping[str, Tensor] | State, patch: Patch, verify: str) -> Applied:
+    """See `patch.apply`."""
+    tensors = target.tensors if isinstance(target, State) else target
+    given = live(tensors, "apply")
+    changed = patch.changed
+    for name, entry in changed.items():
+        if not entry.in_place:
+            word = "adds" if entry.before is None else "removes" if entry.after is None else "reshapes or retypes"
+            raise OtherTensorsError(patch.path, f"tensor {show(name)}: the patch {word} it; a live state cannot")
+    check_forms(patch, given.forms(), "apply")
+    _check_memory(given, changed)
+    if isinstance(target, State):
+        known = {n: form for n, e in patch.entries.items() if (form := e.before) is not None}
+        _expect(patch, known, target.forms, "apply")
+    if verify == "full":
+        _expect(patch, {n: e.before for n, e in patch.entries.items() if e.before}, forms_of(given), "apply")
+    threads = _threads([given.tensors[name] for name in changed], patch.elements)
+    ready = _each(lambda name: kernels.prepare(given.tensors[name], changed[name].numbers()), list(changed), threads)
+    sums = {name: replaced for name, (replaced, _) in zip(changed, ready, strict=True)}
+    wrong = {name: sums[name] for name, e in changed.items() if e.part is not None and sums[name] != e.part.replaced}
+    if wrong:
+        raise mismatch(patch, wrong, "apply")
+    with torch.no_grad():
+        interrupt = _run([write for _, write in ready], threads)
+    torch.autograd.graph.increment_version([t for n, t in tensors.items() if n in changed and not t.is_inference()])
+    if isinstance(target, State):
+        target.forms = {name: form for name, e in patch.entries.items() if (form := e.after) is not None}
+        target.digest = patch.after
+    if interrupt is not None:
+        raise interrupt
+    proven = "state" if isinstance(target, State) and verify == "touched" else verify
+    return Applied(patch.before, patch.after, len(changed), patch.elements, proven)
+
+
+def new_sum(entry: Entry) -> int:
+    """The sum of the elements that a tensor's change writes, alone."""
+    assert entry.part is not None and entry.before is not None and entry.after is not None
+    return (entry.after.sum - entry.before.sum + entry.part.replaced) % MODULUS
+
+
+def mismatch(patch: Patch, wrong: Mapping[str, int], path: Path) -> BaseMismatchError:
+    """The error for tensors in which the elements to be written have other sums than the patch says."""
+    if all(name in wrong and wrong[name] == new_sum(entry) for name, entry in patch.changed.items()):
+        return AlreadyAppliedError(path, f"the patch to {patch.after} is already applied")
+    name = next(iter(wrong))
+    also = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return BaseMismatchError(
+        path, f"tensor {show(name)}{also}: does not hold what the patch begins with ({patch.before})"
+    )
+
+
+def _expect(patch: Patch, wanted: Mapping[str, Form], got: Mapping[str, Form], path: Path) -> None:
+    """Raise AlreadyAppliedError or BaseMismatchError unless all tensors are those that the patch begins with."""
+    wrong = [name for name, form in wanted.items() if got[name].sum != form.sum]
+    if not wrong:
+        return
+    ends = {name: entry.after for name, entry in patch.entries.items()}
+    if all(form is not None and got[name].sum == form.sum for name, form in ends.items()):
+        raise AlreadyAppliedError(path, f"the patch to {patch.after} is already applied")
+    also = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    raise BaseMismatchError(
+        path, f"tensor {show(wrong[0])}{also}: is not the one that the patch begins with ({patch.before})"
+    )
+
+
+def _threads(tensors: Sequence[Tensor], elements: int) -> int:
+    """How many threads take tensors at a time: torch's for the compiled kernels and many elements, else this one, whose
+    modes and streams hold for it alone."""
+    apart = all(tensor.device.type == "cpu" and not tensor.is_inference() for tensor in tensors)
+    return min(torch.get_num_threads(), len(tensors)) if apart and elements >= MANY else 1
+
+
+def _each(call: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    if threads < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, items))
+
+
+def _run(writes: Sequence[Callable[[], None]], threads: int) -> KeyboardInterrupt | None:
+    """Write all; gives back a Ctrl-C that came meanwhile, since writing again what was written is the same."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            _each(lambda write: write(), writes, threads)
+            return interrupt
+        except KeyboardInterrupt as error:
+            interrupt = error
+
+
+def _check_memory(given: Live, changed: Mapping[str, Entry]) -> None:
+    """Raise unless each tensor to be written has memory of its own, or shares all of it with one that gets the same."""
+    spans: list[tuple[int, int, str]] = []
+    for name, tensor in given.tensors.items():
+        if name in changed and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise UnsupportedTensorError(
+                "apply", f"tensor {show(name)}: expected a normal tensor outside of inference mode"
+            )
+        if tensor.numel() == 0:
+            continue
+        if name in changed and _overlaps(tensor):
+            raise SharedMemoryError("apply", f"tensor {show(name)}: elements share memory (expanded?)")
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        spans.append((begin, begin + (steps + 1) * tensor.element_size(), name))
+    spans.sort()
+    end, last = 0, ""
+    for begin, to, name in spans:
+        if begin < end and (name in changed or last in changed) and not _same(given, changed, last, name):
+            raise SharedMemoryError(
+                "apply", f"tensor {show(name)}: shares memory with {show(last)}, and the patch changes them apart"
+            )
+        if to > end:
+            end, last = to, name
+
+
+def _same(given: Live, changed: Mapping[str, Entry], one: str, other: str) -> bool:
+    """Whether two names are of one tensor, for which the patch has one future."""
+    a, b = given.tensors[one], given.tensors[other]
+    alike = (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+    return alike and one in changed and other in changed and changed[one].after == changed[other].after
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may lie in one place."""
+    reach = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
