@@ -42,6 +42,9 @@ class SourceError(TapsError, ValueError):
     """A spec, a file or an array that cannot become a data source; the message is one line."""
 
 
+_LONGEST = 400  # characters of a path in a message
+
+
 class TaskFileError(TapsError, ValueError):
     """A task file, or what should become one, is refused.
 
@@ -52,7 +55,8 @@ class TaskFileError(TapsError, ValueError):
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         self.path = os.fspath(path)
         self.problem = problem
-        super().__init__(f"{self.path}: {problem}")
+        shown = self.path if len(self.path) <= _LONGEST else f"{self.path[:_LONGEST]}..."
+        super().__init__(f"{shown}: {problem}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.problem)

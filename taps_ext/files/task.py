@@ -188,6 +188,9 @@ def build(
         if whole and parts[name].gate is not None:
             parts[name].grow(base_weight(modules[name]))
     _check_method(file, config, base, head_path or default_head, parts)
+    outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
+    if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
+        raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
     return Read(config, parts, head_path, _training_only(file, parts))
 
 

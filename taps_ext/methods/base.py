@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -55,12 +54,15 @@ def one_of(value: Any, choices: tuple[str, ...], argument: str) -> None:
         raise ConfigError(f"{argument}: expected one of {list(choices)}, got {value!r}{hint}")
 
 
+_LARGEST = torch.finfo(torch.float32).max  # what a setting is used as
+
+
 def number(value: Any, argument: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     good = (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
         and low <= value <= high
-        and math.isfinite(value)
+        and abs(value) <= _LARGEST
     )
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["

@@ -580,18 +580,22 @@ class TaskModel(nn.Module):
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
         self._loaded()
-        file = self._read(path)
-        name = self._new_name(file.name if name is None else name)
-        family = self._parent_of(file, shared, allow_dtype_cast)
-        read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        with self._opened(path) as file:
+            name = self._new_name(file.name if name is None else name)
+            family = self._parent_of(file, shared, allow_dtype_cast)
+            read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
         self._install(name, self._state_of(read, family))
         return name
 
     @staticmethod
-    def _read(path: str | PathLike[str] | store.TaskFile) -> store.TaskFile:
+    @contextmanager
+    def _opened(path: str | PathLike[str] | store.TaskFile) -> Iterator[store.TaskFile]:
+        """A task's file, whose tensors are read once what it says of them fits."""
         if isinstance(path, store.TaskFile):
-            return path
-        return store.load(Path(path), kind="task")
+            yield path
+        else:
+            with store.opened(Path(path), kind="task") as file:
+                yield file
 
     def _state_of(self, read: task_file.Read, family: Family | None) -> TaskState:
         """The state of what a file describes."""
@@ -608,10 +612,11 @@ class TaskModel(nn.Module):
         """
         old = self.state(name)
         self._not_merged(name, "reload_task")
-        file = self._read(path)
-        family = self._parent_of(file, None, False)
         custom = None if type(old.head) is nn.Linear else copy.deepcopy(old.head)
-        state = self._state_of(task_file.build(file, self.base, custom, default_head=self._head, whole=True), family)
+        with self._opened(path) as file:
+            family = self._parent_of(file, None, False)
+            read = task_file.build(file, self.base, custom, default_head=self._head, whole=True)
+        state = self._state_of(read, family)
         if not old.take_over(state):
             self._install(name, state)
 

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModuleError
+from ..store.errors import DtypeMismatchError, ShapeMismatchError
 from ..store.record import Record
 from .bind import Bound
 from .host import original_class
-from .part import Below, Part, register_part
+from .part import Below, Part, register_part, saved
 
 
 @register_part("instead")
@@ -73,7 +74,7 @@ class Instead(Part):
         if type(module) is nn.Linear or original_class(module) is nn.Linear:
             kind = {"in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
             spec = {"type": "linear", **kind}
-        tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        tensors = saved({name: tensor.detach() for name, tensor in module.state_dict().items()})
         facts: dict[str, Any] = {"kind": self.kind, "module": spec}
         return Record(facts if self.role == "head" else {**facts, "role": self.role}, tensors)
 
@@ -108,14 +109,20 @@ class Instead(Part):
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:
-        return list(record.tensors.values())
+        return list(record.likes().values())
 
     @staticmethod
     def _linear(record: Record, spec: dict[str, Any], host: nn.Module) -> nn.Module:
-        shape, weight = [spec["out"], spec["in"]], record.tensors.get("weight")
+        shape, weight = [spec["out"], spec["in"]], record.likes().get("weight")
         if weight is None or list(weight.shape) != shape:  # before something of a size that a file claims is made
             got = None if weight is None else list(weight.shape)
             raise record.missing("weight", f"expected shape {shape}, got {got}")
+        if not weight.is_floating_point():
+            raise record.refuse(f"weight: expected floating-point values, got {weight.dtype}", DtypeMismatchError)
+        if isinstance(host, nn.Linear) and host.in_features != spec["in"]:
+            raise record.refuse(
+                f"head: expected {host.in_features} inputs, as the base's has, got {spec['in']}", ShapeMismatchError
+            )
         like = next(host.parameters(), weight)
         dtype = like.dtype if record.cast else weight.dtype
         return nn.utils.skip_init(

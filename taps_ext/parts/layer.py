@@ -20,7 +20,7 @@ from .change import Change, kind_of
 from .dense import Dense
 from .gate import Gate
 from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
-from .part import Below, Cost, Part, forward_of, register_part
+from .part import Below, Cost, Part, forward_of, register_part, saved
 from .sampling import Sample
 
 
@@ -227,12 +227,9 @@ class Layer(Part):
             tensors["score"] = gate.score.detach()
         if open and self.change is not None:
             for name in self.change.names:
-                tensor = getattr(self.change, name).detach()
-                if not bool(torch.isfinite(tensor).all()):
-                    raise GateError(f"{name}: expected finite values in a task to save, got Inf or NaN")
-                tensors[name] = tensor
+                tensors |= saved({name: getattr(self.change, name).detach()}, GateError)
         if self.bias is not None:
-            tensors["bias"] = self.bias.detach()
+            tensors["bias"] = saved({"bias": self.bias.detach()})["bias"]
         facts = {
             "kind": self.kind,
             "gate": {"learn": gate.learn, "open": open, "threshold": gate.threshold},
@@ -275,7 +272,7 @@ class Layer(Part):
     def typed_as_base(cls, record: Record) -> list[Tensor]:
         kind = kind_of(record.facts.get("change"))
         whole = kind is not None and kind.replaces
-        return [t for name, t in record.tensors.items() if name == "bias" or (whole and name != "score")]
+        return [t for name, t in record.likes().items() if name == "bias" or (whole and name != "score")]
 
     def differs(self, other: Part) -> str | None:
         if not isinstance(other, Layer):

@@ -22,7 +22,7 @@ from . import token
 from .bind import Bound
 from .host import MACHINERY, ROUTING, is_norm, original_class
 from .mirror import Mirror
-from .part import Below, Part, register_part
+from .part import Below, Part, register_part, saved
 from .rebind import rebind
 
 _UNSEEN = object()
@@ -216,6 +216,7 @@ class Own(Part):
     def record(self, *, open: bool) -> Record:
         """Parameters and persistent buffers."""
         tensors = {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
+        saved({name: tensor for name, tensor in tensors.items() if name not in self._free()})
         facts: dict[str, Any] = {"kind": self.kind, "role": self.role}
         facts |= {} if self.buffers_own else {"buffers": False}
         return Record(facts if self.only is None else {**facts, "only": self.only}, tensors)
@@ -234,15 +235,22 @@ class Own(Part):
         except (TypeError, ValueError) as error:
             raise record.refuse(str(error)) from None
         own = part.state_dict(keep_vars=True)
-        given_tensors = record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
+        expected = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+        given_tensors = record.take(expected, free=part._free())
+        if role == "norm" and (variance := given_tensors.get("running_var")) is not None and bool((variance < 0).any()):
+            raise record.refuse_tensor("running_var", f"expected variances, got {variance.min().item():.6g}")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(given_tensors[name])
         return part
 
+    def _free(self) -> set[str]:
+        """The tensors that may hold Inf: buffers of what is no norm, such as attention masks."""
+        return set() if self.role == "norm" else set(self._buffers)
+
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:
-        return list(record.tensors.values())
+        return list(record.likes().values())
 
     def differs(self, other: Part) -> str | None:
         if not isinstance(other, Own):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from ..errors import TapsError, UnsupportedModuleError
-from ..store.record import Record
+from ..store.record import Record, not_finite
 from .bind import Bound
 from .gate import Gate
 from .host import Op, base_bias, base_weight, original_class, resting_weight, stock_forward
@@ -85,6 +85,13 @@ class Cost(NamedTuple):
 
     operations: int
     moved: int
+
+
+def saved(tensors: dict[str, Tensor], error: type[TapsError] = TapsError) -> dict[str, Tensor]:
+    """These tensors, for a file. Raises `error` for Inf or NaN, naming the first."""
+    if (wrong := not_finite(tensors)) is not None:
+        raise error(f"{wrong}: expected finite values in a task to save, got Inf or NaN")
+    return tensors
 
 
 class Part(nn.Module):

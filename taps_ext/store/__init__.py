@@ -20,7 +20,7 @@ from .io import (
 from .metadata import Metadata
 from .record import Record
 from .table import Claim, PartEntry
-from .task_file import TaskFile, load, save
+from .task_file import TaskFile, load, opened, save
 from .tensors import tensor_digest
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "errors",
     "fingerprint",
     "load",
+    "opened",
     "plain_name",
     "read",
     "read_header",

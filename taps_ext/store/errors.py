@@ -116,3 +116,11 @@ class ShapeMismatchError(TaskFileError):
 
 class DtypeMismatchError(TaskFileError):
     """A tensor has another dtype than expected."""
+
+
+class TensorValueError(TaskFileError):
+    """A tensor holds values that no trained task has: Inf, NaN, a negative variance."""
+
+
+class BadPathError(TaskFileError):
+    """A path that leads to no file: too long, with a NUL character, a loop of links."""

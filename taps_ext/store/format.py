@@ -151,13 +151,21 @@ def plan_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, path: Pat
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, path: Path) -> bytes:
     """The canonical header with its length prefix, padded with spaces to 8 bytes. Raises LimitError."""
-    text = strict_json.dumps({"__metadata__": dict(metadata)})[:-1]
-    entries = (
-        f'{strict_json.dumps(name)}:{{"dtype":"{tensor.dtype}","shape":{strict_json.dumps(list(tensor.shape))},'
+    return _framed(_entries(tensors), metadata, path=path)
+
+
+def _entries(tensors: Mapping[str, TensorInfo]) -> str:
+    """The header's text of the tensors, a comma before each."""
+    return "".join(
+        f',{strict_json.quoted(name)}:{{"dtype":"{tensor.dtype}","shape":[{",".join(map(str, tensor.shape))}],'
         f'"data_offsets":[{tensor.begin},{tensor.end}]}}'
         for name, tensor in tensors.items()
     )
-    raw = (",".join([text, *entries]) + "}").encode("utf-8")
+
+
+def _framed(entries: str, metadata: Mapping[str, str], *, path: Path) -> bytes:
+    text = strict_json.dumps({"__metadata__": dict(metadata)})[:-1]
+    raw = (text + entries + "}").encode("utf-8")
     raw += b" " * (-len(raw) % ALIGNMENT)
     if len(raw) > MAX_HEADER_BYTES:
         raise LimitError(path, f"a header of {len(raw)} bytes, at most {MAX_HEADER_BYTES} allowed")
@@ -169,8 +177,12 @@ def header_digest(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 
     It covers the tensor table, all metadata and therefore every tensor digest: it identifies the whole file.
     """
+    return _digest(_entries(tensors), metadata, path=path)
+
+
+def _digest(entries: str, metadata: Mapping[str, str], *, path: Path) -> str:
     rest = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
-    return "sha256:" + hashlib.sha256(encode_header(tensors, rest, path=path)).hexdigest()
+    return "sha256:" + hashlib.sha256(_framed(entries, rest, path=path)).hexdigest()
 
 
 def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
@@ -223,10 +235,11 @@ def check_canonical(header: Header, raw: bytes, *, path: Path) -> None:
     stated = header.metadata.get(DIGEST_KEY)
     if stated is None:
         raise DigestError(path, f"__metadata__: expected the header digest {DIGEST_KEY!r}, got none")
-    actual = header_digest(header.tensors, header.metadata, path=path)
+    entries = _entries(header.tensors)
+    actual = _digest(entries, header.metadata, path=path)
     if stated != actual:
         raise DigestError(path, f"header: {DIGEST_KEY} states {show(stated)}, its content has {actual}")
-    if encode_header(header.tensors, header.metadata, path=path)[8:] != raw:
+    if _framed(entries, header.metadata, path=path)[8:] != raw:
         raise HeaderError(path, "header: not in canonical form (key order, spacing or padding was changed)")
 
 

@@ -15,7 +15,7 @@ import secrets
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ except ImportError:  # Windows: temporary files of killed writers stay
     fcntl = None  # type: ignore[assignment]
 
 from .errors import (
+    BadPathError,
     DigestError,
     DtypeMismatchError,
     GateRecordError,
@@ -153,6 +154,23 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
             expected = header.digests[name] if verify else None
             tensors[name] = _read_tensor(fd, info, header.claims[name], expected, path=path).to(device)
     return TensorFile(header, tensors)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[FileHeader, Callable[[str], Tensor]]]:
+    """A file's header, proven, and what reads one of its tensors by its stored name and proves it, while the file stays
+    open. Raises as :func:`read`.
+    """
+    with open_regular(path) as (fd, size):
+        header = _file_header(fd, size, path=path)
+        data = size - sum(info.nbytes for info in header.tensors.values())
+
+        def fetch(name: str) -> Tensor:
+            info = header.tensors[name]
+            os.lseek(fd, data + info.begin, os.SEEK_SET)
+            return _read_tensor(fd, info, header.claims[name], header.digests[name], path=path)
+
+        yield header, fetch
 
 
 def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
@@ -306,10 +324,10 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         fd = os.open(path, flags)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(path, "no such file") from None
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ENXIO:  # a socket
             raise NotRegularFileError(path, "expected a regular file, got a socket or device") from None
-        raise
+        raise _refused(path, error) from None
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -317,6 +335,16 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         yield fd, status.st_size
     finally:
         os.close(fd)
+
+
+def _refused(path: Path, error: OSError | ValueError) -> Exception:
+    """What to raise for a path that the system does not take; other errors as they are, naming the file that was asked
+    for."""
+    if isinstance(error, ValueError):
+        return BadPathError(path, f"expected a path, got one with {error}")  # a NUL, or what has no bytes
+    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+        return BadPathError(path, f"expected a path, got one with {(error.strerror or '').lower()}")
+    return type(error)(error.errno, error.strerror, os.fspath(path))
 
 
 def _file_type(mode: int) -> str:
@@ -334,13 +362,17 @@ class Replacement:
 
     def __init__(self, path: Path, ending: str = ".tmp") -> None:
         self.path = path
-        self.target = os.path.realpath(path)
-        self.folder = os.path.dirname(self.target)
         mode = None
-        with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            self.target = os.path.realpath(path)
+            self.folder = os.path.dirname(self.target)
             mode = os.stat(self.target).st_mode
-            if not stat.S_ISREG(mode):
-                raise NotRegularFileError(path, f"expected a file to replace, got {_file_type(mode)}")
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            raise _refused(path, error) from None
+        if mode is not None and not stat.S_ISREG(mode):
+            raise NotRegularFileError(path, f"expected a file to replace, got {_file_type(mode)}")
         sweep(self.folder, ending)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         self.fd = -1
@@ -351,8 +383,8 @@ class Replacement:
                 self.fd = os.open(self.temporary, flags, 0o666)  # the kernel applies the umask
             except (FileNotFoundError, NotADirectoryError):
                 raise MissingFileError(path, f"no such folder: {self.folder}") from None
-            except OSError as error:  # say which file was asked for
-                raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+            except (OSError, ValueError) as error:
+                raise _refused(path, error) from None
             _lock(self.fd)
             if not _is_at(self.fd, self.temporary):  # swept before it was locked
                 os.close(self.fd)
@@ -380,9 +412,9 @@ class Replacement:
             os.close(fd)
 
     def drop(self) -> None:
-        """Remove it."""
+        """Remove it, if that can be: whoever does so has something worse to say."""
         self.close()
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):
             os.unlink(self.temporary)
 
 
@@ -394,8 +426,10 @@ def replacing(path: Path) -> Iterator[int]:
         yield new.fd
         new.seal()
         new.rename()
-    except BaseException:
+    except BaseException as error:
         new.drop()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # a full disk, say
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
         raise
     sync_folder(new.folder)
 

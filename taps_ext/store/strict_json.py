@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,10 @@ _STRUCTURE = b'"[]{},:'
 _NOT_STRUCTURE = bytes(b for b in range(256) if b not in _STRUCTURE)
 _STRING = re.compile(rb'"[^"]*"?')
 _STEP = bytes(2 if b in b"[{" else 0 if b in b"]}" else 1 for b in range(256))  # depth change, plus one
+
+
+quoted: Callable[[str], str] = json.encoder.encode_basestring
+"""What :func:`dumps` makes of a string."""
 
 
 def dumps(value: object) -> str:

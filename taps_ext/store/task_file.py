@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ from ..version import __version__
 from . import io
 from .errors import MetadataError, Path, show
 from .metadata import INCOMPLETE, Metadata, check_kind
-from .record import Record
+from .record import OnDisk, Record
 from .table import PartEntry
 
 
@@ -93,24 +95,48 @@ def load(path: Path, *, device: torch.device | str = "cpu", verify: bool = True,
     Raises KindError if the file is not of `kind` (where given; 0.1's states are states), and as `io.read` does.
     """
     stored = io.read(path, verify=verify, device=device)
-    metadata = stored.header.metadata
-    check_kind(kind, metadata.kind, path=path)
-    tensors: dict[str, dict[str, Tensor]] = {module: {} for module in metadata.parts}
+    check_kind(kind, stored.header.metadata.kind, path=path)
+    return _task_file(stored.header, stored.tensors.__getitem__, path)
+
+
+@contextmanager
+def opened(path: Path, *, kind: str | None = None) -> Iterator[TaskFile]:
+    """A task file whose parts' tensors are read, and proven, where they are asked for, while it is open: what does not
+    fit a model is refused by its header. Raises as :func:`load` does.
+    """
+    with io.opened(path) as (header, fetch):
+        check_kind(kind, header.metadata.kind, path=path)
+        yield _task_file(header, fetch, path, lazy=True)
+
+
+def _task_file(header: io.FileHeader, fetch: Callable[[str], Tensor], path: Path, *, lazy: bool = False) -> TaskFile:
+    metadata = header.metadata
+    stored: dict[str, dict[str, str]] = {module: {} for module in metadata.parts}
     values: dict[str, Tensor] = {}
-    for key, claim in stored.header.claims.items():
-        (values if metadata.kind == "state" else tensors[claim.module])[claim.tensor] = stored.tensors[key]
+    for key, claim in header.claims.items():
+        if metadata.kind == "state":
+            values[claim.tensor] = fetch(key)
+        else:
+            stored[claim.module][claim.tensor] = key
+
+    def tensors(module: str) -> Mapping[str, Tensor]:
+        keys = stored[module]
+        if not lazy:
+            return {name: fetch(key) for name, key in keys.items()}
+        return OnDisk({name: header.tensors[key] for name, key in keys.items()}, lambda name: fetch(keys[name]))
+
     return TaskFile(
         kind=metadata.kind,
         method=metadata.method,
         parent=metadata.parent,
         name=metadata.name,
-        parts={m: Record(e.facts, tensors[m], module=m, path=path) for m, e in metadata.parts.items()},
+        parts={m: Record(e.facts, tensors(m), module=m, path=path) for m, e in metadata.parts.items()},
         values=values,
         labels=metadata.labels,
         metrics=metadata.metrics,
         versions=metadata.versions,
         extra=dict(metadata.extra),
-        path=stored.header.path,
-        digest=stored.header.digest,
+        path=header.path,
+        digest=header.digest,
         complete=metadata.complete,
     )
