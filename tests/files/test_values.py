@@ -1,5 +1,5 @@
-"""What a file may hold: values that a trained task can have, of shapes that the base has. Its header must fit before its
-payload is read."""
+"""What a file may hold: values that a trained task can have, of shapes that the base has. Its header must fit before
+its payload is read."""
 
 from __future__ import annotations
 
