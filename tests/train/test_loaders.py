@@ -231,6 +231,15 @@ def test_generators_of_the_run_are_left_alone() -> None:
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
+def test_generators_of_the_loader_are_left_alone() -> None:
+    """What else draws from them is not disturbed, and need not be told."""
+    own = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    before = [generator.get_state() for generator in own]
+    sampler = RandomSampler(Noisy(), generator=own[0])
+    all_of(DataLoader(Noisy(), batch_size=12, sampler=sampler, generator=own[1]))
+    assert all(torch.equal(generator.get_state(), state) for generator, state in zip(own, before, strict=True))
+
+
 class Endless(ByEpoch):
     __len__ = None  # type: ignore[assignment]
 

@@ -70,6 +70,22 @@ class Counting(torch.optim.SGD):
                     p.data.sub_(1e-3 * group["count"] * kept[0])
 
 
+class Wide(torch.optim.SGD):
+    """An optimizer that keeps float64 and large integers of float32 parameters, also within others."""
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            kept = self.state[p]
+            if not kept:
+                kept["count"] = torch.tensor(2**40)
+                kept["more"] = {"sums": [torch.zeros_like(p, dtype=torch.float64)]}
+                kept["seen"] = Counter()
+            kept["count"] += 1
+            kept["more"]["sums"][0] += p.grad.double() / 3
+            kept["seen"].update(["steps"])
+            p.data.sub_((0.01 * kept["more"]["sums"][0] + 1e-4 * (kept["count"] % 2**40)).float())
+
+
 SCHEDULERS = {
     "none": None,
     "cosine": lambda o: schedulers.CosineAnnealingLR(o, 20),
@@ -87,6 +103,7 @@ OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, betas=(0.8, 0.9)),
     "nadam": torch.optim.NAdam,
     "counting": lambda groups: Counting(groups, momentum=0.5),
+    "wide": Wide,
     "amsgrad": lambda groups: torch.optim.AdamW(groups, amsgrad=True),
 }
 
