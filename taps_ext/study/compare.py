@@ -128,7 +128,7 @@ class Comparison:
         parts = [f"{point.method} from {_size(point.size)} a task ({point.value:.1f} %)" for point in best]
         complete = {point.method for point in self.points() if point.converged}
         left = sorted({row.method for row in self.rows} - complete)
-        note = f" Not converged on every task, and left out: {', '.join(left)}." if left else ""
+        note = f" Not trained or not converged on every task, and left out: {', '.join(left)}." if left else ""
         return f"By mean {self.metric} on the test splits: {'; '.join(parts)}.{note}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_the_sentence_follows_from_the_rows() -> None:
     assert [point.method for point in found.front()] == ["probe", "lora", "full"]
     assert found.sentence == (
         "By mean accuracy on the test splits: probe from 1.0 kB a task (50.0 %); lora from 3.0 kB a task (80.0 %); "
-        "full from 9.00 MB a task (90.0 %). Not converged on every task, and left out: half, late."
+        "full from 9.00 MB a task (90.0 %). Not trained or not converged on every task, and left out: half, late."
     )
     assert found.table().count("\n|") == len(rows) + 1
 

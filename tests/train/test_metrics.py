@@ -15,7 +15,7 @@ from test_trainer import build, data, equal, fit, tensors
 from torch import Tensor, nn
 
 from taps_ext import ConfigError, ProbeConfig, TapsConfig, TaskModel
-from taps_ext.train import Task, TrainConfig, Trainer, accuracy, whole
+from taps_ext.train import Callback, Task, TrainConfig, Trainer, accuracy, whole
 from taps_ext.train.metrics import weight_of
 from taps_ext.train.tokens import token_cross_entropy
 
@@ -150,6 +150,22 @@ def test_a_batch_in_which_nothing_counts_is_passed_over() -> None:
     assert same(before, values(joint))
 
 
+def test_the_loss_of_a_joint_epoch_is_the_mean_over_its_samples() -> None:
+    """Batches of 7 and a last one of 5 (a, 40 samples); b, of 24, starts again after 7, 7, 7 and 3."""
+    told: dict[str, list[float]] = {"a": [], "b": []}
+
+    class Noting(Callback):
+        def on_step(self, run, step, values) -> None:
+            for name, losses in told.items():
+                losses.append(values[f"{name}_loss"])
+
+    made = Trainer(model_of(), joint_tasks(), joint_config(batch_size=7, epochs=1), quiet=True, callbacks=[Noting()])
+    entry = made.fit("joint")["a"].history[0]
+    for name, counts in {"a": [7] * 5 + [5], "b": [7, 7, 7, 3, 7, 7]}.items():
+        want = sum(loss * n for loss, n in zip(told[name], counts, strict=True)) / sum(counts)
+        assert entry[f"{name}_loss"] == pytest.approx(want, rel=1e-14)  # float64 sums of six
+
+
 def test_metric_objects_are_settings_by_what_they_are_not_by_what_they_saw(tmp_path) -> None:
     class Quiet(Largest):
         def __init__(self, scale: float) -> None:
@@ -167,6 +183,7 @@ def test_metric_objects_are_settings_by_what_they_are_not_by_what_they_saw(tmp_p
 
     one = Quiet(1.0)
     fit(build(), out=str(tmp_path), task={"metrics": {"m": one}})
+    one.update(None, None)
     fit(build(), out=str(tmp_path), task={"metrics": {"m": one}})  # used, and still the same setting
     fit(build(), out=str(tmp_path), task={"metrics": {"m": Quiet(1.0)}})
     with pytest.raises(ConfigError, match="started with metrics"):

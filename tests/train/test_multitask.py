@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_joint import config, model_of, same, values
+from test_joint import tasks as plain
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, get_worker_info
 
@@ -118,6 +120,19 @@ def test_a_task_without_labels_in_a_batch_is_not_in_the_step() -> None:
     both = model_of()
     step_of(both, jobs(Items()))
     assert not same(values(model), values(both))
+
+
+def test_what_is_shared_gets_the_mean_over_the_tasks_of_the_step() -> None:
+    """Of three tasks one has nothing that counts: the step is that of the two others, whose mean is over two."""
+    three = plain("abc")
+    nothing = replace(three["c"], train=(three["c"].train[0], torch.full_like(three["c"].train[1], -100)))
+    one, other = model_of("abc"), model_of("abc")
+    run = step_of(one, {**three, "c": nothing}, ("a", "b", "c"))
+    step_of(other, three, ("a", "b"))
+    assert same(values(one), values(other)) and run.progress.taken == {"a": 1, "b": 1, "c": 1}
+    all_of = model_of("abc")
+    step_of(all_of, three, ("a", "b", "c"))
+    assert not same(values(one), values(all_of))
 
 
 def test_metrics_are_of_the_samples_that_have_a_label() -> None:

@@ -369,6 +369,57 @@ def test_at_the_smallest_scale_the_layer_is_named() -> None:
         assert run.stepper.scaler.inner.get_scale() == expected
 
 
+def test_the_scale_doubles_after_good_steps_in_a_row() -> None:
+    """Of 2000, here of two: a step of no gradients is none of them."""
+    model = build(FullConfig())
+    run, _ = run_of(model, F.cross_entropy, amp="fp16")
+    run.stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    batch = next(iter(run.batches.epoch(0)))
+    for empty, expected in ((False, 4.0), (True, 4.0), (False, 8.0), (False, 8.0), (False, 16.0)):
+        run.optimizer.zero_grad(set_to_none=True)
+        if not empty:
+            run._gradients([batch])
+        run.stepper.scaler.unscale()
+        run.stepper.step()
+        assert run.stepper.scaler.inner.get_scale() == expected
+
+
+def test_the_scale_goes_on_where_it_was(tmp_path) -> None:
+    """Its value and how many good steps it has seen are of the state."""
+    runs = [run_of(build(FullConfig()), F.cross_entropy, amp="fp16")[0] for _ in range(2)]
+    runs[0].stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    batch = next(iter(runs[0].batches.epoch(0)))
+
+    def step(run) -> float:
+        run.optimizer.zero_grad(set_to_none=True)
+        run._gradients([batch])
+        run.stepper.scaler.unscale()
+        run.stepper.step()
+        return run.stepper.scaler.inner.get_scale()
+
+    assert [step(runs[0]) for _ in range(2)] == [4.0, 4.0]
+    parent = runs[0].model.fingerprint()
+    runs[0].save(tmp_path / "t.state", {}, parent)
+    runs[1].load(tmp_path / "t.state", {}, parent)
+    assert [step(run) for run in runs] == [8.0, 8.0] and equal(tensors(runs[0].model), tensors(runs[1].model))
+
+
+def test_overflow_in_joint_training_leaves_all_as_it_was() -> None:
+    from taps_ext.train.joint import JointRun
+
+    model, jobs = model_of().train(), joint_tasks()
+    made = Trainer(model, jobs, joint_config(amp="fp16"), quiet=True)
+    pairs = {name: made._data(name, task) for name, task in jobs.items()}
+    run = JointRun(model, jobs, made.config, *({name: pair[i] for name, pair in pairs.items()} for i in range(2)))
+    run.stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {key: value.clone() for key, value in values(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run._step(("a", "b"), 5) == {} and run.guard.bad == 0
+    assert same(before, values(model)) and run.stepper.scaler.inner.get_scale() == 2.0**39
+    assert all(p.grad is None for p in run.stepper.parameters)
+
+
 def test_gradients_are_unscaled_before_they_are_clipped() -> None:
     """The global norm after clipping is the bound, whatever the scale was."""
     model = build(FullConfig())
