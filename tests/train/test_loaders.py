@@ -233,6 +233,18 @@ def test_what_samples_draw_depends_on_the_epoch() -> None:
         assert not torch.equal(batches[0][0] - loader_x(loader, 0), batches[1][0] - loader_x(loader, 1))
 
 
+def test_what_a_sample_of_a_dataset_draws_does_not_depend_on_its_batch() -> None:
+    """Each draws its own, the same in batches of any size."""
+    noise = []
+    for size in (48, 7):
+        batches = batches_of(Noisy(), "val", size=size)
+        x = torch.cat([x for x, _ in batches.epoch(0)])
+        noise.append(x - data(48)[0])
+    assert torch.equal(*noise)
+    assert len({tuple(sample.flatten().tolist()) for sample in noise[0]}) == 48
+    assert len({round(float(sample.std()), 6) for sample in noise[0]}) == 48  # not one drawing, rounded
+
+
 def loader_x(loader: DataLoader, index: int) -> Tensor:
     x = loader.dataset.x if isinstance(loader.dataset, Noisy) else loader.dataset.tensors[0]
     return x[12 * index :][:12]
