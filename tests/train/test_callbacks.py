@@ -86,6 +86,17 @@ def test_a_callback_may_ask_to_stop(tmp_path) -> None:
     assert trainer(build(FullConfig()), out=tmp_path).fit()["t"] == short
 
 
+def test_all_are_told_and_none_writes_what_is_recorded() -> None:
+    class Stopping(Callback):
+        def on_epoch(self, run, values):
+            values.clear()
+            return True
+
+    noting = Noting()
+    history = trainer(build(FullConfig()), Stopping(), noting).fit()["t"].history
+    assert noting.kinds()[-2:] == ["epoch", "end"] and noting.heard[-2][2] == history[0] and history[0]["loss"] > 0
+
+
 def test_a_stop_is_kept_in_the_state(tmp_path, monkeypatch) -> None:
     def killed(*args):
         raise RuntimeError("killed")
