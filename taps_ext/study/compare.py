@@ -20,7 +20,11 @@ from ..methods import MethodConfig, parse_methods
 from ..model import TaskModel
 from ..plot.tradeoff import Point, front
 from ..profiling import estimate, operations
+from ..store import write_text
 from ..train import Result, Task, TrainConfig, Trainer
+from ..train.loader import batches_of, splits
+from ..train.run import quality_of
+from ..train.state import advising, same_settings
 from ..train.task import as_dataset, targets_of
 
 __all__ = ["Comparison", "Row", "compare", "interval", "parse_methods", "rates"]
@@ -53,8 +57,9 @@ class Row:
             interval (nan for one seed). val: the mean on the validation split.
         lr: the rate that did best on the validation split, of as many as every method had.
         parameters: values that the task adds. trained: those with a gradient. bytes: of its file.
-        share: of the gated weights that are open. step: seconds of a step. peak: predicted bytes of a training step, or
-            None where that cannot be predicted.
+        share: of the gated weights that are open.
+        step: seconds of the run, its validation among them, over its batches, on the machine as it was.
+        peak: predicted bytes of a training step, or None where that cannot be predicted.
         converged: False where the validation metric still rose by more than :data:`RISING` in the last fifth of the
             epochs, by the mean over the seeds, or where a seed's run diverged.
         added: operations of one sample's forward that the task adds to a model that runs other tasks
@@ -83,8 +88,8 @@ class Comparison:
     """What :func:`compare` found.
 
     Attributes:
-        rows: one for each method and task. missing: what `max_minutes` cut, by method and task. diverged: those that
-            came to losses that are not finite at every rate.
+        rows: one for each method and task. missing: what `max_minutes` cut, or left with fewer seeds, by method and
+            task. diverged: those that came to losses that are not finite at every rate.
     """
 
     rows: list[Row]
@@ -94,7 +99,8 @@ class Comparison:
 
     def points(self) -> list[Point]:
         """Every method that was trained on all tasks: mean file bytes, mean test metric in per cent with the half-width
-        of its 95 % interval over the seeds, and whether it converged on every task."""
+        of its 95 % interval over the seeds (nan where tasks have not as many), and whether it converged on every
+        task."""
         tasks = list(dict.fromkeys(row.task for row in self.rows))
         found = []
         for method in dict.fromkeys(row.method for row in self.rows):
@@ -102,8 +108,10 @@ class Comparison:
             if len(rows) < len(tasks):
                 continue
             size = sum(row.bytes for row in rows) / len(rows)
-            seeds = list(zip(*(row.tests for row in rows), strict=False))  # of each seed that all tasks have
-            mean, half = interval(100 * sum(tests) / len(tests) for tests in seeds)
+            mean, half = sum(100 * row.test for row in rows) / len(rows), math.nan
+            if len({len(row.tests) for row in rows}) == 1:
+                seeds = zip(*(row.tests for row in rows), strict=True)
+                mean, half = interval(100 * sum(tests) / len(tests) for tests in seeds)
             found.append(Point(method, size, mean, half, all(row.converged for row in rows)))
         return found
 
@@ -120,7 +128,7 @@ class Comparison:
         parts = [f"{point.method} from {_size(point.size)} a task ({point.value:.1f} %)" for point in best]
         complete = {point.method for point in self.points() if point.converged}
         left = sorted({row.method for row in self.rows} - complete)
-        note = f" Not converged on every task, and left out: {', '.join(left)}." if left else ""
+        note = f" Not trained or not converged on every task, and left out: {', '.join(left)}." if left else ""
         return f"By mean {self.metric} on the test splits: {'; '.join(parts)}.{note}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,7 +206,8 @@ def compare(
         tell: is told about each run before it begins: how many are done, of how many, and which it is.
 
     Raises:
-        ConfigError: bad counts; a task without test split, labels or integer targets.
+        ConfigError: bad counts; a task without test split, labels or integer targets; first metrics that differ, or of
+            which less is better; a run in `out` of other settings.
     """
     config = TrainConfig() if config is None else config
     for name, value in (("seeds", seeds), ("trials", trials)):
@@ -207,7 +216,7 @@ def compare(
     if not tasks or not methods:
         raise ConfigError("compare: expected tasks and methods, got none")
     classes = {name: _classes(name, task) for name, task in tasks.items()}
-    metric = next(iter(next(iter(tasks.values())).metrics), "loss")
+    metric = _metric(tasks)
     grid = _Grid(
         base, tasks, classes, methods, config, Path(out), max_minutes, tell or (lambda done, total, line: None)
     )
@@ -218,8 +227,9 @@ def compare(
         row = grid.row(method, task, rates(config.lr, trials), seeds)
         if isinstance(row, Row):
             found.rows.append(row)
-        else:
-            (found.missing if row == "missing" else found.diverged).append((method, task))
+        elif row == "diverged":
+            found.diverged.append((method, task))
+    found.missing.extend(grid.missing)
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "comparison.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return found
@@ -238,6 +248,21 @@ def _classes(name: str, task: Task) -> int:
     return int(targets.max()) + 1
 
 
+def _metric(tasks: Mapping[str, Task]) -> str:
+    """The first metric of all tasks, whose means and fronts are told."""
+    metrics = {name: next(iter(task.metrics), None) for name, task in tasks.items()}
+    first = next(iter(metrics.values()))
+    for name, metric in metrics.items():
+        if metric is None or metric != first or not tasks[name].maximize:
+            got = (
+                "none" if metric is None else f"{metric!r}{'' if tasks[name].maximize else ', of which less is better'}"
+            )
+            raise ConfigError(
+                f"tasks[{name!r}]: expected a first metric of which more is better, the same for all tasks, got {got}"
+            )
+    return str(first)
+
+
 class _Grid:
     def __init__(
         self,
@@ -254,6 +279,7 @@ class _Grid:
         self.config, self.out, self.tell = config, out, tell
         self.until = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self.facts: dict[_Run, dict[str, Any]] = {}
+        self.missing: dict[tuple[str, str], None] = {}  # in order
         self.total = self.done = 0
 
     def row(self, method: str, task: str, lrs: list[float], seeds: int) -> Row | str:
@@ -265,12 +291,12 @@ class _Grid:
         good = [(lr, result) for lr, result in tried if isinstance(result, Result)]
         if not good:
             return "diverged"
-        lr = max(good, key=lambda pair: _quality(known, pair[1].val))[0]
+        lr = max(good, key=lambda pair: quality_of(known, pair[1].val))[0]
         results = [self.train(_Run(method, task, lr, seed), test=True) for seed in range(seeds)]
         done = [result for result in results if isinstance(result, Result)]
         if not done:
             return "missing"
-        key, facts = next(iter(known.metrics), "loss"), self.facts[_Run(method, task, lr, 0)]
+        key, facts = next(iter(known.metrics)), self.facts[_Run(method, task, lr, 0)]
         mean, half = interval(result.test[key] for result in done)
         return Row(
             method=method,
@@ -288,16 +314,15 @@ class _Grid:
     def train(self, run: _Run, *, test: bool) -> Result | str:
         """One run, or what it came to before: a result, "diverged", or "missing" where there is no time for it."""
         folder = self.out / quote(run.method, safe="") / quote(run.task, safe="") / f"lr-{run.lr:.4g}-seed-{run.seed}"
-        diverged = folder / "diverged.txt"
+        diverged = folder / "diverged.json"
         finished = diverged.exists() or (folder.exists() and any(folder.glob("*.result.json")))
         if not finished and self.until is not None and time.monotonic() > self.until:
+            self.missing[run.method, run.task] = None
             return "missing"
         if test is False or run.seed:  # the first seed of the chosen rate is a trial's run again
             line = f"{run.method} on {run.task}, lr {run.lr:.3g}, seed {run.seed}"
             self.tell(self.done, self.total, f"{line}{' (done before)' if finished else ''}")
             self.done += 1
-        if diverged.exists():
-            return "diverged"
         config = replace(self.config, lr=run.lr, seed=run.seed, out=str(folder))
         task = self.tasks[run.task]
         with _model(self.base, self.methods[run.method]) as model:
@@ -305,11 +330,17 @@ class _Grid:
                 torch.manual_seed(run.seed)
                 model.add_task(run.task, num_classes=self.classes[run.task])
             trainer = Trainer(model, {run.task: task if test else replace(task, test=None)}, config, quiet=True)
+            settings = trainer._settings(run.task, trainer.tasks[run.task])
+            if diverged.exists():
+                with advising(diverged):
+                    before = json.loads(diverged.read_text(encoding="utf-8"))["settings"]
+                same_settings(diverged, before, settings)
+                return "diverged"
             try:
                 result = trainer.fit()[run.task]
             except DivergedError as error:
                 folder.mkdir(parents=True, exist_ok=True)
-                diverged.write_text(f"{error}\n", encoding="utf-8")
+                write_text(diverged, json.dumps({"error": str(error), "settings": settings}))
                 return "diverged"
             self.facts[run] = self._facts(model, run.task, result, folder)
         return result
@@ -317,7 +348,9 @@ class _Grid:
     def _facts(self, model: TaskModel, name: str, result: Result, folder: Path) -> dict[str, Any]:
         task, state = self.tasks[name], model.state(name)
         data = as_dataset(task.train, f"tasks[{name!r}].train")
-        steps = max(1, len(result.history)) * math.ceil(len(data) / self.config.batch_size)  # type: ignore[arg-type]
+        train, _ = splits(task, f"tasks[{name!r}]", self.config.val_fraction, self.config.seed)
+        batches = batches_of(train, "train", size=self.config.batch_size, train=True)
+        steps = max(1, len(result.history)) * len(batches)
         inputs = data[0][0] if isinstance(data[0], (tuple, list)) else None
         peak = added = None
         if isinstance(inputs, torch.Tensor):
@@ -347,16 +380,9 @@ class _model:
         self.model.unload()
 
 
-def _quality(task: Task, metrics: Mapping[str, float]) -> float:
-    """The first metric, or the loss, so that more is better."""
-    key = next(iter(task.metrics), "loss")
-    return metrics[key] if task.metrics and task.maximize else -metrics[key]
-
-
 def _rise(task: Task, result: Result) -> float:
     """By how much the first metric's best in the last fifth of the epochs is above its best before."""
-    values = [_quality(task, {k[4:]: v for k, v in entry.items() if k[:4] == "val_"}) for entry in result.history]
-    return rise(values)
+    return rise([entry[f"val_{next(iter(task.metrics))}"] for entry in result.history])
 
 
 def rise(values: Sequence[float]) -> float:

@@ -106,13 +106,17 @@ class JointRun:
         self.later = later
         for parameter, _ in later:
             parameter.requires_grad_(False)
-        self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
         self.shared = [p for family in self.families.values() for p in family.parameters()]
-        groups = groups_of(model, list(tasks), config, "tasks")
         weights = [p for p in self.weighting.parameters() if p.requires_grad]
-        if weights:
-            groups.append({"name": "weighting", "params": weights, "lr": config.lr, "weight_decay": 0.0})
-        self.stepper = Stepper(groups, config, own, self.device)
+        try:
+            self.tied = None if config.hierarchy is None else Hierarchy(self.states, config.hierarchy)
+            groups = groups_of(model, list(tasks), config, "tasks")
+            if weights:
+                groups.append({"name": "weighting", "params": weights, "lr": config.lr, "weight_decay": 0.0})
+            self.stepper = Stepper(groups, config, own, self.device)
+        except BaseException:
+            self.release()  # else the next run would take it for what the user froze
+            raise
         self.optimizer = self.stepper.optimizer
         named = {key.replace("/", " ", 1): held for key, held in self.parts.items()}
         self.guard = StepGuard({**named, "the loss weights": self.weighting}, config.bad_steps)

@@ -80,16 +80,24 @@ def _sampler(loader: DataLoader[Any]) -> Any:
 
 
 def drawn(loader: DataLoader[Any], seed: int, epoch: int, most: int | None) -> list[Any]:
-    """What a loader's sampler gives for an epoch, at most `most` of it, with every generator that is known seeded."""
+    """What a loader's sampler gives for an epoch, at most `most` of it, with every generator that is known seeded, and
+    afterwards as it was."""
     sampler = _sampler(loader)
+    holders = (loader, sampler, getattr(sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    own = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
     with forked():
         seed_host(seed)
-        for holder in (loader, sampler, getattr(sampler, "sampler", None)):
-            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-                generator.manual_seed(seed)
+        for generator, _ in own:
+            generator.manual_seed(seed)
+        for holder in holders:
             if callable(begin := getattr(holder, "set_epoch", None)):
                 begin(epoch)
-        return list(islice(iter(sampler), len(sampler) if most is None else most))
+        try:
+            return list(islice(iter(sampler), len(sampler) if most is None else most))
+        finally:
+            for generator, before in own:
+                generator.set_state(before)
 
 
 def _digest(batches: list[Any]) -> str:
@@ -235,17 +243,19 @@ class StreamBatches(Epochs):
         with forked():
             seed_host(seed)
             self.reading = reading = iter(loader)
-        for position in count():
-            if position == self.length:
-                end_workers(reading)
-                return
-            with forked():
-                seed_host(hash((seed, position)) % 2**63)
-                batch = next(reading, _END)
-            if batch is _END:
-                break
-            if position >= skip:
-                yield pair_of_batch(batch, self.argument)
+        try:
+            for position in count():
+                if position == self.length:
+                    return
+                with forked():
+                    seed_host(hash((seed, position)) % 2**63)
+                    batch = next(reading, _END)
+                if batch is _END:
+                    break
+                if position >= skip:
+                    yield pair_of_batch(batch, self.argument)
+        finally:  # also where whoever reads leaves off
+            end_workers(reading)
         if self.train:
             why = "as its len() says" if self.told is None else "as batches_per_epoch says"
             raise ConfigError(f"{self.argument}: expected {self.length} batches in an epoch, {why}, got {position}")

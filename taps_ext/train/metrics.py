@@ -102,8 +102,8 @@ def _ignored_by(loss: Callable[..., Any]) -> int | None:
     if isinstance(loss, nn.CrossEntropyLoss):
         return loss.ignore_index if loss.reduction == "mean" and loss.weight is None else None
     settings: dict[str, Any] = {}
-    while isinstance(loss, functools.partial):
-        settings, loss = {**loss.keywords, **settings}, loss.func
+    if isinstance(loss, functools.partial):  # of a partial it is one itself
+        settings, loss = loss.keywords, loss.func
     if loss is not F.cross_entropy or settings.get("weight") is not None or settings.get("reduction", "mean") != "mean":
         return None
     return int(settings.get("ignore_index", IGNORED))

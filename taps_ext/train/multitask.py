@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from ..errors import ConfigError
-from .randomness import forked, seed_host
-from .task import Batch, Batches, as_dataset, identity
+from .fetch import Batch, FetchEach, Reader
+from .task import Batches, as_dataset, identity, keys_of, ordered
 
 
 class MultiTask:
@@ -39,7 +39,7 @@ class MultiTask:
 
     def __init__(self, data: Any) -> None:
         self.data = as_dataset(data, "data")
-        self._readers: dict[Any, _Reader] = {}
+        self._together: dict[Any, _Together] = {}
         self._subsets: dict[tuple[int, ...], MultiTask] = {}
 
     def task(self, name: str) -> Labels:
@@ -53,11 +53,11 @@ class MultiTask:
             self._subsets[key] = MultiTask(Subset(self.data, list(key)))
         return self._subsets[key]
 
-    def reader(self, size: int, seed: int, train: bool, workers: int) -> _Reader:
+    def together(self, size: int, seed: int, train: bool, workers: int) -> _Together:
         key = (size, seed, train, workers)
-        if key not in self._readers:
-            self._readers[key] = _Reader(self.data, *key)
-        return self._readers[key]
+        if key not in self._together:
+            self._together[key] = _Together(self.data, *key)
+        return self._together[key]
 
 
 class Labels(Dataset[Any]):
@@ -107,7 +107,7 @@ class LabelBatches(Batches):
 
     def __init__(self, labels: Labels, size: int, seed: int, *, train: bool, workers: int) -> None:
         super().__init__(labels, size, seed, train=train, workers=workers)
-        self.name, self.together = labels.name, labels.whole.reader(size, seed, train, workers)
+        self.name, self.together = labels.name, labels.whole.together(size, seed, train, workers)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         own: Iterator[_Items] | None = None  # where the task is not in step with the others
@@ -156,46 +156,26 @@ def _pair(item: Any) -> tuple[Any, Mapping[str, Any]]:
     return item[0], item[1]
 
 
-class _Seeded(Dataset[Any]):
-    """Items whose random numbers depend on the sample and the epoch alone, whoever reads them and when."""
-
-    def __init__(self, data: Dataset[Any], seed: int) -> None:
-        self.data, self.seed = data, seed
-
-    def __getitem__(self, index: int) -> Any:
-        with forked():
-            seed_host(hash((self.seed, index)) % 2**63)
-            return self.data[index]
-
-    def __len__(self) -> int:
-        return len(cast(Any, self.data))
-
-
-class _Reader:
+class _Together:
     """Batches of items, read once for tasks that ask for them in step."""
 
     def __init__(self, data: Dataset[Any], size: int, seed: int, train: bool, workers: int) -> None:
         self.data, self.size, self.seed, self.train, self.workers = data, size, seed, train, workers
+        self.readers: list[Reader] = []
         self.at: tuple[int, int] | None = None
         self.last: _Items | None = None
         self.running: Iterator[_Items] | None = None
 
     def stream(self, epoch: int, skip: int, end: int | None = None) -> Iterator[_Items]:
         """The batches of an epoch, leaving out the first `skip` and those from `end` on."""
-        samples = len(cast(Any, self.data))
-        if self.train:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(samples, generator=generator)
-        else:
-            order = torch.arange(samples)
-        loader = DataLoader(
-            _Seeded(self.data, hash((self.seed, epoch, self.train)) % 2**63),
-            batch_sampler=[index.tolist() for index in order.split(self.size)[skip:end]],
-            num_workers=self.workers,
-            collate_fn=_Items,
-            generator=torch.Generator().manual_seed(0),  # else to begin draws a number of the run's
-        )
-        yield from loader
+        order = ordered(len(cast(Any, self.data)), self.size, self.seed, epoch, train=self.train)
+        reader = Reader(FetchEach(self.data, _Items), {"num_workers": self.workers})
+        self.readers.append(reader)
+        try:
+            yield from reader.read(keys_of(order[skip:end], self.seed, epoch, train=self.train))
+        finally:
+            reader.close()
+            self.readers = [other for other in self.readers if other is not reader]
 
     def batch(self, epoch: int, index: int, *, starting: bool) -> _Items | None:
         """A batch that was read last, or comes next, or with which an epoch starts; None for any other."""
@@ -210,4 +190,6 @@ class _Reader:
 
     def close(self) -> None:
         """End the processes that read; another epoch begins anew."""
+        for reader in self.readers:
+            reader.close()
         self.at = self.last = self.running = None

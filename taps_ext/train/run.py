@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -21,7 +21,7 @@ from .budget import settle
 from .callbacks import Told
 from .checks import check_targets
 from .config import TrainConfig
-from .fetch import Epochs
+from .fetch import Batch, Epochs
 from .guard import StepGuard
 from .interrupt import Stop
 from .log import Log
@@ -106,6 +106,7 @@ class Run:
         self.stepper = Stepper(groups_of(model, [name], config, f"task {name!r}"), config, own, self.device)
         self.optimizer = self.stepper.optimizer
         self.told: Told | None = None
+        self.stream: Iterator[Batch] | None = None  # what is left of the epoch
         self.guard = StepGuard({f"task {name!r}": self.state}, config.bad_steps)
         self.average = None if config.ema is None else Average(self.state, config.ema)
         self.progress, self.best = Progress(), snapshot(self.state)
@@ -141,12 +142,13 @@ class Run:
         first = progress.batch
         self.model.train()
         running = torch.tensor(progress.loss, dtype=torch.float64, device=self.device)
-        stream = self.batches.epoch(progress.epoch, skip=progress.batch)
+        if self.stream is None:  # it lasts over states that are saved: streams would be read again from their beginning
+            self.stream = self.batches.epoch(progress.epoch, skip=progress.batch)
         while progress.batch < len(self.batches):
             if stop.asked or (stop.saving and progress.batch > first):  # before the next samples draw random numbers
                 progress.loss = running.item()
                 return False
-            chunk = list(islice(stream, config.accumulate))
+            chunk = list(islice(self.stream, config.accumulate))
             self.stepper.rates(progress.step, self.steps_per_epoch)
             optimizer.zero_grad(set_to_none=True)
             self.guard.before()
@@ -170,7 +172,7 @@ class Run:
             log.step(progress.step)
             if self.told is not None:
                 self.told.step(progress.step, {"loss": loss.item() / seen, **self.stepper.rates_now()})
-        progress.loss = running.item()
+        progress.loss, self.stream = running.item(), None
         return True
 
     def _bad(self, loss: Tensor, batches: int) -> bool:
@@ -314,7 +316,7 @@ class Run:
     def load(self, path: Path, settings: dict[str, Any], parent: str) -> None:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
         kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.stepper, parent, settings)
-        self.progress, self.best = Progress(**counters["progress"]), kept["best"]
+        self.progress, self.best, self.stream = Progress(**counters["progress"]), kept["best"], None
         if self.progress.held:
             self.rest()
         if self.average is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -222,6 +223,23 @@ def put_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor],
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, held in state.items():  # torch gives tensors their parameter's dtype, whatever the optimizer keeps
+        mine = optimizer.state[parameters[number]]
+        for key, value in held.items():
+            mine[key] = _as_kept(value, mine[key])
+
+
+def _as_kept(saved: Any, loaded: Any) -> Any:
+    """A saved value, its tensors where those that torch has loaded are."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device)
+    if isinstance(saved, (list, tuple)):
+        return type(saved)(_as_kept(one, other) for one, other in zip(saved, loaded, strict=True))
+    if isinstance(saved, dict):
+        made = {key: _as_kept(value, loaded[key]) for key, value in saved.items()}
+        return Counter(made) if isinstance(saved, Counter) else made
+    return saved
 
 
 def _named(packed: Any) -> list[str]:

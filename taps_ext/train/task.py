@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..store import fingerprint
-from .fetch import Batch, Epochs, FetchEach, Reader
+from .fetch import Batch, Epochs, FetchEach, Key, Reader
 from .metrics import Metric, hits
 from .randomness import forked, seed_host
 
@@ -270,6 +270,10 @@ def content_of(dataset: Any) -> str | None:
         return fingerprint({"x": memory[0], "y": memory[1]})
     if callable(own):
         return hashlib.sha256(json.dumps(own()).encode()).hexdigest()
+    if type(dataset) is Subset:
+        whole = content_of(dataset.dataset)
+        chosen = [whole, [int(index) for index in dataset.indices]]
+        return None if whole is None else hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
     targets = targets_of(dataset) if hasattr(dataset, "__len__") else None
     return None if targets is None else fingerprint({"y": targets})
 
@@ -278,6 +282,20 @@ def identity(data: Any, argument: str) -> list[Any]:
     """What tells one dataset from another, JSON-ready: type, length and a digest of what is known of its content."""
     dataset = as_dataset(data, argument)
     return [type(dataset).__name__, len(cast(Sized, dataset)), content_of(dataset)]
+
+
+def ordered(samples: int, size: int, seed: int, epoch: int, *, train: bool) -> Sequence[Tensor]:
+    """The samples of each batch of an epoch: shuffled in training, a pure function of the seed and the epoch."""
+    if not train:
+        return torch.arange(samples).split(size)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(samples, generator=generator).split(size)
+
+
+def keys_of(chosen: Sequence[Tensor], seed: int, epoch: int, *, train: bool) -> list[Key]:
+    """Batches as a :class:`Reader` reads them, whose samples draw from the seed, the epoch and themselves alone."""
+    drawn = hash((seed, epoch, train)) % 2**63
+    return [(drawn, index.tolist()) for index in chosen]
 
 
 class Batches(Epochs):
@@ -303,19 +321,14 @@ class Batches(Epochs):
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, leaving out the first `skip`."""
-        if self.train:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(self.samples, generator=generator)
-        else:
-            order = torch.arange(self.samples)
-        chosen = order.split(self.size)[skip : len(self)]
+        order = ordered(self.samples, self.size, self.seed, epoch, train=self.train)
+        chosen = order[skip : len(self)]
         if self.memory is not None:
             for index in chosen:
                 yield self.memory[0][index], self.memory[1][index]
             return
         assert self.reader is not None
-        seed = hash((self.seed, epoch, self.train)) % 2**63
-        for batch in self.reader.read([(seed, index.tolist()) for index in chosen]):
+        for batch in self.reader.read(keys_of(chosen, self.seed, epoch, train=self.train)):
             inputs, targets = pair_of(batch)
             yield inputs, targets
 

@@ -302,6 +302,16 @@ class Trainer:
         data = {name: self._data(name, task) for name, task in self.tasks.items()}
         batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
         run = JointRun(self.model, self.tasks, config, batches, evaluate, shared_first=lean, own=self.own)  # type: ignore[arg-type]
+        try:
+            return self._run_together(run, settings, resume, stop, mode)
+        finally:
+            run.release()
+            self._close()
+
+    def _run_together(
+        self, run: JointRun, settings: dict[str, Any], resume: str | bool, stop: Stop, mode: str
+    ) -> dict[str, Result]:
+        config, lean = self.config, mode == "lean"
         randomness.seed_all(config.seed)
         path = None if self.out is None else self.out / JOINT_STATE
         if path is not None and resume is False:
@@ -312,14 +322,12 @@ class Trainer:
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / "joint" if self.out is not None and config.tensorboard else None
         total = run.steps_per_epoch * config.epochs
-        log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
         with self._told(run, tuple(self.tasks), settings, total) as told:
+            log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
             try:
                 self._train(run, log, stop, path, settings, parent)
             finally:
                 log.close()
-                run.release()
-                self._close()
             run.optimizer.zero_grad(set_to_none=True)
             run.keep_best()
             if lean:
@@ -392,8 +400,8 @@ class Trainer:
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
-        log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
         with self._told(run, (name,), settings, total) as told:
+            log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
             try:
                 self._train(run, log, stop, path, settings, parent)
             finally:

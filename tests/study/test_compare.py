@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from taps_ext import (
 from taps_ext.cli import main
 from taps_ext.study.compare import Row, interval, parse_methods, rates, rise
 from taps_ext.train import Task, TrainConfig, Trainer
+
+module = importlib.import_module("taps_ext.study.compare")  # its function has its name
 
 
 def data(samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +106,75 @@ def test_time_that_runs_out_is_told(tmp_path) -> None:
     assert found.sentence.startswith("No method has converged")
 
 
+def test_seeds_that_time_cuts_are_told(tmp_path, monkeypatch) -> None:
+    """A row of fewer seeds than were asked for is one of what is missing; with more time it is complete."""
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def tell(done: int, total: int, line: str) -> None:
+        clock[0] += 61.0 if done == 1 else 0.0  # the first of the two further seeds is the last that begins
+
+    arguments = (base(), {"t": task()}, {"probe": ProbeConfig()}, CONFIG)
+    found = compare(*arguments, seeds=3, trials=1, out=tmp_path, max_minutes=1.0, tell=tell)
+    assert [len(r.tests) for r in found.rows] == [2] and found.missing == [("probe", "t")]
+    found = compare(*arguments, seeds=3, trials=1, out=tmp_path)
+    assert [len(r.tests) for r in found.rows] == [3] and not found.missing
+
+
+def test_points_are_means_over_tasks_with_an_interval_over_seeds() -> None:
+    """Seeds .5, .7 and .3, .5 of two tasks: means .4 and .6. Where a task has other seeds than the rest the mean is of
+    all that there are, and what it is known to is not told."""
+    rows = [
+        replace(row("m", 0.6, 10, task="a"), tests=(0.5, 0.7)),
+        replace(row("m", 0.4, 30, task="b"), tests=(0.3, 0.5)),
+        replace(row("n", 0.6, 10, task="a"), tests=(0.5, 0.6, 0.7)),
+        replace(row("n", 0.1, 10, task="b"), tests=(0.1,), converged=False),
+    ]
+    one, other = Comparison(rows, "accuracy").points()
+    assert one[:3] == ("m", 20.0, pytest.approx(50.0)) and one.half == pytest.approx(interval([40.0, 60.0])[1])
+    assert other.value == pytest.approx(35.0) and math.isnan(other.half) and not other.converged
+
+
+def test_the_rate_is_chosen_by_validation_alone(tmp_path, monkeypatch) -> None:
+    """The test split says the opposite, and is read once a seed; a rate whose validation is NaN is not chosen."""
+    evaluate, read = Trainer.evaluate, []
+
+    def measured(self: Trainer, name: str, split, *, task=None):
+        found = evaluate(self, name, split, task=task)
+        tests = split is self.tasks[name].test
+        read.extend([self.config.lr] if tests else [])
+        score = {0: math.nan, 1: 0.9, 2: 0.5}[order.index(self.config.lr)]
+        return {**found, "accuracy": 1.0 - score if tests else score}
+
+    order = rates(0.1, 3)
+    monkeypatch.setattr(Trainer, "evaluate", measured)
+    found = compare(base(), {"t": task()}, {"probe": ProbeConfig()}, CONFIG, seeds=2, trials=3, out=tmp_path)
+    assert found.rows[0].lr == order[1] and found.rows[0].val == 0.9 and read == [order[1]] * 2
+
+
+def test_a_seed_that_diverges_has_not_converged(tmp_path, monkeypatch) -> None:
+    fit = Trainer.fit
+
+    def diverge(self: Trainer, **settings):
+        if self.config.seed == 1:
+            raise DivergedError("not finite")
+        return fit(self, **settings)
+
+    monkeypatch.setattr(Trainer, "fit", diverge)
+    monkeypatch.setattr(module, "_rise", lambda task, result: 0.0)
+    found = compare(base(), {"t": task()}, {"probe": ProbeConfig()}, CONFIG, seeds=3, trials=1, out=tmp_path)
+    assert [(len(r.tests), r.converged) for r in found.rows] == [(2, False)]
+    assert not found.missing and not found.diverged
+
+
+@pytest.mark.parametrize(("rises", "converged"), [((0.0, 0.009), True), ((0.002, 0.009), False)])
+def test_convergence_is_the_mean_over_the_seeds(rises, converged: bool, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "_rise", lambda task, result: left.pop())
+    left = list(rises)
+    found = compare(base(), {"t": task()}, {"probe": ProbeConfig()}, CONFIG, seeds=2, trials=1, out=tmp_path)
+    assert [r.converged for r in found.rows] == [converged] and not left
+
+
 def test_the_sentence_follows_from_the_rows() -> None:
     """The front of mean accuracy over mean bytes, of methods that converged on every task."""
     rows = [
@@ -114,7 +188,7 @@ def test_the_sentence_follows_from_the_rows() -> None:
     assert [point.method for point in found.front()] == ["probe", "lora", "full"]
     assert found.sentence == (
         "By mean accuracy on the test splits: probe from 1.0 kB a task (50.0 %); lora from 3.0 kB a task (80.0 %); "
-        "full from 9.00 MB a task (90.0 %). Not converged on every task, and left out: half, late."
+        "full from 9.00 MB a task (90.0 %). Not trained or not converged on every task, and left out: half, late."
     )
     assert found.table().count("\n|") == len(rows) + 1
 
@@ -139,6 +213,9 @@ def test_rates_that_diverge_are_passed_over(tmp_path, monkeypatch) -> None:
     assert "Diverged at every rate: probe on t." in found.table()
     limit = 1.0  # nothing is tried again
     assert compare(*arguments, seeds=1, trials=2, out=tmp_path / "all").diverged == [("probe", "t")]
+    clipped = replace(CONFIG, clip_norm=1.0)  # of which nothing is known
+    with pytest.raises(ConfigError, match=r"diverged.json was started with clip_norm = None, got 1.0"):
+        compare(*arguments[:3], clipped, seeds=1, trials=2, out=tmp_path / "all")
 
 
 def test_a_rise_is_told_from_the_last_fifth() -> None:
@@ -185,6 +262,15 @@ def test_mistakes_are_told(tmp_path) -> None:
             compare(base(), {"t": task()}, METHODS, CONFIG, out=tmp_path, **settings)
     with pytest.raises(ConfigError, match=r"tasks\['t'\]: expected a Task with a test split"):
         compare(base(), {"t": Task(train=data(8, 0))}, METHODS, CONFIG, out=tmp_path)
+    by_loss, by_error = replace(task(), metrics={}), replace(task(), maximize=False)
+    other = replace(task(), metrics={"f1": lambda outputs, targets: 0.0})
+    for tasks, message in (
+        ({"t": by_loss}, r"tasks\['t'\]: expected a first metric of which more is better.*, got none"),
+        ({"t": by_error}, "got 'accuracy', of which less is better"),
+        ({"t": task(), "u": other}, r"tasks\['u'\]: .* the same for all tasks, got 'f1'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare(base(), tasks, METHODS, CONFIG, out=tmp_path)
     with pytest.raises(ConfigError, match="compare: expected tasks and methods, got none"):
         compare(base(), {"t": task()}, {}, CONFIG, out=tmp_path)
 

@@ -18,7 +18,7 @@ from test_joint import model_of, same, values
 from test_joint import tasks as joint_tasks
 from test_trainer import build, data, equal, tensors
 
-from taps_ext import ConfigError, FullConfig
+from taps_ext import ConfigError, FullConfig, TapsConfig
 from taps_ext.train import Callback, Task, TrainConfig, Trainer, TrainingInterrupted
 
 
@@ -86,6 +86,17 @@ def test_a_callback_may_ask_to_stop(tmp_path) -> None:
     assert trainer(build(FullConfig()), out=tmp_path).fit()["t"] == short
 
 
+def test_all_are_told_and_none_writes_what_is_recorded() -> None:
+    class Stopping(Callback):
+        def on_epoch(self, run, values):
+            values.clear()
+            return True
+
+    noting = Noting()
+    history = trainer(build(FullConfig()), Stopping(), noting).fit()["t"].history
+    assert noting.kinds()[-2:] == ["epoch", "end"] and noting.heard[-2][2] == history[0] and history[0]["loss"] > 0
+
+
 def test_a_stop_is_kept_in_the_state(tmp_path, monkeypatch) -> None:
     def killed(*args):
         raise RuntimeError("killed")
@@ -119,6 +130,27 @@ def test_the_end_is_told_whatever_it_is(tmp_path) -> None:
     with pytest.raises(OSError, match="no disk"):
         trainer(build(), failing).fit()
     assert failing.heard[-1] == ("end", {})
+
+
+@pytest.mark.parametrize("mode", ["incremental", "joint"])
+def test_a_start_that_fails_leaves_nothing_open(mode: str, tmp_path, monkeypatch) -> None:
+    from taps_ext.train import log
+
+    opened: list[Path] = []
+    monkeypatch.setattr(log, "cut_torn_line", opened.append)
+
+    class Failing(Callback):
+        def on_start(self, run) -> None:
+            raise OSError("no disk")
+
+    model = model_of("ab", None if mode == "joint" else TapsConfig(lam=0.1))
+    made = Trainer(model, joint_tasks(), joint_config(tmp_path), quiet=True, callbacks=[Failing()])
+    with pytest.raises(OSError, match="no disk"):
+        made.fit(mode)
+    assert not opened  # else the file, and the line on the terminal, would stay
+    made.callbacks = ()
+    made.fit(mode)
+    assert opened
 
 
 def test_joint_and_lean_runs_are_told() -> None:

@@ -222,6 +222,34 @@ def test_samplers_of_all_kinds_can_be_resumed(sampler) -> None:
     assert same(all_of(loader(), 0), first[0])
 
 
+def test_what_samples_draw_depends_on_the_epoch() -> None:
+    """And on the batch, where the samples are in the same order in each epoch: in the dataset and in collate."""
+    for loader in (
+        DataLoader(Noisy(), batch_size=12),
+        DataLoader(TensorDataset(*data(48)), batch_size=12, collate_fn=drawing_collate),
+    ):
+        assert not any(torch.equal(x, y) for (x, _), (y, _) in zip(all_of(loader, 0), all_of(loader, 1), strict=True))
+        batches = all_of(loader, 0)
+        assert not torch.equal(batches[0][0] - loader_x(loader, 0), batches[1][0] - loader_x(loader, 1))
+
+
+def test_what_a_sample_of_a_dataset_draws_does_not_depend_on_its_batch() -> None:
+    """Each draws its own, the same in batches of any size."""
+    noise = []
+    for size in (48, 7):
+        batches = batches_of(Noisy(), "val", size=size)
+        x = torch.cat([x for x, _ in batches.epoch(0)])
+        noise.append(x - data(48)[0])
+    assert torch.equal(*noise)
+    assert len({tuple(sample.flatten().tolist()) for sample in noise[0]}) == 48
+    assert len({round(float(sample.std()), 6) for sample in noise[0]}) == 48  # not one drawing, rounded
+
+
+def loader_x(loader: DataLoader, index: int) -> Tensor:
+    x = loader.dataset.x if isinstance(loader.dataset, Noisy) else loader.dataset.tensors[0]
+    return x[12 * index :][:12]
+
+
 def test_generators_of_the_run_are_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
@@ -229,6 +257,15 @@ def test_generators_of_the_run_are_left_alone() -> None:
         all_of(DataLoader(Noisy(), batch_size=12, shuffle=True, num_workers=workers))
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_generators_of_the_loader_are_left_alone() -> None:
+    """What else draws from them is not disturbed, and need not be told."""
+    own = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    before = [generator.get_state() for generator in own]
+    sampler = RandomSampler(Noisy(), generator=own[0])
+    all_of(DataLoader(Noisy(), batch_size=12, sampler=sampler, generator=own[1]))
+    assert all(torch.equal(generator.get_state(), state) for generator, state in zip(own, before, strict=True))
 
 
 class Endless(ByEpoch):
@@ -482,6 +519,14 @@ def test_a_worker_is_begun_by_the_loaders_own_function() -> None:
     assert [float(x[0, 1, 1, 1]) for x in one] == [10.0, 11.0, 10.0, 11.0]
     assert all(torch.equal(a, b) for a, b in zip(one, read(), strict=True))
     assert one[0][0, 0, 0, 0] != one[1][0, 0, 0, 0]
+
+
+def test_what_a_worker_draws_as_it_begins_does_not_depend_on_what_was_read_before() -> None:
+    """A run that is resumed in its second epoch has the workers of one that was not stopped."""
+    loader = DataLoader(Inited(), batch_size=12, num_workers=2, worker_init_fn=_init)
+    whole, resumed = (batches_of(loader, "train", size=5, train=True) for _ in range(2))
+    list(whole.epoch(0))
+    assert same(list(whole.epoch(1)), list(resumed.epoch(1)))
 
 
 def test_batches_are_fetched_at_once_where_a_dataset_can() -> None:

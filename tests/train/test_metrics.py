@@ -15,7 +15,7 @@ from test_trainer import build, data, equal, fit, tensors
 from torch import Tensor, nn
 
 from taps_ext import ConfigError, ProbeConfig, TapsConfig, TaskModel
-from taps_ext.train import Task, TrainConfig, Trainer, accuracy, whole
+from taps_ext.train import Callback, Task, TrainConfig, Trainer, accuracy, whole
 from taps_ext.train.metrics import weight_of
 from taps_ext.train.tokens import token_cross_entropy
 
@@ -122,18 +122,21 @@ def test_what_a_batch_weighs(loss, weight: float) -> None:
 
 
 def test_ignored_targets_of_accumulated_steps_weigh_nothing() -> None:
-    """Batches of 6 accumulated to 24 are one batch of 24, also where they ignore different numbers of targets."""
+    """Batches of 6 accumulated to 24 are one batch of 24, also where they ignore different numbers of targets. In
+    float64 but for Deltas and scores: eight steps, of which each rounds them and their momentum to 2^-24."""
     x, y = data(96)
     y = y.clone()
     y[torch.rand(96, generator=torch.Generator().manual_seed(1)) < 0.5] = -100
     results = []
     for batch, accumulate in ((24, 1), (6, 4)):
-        model = build(TapsConfig(lam=0.5, norm="frozen"))
+        model = build(TapsConfig(lam=0.5, norm="frozen")).double()
         settings = {"epochs": 2, "warmup_epochs": 0, "select": "last"}
-        fit(model, batch_size=batch, accumulate=accumulate, task={"train": (x, y), "val": data(16)}, **settings)
+        split = {"train": (x.double(), y), "val": (data(16)[0].double(), data(16)[1]), "test": None}
+        fit(model, batch_size=batch, accumulate=accumulate, task=split, **settings)
         results.append(tensors(model))
     for name, tensor in results[0].items():
-        assert torch.allclose(tensor, results[1][name], rtol=1e-4, atol=1e-5), name  # as without any ignored
+        limit = 8 * 2 * 2**-24 * max(1.0, float(tensor.abs().max()))
+        assert torch.allclose(tensor, results[1][name], rtol=0, atol=limit), name
 
 
 def test_a_batch_in_which_nothing_counts_is_passed_over() -> None:
@@ -148,6 +151,22 @@ def test_a_batch_in_which_nothing_counts_is_passed_over() -> None:
     jobs = {n: Task(train=(t.train[0], torch.full_like(t.train[1], -100)), val=t.val) for n, t in joint_tasks().items()}
     Trainer(joint, jobs, joint_config(epochs=1, warmup_epochs=0, select="last"), quiet=True).fit("joint")
     assert same(before, values(joint))
+
+
+def test_the_loss_of_a_joint_epoch_is_the_mean_over_its_samples() -> None:
+    """Batches of 7 and a last one of 5 (a, 40 samples); b, of 24, starts again after 7, 7, 7 and 3."""
+    told: dict[str, list[float]] = {"a": [], "b": []}
+
+    class Noting(Callback):
+        def on_step(self, run, step, values) -> None:
+            for name, losses in told.items():
+                losses.append(values[f"{name}_loss"])
+
+    made = Trainer(model_of(), joint_tasks(), joint_config(batch_size=7, epochs=1), quiet=True, callbacks=[Noting()])
+    entry = made.fit("joint")["a"].history[0]
+    for name, counts in {"a": [7] * 5 + [5], "b": [7, 7, 7, 3, 7, 7]}.items():
+        want = sum(loss * n for loss, n in zip(told[name], counts, strict=True)) / sum(counts)
+        assert entry[f"{name}_loss"] == pytest.approx(want, rel=1e-14)  # float64 sums of six
 
 
 def test_metric_objects_are_settings_by_what_they_are_not_by_what_they_saw(tmp_path) -> None:
@@ -167,6 +186,7 @@ def test_metric_objects_are_settings_by_what_they_are_not_by_what_they_saw(tmp_p
 
     one = Quiet(1.0)
     fit(build(), out=str(tmp_path), task={"metrics": {"m": one}})
+    one.update(None, None)
     fit(build(), out=str(tmp_path), task={"metrics": {"m": one}})  # used, and still the same setting
     fit(build(), out=str(tmp_path), task={"metrics": {"m": Quiet(1.0)}})
     with pytest.raises(ConfigError, match="started with metrics"):

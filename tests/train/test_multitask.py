@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_joint import config, model_of, same, values
+from test_joint import tasks as plain
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskModel
 from taps_ext.train import MultiTask, Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.joint import JointRun
 from taps_ext.train.multitask import LabelBatches, dataset_batches
+from taps_ext.train.task import identity
 
 SAMPLES = 32
 
@@ -107,14 +112,30 @@ def test_a_missing_label_is_as_if_the_batch_had_not_the_sample(none: bool) -> No
 def test_a_task_without_labels_in_a_batch_is_not_in_the_step() -> None:
     """Its values, statistics and optimizer state stay, and what is shared gets the other's gradient, not half of it. A
     single label is none: there are no statistics of it."""
-    model, alone = model_of(), model_of()
-    run = step_of(model, jobs(Items({"b": set(range(1, SAMPLES))})))
+    alone = model_of()
     step_of(alone, jobs(Items()), ("a",))
-    assert same(values(model), values(alone))
-    assert run.progress.taken == {"a": 1, "b": 1} and "b" not in run.progress.seen
+    first = int(torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0))[0])  # of the first batch
+    for gone in (set(range(SAMPLES)) - {first}, set(range(SAMPLES)) - {(first + 1) % SAMPLES, first}):
+        model = model_of()
+        run = step_of(model, jobs(Items({"b": gone})))
+        assert same(values(model), values(alone))
+        assert run.progress.taken == {"a": 1, "b": 1} and "b" not in run.progress.seen
     both = model_of()
     step_of(both, jobs(Items()))
     assert not same(values(model), values(both))
+
+
+def test_what_is_shared_gets_the_mean_over_the_tasks_of_the_step() -> None:
+    """Of three tasks one has nothing that counts: the step is that of the two others, whose mean is over two."""
+    three = plain("abc")
+    nothing = replace(three["c"], train=(three["c"].train[0], torch.full_like(three["c"].train[1], -100)))
+    one, other = model_of("abc"), model_of("abc")
+    run = step_of(one, {**three, "c": nothing}, ("a", "b", "c"))
+    step_of(other, {name: three[name] for name in "ab"})
+    assert same(values(one), values(other)) and run.progress.taken == {"a": 1, "b": 1, "c": 1}
+    all_of = model_of("abc")
+    step_of(all_of, three, ("a", "b", "c"))
+    assert not same(values(one), values(all_of))
 
 
 def test_metrics_are_of_the_samples_that_have_a_label() -> None:
@@ -175,6 +196,35 @@ def test_workers_read_the_same() -> None:
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+class Failing(Items):
+    def __getitem__(self, index: int):
+        if index == 20 and get_worker_info() is not None:
+            raise OSError("cannot read image 20")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("mix", [None, "round-robin"])
+def test_an_error_in_a_worker_leaves_no_others(mix: str | None) -> None:
+    """In step and apart, whoever holds the traceback; and the same objects can be read again."""
+    tasks = jobs(Failing())
+    trainer = Trainer(model_of(), tasks, config(mix=mix, num_workers=2), quiet=True)
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot read image 20") as held:
+            trainer.fit("joint")
+        assert held.tb and not multiprocessing.active_children()
+
+
+def test_what_is_left_off_reading_leaves_no_workers() -> None:
+    whole = MultiTask(Items({"b": {5}}))
+    made = {name: dataset_batches(whole.task(name), 8, 0, train=True, workers=2) for name in "ab"}
+    held = {name: made[name].epoch(0) for name in "aab"}
+    next(held["a"]), next(held["a"]), next(held["b"])  # b is behind and reads for itself
+    assert len(multiprocessing.active_children()) == 4
+    for batches in made.values():
+        batches.close()
+    assert not multiprocessing.active_children()
+
+
 def test_tasks_that_are_not_in_step_read_for_themselves() -> None:
     whole = MultiTask(Items({"b": {5}}))
     made = {name: dataset_batches(whole.task(name), 8, 0, train=True, workers=0) for name in "ab"}
@@ -198,6 +248,17 @@ def test_what_cannot_be_used_is_named() -> None:
         MultiTask(3)
     one, other = MultiTask(Items()).task("a"), MultiTask(Items()).task("b")
     assert one.identity() == MultiTask(Items()).task("a").identity() != other.identity()  # other labels, another run
+
+
+def test_which_samples_are_taken_tells_runs_apart() -> None:
+    """Of what a dataset says of itself and which of it are taken; of what says nothing, nothing."""
+
+    def of(name: str, indices: range) -> Any:
+        return identity(Subset(MultiTask(Items()).task(name), indices), "train")
+
+    assert of("a", range(8)) == of("a", range(8))
+    assert len({str(of(*which)) for which in (("a", range(8)), ("b", range(8)), ("a", range(8, 16)))}) == 3
+    assert identity(Subset([(1, 2)] * 9, range(8)), "train") == ["Subset", 8, None]
 
 
 def test_one_task_alone_is_trained_on_its_labels() -> None:

@@ -213,6 +213,27 @@ def test_a_joint_state_is_written_within_an_epoch(tmp_path, monkeypatch) -> None
     assert len(count) == 8 + 15 - 7 and same(values(whole), values(model))
 
 
+@pytest.mark.parametrize("what", ["state", "optimizer"])
+def test_a_lean_run_that_does_not_begin_leaves_what_is_trained_later(what: str, tmp_path) -> None:
+    """A state of other settings, an optimizer that cannot be made: gates are trained all the same in the next run."""
+
+    def fail(groups):
+        raise ValueError("no such thing")
+
+    whole, model = model_of(), model_of()
+    Trainer(whole, tasks(), joint_config(tmp_path / "whole"), quiet=True).fit("lean")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "%joint.state").write_bytes(b"damaged")
+    settings = joint_config(tmp_path / "one")
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    made = Trainer(model, tasks(), settings, quiet=True, optimizer=fail if what == "optimizer" else None)
+    with pytest.raises((ConfigError, TaskFileError)):
+        made.fit("lean")
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    Trainer(model, tasks(), settings, quiet=True).fit("lean", resume=False)
+    assert same(values(whole), values(model))
+
+
 def test_a_restart_that_is_killed_does_not_go_on_with_what_it_replaced(tmp_path, monkeypatch) -> None:
     fit(build(), out=str(tmp_path))
     (tmp_path / "t.state").write_bytes(b"of another run")

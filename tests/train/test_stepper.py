@@ -70,6 +70,22 @@ class Counting(torch.optim.SGD):
                     p.data.sub_(1e-3 * group["count"] * kept[0])
 
 
+class Wide(torch.optim.SGD):
+    """An optimizer that keeps float64 and large integers of float32 parameters, also within others."""
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            kept = self.state[p]
+            if not kept:
+                kept["count"] = torch.tensor(2**40)
+                kept["more"] = {"sums": [torch.zeros_like(p, dtype=torch.float64)]}
+                kept["seen"] = Counter()
+            kept["count"] += 1
+            kept["more"]["sums"][0] += p.grad.double() / 3
+            kept["seen"].update(["steps"])
+            p.data.sub_((0.01 * kept["more"]["sums"][0] + 1e-4 * (kept["count"] % 2**40)).float())
+
+
 SCHEDULERS = {
     "none": None,
     "cosine": lambda o: schedulers.CosineAnnealingLR(o, 20),
@@ -87,6 +103,7 @@ OPTIMIZERS = {
     "adam": lambda groups: torch.optim.Adam(groups, betas=(0.8, 0.9)),
     "nadam": torch.optim.NAdam,
     "counting": lambda groups: Counting(groups, momentum=0.5),
+    "wide": Wide,
     "amsgrad": lambda groups: torch.optim.AdamW(groups, amsgrad=True),
 }
 
@@ -350,6 +367,57 @@ def test_at_the_smallest_scale_the_layer_is_named() -> None:
         run.stepper.scaler.unscale()
         assert run.stepper.scaler.backed_off() is off
         assert run.stepper.scaler.inner.get_scale() == expected
+
+
+def test_the_scale_doubles_after_good_steps_in_a_row() -> None:
+    """Of 2000, here of two: a step of no gradients is none of them."""
+    model = build(FullConfig())
+    run, _ = run_of(model, F.cross_entropy, amp="fp16")
+    run.stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    batch = next(iter(run.batches.epoch(0)))
+    for empty, expected in ((False, 4.0), (True, 4.0), (False, 8.0), (False, 8.0), (False, 16.0)):
+        run.optimizer.zero_grad(set_to_none=True)
+        if not empty:
+            run._gradients([batch])
+        run.stepper.scaler.unscale()
+        run.stepper.step()
+        assert run.stepper.scaler.inner.get_scale() == expected
+
+
+def test_the_scale_goes_on_where_it_was(tmp_path) -> None:
+    """Its value and how many good steps it has seen are of the state."""
+    runs = [run_of(build(FullConfig()), F.cross_entropy, amp="fp16")[0] for _ in range(2)]
+    runs[0].stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    batch = next(iter(runs[0].batches.epoch(0)))
+
+    def step(run) -> float:
+        run.optimizer.zero_grad(set_to_none=True)
+        run._gradients([batch])
+        run.stepper.scaler.unscale()
+        run.stepper.step()
+        return run.stepper.scaler.inner.get_scale()
+
+    assert [step(runs[0]) for _ in range(2)] == [4.0, 4.0]
+    parent = runs[0].model.fingerprint()
+    runs[0].save(tmp_path / "t.state", {}, parent)
+    runs[1].load(tmp_path / "t.state", {}, parent)
+    assert [step(run) for run in runs] == [8.0, 8.0] and equal(tensors(runs[0].model), tensors(runs[1].model))
+
+
+def test_overflow_in_joint_training_leaves_all_as_it_was() -> None:
+    from taps_ext.train.joint import JointRun
+
+    model, jobs = model_of().train(), joint_tasks()
+    made = Trainer(model, jobs, joint_config(amp="fp16"), quiet=True)
+    pairs = {name: made._data(name, task) for name, task in jobs.items()}
+    run = JointRun(model, jobs, made.config, *({name: pair[i] for name, pair in pairs.items()} for i in range(2)))
+    run.stepper.scaler.inner = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {key: value.clone() for key, value in values(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run._step(("a", "b"), 5) == {} and run.guard.bad == 0
+    assert same(before, values(model)) and run.stepper.scaler.inner.get_scale() == 2.0**39
+    assert all(p.grad is None for p in run.stepper.parameters)
 
 
 def test_gradients_are_unscaled_before_they_are_clipped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -225,3 +226,36 @@ class _Named(Sized):
 
     def identity(self) -> str:
         return self.name
+
+
+class Counted(Stream):
+    """Notes what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for item in super().__iter__():
+            self.read += 1
+            yield item
+
+
+def test_states_within_an_epoch_do_not_read_it_again(tmp_path) -> None:
+    """A state after every step leaves the stream where it is; so each sample is read once an epoch."""
+    plain, saving = build(dropout=0.3), build(dropout=0.3)
+    val = data(16, 2)
+    fit(plain, task={"train": Counted(), "val": val, "batches_per_epoch": 3}, epochs=2)
+    train = Counted()
+    fit(saving, task={"train": train, "val": val, "batches_per_epoch": 3}, epochs=2, out=str(tmp_path), save_every=0.0)
+    assert train.read == 2 * 3 * 16 and equal(tensors(plain), tensors(saving))
+
+
+def test_who_leaves_off_reading_leaves_no_workers() -> None:
+    batches = epochs_of(Stream(noise=0.0), length=4, workers=2)
+    reading = batches.epoch(0)
+    next(reading)
+    assert len(multiprocessing.active_children()) == 2
+    held = batches.reading  # as a traceback may hold it
+    reading.close()
+    assert held is not None and not multiprocessing.active_children()

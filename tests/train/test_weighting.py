@@ -70,6 +70,19 @@ def test_uncertainty_by_hand() -> None:
     assert [g["weight_decay"] for g in run.optimizer.param_groups if g["name"] == "weighting"] == [0.0]
 
 
+def test_gradients_of_the_weights_do_not_count_in_the_norm() -> None:
+    """At s = 0 a clipped step is the one without weights, to the bit, and s moves by all of its own gradient."""
+    plain, other = model_of(), model_of()
+    names, made = ("a", "b"), {}
+    for model, settings in ((plain, {}), (other, {"loss_weights": "uncertainty"})):
+        made[model] = run_of(model, config(clip_norm=1e-3, **settings))
+        losses = made[model]._step(names, made[model].steps_per_epoch)
+    assert same(values(plain), values(other))
+    for name, s in zip(names, made[other].weighting.log_variances, strict=True):
+        want = -0.1 * (0.5 - losses[name])  # lr 0.1; in float32 a product and two sums of numbers below 2
+        assert abs(want) > 1e-3 and s.item() == pytest.approx(want, abs=3 * 2**-24)
+
+
 def test_uncertainty_is_at_its_minimum_where_it_says() -> None:
     """Gradient descent on s for a loss of 0.8 that stays: s = log 1.6, where the derivative is 0."""
     weighting = Uncertainty(["a"]).double()
