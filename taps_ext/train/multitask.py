@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ..errors import ConfigError
 from .randomness import forked, seed_host
-from .task import Batch, Batches, as_dataset, identity
+from .task import Batch, Batches, as_dataset, collated, identity
 
 
 class MultiTask:
@@ -127,7 +127,7 @@ class _Items:
 
     def __init__(self, items: list[Any]) -> None:
         pairs = [_pair(item) for item in items]
-        self.inputs = default_collate([inputs for inputs, _ in pairs])
+        self.inputs = collated([inputs for inputs, _ in pairs])
         self.targets = [targets for _, targets in pairs]
 
     def of(self, name: str, least: int) -> Batch:
