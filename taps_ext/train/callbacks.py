@@ -38,7 +38,8 @@ class Callback:
 
     A task that was finished before is not a run. What a callback raises ends the run as any error does. Callbacks do
     not belong to what a run depends on: a run may be resumed with others, and random numbers that they draw on the host
-    are not the run's. One that goes on after it was killed tells again of the steps and epochs behind its last state.
+    are not the run's; a model that they leave in evaluation mode is trained on. One that goes on after it was killed
+    tells again of the steps and epochs behind its last state.
     """
 
     def on_start(self, run: RunInfo) -> None:

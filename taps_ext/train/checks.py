@@ -56,7 +56,8 @@ def checked_loss(loss: Any, argument: str) -> Tensor:
         got = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ConfigError(f"{argument}: expected a scalar tensor, a mean over the batch, got {got}")
     if not loss.requires_grad:
-        raise ConfigError(f"{argument}: expected a loss with a gradient, got one that depends on nothing trained")
+        off = "" if torch.is_grad_enabled() else ", gradients being switched off (torch.no_grad, inference_mode)"
+        raise ConfigError(f"{argument}: expected a loss with a gradient, got one that depends on nothing trained{off}")
     return loss
 
 

@@ -164,6 +164,8 @@ class JointRun:
             if self.told is not None and losses:
                 named = {f"{name}_loss": loss for name, loss in losses.items()}
                 self.told.step(progress.steps, {**named, **self.stepper.rates_now()})
+                if not self.model.training:  # a callback looked at the model, and left it so
+                    self.model.train()
         return True
 
     def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, float]:

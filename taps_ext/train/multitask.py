@@ -24,7 +24,8 @@ class MultiTask:
     A target that is not there, or None, leaves the sample out of that task's batch before its forward: loss, gradients,
     batch statistics and metrics of the task are those of a batch that does not have the sample. A task without a target
     in a batch is not in that step; in training nor is one with a single target (of batches of more), of which there are
-    no batch statistics: where labels are rare, give the task a dataset of its own.
+    no batch statistics: where labels are rare, give the task a dataset of its own. It is :meth:`task` itself that does
+    so, and no `DataLoader` over it, whose collate function has to see to None. NaN is a target like others.
 
     All tasks see the samples in the same order. Where a joint run goes through them in step (`mix="all"`), each batch
     is read once for all of them. Random transforms belong into the dataset, where inputs and targets are together;

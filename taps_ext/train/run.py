@@ -171,6 +171,8 @@ class Run:
             log.step(progress.step)
             if self.told is not None:
                 self.told.step(progress.step, {"loss": loss.item() / seen, **self.stepper.rates_now()})
+                if not self.model.training:  # a callback looked at the model, and left it so
+                    self.model.train()
         progress.loss = running.item()
         return True
 

@@ -224,7 +224,10 @@ def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     if isinstance(data, DataLoader):
         raise ConfigError(f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset")
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, (np.ndarray, Tensor)) for t in data):
-        data = tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in data)
+        try:
+            data = tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in data)
+        except TypeError as error:
+            raise ConfigError(f"{argument}: expected arrays that torch has types for: {error}") from None
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         if len(data[0]) != len(data[1]):
             raise ConfigError(f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}")

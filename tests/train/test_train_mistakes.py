@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from models import TinyNet, settle
 from test_joint import config as joint_config
 from test_joint import model_of as joint_model
 from test_joint import tasks as joint_tasks
-from test_trainer import build, data
+from test_trainer import build, data, equal, tensors
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -159,6 +160,32 @@ class Restless(Sampler):
 def test_data_that_cannot_be_used(train, more, message) -> None:
     with pytest.raises(ConfigError, match=message):
         trained(Task(**{"train": train, "val": data(48, 1), **more}))
+
+
+def test_arrays_of_text() -> None:
+    with pytest.raises(
+        ConfigError, match=r"tasks\['t'\].train: expected arrays that torch has types for: .*numpy.str_"
+    ):
+        trained(Task(train=(data()[0].numpy(), np.array(["a"] * 96)), val=data(48, 1)))
+
+
+def test_gradients_that_are_off_are_named() -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(ConfigError, match=r"nothing trained, gradients being switched off \(torch.no_grad"),
+    ):
+        trained()
+
+
+@pytest.mark.parametrize("mode", ["incremental", "joint"])
+def test_a_callback_that_leaves_the_model_in_evaluation_mode_changes_nothing(mode) -> None:
+    class Looking(Callback):
+        def on_step(self, run, step, values) -> None:
+            model.eval()
+
+    model, other = build(dropout=0.3), build(dropout=0.3)
+    assert trained(model=model, mode=mode, callbacks=[Looking()]).val == trained(model=other, mode=mode).val
+    assert equal(tensors(model), tensors(other))
 
 
 def test_no_tasks() -> None:
