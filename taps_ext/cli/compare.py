@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="LIST",
         default="probe,scale-bias,lora:8,taps,full",
-        help="such as separate:bottom=0.1,lora:8,selective-lora:8,taps:lam=0.3 (default: %(default)s)",
+        help="such as separate:bottom=0.1,lora:8,selective-lora:8:lam=0.1,taps:lam=0.3 (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=count(1), default=3, metavar="N", help="runs a method and task (default: 3)")
     parser.add_argument(

@@ -12,6 +12,11 @@ from .base import MethodConfig
 def _specs(text: str) -> Iterator[tuple[str, list[str]]]:
     for part in text.split(","):
         name, *arguments = part.strip().split(":")
+        if "=" in name:
+            raise ConfigError(
+                f"methods: expected a method's name, got {name!r}; several settings stand behind colons, as in "
+                "selective-lora:8:lam=0.1"
+            )
         yield name, arguments
 
 

@@ -38,11 +38,16 @@ _ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active tas
 
 
 def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
-    """What a method made, if it is parts by name.
+    """What a method made, if it is parts by name, and the method has a name that files can give.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or has none.
     """
+    if not config.method:
+        raise ConfigError(
+            f"config: expected a method that has a name, got {type(config).__name__}; decorate its class by "
+            '@register_method("a name")'
+        )
     if not isinstance(parts, Mapping):
         raise ConfigError(f"method {config.method!r}: parts: expected a dictionary, got {type(parts).__name__}")
     for name, part in parts.items():

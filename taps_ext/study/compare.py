@@ -15,6 +15,8 @@ from urllib.parse import quote
 import torch
 from torch import nn
 
+from ..base.head import head_path
+from ..base.scan import scan
 from ..errors import ConfigError, DivergedError
 from ..methods import MethodConfig, parse_methods
 from ..model import TaskModel
@@ -123,6 +125,8 @@ class Comparison:
     def sentence(self) -> str:
         """Which method for which budget."""
         best = self.front()
+        if not self.rows:
+            return "No method has converged on every task: none was trained."
         if not best:
             return "No method has converged on every task: train for more epochs."
         parts = [f"{point.method} from {_size(point.size)} a task ({point.value:.1f} %)" for point in best]
@@ -206,15 +210,21 @@ def compare(
         tell: is told about each run before it begins: how many are done, of how many, and which it is.
 
     Raises:
-        ConfigError: bad counts; a task without test split, labels or integer targets; first metrics that differ, or of
-            which less is better; a run in `out` of other settings.
+        ConfigError: bad counts; a task without test split, labels or integer targets, or whose training data are no
+            dataset; a method that shares parts between tasks; first metrics that differ, or of which less is better; a
+            run in `out` of other settings.
     """
     config = TrainConfig() if config is None else config
     for name, value in (("seeds", seeds), ("trials", trials)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: expected an int >= 1, got {value!r}")
+    for argument, given in (("tasks", tasks), ("methods", methods)):
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{argument}: expected a mapping from names, got {type(given).__name__}")
     if not tasks or not methods:
         raise ConfigError("compare: expected tasks and methods, got none")
+    for name, settings in methods.items():
+        _trained_alone(base, name, settings)
     classes = {name: _classes(name, task) for name, task in tasks.items()}
     metric = _metric(tasks)
     grid = _Grid(
@@ -235,12 +245,24 @@ def compare(
     return found
 
 
+def _trained_alone(base: nn.Module, name: str, method: MethodConfig) -> None:
+    """Raise ConfigError for a method whose tasks share parts: each task is trained on its own here."""
+    if not isinstance(method, MethodConfig):
+        raise ConfigError(f"methods[{name!r}]: expected a method config such as TapsConfig, got {method!r:.80}")
+    if method.shared(scan(base, head_path(base), target=method.target_modules, exclude=method.exclude_modules)):
+        raise ConfigError(
+            f"methods[{name!r}]: expected one whose tasks share nothing, since each is trained on its own, got "
+            f"{method.method!r}, which shares parts as it is set"
+        )
+
+
 def _classes(name: str, task: Task) -> int:
     if not isinstance(task, Task) or task.test is None:
         raise ConfigError(f"tasks[{name!r}]: expected a Task with a test split")
+    train = as_dataset(task.train, f"tasks[{name!r}].train")  # its samples are counted
     if task.labels is not None:
         return len(task.labels)
-    targets = targets_of(as_dataset(task.train, f"tasks[{name!r}].train"))
+    targets = targets_of(train)
     if targets is None:
         raise ConfigError(
             f"tasks[{name!r}]: expected labels, or integer targets in memory, that say how many classes are"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggestion
 from .config import TrainConfig
 from .randomness import forked
 from .result import Result
@@ -37,7 +38,8 @@ class Callback:
 
     A task that was finished before is not a run. What a callback raises ends the run as any error does. Callbacks do
     not belong to what a run depends on: a run may be resumed with others, and random numbers that they draw on the host
-    are not the run's. One that goes on after it was killed tells again of the steps and epochs behind its last state.
+    are not the run's; a model that they leave in evaluation mode is trained on. One that goes on after it was killed
+    tells again of the steps and epochs behind its last state.
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -56,6 +58,9 @@ class Callback:
         run."""
 
 
+HOOKS = ("on_start", "on_step", "on_epoch", "on_end")
+
+
 class Told:
     """The callbacks of one run. As a context it tells them of the start and of the end, whatever that is."""
 
@@ -64,9 +69,15 @@ class Told:
         self.results: dict[str, Result] = {}
 
     def __enter__(self) -> Told:
-        with forked():
-            for callback in self.callbacks:
-                callback.on_start(self.run)
+        self.started: list[Callback] = []
+        try:
+            with forked():
+                for callback in self.callbacks:
+                    callback.on_start(self.run)
+                    self.started.append(callback)
+        except BaseException:  # those that have started are told of the end
+            self.__exit__(True)
+            raise
         return self
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,9 +91,10 @@ class Told:
             return any([callback.on_epoch(self.run, dict(values)) for callback in self.callbacks])
 
     def __exit__(self, *error: Any) -> None:
-        with forked():
-            for callback in self.callbacks:
-                callback.on_end(self.run, {} if error[0] is not None else self.results)
+        results = {} if error[0] is not None else self.results
+        with forked(), ExitStack() as stack:  # what one of them raises does not keep the end from the others
+            for callback in reversed(self.started):
+                stack.callback(callback.on_end, self.run, results)
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
@@ -93,4 +105,10 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
         if not isinstance(callback, Callback):
             got = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
             raise ConfigError(f"callbacks: expected objects of taps_ext.train.Callback, got {got}")
+        for name in dir(callback):
+            if name.startswith("on_") and name not in HOOKS and callable(getattr(callback, name)):
+                raise ConfigError(
+                    f"callbacks: expected methods {list(HOOKS)} of {type(callback).__name__}, got {name!r}, which "
+                    f"nothing calls{suggestion(name, HOOKS)}; a helper's name does not begin with on_"
+                )
     return tuple(callbacks)

@@ -24,18 +24,21 @@ def check_sample(data: Any, argument: str, base: nn.Module) -> None:
 
 def check_item(item: Any, argument: str, base: nn.Module, *, batch: bool = False) -> None:
     """As :func:`check_sample`, of one item, or of what a `DataLoader` makes of several."""
-    of, mend = ("a batch", "collate_fn") if batch else ("an item", "transform")
+    of = "a batch" if batch else "an item"
     item = pair_of(item, argument)
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
         raise ConfigError(f"{argument}: expected items (input, target), got {got}")
     inputs, target = item
-    for value in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
-        if not isinstance(value, (Tensor, np.ndarray)) and not (isinstance(inputs, Mapping) and _number(value)):
+    named = isinstance(inputs, Mapping)
+    for key, value in inputs.items() if isinstance(inputs, Mapping) else (("", inputs),):
+        if not isinstance(value, (Tensor, np.ndarray)) and not (named and _number(value)):
             kind = f"{type(value).__module__.split('.')[0]} {type(value).__name__}"
-            raise ConfigError(
-                f"{argument}: expected a tensor as the input of {of}, got {kind}; give the dataset a {mend}"
-            )
+            mend = "give the dataset a transform"
+            if batch or named:
+                under = f" of {key!r}" if named else ""
+                mend = f"give the task a DataLoader with a collate_fn that makes tensors{under}, as transformers' do"
+            raise ConfigError(f"{argument}: expected a tensor as the input of {of}, got {kind}; {mend}")
     if isinstance(inputs, Mapping):
         try:
             inspect.signature(base.forward).bind(**inputs)
@@ -45,6 +48,17 @@ def check_item(item: Any, argument: str, base: nn.Module, *, batch: bool = False
             ) from None
     if not isinstance(target, (Tensor, np.ndarray, np.generic, int, float)):
         raise ConfigError(f"{argument}: expected a number or tensor as the target of {of}, got {target!r}")
+
+
+def checked_loss(loss: Any, argument: str) -> Tensor:
+    """The training loss of a batch. Raises ConfigError for what is no scalar, or does not depend on what is trained."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ConfigError(f"{argument}: expected a scalar tensor, a mean over the batch, got {got}")
+    if not loss.requires_grad:
+        off = "" if torch.is_grad_enabled() else ", gradients being switched off (torch.no_grad, inference_mode)"
+        raise ConfigError(f"{argument}: expected a loss with a gradient, got one that depends on nothing trained{off}")
+    return loss
 
 
 def _number(value: Any) -> bool:

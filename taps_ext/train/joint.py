@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from ..model import TaskModel
 from ..model.state import Parts, TaskState
 from .average import Average
 from .callbacks import Told
-from .checks import check_targets
+from .checks import check_targets, checked_loss
 from .config import TrainConfig
 from .fetch import Batch, Epochs
 from .guard import StepGuard
@@ -167,6 +168,8 @@ class JointRun:
             if self.told is not None and losses:
                 named = {f"{name}_loss": loss for name, loss in losses.items()}
                 self.told.step(progress.steps, {**named, **self.stepper.rates_now()})
+                if not self.model.training:  # a callback looked at the model, and left it so
+                    self.model.train()
         return True
 
     def _step(self, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, float]:
@@ -254,7 +257,7 @@ class JointRun:
             )
             if config.label_smoothing:
                 return F.cross_entropy(outputs, targets.to(self.device), label_smoothing=config.label_smoothing)
-            return task.loss(outputs, targets.to(self.device))
+            return checked_loss(task.loss(outputs, targets.to(self.device)), f"tasks[{name!r}].loss")
 
     # -- epochs
 
@@ -262,6 +265,12 @@ class JointRun:
         """Validate every task, and keep all tensors if this epoch is the best yet: by the mean of the tasks' first
         metrics, then by the mean share of open weights."""
         config, progress = self.config, self.progress
+        idle = [name for name in self.tasks if not progress.seen.get(name)]
+        if idle and config.mix in (None, "all"):  # else a task may not be drawn
+            warnings.warn(
+                f"epoch {progress.epoch} took no step of {idle}: no target of theirs counted, or all were left out",
+                stacklevel=4,
+            )
         with ExitStack() as stack:
             for average in self.averages.values():
                 stack.enter_context(average.used())

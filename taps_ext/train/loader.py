@@ -143,7 +143,7 @@ class LoaderBatches(Epochs):
         if _digest(order) != _digest(self.order(0)):
             raise ConfigError(
                 f"{argument}: expected a sampler that gives the same batches when it is seeded alike, so that a run "
-                f"can be resumed; {sampler} does not: draw from torch's, NumPy's or Python's own "
+                f"can be resumed; {self._drawing()} does not: draw from torch's, NumPy's or Python's own "
                 "random numbers, from a torch.Generator under `generator`, or from what set_epoch(epoch) was given"
             )
         self.length = len(order)
@@ -152,6 +152,12 @@ class LoaderBatches(Epochs):
 
     def __len__(self) -> int:
         return self.length
+
+    def _drawing(self) -> str:
+        """What draws the samples, for messages: the user's own sampler, also in torch's BatchSampler."""
+        sampler = _sampler(self.loader)
+        name = type(sampler).__name__
+        return f"{type(sampler.sampler).__name__} in its {name}" if type(sampler) is BatchSampler else name
 
     def order(self, epoch: int) -> list[Any]:
         """What the batches of an epoch hold, as the sampler says it."""

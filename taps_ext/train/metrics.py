@@ -77,6 +77,7 @@ def hits(outputs: Tensor, targets: Tensor) -> tuple[int, int]:
         raise ConfigError(
             f"accuracy: expected targets {list(labels.shape)} for outputs {list(outputs.shape)}, got "
             f"{list(targets.shape)}; give the task metrics of its own"
+            + (", such as token_accuracy" if outputs.shape[:-1] == targets.shape else "")
         )
     counts = targets != IGNORED
     return int(((labels == targets) & counts).sum()), int(counts.sum())
@@ -109,14 +110,23 @@ def _ignored_by(loss: Callable[..., Any]) -> int | None:
     return int(settings.get("ignore_index", IGNORED))
 
 
+def number_of(name: str, value: Any) -> float:
+    """What a metric gave. Raises ConfigError, naming it, for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) and value.numel() > 16 else f"{value!r:.200}"
+        raise ConfigError(f"metrics[{name!r}]: expected a number, got {got}") from None
+
+
 class _Mean:
     """A function's values, weighted by the samples of their batches."""
 
-    def __init__(self, function: Callable[[Any, Any], float]) -> None:
-        self.function, self.total, self.samples = function, 0.0, 0
+    def __init__(self, name: str, function: Callable[[Any, Any], float]) -> None:
+        self.name, self.function, self.total, self.samples = name, function, 0.0, 0
 
     def update(self, outputs: Any, targets: Any) -> None:
-        self.total += float(self.function(outputs, targets)) * len(targets)
+        self.total += number_of(self.name, self.function(outputs, targets)) * len(targets)
         self.samples += len(targets)
 
     def compute(self) -> float:
@@ -161,7 +171,7 @@ class Measured:
                 metric.reset()
                 self.metrics[name] = metric
             else:
-                self.metrics[name] = _Mean(metric)
+                self.metrics[name] = _Mean(name, metric)
 
     def update(self, outputs: Any, targets: Any) -> None:
         """Take in a batch."""
@@ -180,11 +190,7 @@ class Measured:
         """
         found = {"loss": self.total / self.weight if self.weight else math.nan}
         for name, metric in self.metrics.items():
-            value = metric.compute()
-            try:
-                found[name] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise ConfigError(f"metrics[{name!r}]: expected a number, got {value!r:.200}") from None
+            found[name] = number_of(name, metric.compute())
             if hasattr(metric, "reset"):
                 metric.reset()  # what it held of the split is free again
         return found

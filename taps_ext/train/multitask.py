@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from ..errors import ConfigError
 from .fetch import Batch, FetchEach, Reader
-from .task import Batches, as_dataset, identity, keys_of, ordered
+from .task import Batches, as_dataset, collated, identity, keys_of, ordered
 
 
 class MultiTask:
@@ -24,7 +24,8 @@ class MultiTask:
     A target that is not there, or None, leaves the sample out of that task's batch before its forward: loss, gradients,
     batch statistics and metrics of the task are those of a batch that does not have the sample. A task without a target
     in a batch is not in that step; in training nor is one with a single target (of batches of more), of which there are
-    no batch statistics: where labels are rare, give the task a dataset of its own.
+    no batch statistics: where labels are rare, give the task a dataset of its own. It is :meth:`task` itself that does
+    so, and no `DataLoader` over it, whose collate function has to see to None. NaN is a target like others.
 
     All tasks see the samples in the same order. Where a joint run goes through them in step (`mix="all"`), each batch
     is read once for all of them. Random transforms belong into the dataset, where inputs and targets are together;
@@ -127,7 +128,7 @@ class _Items:
 
     def __init__(self, items: list[Any]) -> None:
         pairs = [_pair(item) for item in items]
-        self.inputs = default_collate([inputs for inputs, _ in pairs])
+        self.inputs = collated([inputs for inputs, _ in pairs])
         self.targets = [targets for _, targets in pairs]
 
     def of(self, name: str, least: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from ..model import TaskModel
 from .average import Average
 from .budget import settle
 from .callbacks import Told
-from .checks import check_targets
+from .checks import check_targets, checked_loss
 from .config import TrainConfig
 from .fetch import Batch, Epochs
 from .guard import StepGuard
@@ -172,6 +173,8 @@ class Run:
             log.step(progress.step)
             if self.told is not None:
                 self.told.step(progress.step, {"loss": loss.item() / seen, **self.stepper.rates_now()})
+                if not self.model.training:  # a callback looked at the model, and left it so
+                    self.model.train()
         progress.loss, self.stream = running.item(), None
         return True
 
@@ -224,11 +227,16 @@ class Run:
             if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
                 outputs = outputs.float()
             check_targets(self.task, targets, self.outputs, f"tasks[{self.name!r}].train", outputs)
-            return self.loss(outputs, targets.to(self.device))
+            return checked_loss(self.loss(outputs, targets.to(self.device)), f"tasks[{self.name!r}].loss")
 
     def close_epoch(self, log: Log) -> None:
         """Validate, steer the penalty, and keep the tensors if this epoch is the best yet."""
         config, state, progress = self.config, self.state, self.progress
+        if not progress.seen:
+            warnings.warn(
+                f"task {self.name!r}: epoch {progress.epoch} took no step: no target counted, or all were left out",
+                stacklevel=4,
+            )
         self._steer()
         with nullcontext() if self.average is None else self.average.used():
             metrics = self.evaluate()

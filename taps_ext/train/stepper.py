@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -69,13 +70,15 @@ def make_optimizer(groups: Groups, config: TrainConfig, own: Own) -> torch.optim
         if held.keys() != names.keys():
             raise ConfigError(
                 f"optimizer: expected one of all {len(names)} parameters that are trained and no others, got "
-                f"{len(held.keys() & names.keys())} of them and {len(held.keys() - names.keys())} others"
+                f"{len(held.keys() & names.keys())} of them and {len(held.keys() - names.keys())} others; make it of "
+                "the groups that the factory is given"
             )
         if held != names:
             raise ConfigError(
                 "optimizer: expected one made of the groups as they are given, whose names say what is clipped, got "
                 f"groups named {[group.get('name') for group in optimizer.param_groups]}"
             )
+        _warn_of_idle(optimizer)
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
         return optimizer
@@ -84,6 +87,20 @@ def make_optimizer(groups: Groups, config: TrainConfig, own: Own) -> torch.optim
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=config.betas)
     return torch.optim.SGD(groups, momentum=config.momentum)
+
+
+def _warn_of_idle(optimizer: torch.optim.Optimizer) -> None:
+    """Say so where a rate or a decay was given to the optimizer, in vain: the groups bring those of the config."""
+    usual = inspect.signature(type(optimizer)).parameters
+    for key in ("lr", "weight_decay"):
+        given, found = optimizer.defaults.get(key), [group.get(key) for group in optimizer.param_groups]
+        if key not in usual or given == usual[key].default or given in found:
+            continue
+        warnings.warn(
+            f"optimizer: {key}={given!r} of {type(optimizer).__name__} has no effect, since its groups bring their "
+            f"own, {found}: set TrainConfig({key}=...), or group[{key!r}] in the factory",
+            stacklevel=5,
+        )
 
 
 def _made(name: str, factory: Callable[[Any], Any], argument: Any, kind: type) -> Any:
@@ -133,6 +150,15 @@ class Stepper:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def check_length(self, steps: int) -> None:
+        """Raise ConfigError for a scheduler that ends before a run of `steps` steps does."""
+        known = getattr(self.scheduler, "total_steps", None)  # OneCycleLR's
+        if isinstance(known, int) and known < steps:
+            raise ConfigError(
+                f"scheduler: expected one of {steps} steps or more, as the run has (it is stepped after every step of "
+                f"the optimizer), got {type(self.scheduler).__name__} with total_steps = {known}"
+            )
+
     def rates(self, step: int, steps_per_epoch: int) -> None:
         """Set the learning rates of a step of the run (from 0), unless a scheduler of the user's does."""
         if self.scheduler is None:
@@ -157,12 +183,19 @@ class Stepper:
         """Take the step.
 
         Raises:
-            ConfigError: after the first one, an optimizer of the user's whose state cannot be kept.
+            ConfigError: after the first one, an optimizer of the user's whose state cannot be kept; a scheduler that
+                takes no further step.
         """
         self.optimizer.step()
         self.scaler.update()
         if self.scheduler is not None:
-            self.scheduler.step()
+            try:
+                self.scheduler.step()
+            except ValueError as error:  # OneCycleLR's end
+                raise ConfigError(
+                    f"scheduler: expected one that is stepped after every step of the optimizer, got "
+                    f"{type(self.scheduler).__name__}: {error}"
+                ) from error
         if not self.checked:
             moments(self.optimizer)
             self.checked = True

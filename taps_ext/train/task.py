@@ -59,7 +59,8 @@ def pair_of(item: Any, argument: str = "data") -> Any:
         return item
     found = [key for key in LABELS if key in item]
     if len(found) != 1:
-        raise ConfigError(f"{argument}: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}")
+        which = f", of which {found} all say so" if found else ""
+        raise ConfigError(f"{argument}: expected one of {list(LABELS)} in a dictionary, got keys {list(item)}{which}")
     return {key: value for key, value in item.items() if key != found[0]}, item[found[0]]
 
 
@@ -138,10 +139,22 @@ class Task:
         count = self.batches_per_epoch
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(f"batches_per_epoch: expected an int >= 1 or None, got {count!r}")
+        if not callable(self.loss) or isinstance(self.loss, type):
+            got = f"the class {self.loss.__name__}" if isinstance(self.loss, type) else type(self.loss).__name__
+            raise ConfigError(f"loss: expected a function of outputs and targets, or an object of a loss, got {got}")
         if not isinstance(self.metrics, Mapping):
             raise ConfigError(f"metrics: expected a mapping of names to functions, got {type(self.metrics).__name__}")
         if "loss" in self.metrics:
             raise ConfigError("metrics: expected names other than 'loss', which is reported anyway")
+        for name, metric in self.metrics.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"metrics: expected names as text, got {name!r}")
+            if isinstance(metric, type) or not (callable(metric) or isinstance(metric, Metric)):
+                got = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
+                raise ConfigError(
+                    f"metrics[{name!r}]: expected a function of outputs and targets, or an object with update, compute "
+                    f"and reset, got {got}"
+                )
         if self.augment is not None and not callable(self.augment):
             raise ConfigError(f"augment: expected a function or a transform, got {type(self.augment).__name__}")
         if type(self.augment).__name__ in ("MixUp", "CutMix"):
@@ -167,10 +180,18 @@ def augmented(augment: Any, inputs: Any, seed: int) -> Any:
         seed_host(seed)
         if _takes_samples(augment):
             return _samples_augmented(augment, inputs)
-        return augment(inputs, torch.Generator().manual_seed(seed))
+        made = augment(inputs, torch.Generator().manual_seed(seed))
+    if not isinstance(made, (Tensor, np.ndarray, Mapping)):
+        raise ConfigError(f"augment: expected the inputs of a batch to be returned, got {type(made).__name__}")
+    return made
 
 
 def _samples_augmented(augment: Any, inputs: Any) -> Tensor:
+    if isinstance(inputs, Mapping):
+        raise ConfigError(
+            f"augment: expected a function (inputs, generator) where inputs are a dictionary, got "
+            f"{type(augment).__name__} of one argument; or let the dataset draw"
+        )
     made = [augment(sample) for sample in inputs]
     for sample in made:
         if not isinstance(sample, Tensor):
@@ -203,7 +224,10 @@ def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     if isinstance(data, DataLoader):
         raise ConfigError(f"{argument}: expected a dataset or a pair of tensors, got a DataLoader; pass its dataset")
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, (np.ndarray, Tensor)) for t in data):
-        data = tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in data)
+        try:
+            data = tuple(torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in data)
+        except TypeError as error:
+            raise ConfigError(f"{argument}: expected arrays that torch has types for: {error}") from None
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         if len(data[0]) != len(data[1]):
             raise ConfigError(f"{argument}: expected x and y of equal length, got {len(data[0])} and {len(data[1])}")
@@ -211,6 +235,10 @@ def as_dataset(data: Any, argument: str) -> Dataset[Any]:
     if isinstance(data, (Mapping, tuple)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         kinds = f" of {', '.join(type(part).__name__ for part in data)}" if isinstance(data, tuple) else ""
         got = type(data).__name__ + kinds
+        if isinstance(data, Iterator) or (hasattr(data, "__iter__") and not isinstance(data, (Mapping, tuple))):
+            got += "; what can only be read on comes as an IterableDataset, batches as a DataLoader of torch's"
+        elif hasattr(data, "task"):
+            got += "; a task's data are its .task(name)"
         raise ConfigError(f"{argument}: expected a map-style dataset or a pair of tensors, got {got}")
     if len(data) == 0:
         raise ConfigError(f"{argument}: expected at least one sample, got none")
@@ -248,7 +276,9 @@ def split_off(data: Dataset[Any], fraction: float, seed: int) -> tuple[Dataset[A
         count = round(fraction * size)
         held, rest = order[:count], order[count:]
     if not len(held) or not len(rest):
-        raise ConfigError(f"val_fraction: expected both parts of {size} samples non-empty, got {fraction}")
+        raise ConfigError(
+            f"val_fraction: expected both parts of {size} samples non-empty, got {fraction}; or give the task a val"
+        )
     return Subset(data, rest.sort().values.tolist()), Subset(data, held.sort().values.tolist())
 
 
@@ -298,6 +328,17 @@ def keys_of(chosen: Sequence[Tensor], seed: int, epoch: int, *, train: bool) -> 
     return [(drawn, index.tolist()) for index in chosen]
 
 
+def collated(items: list[Any]) -> Any:
+    """A batch of samples as torch makes it. Raises ConfigError where they do not go together."""
+    try:
+        return default_collate(items)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            "data: expected samples of a batch to be of one shape and kind; a DataLoader with a collate_fn of its own "
+            f"can pad them ({str(error).splitlines()[0]:.200})"
+        ) from error
+
+
 class Batches(Epochs):
     """Batches of a dataset in an order that depends on nothing but the seed and the epoch.
 
@@ -313,7 +354,7 @@ class Batches(Epochs):
         self.memory = _in_memory(data)
         self.samples = len(cast(Sized, data))
         how = {"num_workers": workers, "persistent_workers": train and workers > 0}
-        self.reader = None if self.memory is not None else Reader(FetchEach(data, default_collate), how)
+        self.reader = None if self.memory is not None else Reader(FetchEach(data, collated), how)
 
     def __len__(self) -> int:
         full, rest = divmod(self.samples, self.size)

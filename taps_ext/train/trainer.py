@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import store
@@ -120,6 +120,12 @@ class Trainer:
                     f"label_smoothing: expected 0 for task {name!r}, whose loss is not F.cross_entropy, "
                     f"got {config.label_smoothing}"
                 )
+            if isinstance(task.loss, nn.Module) and any(p.requires_grad for p in task.loss.parameters()):
+                warnings.warn(
+                    f"tasks[{name!r}].loss: {type(task.loss).__name__} has parameters, which are not trained: only the "
+                    "task's are; call requires_grad_(False) on it where that is meant",
+                    stacklevel=2,
+                )
         self.own = Own(optimizer, scheduler)
         self.own.check(config)
         self.callbacks = check_callbacks(callbacks)
@@ -162,10 +168,19 @@ class Trainer:
         """
         if mode not in MODES:
             raise ConfigError(f"mode: expected one of {list(MODES)}, got {mode!r}{suggestion(str(mode), MODES)}")
+        if not self.tasks:
+            raise ConfigError("tasks: expected at least one to train, got none")
         if mode == "lean" and not self._families():
             raise ConfigError("mode: expected 'joint' or 'incremental', since the tasks share nothing")
         if resume not in ("auto", True, False):
             raise ConfigError(f"resume: expected 'auto', True or False, got {resume!r}")
+        idle = [key for key in ("mix", "loss_weights", "hierarchy") if getattr(self.config, key) is not None]
+        if mode == "incremental" and idle:
+            warnings.warn(
+                f"{', '.join(idle)}: of joint training, without effect with mode='incremental'; did you mean "
+                "fit('joint')?",
+                stacklevel=2,
+            )
         if self.out is not None:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -228,6 +243,11 @@ class Trainer:
             raise ConfigError(
                 f"mode: task {name!r} trains the family {family.name!r} with others; expected 'joint', or save_shared "
                 "before, which freezes the family"
+            )
+        if family is not None and not family.digest and self.out is not None:  # now, not after the last epoch
+            raise ConfigError(
+                f"out: task {name!r} builds on the family {family.name!r}, which is in no file yet, so that its own "
+                f"could not be written; call model.save_shared({family.name!r}, path) before, or train by mode 'joint'"
             )
         batches, evaluate = self._data(name, task)
         run = Run(self.model, name, task, config, batches, evaluate, self.own)
@@ -322,6 +342,7 @@ class Trainer:
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / "joint" if self.out is not None and config.tensorboard else None
         total = run.steps_per_epoch * config.epochs
+        run.stepper.check_length(total)
         with self._told(run, tuple(self.tasks), settings, total) as told:
             log = Log(metrics, run.name, total, first_epoch=run.progress.epoch, quiet=self.quiet, board=board)
             try:
@@ -400,6 +421,7 @@ class Trainer:
         metrics = None if self.out is None else self.out / "metrics.jsonl"
         board = self.out / "tensorboard" / _safe(name) if self.out is not None and config.tensorboard else None
         first, total = run.progress.epoch, run.steps_per_epoch * config.epochs
+        run.stepper.check_length(total)
         with self._told(run, (name,), settings, total) as told:
             log = Log(metrics, name, total, first_epoch=first, quiet=self.quiet, board=board)
             try:
@@ -499,6 +521,11 @@ class Trainer:
         if not math.isfinite(found["loss"]):
             warnings.warn(
                 f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them",
+                stacklevel=2,
+            )
+        elif math.isnan(found[first := next(iter(task.metrics), "loss")]):
+            warnings.warn(
+                f"task {name!r}: metrics[{first!r}], by which an epoch is selected, is NaN on {seen} samples",
                 stacklevel=2,
             )
         return found

@@ -65,8 +65,10 @@ def register_weighting(name: str) -> Callable[[Kind], Kind]:
                 return 0.5 * loss
 
     Raises:
-        ConfigError: no subclass of Weighting; a name that another class has.
+        ConfigError: no name; no subclass of Weighting; a name that another class has.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f'register_weighting: expected a name, as in @register_weighting("mine"), got {name!r}')
 
     def register(kind: Kind) -> Kind:
         if not (isinstance(kind, type) and issubclass(kind, Weighting)):
@@ -113,7 +115,14 @@ def weighting_of(setting: Mapping[str, float] | str | None, tasks: Sequence[str]
     if isinstance(setting, str):
         if setting not in WEIGHTINGS:
             raise ConfigError(f"loss_weights: expected one of {sorted(WEIGHTINGS)}, got {setting!r}")
-        return WEIGHTINGS[setting](tasks)
+        kind = WEIGHTINGS[setting]
+        try:
+            return kind(tasks)
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"loss_weights: expected {kind.__name__}(tasks) to make a Weighting, which calls "
+                f"super().__init__(tasks), got {type(error).__name__}: {error}"
+            ) from error
     unknown = [name for name in setting or {} if name not in tasks]
     if unknown:
         raise ConfigError(f"loss_weights: expected one of {list(tasks)}, got {unknown[0]!r}")

@@ -36,6 +36,21 @@ class Given(MethodConfig):
         return self.made
 
 
+def test_a_method_without_a_name_is_refused_before_a_file_would_need_it() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Unnamed(MethodConfig):
+        def parts(self, base):
+            return base.own(base.norms)
+
+    message = (
+        r'config: expected a method that has a name, got Unnamed; decorate its class by @register_method\("a name"\)'
+    )
+    with pytest.raises(ConfigError, match=message):
+        TaskModel(settle(TinyNet()), Unnamed()).add_task("t", num_classes=2)
+    with pytest.raises(ConfigError, match=message):
+        TaskModel(settle(TinyNet())).add_task("t", num_classes=2, config=Unnamed())
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

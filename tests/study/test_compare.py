@@ -13,13 +13,16 @@ import pytest
 import torch
 from models import TinyNet, settle
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from taps_ext import (
     Comparison,
     ConfigError,
     DivergedError,
+    JointTapsConfig,
     LoraConfig,
     ProbeConfig,
+    RcmConfig,
     SeparateLayersConfig,
     TapsConfig,
     compare,
@@ -103,7 +106,49 @@ def test_time_that_runs_out_is_told(tmp_path) -> None:
     found = compare(base(), {"t": task()}, METHODS, CONFIG, seeds=1, trials=1, out=tmp_path, max_minutes=0.0)
     assert not found.rows and found.missing == [("probe", "t"), ("taps", "t")]
     assert "Cut by the time that was given: probe on t, taps on t." in found.table()
-    assert found.sentence.startswith("No method has converged")
+    assert found.sentence == "No method has converged on every task: none was trained."
+
+
+@pytest.mark.parametrize(
+    ("tasks", "methods", "message"),
+    [
+        ([task()], METHODS, "tasks: expected a mapping from names, got list"),
+        ({"t": task()}, [ProbeConfig()], "methods: expected a mapping from names, got list"),
+        (
+            {"t": task()},
+            {"taps": TapsConfig},
+            r"methods\['taps'\]: expected a method config such as TapsConfig, got <cl",
+        ),
+        *(
+            (
+                {"t": task()},
+                {"probe": ProbeConfig(), "late": config},
+                r"methods\['late'\]: expected one whose tasks share",
+            )
+            for config in (
+                JointTapsConfig(lam=0.1),
+                RcmConfig(start="response"),
+                SeparateLayersConfig(bottom=1, joint=True),
+            )
+        ),
+        (
+            {
+                "t": Task(
+                    train=DataLoader(TensorDataset(*data(48, 0)), 16),
+                    val=data(24, 1),
+                    test=data(24, 2),
+                    labels=[*"abc"],
+                )
+            },
+            METHODS,
+            r"tasks\['t'\].train: expected a dataset or a pair of tensors, got a DataLoader",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_a_run(tasks, methods, message, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(base(), tasks, methods, CONFIG, seeds=1, trials=1, out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_seeds_that_time_cuts_are_told(tmp_path, monkeypatch) -> None:
@@ -247,6 +292,7 @@ def test_methods_by_name() -> None:
         "lora:rnk=3": "methods: lora:rnk=3: lora: unknown key 'rnk' .did you mean 'rank'",
         "lora:rank=": "methods: expected key=value, got 'rank='",
         "probe,probe": "methods: expected different ones, got 'probe' twice",
+        "selective-lora:8,lam=0.1": "methods: expected a method's name, got 'lam=0.1'",
         "lora:rank=x": "methods: lora:rank=x: rank: expected an int >= 1, got 'x'",
     }.items():
         with pytest.raises(ConfigError, match=message):
