@@ -309,7 +309,7 @@ class JointRun:
     # -- the state on disk
 
     def save(self, path: Path, settings: dict[str, Any], parent: str) -> None:
-        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
+        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings, "bad": self.guard.bad}
         average = {f"{key}|{n}": t for key, held in self.averages.items() for n, t in held.values.items()}
         counters["average_steps"] = {key: held.steps for key, held in self.averages.items()}
         kept = {"best": self.best, "average": average, "weighting": dict(self.weighting.state_dict())}
@@ -320,6 +320,7 @@ class JointRun:
         kept, counters = load_run(path, self._restore, self.stepper, parent, settings)
         self.progress, self.best = JointProgress(**counters["progress"]), kept["best"]
         self.weighting.load_state_dict(kept["weighting"])
+        self.guard.bad = counters.get("bad", 0)  # of which earlier states say nothing
         self.streams = {}
         for key, held in self.averages.items():
             values = {n.removeprefix(f"{key}|"): t for n, t in kept["average"].items() if n.startswith(f"{key}|")}

@@ -314,7 +314,7 @@ class Run:
     # -- the state on disk
 
     def save(self, path: Path, settings: dict[str, Any], parent: str) -> None:
-        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings}
+        counters: dict[str, Any] = {"progress": asdict(self.progress), "settings": settings, "bad": self.guard.bad}
         average = {} if self.average is None else self.average.values
         if self.average is not None:
             counters["average_steps"] = self.average.steps
@@ -325,6 +325,7 @@ class Run:
         """Go on where :meth:`save` stopped. Raises as `state.load_run` says."""
         kept, counters = load_run(path, lambda parts: restore(self.state, parts), self.stepper, parent, settings)
         self.progress, self.best, self.stream = Progress(**counters["progress"]), kept["best"], None
+        self.guard.bad = counters.get("bad", 0)  # of which earlier states say nothing
         if self.progress.held:
             self.rest()
         if self.average is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_joint import config as joint_config
 from test_joint import model_of, same, values
 from test_joint import tasks as joint_tasks
@@ -167,6 +169,24 @@ def test_joint_and_lean_runs_are_told() -> None:
     lean = Noting()
     Trainer(model_of(), joint_tasks(), joint_config(), quiet=True, callbacks=[lean]).fit("lean")
     assert [what[1] for what in lean.heard if what[0] == "start"] == ["joint", "a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["incremental", "joint"])
+def test_steps_that_are_left_out_are_counted_and_not_told(mode: str) -> None:
+    taken: list[int] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        taken.append(int(torch.is_grad_enabled()))
+        return F.cross_entropy(outputs, targets) * (math.nan if taken[-1] and sum(taken) == 2 else 1.0)
+
+    noting, split = Noting(), joint_tasks()["a"].train
+    model = model_of("a", TapsConfig(lam=0.1))
+    made = Trainer(
+        model, {"a": Task(train=split, val=split, loss=loss)}, joint_config(), quiet=True, callbacks=[noting]
+    )
+    with pytest.warns(UserWarning, match="the training loss is not finite; the step was left out"):
+        made.fit(mode)
+    assert [what[1] for what in noting.heard if what[0] == "step"] == [1, *range(3, 16)]
 
 
 def test_what_is_no_callback_is_named() -> None:

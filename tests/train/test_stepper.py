@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import warnings
@@ -17,7 +18,7 @@ from test_trainer import build, data, equal, tensors
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
-from taps_ext import ConfigError, FullConfig, TapsError
+from taps_ext import ConfigError, DivergedError, FullConfig, TapsError
 from taps_ext.train import Task, TrainConfig, Trainer, TrainingInterrupted
 from taps_ext.train.packing import pack, unpack
 from taps_ext.train.precision import FLOOR
@@ -367,6 +368,43 @@ def test_at_the_smallest_scale_the_layer_is_named() -> None:
         run.stepper.scaler.unscale()
         assert run.stepper.scaler.backed_off() is off
         assert run.stepper.scaler.inner.get_scale() == expected
+
+
+def test_bad_steps_count_in_a_row() -> None:
+    """Every second step is a bad one: with one allowed the run goes on to its end; two of three are too many."""
+
+    def nans(bad):
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            taken.append(int(torch.is_grad_enabled()))
+            return F.cross_entropy(outputs, targets) * (math.nan if taken[-1] and bad(sum(taken)) else 1.0)
+
+        return loss
+
+    taken: list[int] = []
+    with pytest.warns(UserWarning, match="the training loss is not finite; the step was left out"):
+        trainer(build(), loss=nans(lambda step: step % 2 == 0), bad_steps=1).fit()
+    assert sum(taken) == 24
+    taken.clear()
+    with pytest.warns(UserWarning), pytest.raises(DivergedError, match="after 2 such steps in a row the run stops"):
+        trainer(build(), loss=nans(lambda step: step % 3), bad_steps=1).fit()
+    assert sum(taken) == 2
+
+
+@pytest.mark.parametrize("mode", ["incremental", "joint"])
+def test_bad_steps_in_a_row_are_counted_over_a_stop(mode: str, tmp_path) -> None:
+    """Steps 3 to 5 are bad, of which two are allowed; stopped after the fourth, the run ends all the same."""
+    taken: list[int] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        taken.append(int(torch.is_grad_enabled()))
+        if taken[-1] and sum(taken) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return F.cross_entropy(outputs, targets) * (math.nan if taken[-1] and 3 <= sum(taken) <= 5 else 1.0)
+
+    for error in (TrainingInterrupted, DivergedError):
+        with pytest.warns(UserWarning), pytest.raises(error):
+            trainer(build(), tmp_path, loss, bad_steps=2, warmup_epochs=9).fit(mode)
+    assert sum(taken) == 5
 
 
 def test_the_scale_doubles_after_good_steps_in_a_row() -> None:
