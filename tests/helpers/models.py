@@ -63,10 +63,10 @@ def images(batch: int = 3, size: int = 8, dtype: torch.dtype = torch.float32) ->
 
 
 def settle(base: nn.Module) -> nn.Module:
-    """Give the norms affine parameters and statistics that are not the identity."""
+    """Give the norms affine parameters and statistics that are not the identity, where they have them."""
     with torch.no_grad():
         for module in base.modules():
-            if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+            if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) and module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0, 0.1)
             if isinstance(module, nn.BatchNorm2d):
