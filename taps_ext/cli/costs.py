@@ -49,7 +49,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         metavar="METHOD",
-        help="without a task file: a method as `taps compare` takes it, such as selective-lora:8:lam=0.1 (taps)",
+        help="without a task file: any method, such as lora:8 or selective-lora:8:lam=0.1 (taps)",
     )
     parser.add_argument(
         "--open", metavar="GLOB", nargs="+", help="the layers that are open, all others closed (default: all are open)"

@@ -292,7 +292,7 @@ def test_methods_by_name() -> None:
         "lora:rnk=3": "methods: lora:rnk=3: lora: unknown key 'rnk' .did you mean 'rank'",
         "lora:rank=": "methods: expected key=value, got 'rank='",
         "probe,probe": "methods: expected different ones, got 'probe' twice",
-        "selective-lora:8,lam=0.1": "methods: expected a method's name, got 'lam=0.1'",
+        "selective-lora:8,lam=0.1": "methods: expected a method's name, got 'lam=0.1'; several settings stand behind",
         "lora:rank=x": "methods: lora:rank=x: rank: expected an int >= 1, got 'x'",
     }.items():
         with pytest.raises(ConfigError, match=message):
