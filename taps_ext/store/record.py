@@ -41,6 +41,10 @@ class Record:
         """The error for a record that cannot be read."""
         return kind(self.path, f"part {show(self.module)}: {problem}")
 
+    def refuse_tensor(self, name: str, problem: str, kind: type[TaskFileError]) -> TaskFileError:
+        """The error for a tensor that is not as it should be."""
+        return kind(self.path, f"tensor {show(self.full(name))}: {problem}")
+
     def missing(self, name: str, problem: str) -> MissingTensorError:
         """The error for a tensor that is not there, or not as it should be."""
         return MissingTensorError(self.path, f"tensor {show(self.full(name))}: {problem}")
