@@ -1,7 +1,7 @@
 """TaskModel: a frozen base, the tasks beside it, and their reports."""
 
+from ..files.pack import PackedRow, Packing
 from .fold import Folded, fold_norms
-from .packing import PackedRow, Packing
 from .report import Report, Row
 from .resolution import ByResolution
 from .task_model import TaskModel

@@ -3,73 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, TapsError
+from ..files.pack import PackedRow
 from ..parts import Part
 from ..parts.host import base_weight, op_of
 from ..parts.packing import Measure, Rule, choose
 from .state import TaskState
-
-
-@dataclass(frozen=True)
-class PackedRow:
-    """One open layer.
-
-    Attributes:
-        layer: its name. codec: how it is held now, "dense" for a layer that was left as it is.
-        before, bytes: of its tensors. error: |Delta - packed| / |Delta|, Frobenius norms.
-        output_error: the same of what Delta adds to the layer's outputs on the data, None where none was measured.
-    """
-
-    layer: str
-    codec: str
-    before: int
-    bytes: int
-    error: float
-    output_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What :meth:`TaskModel.pack_task` did to a task's open layers, in module order."""
-
-    task: str
-    rows: list[PackedRow] = field(repr=False)
-
-    @property
-    def before(self) -> int:
-        """The bytes of these layers as they were."""
-        return sum(row.before for row in self.rows)
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of these layers now."""
-        return sum(row.bytes for row in self.rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "before": self.before, "bytes": self.bytes}
-
-    def table(self) -> str:
-        """A plain-text table with a line for each layer and the totals."""
-        width = max([5, *(len(row.layer) for row in self.rows)])
-        measured = any(row.output_error is not None for row in self.rows)
-        head = f"{'layer':<{width}}  codec             before        bytes     error"
-        lines = [head + ("  of outputs" if measured else "")]
-        for row in self.rows:
-            line = f"{row.layer:<{width}}  {row.codec:<12} {row.before:12,} {row.bytes:12,} {row.error:9.2e}"
-            shown = "-" if row.output_error is None else f"{row.output_error:.2e}"
-            lines.append(line + (f"  {shown:>10}" if measured else ""))
-        share = self.bytes / self.before if self.before else 1.0
-        lines.append(f"{self.task}: {self.before:,} bytes of open layers in {self.bytes:,} ({share:.3f}x)")
-        return "\n".join(lines)
-
-    __str__ = table
 
 
 def check_trains(name: str, state: TaskState) -> None:

@@ -23,6 +23,7 @@ from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..files import checkpoint, merge
 from ..files import task as task_file
+from ..files.pack import Packing
 from ..methods import FullConfig, MethodConfig
 from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES
@@ -31,7 +32,6 @@ from ..parts.packing import Rule
 from ..routing.frame import in_backward, recomputed_call, running_node
 from ..routing.route import route, unroute, whole_model
 from . import groups, packing
-from .packing import Packing
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key

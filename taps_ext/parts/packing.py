@@ -210,6 +210,7 @@ class Choice(NamedTuple):
 
     made: Encoded | None
     nbytes: int
+    shape: tuple[int, ...]
     error: float = 0.0
     lost: float = 0.0
     output_error: float | None = None
@@ -264,27 +265,32 @@ def choose(
     measures = {} if measures is None else measures
     if rule.budget is None:
         for name, read in layers.items():
-            delta, measure = read(), measures.get(name)
-            if rule.max_error is None:
-                yield name, _of_one(rule.codec or Spec("bitmask"), delta, name, measure)
-            else:
-                found = _choices(delta, name, rule.max_error, measure)
-                yield name, next(choice for choice in found if choice.lost <= rule.max_error)
+            yield name, _alone(rule, read(), name, measures.get(name))
         return
     every: dict[str, tuple[list[Choice], float]] = {}
     for name, read in layers.items():
-        delta, measure = read(), measures.get(name)
-        counts = 1.0 if measures else float(delta.double().square().sum())
-        bare = [
-            choice._replace(made=None if choice.made is None else choice.made._replace(tensors={}))
-            for choice in _choices(delta, name, None, measure)
-        ]
-        every[name] = bare, counts
+        every[name] = _weighed(read(), name, measures.get(name), alike=bool(measures))
     for name, choice in _within_budget(every, rule.budget).items():
-        if choice.made is not None:
-            delta = layers[name]()
-            choice = choice._replace(made=encode(_spec(choice.made, delta.numel()), delta, name))
-        yield name, choice
+        made = choice.made and encode(_spec(choice.made, math.prod(choice.shape)), layers[name](), name)
+        yield name, choice._replace(made=made)
+
+
+def _alone(rule: Rule, delta: Tensor, name: str, measure: Measure | None) -> Choice:
+    """A layer's choice where it depends on no other layer."""
+    if rule.max_error is None:
+        return _of_one(rule.codec or Spec("bitmask"), delta, name, measure)
+    found = _choices(delta, name, rule.max_error, measure)
+    return next(choice for choice in found if choice.lost <= rule.max_error)
+
+
+def _weighed(delta: Tensor, name: str, measure: Measure | None, *, alike: bool) -> tuple[list[Choice], float]:
+    """A layer's choices without their tensors, and how much its squared relative error counts: `alike` as any other
+    layer's, else as much as its Delta is large, so that what counts is the error of all Deltas together."""
+    found = [
+        choice._replace(made=choice.made and choice.made._replace(tensors={}))
+        for choice in _choices(delta, name, None, measure)
+    ]
+    return found, 1.0 if alike else float(delta.double().square().sum())
 
 
 def _spec(made: Encoded, count: int) -> Spec:
@@ -304,14 +310,16 @@ def _choices(delta: Tensor, name: str, max_error: float | None, measure: Measure
 
 
 def _plain(delta: Tensor, measure: Measure | None) -> Choice:
-    return Choice(None, delta.numel() * delta.element_size(), output_error=None if measure is None else 0.0)
+    nbytes, output = delta.numel() * delta.element_size(), None if measure is None else 0.0
+    return Choice(None, nbytes, tuple(delta.shape), output_error=output)
 
 
 def _judged(made: Encoded, delta: Tensor, measure: Measure | None) -> Choice:
+    shape = tuple(delta.shape)
     if measure is None:
-        return Choice(made, made.nbytes, made.error, made.error)
-    output = measure(decode(made.kind, made.tensors, tuple(delta.shape))) if made.error else 0.0
-    return Choice(made, made.nbytes, made.error, output, output)
+        return Choice(made, made.nbytes, shape, made.error, made.error)
+    output = measure(decode(made.kind, made.tensors, shape)) if made.error else 0.0
+    return Choice(made, made.nbytes, shape, made.error, output, output)
 
 
 def _of_one(spec: Spec, delta: Tensor, name: str, measure: Measure | None) -> Choice:

@@ -14,7 +14,7 @@ import secrets
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -146,6 +146,57 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
             expected = header.digests[name] if verify else None
             tensors[name] = _read_tensor(fd, info, header.claims[name], expected, path=path).to(device)
     return TensorFile(header, tensors)
+
+
+class Reader:
+    """An open file whose header is proven, and whose tensors are read, and compared with their digests, one by one.
+
+    Attributes:
+        header: of the file.
+    """
+
+    def __init__(self, fd: int, header: FileHeader) -> None:
+        self._fd, self.header = fd, header
+        self._data = header.file_bytes - sum(info.nbytes for info in header.tensors.values())
+
+    def tensor(self, stored: str) -> Tensor:
+        """A tensor by its stored name, of which nothing is kept. Raises as `read` does."""
+        header = self.header
+        info = header.tensors[stored]
+        os.lseek(self._fd, self._data + info.begin, os.SEEK_SET)
+        return _read_tensor(self._fd, info, header.claims[stored], header.digests[stored], path=header.path)
+
+    def reading(self, stored: str) -> Callable[[], Tensor]:
+        """What reads that tensor when it is called, while the file is open."""
+        return lambda: self.tensor(stored)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made anew whenever they are asked for."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+
+@contextmanager
+def opened(path: Path, *, kind: str | None = None) -> Iterator[Reader]:
+    """A task file for reading it tensor by tensor. Raises as `read_header` does."""
+    with _open_regular(path) as (fd, size):
+        header = _file_header(fd, size, path=path)
+        check_kind(kind, header.metadata.kind, path=path)
+        yield Reader(fd, header)
 
 
 def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
