@@ -234,8 +234,8 @@ def test_folds_into_a_plain_model(base: str, case: str) -> None:
 
 @every
 def test_packs(base: str, case: str, tmp_path: Path) -> None:
-    """Every Delta of an open layer and nothing else; what is packed is saved, loaded and merged like any other task, and
-    trains no further. tests/model/test_packing.py has all codecs."""
+    """Every Delta of an open layer and nothing else; what is packed is saved, loaded and merged like any other task,
+    and trains no further. tests/model/test_packing.py has all codecs."""
     model, x = trained(base, case), images(base)
     opened = model.state("t").open_layers()
     deltas = [row.layer for row in model.report("t").rows if row.layer in opened and row.change == "dense"]
