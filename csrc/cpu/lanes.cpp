@@ -311,22 +311,35 @@ void decode_int8(const PackedDelta& delta, int64_t begin, int64_t n, float* to) 
   for (; i < n; ++i) to[i] = static_cast<float>(codes[i]) * widened(scales[i / kScaleGroup]);
 }
 
+using Bytes = uint8_t __attribute__((vector_size(kScaleGroup / 2)));
+
+// Eight bytes of each from kFirst on, in turn.
+template <int kFirst>
+inline Bytes in_turn(Bytes low, Bytes high) {
+  constexpr int k = kFirst;
+#if defined(__clang__)
+  return __builtin_shufflevector(low, high, k, k + 16, k + 1, k + 17, k + 2, k + 18, k + 3, k + 19, k + 4, k + 20,
+                                 k + 5, k + 21, k + 6, k + 22, k + 7, k + 23);
+#else
+  return __builtin_shuffle(low, high,
+                           Bytes{k, k + 16, k + 1, k + 17, k + 2, k + 18, k + 3, k + 19, k + 4, k + 20, k + 5, k + 21,
+                                 k + 6, k + 22, k + 7, k + 23});
+#endif
+}
+
 void decode_int4(const PackedDelta& delta, int64_t begin, int64_t n, float* to) {
   const uint8_t* codes = static_cast<const uint8_t*>(delta.codes) + begin / 2;
   const uint16_t* scales = static_cast<const uint16_t*>(delta.values) + begin / kScaleGroup;
   int64_t i = 0;
   for (; i + kScaleGroup <= n; i += kScaleGroup) {
     const float scale = widened(scales[i / kScaleGroup]);
-    float low[kScaleGroup / 2], high[kScaleGroup / 2];
-    for (int64_t j = 0; j < kScaleGroup / 2; ++j) {
-      const int byte = codes[i / 2 + j];
-      low[j] = static_cast<float>(((byte & 15) ^ 8) - 8) * scale;
-      high[j] = static_cast<float>(((byte >> 4) ^ 8) - 8) * scale;
-    }
-    for (int64_t j = 0; j < kScaleGroup / 2; ++j) {
-      to[i + 2 * j] = low[j];
-      to[i + 2 * j + 1] = high[j];
-    }
+    Bytes byte;
+    std::memcpy(&byte, codes + i / 2, sizeof byte);
+    const Bytes low = ((byte & 15) ^ 8) - 8, high = ((byte >> 4) ^ 8) - 8;
+    const Bytes pairs[2] = {in_turn<0>(low, high), in_turn<8>(low, high)};
+    int8_t wide[kScaleGroup];
+    std::memcpy(wide, pairs, sizeof wide);
+    for (int64_t j = 0; j < kScaleGroup; ++j) to[i + j] = static_cast<float>(wide[j]) * scale;
   }
   for (; i < n; ++i) to[i] = static_cast<float>(nibble_of(codes, i)) * widened(scales[i / kScaleGroup]);
 }

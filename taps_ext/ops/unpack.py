@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def packed_weight(
         RuntimeError: tensors that do not fit the weight or each other (a bitmap with another number of bits than there
             are values), before anything is written.
     """
-    first, second = (tensors[name] for name in _ORDER[kind])
+    first, second = (tensors[name] for name in ORDER[kind])
     watched = weight.requires_grad and torch.is_grad_enabled()
     if C is None or watched or weight.device.type != "cpu" or reference.transformed(weight, first, second):
         opened = _plain(weight, kind, tensors)
@@ -45,9 +45,16 @@ def packed_weight(
     return out
 
 
-# The codes, then what scales them or stands in their places.
-_ORDER = {"bitmask": ("bitmap", "values"), "int8": ("codes", "scale"), "int4": ("codes", "scale")}
-_ORDER |= {"sign": ("signs", "scale")}
+def unpacked(kind: str, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """The Delta alone, float32 of a weight's `shape`; arguments and errors as of :func:`packed_weight`."""
+    device = next(iter(tensors.values())).device
+    # Of the two zeros it is the negative one that gives any other number as it is, a positive zero among them.
+    return packed_weight(torch.full(tuple(shape), -0.0, device=device), kind, tensors)
+
+
+# The tensors of each codec in the operator's order: the codes, then what scales them or stands in their places.
+ORDER = {"bitmask": ("bitmap", "values"), "int8": ("codes", "scale"), "int4": ("codes", "scale")}
+ORDER |= {"sign": ("signs", "scale")}
 
 
 def _plain(weight: Tensor, kind: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import codec as codecs
 from ..ops.codec import Codec, Layout
-from ..ops.unpack import packed_weight
+from ..ops.unpack import packed_weight, unpacked
 from ..store.errors import PackedTensorError
 from ..store.record import Record
 from .change import Change, register_change
@@ -54,8 +54,7 @@ class Packed(Change):
         return packed_weight(weight, self.kind, self._tensors(), gate.score, gate=None, threshold=gate.threshold)
 
     def added(self, weight: Tensor) -> Tensor | None:
-        delta = self.codec.decode(self._tensors(), len(weight), weight.shape[1:].numel())
-        return delta.reshape(weight.shape)
+        return unpacked(self.kind, self._tensors(), weight.shape)
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         return 0  # a sum for each weight, beside a product for each weight and row

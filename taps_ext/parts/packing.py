@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggestion
 from ..ops.codec import CODECS, Bitmask, Int4, Int8, Sign
+from ..ops.unpack import unpacked
 from ..store.record import Record
 
 LOW_RANK = "lowrank"
@@ -72,11 +73,9 @@ class Encoded(NamedTuple):
 
 def decode(kind: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
     """The Delta of a packed change, float32 of the weight's shape. `scale`: of a low rank."""
-    rows = shape[0]
     if kind == LOW_RANK:
         return (scale * (tensors["up"] @ tensors["down"])).view(shape)
-    columns = math.prod(shape[1:])
-    return CODECS[kind].decode(tensors, rows, columns).reshape(shape)
+    return unpacked(kind, tensors, shape)
 
 
 def relative(delta: Tensor, kept: Tensor) -> float:

@@ -62,6 +62,16 @@ def _layouts(weight: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_delta_alone_is_the_codecs_to_the_bit(kind: str) -> None:
+    """The signs of zeros too."""
+    for shape in SHAPES:
+        for delta in deltas(shape).values():
+            tensors = packed(kind, delta)
+            want = CODECS[kind].decode(tensors, len(delta), delta.shape[1:].numel()).reshape(shape)
+            assert equal(unpack.unpacked(kind, tensors, shape), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_change_nothing(kind: str) -> None:
     weight, delta = torch.randn(400, 1003), deltas((400, 1003))["sparse"]
     tensors = packed(kind, delta)
@@ -100,14 +110,14 @@ def test_a_weight_that_trains_gets_its_gradient(kind: str) -> None:
 @pytest.mark.parametrize("gate", [True, None])
 def test_opcheck(kind: str, gate: bool | None) -> None:
     weight, tensors = torch.randn(5, 40), packed(kind, deltas((5, 40))["plain"])
-    first, second = (tensors[name] for name in unpack._ORDER[kind])
+    first, second = (tensors[name] for name in unpack.ORDER[kind])
     arguments = (torch.empty(5, 40), weight, first, second, kind, torch.tensor(0.15), gate, 0.1)
     torch.library.opcheck(torch.ops.taps_ext.unpack.default, arguments)
 
 
 def arguments(kind: str, **changes) -> tuple:
     weight, tensors = torch.randn(5, 41), packed(kind, deltas((5, 41))["plain"])
-    first, second = (tensors[name] for name in unpack._ORDER[kind])
+    first, second = (tensors[name] for name in unpack.ORDER[kind])
     given = {"out": torch.zeros(5, 41), "weight": weight, "codes": first, "values": second, "codec": kind}
     given |= {"score": None, "gate": True, "threshold": 0.1}
     made = {**given, **{name: change(given) for name, change in changes.items()}}
