@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/change.h"
 #include "core/dtype.h"
 #include "core/gate.h"
 #include "core/walk.h"
@@ -31,6 +32,11 @@ struct Rebuild {
 // Of a tensor. `out` may be `weight` or `delta` itself when the walk is flat.
 struct Reconstruct : Rebuild {
   Walk<3> walk;  // out, weight, delta
+};
+
+// out = weight + delta, both row-major and dense; a null weight counts as 0.
+struct Unpack : Rebuild {
+  PackedDelta delta;
 };
 
 // Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
@@ -119,6 +125,8 @@ enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
 
 namespace cpu {
 void reconstruct(const Reconstruct& args);
+int64_t count_bits(const void* bits, int64_t bytes);
+void unpack(const Unpack& args);
 void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 int64_t linear_bytes(const LinearProduct& args);  // of `memory`

@@ -13,7 +13,6 @@
 //   mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids,
 //                Tensor? bias, float threshold) -> Tensor
 //   packed_linear(Tensor input, Tensor weight, Tensor[] parts, str codec, Tensor? bias) -> Tensor
-//   unpack_bitmask(Tensor(a!) out, Tensor values, Tensor bitmap) -> ()
 #include "ops.h"
 
 namespace taps {
@@ -47,6 +46,11 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   // The same for many tensors, on a GPU by one launch for 40 of them; gates hold 1, 0, or -1 where the score is read.
   m.def(
       "foreach_reconstruct(Tensor(a!)[] outs, Tensor[] weights, Tensor?[] deltas, Tensor?[] scores, int[] gates, "
+      "float threshold) -> ()");
+  // out <- round(W + g * Delta) of a packed Delta, without a tensor of it: `codes` are its bits or codes, `values` what
+  // the bits stand for, or scales. On a CPU.
+  m.def(
+      "unpack(Tensor(a!) out, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? score, bool? gate, "
       "float threshold) -> ()");
   // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself. On a CPU `training`
   // keeps it aten::linear on W_t, to the bit.
@@ -97,6 +101,7 @@ TAPS_REGISTER(CUDA)
 #undef TAPS_REGISTER
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
+  m.impl("unpack", TORCH_BOX(&taps::unpack));
   m.impl("patch_sum", TORCH_BOX(&taps::patch_sum));
   m.impl("patch_measure", TORCH_BOX(&taps::patch_measure));
   m.impl("patch_encode", TORCH_BOX(&taps::patch_encode));

@@ -14,6 +14,9 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
                          const std::vector<OptionalTensor>& deltas, const std::vector<OptionalTensor>& scores,
                          const Ints& gates, double threshold);
 
+void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const Tensor& values,
+            const std::string& codec, const OptionalTensor& score, std::optional<bool> gate, double threshold);
+
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
                     double row_scale, bool training);

@@ -27,7 +27,7 @@ from .methods import (
     TapsConfig,
     register_method,
 )
-from .model import ByResolution, Report, TaskModel, fold_norms
+from .model import ByResolution, Packing, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Operations, Profile, estimate, operations, profile
 from .study import Comparison, compare
@@ -50,6 +50,7 @@ __all__ = [
     "Memory",
     "MethodConfig",
     "Operations",
+    "Packing",
     "ProbeConfig",
     "Profile",
     "RcmConfig",

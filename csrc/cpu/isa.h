@@ -24,6 +24,9 @@ struct Lanes {
   // Adds the n products to 16 running sums, element i to sum i % 16.
   void (*dot)(Run a, Run b, int64_t n, double* sums);
   bool (*all_finite)(Run run, int64_t n);
+  // Elements [begin, begin + n) of a packed Delta; `begin` is a multiple of 64, n at most 1024, `rank` how many values
+  // of a bitmask come before it.
+  void (*decode)(const PackedDelta& delta, int64_t begin, int64_t n, int64_t rank, float* to);
 };
 
 constexpr int kDotSums = 16;

@@ -298,11 +298,109 @@ bool all_finite(Run run, int64_t n) {
   return true;
 }
 
+// --- packed Deltas: every product is exact in fp32 ------------------------------------------------
+
+void decode_int8(const PackedDelta& delta, int64_t begin, int64_t n, float* to) {
+  const int8_t* codes = static_cast<const int8_t*>(delta.codes) + begin;
+  const uint16_t* scales = static_cast<const uint16_t*>(delta.values) + begin / kScaleGroup;
+  int64_t i = 0;
+  for (; i + kScaleGroup <= n; i += kScaleGroup) {
+    const float scale = widened(scales[i / kScaleGroup]);
+    for (int64_t j = 0; j < kScaleGroup; ++j) to[i + j] = static_cast<float>(codes[i + j]) * scale;
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(codes[i]) * widened(scales[i / kScaleGroup]);
+}
+
+using Bytes = uint8_t __attribute__((vector_size(kScaleGroup / 2)));
+
+// Eight bytes of each from kFirst on, in turn.
+template <int kFirst>
+inline Bytes in_turn(Bytes low, Bytes high) {
+  constexpr int k = kFirst;
+#if defined(__clang__)
+  return __builtin_shufflevector(low, high, k, k + 16, k + 1, k + 17, k + 2, k + 18, k + 3, k + 19, k + 4, k + 20,
+                                 k + 5, k + 21, k + 6, k + 22, k + 7, k + 23);
+#else
+  return __builtin_shuffle(low, high,
+                           Bytes{k, k + 16, k + 1, k + 17, k + 2, k + 18, k + 3, k + 19, k + 4, k + 20, k + 5, k + 21,
+                                 k + 6, k + 22, k + 7, k + 23});
+#endif
+}
+
+void decode_int4(const PackedDelta& delta, int64_t begin, int64_t n, float* to) {
+  const uint8_t* codes = static_cast<const uint8_t*>(delta.codes) + begin / 2;
+  const uint16_t* scales = static_cast<const uint16_t*>(delta.values) + begin / kScaleGroup;
+  int64_t i = 0;
+  for (; i + kScaleGroup <= n; i += kScaleGroup) {
+    const float scale = widened(scales[i / kScaleGroup]);
+    Bytes byte;
+    std::memcpy(&byte, codes + i / 2, sizeof byte);
+    const Bytes low = ((byte & 15) ^ 8) - 8, high = ((byte >> 4) ^ 8) - 8;
+    const Bytes pairs[2] = {in_turn<0>(low, high), in_turn<8>(low, high)};
+    int8_t wide[kScaleGroup];
+    std::memcpy(wide, pairs, sizeof wide);
+    for (int64_t j = 0; j < kScaleGroup; ++j) to[i + j] = static_cast<float>(wide[j]) * scale;
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(nibble_of(codes, i)) * widened(scales[i / kScaleGroup]);
+}
+
+// The signs of a block first, for they begin at a byte there, then each row's scale.
+void decode_sign(const PackedDelta& delta, int64_t begin, int64_t n, float* to) {
+  const uint8_t* signs = static_cast<const uint8_t*>(delta.codes) + begin / 8;
+  const float* scales = static_cast<const float*>(delta.values);
+  uint32_t sign[kBlock];
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const uint32_t byte = signs[i / 8];
+    for (uint32_t j = 0; j < 8; ++j) sign[i + j] = (byte >> j) << 31;
+  }
+  for (; i < n; ++i) sign[i] = bit_of(signs, i) ? 0x80000000u : 0u;
+  for (i = 0; i < n;) {
+    const int64_t row = (begin + i) / delta.columns, left = (row + 1) * delta.columns - begin;
+    const int64_t end = left < n ? left : n;
+    const uint32_t scale = bits_of(scales[row]);
+    for (; i < end; ++i) to[i] = float_of(scale ^ sign[i]);
+  }
+}
+
+void decode_bitmask(const PackedDelta& delta, int64_t begin, int64_t n, int64_t rank, float* to) {
+  const uint8_t* bits = static_cast<const uint8_t*>(delta.codes) + begin / 8;
+  const float* values = static_cast<const float*>(delta.values) + rank;
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    uint16_t mask;
+    std::memcpy(&mask, bits + i / 8, sizeof mask);
+    _mm512_storeu_ps(to + i, _mm512_maskz_expandloadu_ps(mask, values));
+    values += __builtin_popcount(mask);
+  }
+#endif
+  for (; i < n; ++i) {
+    const bool there = bit_of(bits, i);
+    to[i] = there ? *values : 0.0f;
+    values += there;
+  }
+}
+
+// In blocks of no more than kBlock.
+void decode(const PackedDelta& delta, int64_t begin, int64_t n, int64_t rank, float* to) {
+  switch (delta.codec) {
+    case Codec::kBitmask:
+      return decode_bitmask(delta, begin, n, rank, to);
+    case Codec::kInt8:
+      return decode_int8(delta, begin, n, to);
+    case Codec::kInt4:
+      return decode_int4(delta, begin, n, to);
+    case Codec::kSign:
+      return decode_sign(delta, begin, n, to);
+  }
+}
+
 }  // namespace
 
 #define TAPS_CONCAT_(a, b) a##b
 #define TAPS_CONCAT(a, b) TAPS_CONCAT_(a, b)
 extern const Lanes TAPS_CONCAT(lanes_, TAPS_ISA);
-const Lanes TAPS_CONCAT(lanes_, TAPS_ISA) = {&reconstruct, &dot, &all_finite};
+const Lanes TAPS_CONCAT(lanes_, TAPS_ISA) = {&reconstruct, &dot, &all_finite, &decode};
 
 }  // namespace taps::cpu

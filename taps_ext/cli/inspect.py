@@ -66,6 +66,13 @@ def _change(facts: Mapping[str, Any]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def _errors(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What packing lost of a layer, where it was packed: relative, of its Delta and of its outputs."""
+    packed = facts.get("packed")
+    known = packed if isinstance(packed, dict) else {}
+    return {key: known[key] for key in ("error", "output_error") if isinstance(known.get(key), float)}
+
+
 def describe(header: FileHeader) -> dict[str, Any]:
     """The header of a task file, JSON-ready.
 
@@ -101,6 +108,7 @@ def describe(header: FileHeader) -> dict[str, Any]:
                     "bytes": sum(info.nbytes for info in own.values()),
                 }
             )
+            layers[-1] |= _errors(facts)
             sizes["deltas"] += layers[-1]["bytes"]
             continue
         group, count = _group(facts), sum(info.nbytes for info in own.values())
@@ -172,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"metrics  {_settings(facts['metrics'])}")
     if facts["layers"]:
         print(f"layers   {facts['layers_open']} of {len(facts['layers'])} open\n")
+        packed = any("error" in layer for layer in facts["layers"])
         rows = [
             (
                 layer["layer"],
@@ -179,10 +188,11 @@ def run(args: argparse.Namespace) -> int:
                 "fixed" if layer["score"] is None else f"{layer['score']:.4f}",
                 layer["change"] or "",
                 f"{layer['bytes']:,}",
+                *([f"{layer['error']:.2e}" if "error" in layer else ""] if packed else []),
             )
             for layer in facts["layers"]
         ]
-        print(table(("layer", "gate", "score", "change", "bytes"), rows))
+        print(table(("layer", "gate", "score", "change", "bytes", *(["error"] if packed else [])), rows))
     if facts["parts"]:
         strangers = [(part["part"], part["kind"], part["tensors"], f"{part['bytes']:,}") for part in facts["parts"]]
         print("\n" + table(("part", "kind", "tensors", "bytes"), strangers))

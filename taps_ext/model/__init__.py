@@ -1,8 +1,9 @@
 """TaskModel: a frozen base, the tasks beside it, and their reports."""
 
+from ..files.pack import PackedRow, Packing
 from .fold import Folded, fold_norms
 from .report import Report, Row
 from .resolution import ByResolution
 from .task_model import TaskModel
 
-__all__ = ["ByResolution", "Folded", "Report", "Row", "TaskModel", "fold_norms"]
+__all__ = ["ByResolution", "Folded", "PackedRow", "Packing", "Report", "Row", "TaskModel", "fold_norms"]

@@ -88,6 +88,13 @@ class Parts(nn.Module):
         ]
         return sum(nbytes > 0 for nbytes in grown), sum(grown)
 
+    def exchange(self, parts: Mapping[str, Part]) -> None:
+        """Put gated parts in the place of others over the same modules, whose gates they have."""
+        for name, part in parts.items():
+            self.parts[module_key(name)] = self.table[name] = part
+            part.train(self.training)
+        token.note()
+
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under the names that they have here, where 0.1 gave them others."""
         found = dict(tensors)
@@ -361,7 +368,8 @@ class TaskState(Parts):
         """What decides whether two states differ in their values alone."""
         gates = [(name, g.learn, g.threshold, None if g.learn else g.known) for name, _, g in self.gated()]
         tensors = [(name, t.shape, t.dtype) for name, t in self.state_dict(keep_vars=True).items()]
-        return self.config, self.head_path, list(self.table), gates, tensors
+        packed = [(name, part.change_kind, part.packed) for name, part in self.table.items() if part.packed]
+        return self.config, self.head_path, list(self.table), gates, tensors, packed
 
     def take_over(self, other: TaskState) -> bool:
         """Copy another state's values in place; False, and nothing done, if it is built differently."""

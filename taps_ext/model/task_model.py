@@ -23,13 +23,15 @@ from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..files import checkpoint, merge
 from ..files import task as task_file
+from ..files.pack import Packing
 from ..methods import FullConfig, MethodConfig
 from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES
 from ..parts.mirror import Mirror
+from ..parts.packing import Rule
 from ..routing.frame import in_backward, recomputed_call, running_node
 from ..routing.route import route, unroute, whole_model
-from . import groups
+from . import groups, packing
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
@@ -467,8 +469,14 @@ class TaskModel(nn.Module):
             weight_decay: applies to Deltas and heads only. A closed Delta has no gradient and rests.
 
         A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
+
+        Raises:
+            TapsError: a packed task, naming a layer: it trains no further until :meth:`unpack_task`.
         """
         chosen = self._states_for(tasks)
+        for name, state in self._names.items():
+            if state in chosen:
+                packing.check_trains(name, state)
         for name, state in self._names.items():
             count, nbytes = state.grow() if state in chosen else (0, 0)
             if count:
@@ -478,6 +486,67 @@ class TaskModel(nn.Module):
                     stacklevel=2,
                 )
         return groups.parameter_groups(chosen, lr=lr, score_lr=score_lr, weight_decay=weight_decay)
+
+    # -- packing
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def pack_task(
+        self,
+        name: str,
+        *,
+        codec: str | None = None,
+        max_error: float | None = None,
+        budget: int | None = None,
+        data: Any = None,
+    ) -> Packing:
+        """Hold the Deltas of a task's open layers in fewer bytes, in memory and in its file. It runs, reports, merges
+        and saves as before, and trains no further until :meth:`unpack_task`. Heads, norms and biases stay as they are,
+        and so do changes that are no Delta, and layers that would take no fewer bytes.
+
+        Args:
+            codec: "bitmask" (exact), "bitmask:SHARE" (of the largest elements), "int8", "int4", "sign" or
+                "lowrank:RANK", for all layers (docs/packed.md).
+            max_error: for each layer the fewest bytes with a relative error |Delta - packed| / |Delta| of no more.
+            budget: for all these layers together the least squared error in so many bytes.
+                Without any of the three nothing is lost: "bitmask" where that is smaller.
+            data: a batch of inputs (a tensor, a tuple of arguments, a dictionary of keyword arguments), or an iterable
+                of some: then errors are those of what Delta adds to a layer's own outputs, where a forward enters the
+                layer itself. The layers' inputs are held meanwhile: a few dozen samples are right.
+
+        Raises:
+            ConfigError: arguments that make no sense; a task that is packed already; a Delta that is not finite, naming
+                its layer; a budget that is too small; `data` in training mode. Nothing has changed then.
+        """
+        state = self.state(name)
+        self._not_merged(name, "pack_task")
+        rule = Rule.of(codec, max_error, budget)
+        if data is not None and self.training:
+            raise ConfigError("data: expected a model in evaluation mode, got training mode; call eval() first")
+        state.grow(opened := state.open_layers())
+        found, rows = packing.pack(name, state, self.base, rule, opened, self._inputs_of(name, opened, data))
+        state.exchange(found)
+        return Packing(name, rows)
+
+    def _inputs_of(self, name: str, layers: list[str], data: Any) -> dict[str, list[Tensor]]:
+        run = lambda args, kwargs: self(*args, task=name, **kwargs)  # noqa: E731
+        return {} if data is None else packing.inputs_of(run, {n: self.base.get_submodule(n) for n in layers}, data)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unpack_task(self, name: str) -> list[str]:
+        """Hold what a packed task has as Deltas again, which train; returns the layers. What was lost stays so.
+
+        Raises:
+            ConfigError: the task is not packed.
+        """
+        state = self.state(name)
+        self._not_merged(name, "unpack_task")
+        packed = {n: part.unpack(self.base.get_submodule(n)) for n, part, _ in state.gated() if part.packed}
+        if not packed:
+            raise ConfigError(f"unpack_task: expected a packed task, got {name!r}, which is not")
+        state.exchange(packed)
+        return list(packed)
 
     # -- merging
 

@@ -110,8 +110,7 @@ def register() -> None:
         "gated_conv2d": _forward,
         "gated_conv2d_backward": _conv2d_backward,
     }
-    formulas.update(
-        dict.fromkeys(("patch_sum", "patch_measure", "patch_encode", "patch_check", "patch_write"), _nothing)
-    )
+    moving = ("unpack", "patch_sum", "patch_measure", "patch_encode", "patch_check", "patch_write")
+    formulas.update(dict.fromkeys(moving, _nothing))
     for name, formula in formulas.items():
         register_flop_formula(getattr(torch.ops.taps_ext, name), get_raw=True)(formula)

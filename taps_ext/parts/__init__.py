@@ -9,6 +9,7 @@ from .layer import Installed, Layer
 from .lowrank import LowRank
 from .modulator import Axes, LowModulator, Modulator
 from .own import Own
+from .packed import Bitmask, Int4, Int8, Sign
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
 from .singular import Singular
@@ -16,11 +17,14 @@ from .singular import Singular
 __all__ = [
     "Axes",
     "Below",
+    "Bitmask",
     "Change",
     "Dense",
     "Gate",
     "Installed",
     "Instead",
+    "Int4",
+    "Int8",
     "Layer",
     "LowModulator",
     "LowRank",
@@ -30,6 +34,7 @@ __all__ = [
     "Part",
     "Rows",
     "SeriesAdapter",
+    "Sign",
     "Singular",
     "Whole",
     "change_kinds",

@@ -90,6 +90,7 @@ class Change(nn.Module):
         kind: its name in files.
         role: what its parameters are to optimizers: "delta" (weight decay is right) or "weight" (it is not).
         replaces: whether it holds a weight that is multiplied with in the place of the host's.
+        coded: whether its tensors are what a codec made of a Delta, of which no one has a gradient.
         settings: the names of its arguments beside `host` and `held`, which are attributes too: files keep them.
         names: of its tensors.
         owed: whether its tensors are yet to be made.
@@ -98,6 +99,7 @@ class Change(nn.Module):
     kind: ClassVar[str]
     role: ClassVar[str] = "delta"
     replaces: ClassVar[bool] = False
+    coded: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, host: nn.Module, *, held: bool = True) -> None:
@@ -189,6 +191,18 @@ class Change(nn.Module):
         """The type of its tensors over a host of this weight."""
         return torch.float32
 
+    def dtypes(self, weight: Tensor) -> dict[str, torch.dtype]:
+        """The type of each of its tensors, by name, for a kind that has several."""
+        return dict.fromkeys(self.names, self.dtype_of(weight))
+
+    def added(self, weight: Tensor) -> Tensor | None:
+        """What it adds to `weight`, shaped like it, as others can be packed in its place; None where it is small or no
+        such thing. Its tensors are there."""
+        return None
+
+    def prove(self, tensors: dict[str, Tensor], weight: Tensor, record: Record) -> None:
+        """Raise TaskFileError for values that no writer of its kind gives; shapes and types are as they should be."""
+
     @property
     def trains(self) -> bool:
         """True if a parameter is to have a gradient."""
@@ -203,13 +217,13 @@ class Change(nn.Module):
         """Make the tensors that are owed, as they start; returns their bytes."""
         if not self.owed:
             return 0
-        self.owed = False
+        self.owed, dtypes = False, self.dtypes(weight)
         for name, shape in self.shapes(weight).items():
             if tuple(shape) == tuple(weight.shape):
-                made = torch.zeros_like(weight, dtype=self.dtype_of(weight))  # with the weight's strides
+                made = torch.zeros_like(weight, dtype=dtypes[name])  # with the weight's strides
             else:
-                made = torch.zeros(tuple(shape), dtype=self.dtype_of(weight), device=weight.device)
-            self.register_parameter(name, nn.Parameter(made))
+                made = torch.zeros(tuple(shape), dtype=dtypes[name], device=weight.device)
+            self.register_parameter(name, nn.Parameter(made, not self.coded))
         with torch.no_grad():
             self.start(weight.detach())
         token.note()
@@ -241,14 +255,21 @@ class Change(nn.Module):
         if values > max(_MOST_VALUES, _MOST_SHARE * weight.numel()):  # it may be made later, of no tensors in the file
             raise record.refuse(f"change {kind.kind!r}: {values:,} values for a weight of {weight.numel():,}")
         if any(name in record.tensors for name in made.names):
-            dtype = made.dtype_of(weight)
-            given = record.take({name: (shape, dtype) for name, shape in made.shapes(weight).items()})
-            made.owed = False
-            for name, tensor in given.items():
-                strided = weight if tensor.shape == weight.shape else tensor
-                own = torch.empty_like(strided, dtype=dtype, device=weight.device).copy_(tensor)
-                made.register_parameter(name, nn.Parameter(own))
+            dtypes = made.dtypes(weight)
+            shapes = {name: (shape, dtypes[name]) for name, shape in made.shapes(weight).items()}
+            given = record.take(shapes, free=made.names if made.coded else ())  # codes are proven by their kind
+            made.prove(given, weight, record)
+            made.hold(given, weight)
         return made
+
+    def hold(self, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Copies of these tensors, which are of its shapes and types, in the place of those that are owed."""
+        self.owed = False
+        for name, tensor in tensors.items():
+            strided = weight if tensor.shape == weight.shape else tensor
+            own = torch.empty_like(strided, dtype=tensor.dtype, device=weight.device).copy_(tensor)
+            self.register_parameter(name, nn.Parameter(own, not self.coded))
+        token.note()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Change:
         result: Change = super()._apply(keep_float32(self, fn, tuple(self._parameters)), recurse)

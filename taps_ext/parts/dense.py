@@ -29,6 +29,9 @@ class Dense(Change):
     def fold(self, weight: Tensor) -> Tensor:
         return weight if self.delta is None else ops.effective_weight(weight, self.delta, gate=True)
 
+    def added(self, weight: Tensor) -> Tensor | None:
+        return self.delta
+
     def run(
         self,
         op: Op,
@@ -104,6 +107,10 @@ class Whole(Change):
             return weight
         # A product of some inputs is picked by the flag, which must say no more than the caller asks for.
         return self.weight if torch.is_grad_enabled() else self.weight.detach()
+
+    def added(self, weight: Tensor) -> Tensor | None:
+        """The nearest Delta: it gives this weight up to the rounding of the difference."""
+        return None if self.weight is None else self.weight.float() - weight.float()
 
     def run(
         self,

@@ -16,10 +16,11 @@ from ..store.errors import GateRecordError
 from ..store.record import Record
 from . import bind, reads
 from .bind import Bound, Road
-from .change import Change, kind_of
-from .dense import Dense
+from .change import Change, change_kinds, kind_of
+from .dense import Dense, Whole
 from .gate import Gate
 from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
+from .packing import LOW_RANK, Encoded, Packed
 from .part import Below, Cost, Part, forward_of, register_part, saved
 from .sampling import Sample
 
@@ -63,6 +64,10 @@ class Layer(Part):
         gate: learned or fixed; it decides about this layer alone.
         change: what an open gate lets in; None for a layer that is closed for good.
         bias: a task's own bias `[N]`, or None to use what lies below.
+        packed: how the change was packed, if it was: it then stands for a Delta, and trains no further.
+
+    Raises:
+        TapsError: codes that nothing is known of.
     """
 
     bears: ClassVar[bool] = True
@@ -72,9 +77,13 @@ class Layer(Part):
     change: Change | None
     bias: nn.Parameter | None
 
-    def __init__(self, gate: Gate, change: Change | None, *, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, gate: Gate, change: Change | None, *, bias: Tensor | None = None, packed: Packed | None = None
+    ) -> None:
         super().__init__()
-        self.gate, self.change = gate, change
+        self.gate, self.change, self._packed = gate, change, packed
+        if change is not None and change.coded and packed is None:
+            raise TapsError(f"change: {change.kind!r} is a packed Delta, so `packed` is expected to say how, got None")
         own = None if bias is None else bias.detach().clone(memory_format=torch.preserve_format)
         self.register_parameter("bias", None if own is None else nn.Parameter(own))
         if change is not None:
@@ -84,13 +93,44 @@ class Layer(Part):
         assert self.change is not None
         score = self.gate.score
         for parameter in self.change.parameters():
-            parameter.requires_grad_(self.gate.learn or bool(self.gate.known))
+            parameter.requires_grad_(self.packed is None and (self.gate.learn or bool(self.gate.known)))
             if score is not None and score.device != parameter.device:
                 score.data = score.data.to(parameter.device)
 
     @property
     def change_kind(self) -> str:
         return "" if self.change is None else self.change.kind
+
+    # -- packing
+
+    @property
+    def packed(self) -> Packed | None:
+        return self._packed
+
+    def added(self, weight: Tensor) -> Tensor | None:
+        change = self.change
+        if change is None or change.owed or not (self.packed or isinstance(change, (Dense, Whole))):
+            return None
+        delta = change.added(weight)
+        return None if delta is None else delta.detach()
+
+    def _with(self, kind: str, settings: dict[str, Any], tensors: Mapping[str, Tensor], host: nn.Module) -> Change:
+        change = change_kinds()[kind](host, held=False, **settings)
+        change.hold(tensors, base_weight(host))
+        return change
+
+    def pack(self, made: Encoded, host: nn.Module, output_error: float | None = None) -> Layer:
+        change = self._with(made.kind, made.settings, made.tensors, host)
+        packed = Packed(made.error, tuple(base_weight(host).shape), output_error)
+        return Layer(self.gate, change, bias=self.bias, packed=packed)
+
+    def unpack(self, host: nn.Module) -> Layer:
+        change, weight = self.change, base_weight(host)
+        if change is None or change.owed:
+            return Layer(self.gate, Dense(host, held=False), bias=self.bias)
+        delta = change.added(weight)
+        assert delta is not None  # what packs has one
+        return Layer(self.gate, self._with("dense", {}, {"delta": delta.detach()}, host), bias=self.bias)
 
     # -- the work
 
@@ -204,7 +244,7 @@ class Layer(Part):
         """Turn a learned gate into a fixed one; the change keeps its values."""
         self.gate.fix(open)
         for parameter in self.changes():
-            parameter.requires_grad_(open)
+            parameter.requires_grad_(open and self.packed is None)
             if not open:
                 parameter.grad = None
 
@@ -235,11 +275,13 @@ class Layer(Part):
             "gate": {"learn": gate.learn, "open": open, "threshold": gate.threshold},
             "change": None if self.change is None else self.change.describe(),
         }
+        if self.packed is not None:
+            facts["packed"] = self.packed.facts()
         return Record(facts, tensors)
 
     @classmethod
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Layer:
-        record.only("gate", "change")
+        record.only("gate", "change", "packed")
         facts = _gate_facts(record)
         if host._parameters.get(weight_name(host)) is None:
             raise record.refuse(f"expected a module with a weight, got a {original_class(host).__name__}")
@@ -261,12 +303,19 @@ class Layer(Part):
             raise record.refuse("closed, so no change is expected, got one", GateRecordError)
         if gate.learn and change is not None and change.replaces and not change.owed:
             raise record.refuse("expected a fixed gate for a whole weight, got a learned one", GateRecordError)
+        packed = Packed.of(record) if "packed" in record.facts else None
+        if packed is not None and packed.shape != tuple(weight.shape):
+            raise record.refuse(f"packed: expected the shape {list(weight.shape)} of the weight, got {packed.shape}")
+        packs = change is not None and (change.coded or change.kind == LOW_RANK)
+        if (packed is not None and not packs) or (packed is None and change is not None and change.coded):
+            kind = "none" if change is None else repr(change.kind)
+            raise record.refuse(f"packed: expected with a change that packing makes and nowhere else, got {kind}")
         own = None
         if "bias" in record.tensors:
             if bias is None:
                 raise record.refuse("bias: the base has none in its place")
             own = record.take({"bias": (bias.shape, bias.dtype)})["bias"].to(bias.device)
-        return cls(gate, change, bias=own)
+        return cls(gate, change, bias=own, packed=packed)
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:
@@ -277,7 +326,7 @@ class Layer(Part):
     def differs(self, other: Part) -> str | None:
         if not isinstance(other, Layer):
             return super().differs(other)
-        mine, theirs = (None if part.change is None else part.change.describe() for part in (self, other))
+        mine, theirs = (part._stands_for() for part in (self, other))
         converted = self.change is not None and self.change.replaces and isinstance(other.change, Dense)  # a checkpoint
         if mine != theirs and not converted:
             return f"change: expected {theirs}, got {mine}"
@@ -288,6 +337,12 @@ class Layer(Part):
         if self.gate.learn and self.gate.threshold != other.gate.threshold:
             return f"threshold: expected {other.gate.threshold:.6g}, got {self.gate.threshold:.6g}"
         return None
+
+    def _stands_for(self) -> dict[str, Any] | None:
+        """The change by which it is known to a method: a packed one is a Delta."""
+        if self.packed is not None:
+            return {"kind": Dense.kind}
+        return None if self.change is None else self.change.describe()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for old, new in self.former.items():

@@ -59,6 +59,9 @@ class LowRank(Change):
         change = self.scale * (self.up.to(wide) @ self.down.to(wide)).view(weight.shape)
         return (weight.to(wide) + change).to(weight.dtype)
 
+    def added(self, weight: Tensor) -> Tensor | None:
+        return (self.scale * (self.up @ self.down)).view(weight.shape)
+
     def product(self, below: Below, input: Tensor, gate: Gate, bias: Tensor | None) -> Tensor:
         host = below.host
         if isinstance(host, nn.Conv2d) and (host.groups != 1 or host.padding_mode != "zeros"):

@@ -16,6 +16,7 @@ from ..store.record import Record, not_finite
 from .bind import Bound
 from .gate import Gate
 from .host import Op, base_bias, base_weight, original_class, resting_weight, stock_forward
+from .packing import Encoded, Packed
 from .sampling import Sample
 
 _Kind = TypeVar("_Kind", bound="type[Part]")
@@ -124,6 +125,24 @@ class Part(nn.Module):
     def change_kind(self) -> str:
         """The kind of what its gate lets in, as files name it; "" for nothing."""
         return ""
+
+    @property
+    def packed(self) -> Packed | None:
+        """How what its gate lets in was packed; None where it was not, and trains."""
+        return None
+
+    def pack(self, made: Encoded, host: nn.Module, output_error: float | None = None) -> Part:
+        """A part with the same gate and bias, which lets in what was made of :meth:`added`; this one stays as it is."""
+        raise NotImplementedError(f"{self.kind}: expected a part with something to pack")
+
+    def unpack(self, host: nn.Module) -> Part:
+        """A part with the same gate and bias, which lets in as a Delta what a packed one holds."""
+        raise NotImplementedError(f"{self.kind}: expected a packed part")
+
+    def added(self, weight: Tensor) -> Tensor | None:
+        """What its open gate lets in on top of the base's `weight`, shaped like it, where that is a Delta, packed or
+        not; None where it is no such thing."""
+        return None
 
     def forward(self, below: Below, *args: Any, **kwargs: Any) -> Any:
         """The host's work under the task."""

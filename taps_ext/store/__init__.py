@@ -20,7 +20,7 @@ from .io import (
 from .metadata import Metadata
 from .record import Record
 from .table import Claim, PartEntry
-from .task_file import TaskFile, load, opened, save
+from .task_file import TaskFile, current_versions, load, opened, save
 from .tensors import tensor_digest
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Verification",
     "check_parent",
     "check_tensors",
+    "current_versions",
     "errors",
     "fingerprint",
     "load",

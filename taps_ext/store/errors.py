@@ -94,6 +94,10 @@ class GateRecordError(TaskFileError):
     """
 
 
+class PackedTensorError(TaskFileError):
+    """Codes, bits or scales of a packed change that no packing gives."""
+
+
 class DigestError(TaskFileError):
     """Bytes are not those that were written, or a digest is missing or belongs to nothing."""
 

@@ -122,9 +122,9 @@ class Record:
             raise self.refuse_tensor(wrong, "expected finite values, got Inf or NaN")
         return {name: tensor.to(expected[name][1]) if name in casts else tensor for name, tensor in found.items()}
 
-    def refuse_tensor(self, name: str, problem: str) -> TensorValueError:
+    def refuse_tensor(self, name: str, problem: str, kind: type[TaskFileError] = TensorValueError) -> TaskFileError:
         """The error for a tensor whose values no task has."""
-        return TensorValueError(self.path, f"tensor {show(self.full(name))}: {problem}")
+        return kind(self.path, f"tensor {show(self.full(name))}: {problem}")
 
     def check_taken(self) -> None:
         """Raise UnexpectedTensorError where a tensor was not taken, naming it."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from taps_ext import ops
+from taps_ext.ops.codec import CODECS
+from taps_ext.ops.unpack import ORDER
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KINDS = [F32, F32, F32, BF16, BF16, F16, F64]
@@ -102,6 +104,22 @@ class Call:
         if lists["outs"] and self.chance.random() < 0.2:
             lists[self.chance.choice(list(lists))].pop()
         self.name, self.arguments = "foreach_reconstruct", {**lists, "threshold": 0.1}
+
+    def unpack(self) -> None:
+        shape = [self.size() for _ in range(self.chance.randrange(1, 5))]
+        parts = self.parts(shape)
+        kind = self.chance.choice(list(CODECS))
+        made = CODECS[kind].encode(parts["delta"].float().reshape(shape[0], math.prod(shape[1:])))  # type: ignore[attr-defined]
+        codes, values = (guarded(list(made[name].shape), made[name].dtype).copy_(made[name]) for name in ORDER[kind])
+        if codes.numel() and self.chance.random() < 0.3:  # bits that ask for more values, or fewer
+            codes[self.chance.randrange(codes.numel())] = self.chance.randrange(127)
+        out = self.tensor(shape, self.chance.choice(KINDS))
+        if self.chance.random() < 0.2:
+            out = self.reach_into(self.chance.choice([parts["weight"], values]), shape)
+        first = {"out": out, "weight": parts["weight"], "codes": codes, "values": values}
+        codec = kind if self.chance.random() < 0.9 else self.chance.choice([*CODECS, "int2", ""])
+        rest = {name: parts[name] for name in ("score", "gate", "threshold")}
+        self.name, self.arguments = "unpack", {**first, "codec": codec, **rest}
 
     def linear(self, backward: bool) -> None:
         leading = [self.size() for _ in range(self.chance.randrange(4))]
@@ -272,6 +290,7 @@ class Call:
         kinds: list[Callable[[], None]] = [
             self.reconstruct,
             self.foreach_reconstruct,
+            self.unpack,
             lambda: self.linear(False),
             lambda: self.linear(True),
             lambda: self.conv2d(False),
@@ -298,7 +317,7 @@ class Call:
         for result in made if isinstance(made, tuple) else (made,):
             if isinstance(result, Tensor) and result.device.type == "cpu":
                 result.detach().double().sum().item()
-        return made is not None or "reconstruct" in self.name
+        return made is not None or "reconstruct" in self.name or self.name == "unpack"
 
     def __str__(self) -> str:
         def told(value: Any) -> str:

@@ -233,6 +233,34 @@ def test_folds_into_a_plain_model(base: str, case: str) -> None:
 
 
 @every
+def test_packs(base: str, case: str, tmp_path: Path) -> None:
+    """Every Delta of an open layer and nothing else; what is packed is saved, loaded and merged like any other task,
+    and trains no further. tests/model/test_packing.py has all codecs."""
+    model, x = trained(base, case), images(base)
+    opened = model.state("t").open_layers()
+    deltas = [row.layer for row in model.report("t").rows if row.layer in opened and row.change == "dense"]
+    made = model.pack_task("t", codec="int8")
+    assert [row.layer for row in made.rows if row.codec == "int8"] == deltas
+    want, path = output(model, x, "t"), save(model, tmp_path)
+    fresh = TaskModel(make_base(base)).eval()
+    fresh.load_task(path)
+    assert torch.equal(output(fresh, x, "t"), want)
+    if case not in UNFOLDABLE:
+        limit = rounding(model, x, "t", torch.float32) if case in BESIDE else torch.zeros(())
+        fresh.merge_task("t")
+        assert ((output(fresh, x, "t") - want).abs() <= limit).all()
+        fresh.unmerge_task()
+    if deltas:
+        with pytest.raises(TapsError, match=f"{deltas[0]} is packed"):
+            fresh.parameter_groups("t", lr=0.1)
+        assert fresh.unpack_task("t") == deltas
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "task 't': .* closed layers were loaded without")
+        losses = train(fresh, x, "t", steps=6)
+    assert min(losses) < losses[0]
+
+
+@every
 def test_copies(base: str, case: str) -> None:
     model, x = trained(base, case), images(base)
     want, before = output(model, x, "t"), state_of(model)

@@ -741,5 +741,6 @@ def test_every_class_of_refusal_is_shown() -> None:
     shown = {case[0] for case in CASES.values()}
     elsewhere = {e.MissingFileError, e.NotRegularFileError, e.UnsupportedTensorError, e.ParentMismatchError}
     elsewhere |= {e.TensorValueError, e.BadPathError}  # tests/files/test_values.py
+    elsewhere |= {e.PackedTensorError}  # the kind's affair, not the store's: tests/files/test_packed_files.py
     every = {c for c in vars(e).values() if isinstance(c, type) and issubclass(c, e.TaskFileError)}
     assert shown | elsewhere | {e.TaskFileError} == every
