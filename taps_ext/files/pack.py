@@ -116,7 +116,8 @@ def delta_of(record: Record) -> Tensor | None:
     known = codec is not None and settings.keys() == set(codec.settings)
     if codec is None or not known or not all(type(v) is int and v >= 0 for v in settings.values()):
         raise record.refuse(f"packed: expected a change that packing makes, got {str(change)[:96]}")
-    tensors = record.take(codec.layout(rows, columns, **settings))
+    layout = codec.layout(rows, columns, **settings)
+    tensors = record.take(layout, free=layout)  # the codec proves them
     if (problem := codec.problem(tensors, rows, columns)) is not None:
         raise record.refuse_tensor(problem[0], f"{kind}: {problem[1]}", PackedTensorError)
     return decode(codec.kind, tensors, packed.shape)
