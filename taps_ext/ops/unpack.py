@@ -38,8 +38,10 @@ def packed_weight(
     watched = weight.requires_grad and torch.is_grad_enabled()
     if C is None or watched or weight.device.type != "cpu" or reference.transformed(weight, first, second):
         opened = _plain(weight, kind, tensors)
-        if gate is not None or score is None:
+        if gate is not None:
             return opened if gate else weight.clone()
+        if score is None:
+            raise RuntimeError("gate: expected a bool, or a score to read it from, got None for both")
         return torch.where(score >= threshold, opened, weight)
     out = torch.empty_like(weight)
     torch.ops.taps_ext.unpack(out, weight.detach(), first, second, kind, score, gate, threshold)
@@ -47,8 +49,8 @@ def packed_weight(
 
 
 # Where a linear layer decodes on its way to the product. Its share of the time of W_t and torch's product behind it,
-# over 1, 4 and 16 rows and all four codecs (one thread of an AVX-512 BF16 machine that did other work too, least of nine
-# turns): 4096 x 4096 in fp32 .15 to .87, the less the more pages of W_t are new; 768 x 768 .56 to .96; 128 x 64 .99 to
+# over 1, 4 and 16 rows and all four codecs (one thread of an AVX-512 BF16 machine that did other work too, the least of
+# nine turns): 4096 x 4096 in fp32 .15 to .87, the less the more pages of W_t are new; 768 x 768 .56 to .96; 128 x 64 .99 to
 # 1.36. In bf16 4096 x 4096 took up to 1.2, so that bf16 keeps its W_t.
 FEW_ROWS, LEAST_WEIGHTS = 16, 1 << 19
 
