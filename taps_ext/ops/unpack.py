@@ -50,8 +50,8 @@ def packed_weight(
 
 # Where a linear layer decodes on its way to the product. Its share of the time of W_t and torch's product behind it,
 # over 1, 4 and 16 rows and all four codecs (one thread of an AVX-512 BF16 machine that did other work too, the least of
-# nine turns): 4096 x 4096 in fp32 .15 to .87, the less the more pages of W_t are new; 768 x 768 .56 to .96; 128 x 64 .99 to
-# 1.36. In bf16 4096 x 4096 took up to 1.2, so that bf16 keeps its W_t.
+# nine turns): 4096 x 4096 in fp32 .15 to .87, the less the more pages of W_t are new; 768 x 768 .56 to .96; 128 x 64
+# .99 to 1.36. In bf16 4096 x 4096 took up to 1.2, so that bf16 keeps its W_t.
 FEW_ROWS, LEAST_WEIGHTS = 16, 1 << 19
 
 
