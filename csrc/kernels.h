@@ -96,6 +96,7 @@ struct Matrix {
 struct LinearProduct {
   int64_t rows = 0, outputs = 0, inputs = 0;
   Matrix x, dy, weight, delta;
+  PackedDelta packed;  // in the place of delta, on the CPU, for few rows of whole blocks of bits
   const void* bias = nullptr;
   void* result = nullptr;
   int64_t ld_result = 0;

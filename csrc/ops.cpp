@@ -12,7 +12,6 @@
 // To come, proven possible by the probes below (lists of optional tensors, packed parts):
 //   mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids,
 //                Tensor? bias, float threshold) -> Tensor
-//   packed_linear(Tensor input, Tensor weight, Tensor[] parts, str codec, Tensor? bias) -> Tensor
 #include "ops.h"
 
 namespace taps {
@@ -52,6 +51,8 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def(
       "unpack(Tensor(a!) out, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? score, bool? gate, "
       "float threshold) -> ()");
+  // y = x W_t^T + b of a packed Delta for few rows x [..., K] on a CPU, without W_t.
+  m.def("packed_linear(Tensor input, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? bias) -> Tensor");
   // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself. On a CPU `training`
   // keeps it aten::linear on W_t, to the bit.
   m.def(
@@ -107,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("patch_encode", TORCH_BOX(&taps::patch_encode));
   m.impl("patch_check", TORCH_BOX(&taps::patch_check));
   m.impl("patch_write", TORCH_BOX(&taps::patch_write));
+  m.impl("packed_linear", TORCH_BOX(&taps::packed_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CompositeExplicitAutograd, m) {

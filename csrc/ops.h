@@ -21,6 +21,9 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
                     double row_scale, bool training);
 
+Tensor packed_linear(const Tensor& input, const Tensor& weight, const Tensor& codes, const Tensor& values,
+                     const std::string& codec, const OptionalTensor& bias);
+
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
                             const OptionalTensor& delta, const OptionalTensor& score, std::optional<bool> gate,
                             double threshold, const std::vector<bool>& output_mask, const OptionalTensor& rows,

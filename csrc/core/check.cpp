@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/device.h"
+#include "kernels.h"
 
 namespace taps {
 
@@ -120,6 +121,58 @@ void check_rows(const OptionalTensor& rows, const Described& activation, const c
       fail("rows: expected indices in [0, ", limit, "), got ", index[i * step]);
     }
   }
+}
+
+namespace {
+
+Codec codec_named(const std::string& name) {
+  if (name == "bitmask") return Codec::kBitmask;
+  if (name == "int8") return Codec::kInt8;
+  if (name == "int4") return Codec::kInt4;
+  if (name == "sign") return Codec::kSign;
+  fail("codec: expected bitmask, int8, int4 or sign, got ", name);
+}
+
+// A flat tensor of a codec; `count` < 0 for any number of elements.
+void check_flat(const Tensor& tensor, const char* name, int32_t dtype, int64_t element, int64_t count) {
+  int64_t ndim = 0;
+  int32_t found = 0, device = 0;
+  check_torch(aoti_torch_get_dim(tensor.get(), &ndim), name);
+  check_torch(aoti_torch_get_dtype(tensor.get(), &found), name);
+  check_torch(aoti_torch_get_device_type(tensor.get(), &device), name);
+  if (device != aoti_torch_device_type_cpu()) fail(name, ": expected a tensor on cpu like weight");
+  const int64_t numel = tensor.numel(), step = ndim == 1 ? tensor.stride(0) : 1;
+  if (ndim != 1 || found != dtype || (numel > 1 && step != 1)) {
+    fail(name, ": expected ", name_of_dtype(dtype), " next to each other in one dimension, got ", ndim,
+         " dimensions of ", name_of_dtype(found));
+  }
+  if (count >= 0 && numel != count) fail(name, ": expected ", count, " elements for this weight, got ", numel);
+  expect_memory(tensor, Span(&numel, 1), Span(&step, 1), element, name);
+}
+
+}  // namespace
+
+PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec) {
+  PackedDelta delta;
+  delta.codec = codec_named(codec);
+  if (weight.ndim() < 1) fail("weight: expected one dimension or more, got none");
+  const int64_t numel = weight.numel();
+  delta.rows = weight.sizes[0];
+  delta.columns = delta.rows > 0 ? numel / delta.rows : 0;
+  const bool bits = delta.codec == Codec::kBitmask || delta.codec == Codec::kSign;
+  const int64_t bytes = bits ? (numel + 7) / 8 : delta.codec == Codec::kInt4 ? (numel + 1) / 2 : numel;
+  const int32_t kind = delta.codec == Codec::kInt8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8();
+  check_flat(codes, "codes", kind, 1, bytes);
+  const int64_t groups = (numel + kScaleGroup - 1) / kScaleGroup;
+  const int64_t count = delta.codec == Codec::kBitmask ? -1 : bits ? delta.rows : groups;
+  check_flat(values, "values", bits ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), bits ? 4 : 2, count);
+  if (delta.codec == Codec::kBitmask) {  // no value is read that is not there
+    const int64_t found = cpu::count_bits(codes.data_ptr(), bytes);
+    if (found != values.numel()) fail("codes: expected ", values.numel(), " bits, one for each value, got ", found);
+  }
+  delta.codes = codes.data_ptr();
+  delta.values = values.data_ptr();
+  return delta;
 }
 
 }  // namespace taps

@@ -2,6 +2,7 @@
 // came.
 #pragma once
 
+#include "core/change.h"
 #include "core/gate.h"
 #include "core/tensor.h"
 
@@ -33,6 +34,10 @@ struct Wanted {
   bool weight_side() const { return delta || score || weight; }
 };
 Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w);
+
+// A packed Delta of this weight on the CPU: shapes and types, and of a bitmask as many bits as values. Codes and scales
+// may be anything.
+PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec);
 
 // The rows, below `limit`, of an activation called `name` that the weight gradient is estimated from.
 void check_rows(const OptionalTensor& rows, const Described& activation, const char* name, int64_t limit);

@@ -1,13 +1,14 @@
 // The forward of a gated linear layer on the CPU, block of rows by block of rows: few rows as they are or copied,
 // more of them packed, the outputs shared by the threads. W_t is built anew for each block.
 #include <cstring>
+#include <vector>
 
 #include "cpu/packed.h"
 
 namespace taps::cpu {
 namespace {
 
-constexpr int64_t kMeetingRows = 4;
+constexpr int64_t kMeetingRows = 4, kDecoded = 1024;
 constexpr int64_t kMeeting = 1024;  // words: 4096 bytes, the sets of L1
 
 // Words between rows of a copy of x. A power of two would have rows meet in the same sets of L1.
@@ -48,6 +49,49 @@ void copy_row(const LinearProduct& args, int64_t row, float* to, int64_t ld) {
   }
 }
 
+// As many outputs as are multiplied together have their Delta decoded at a time, which then comes from L2.
+void few_packed(const LinearProduct& args, const float* x, int64_t ld) {
+  constexpr int64_t kTogether = kFewRowsOutputs;
+  const int64_t parts = (args.outputs + kTogether - 1) / kTogether, words = kTogether * args.inputs;
+  const bool masked = args.packed.codec == Codec::kBitmask;
+  std::vector<int64_t> ranks(masked ? static_cast<size_t>(parts) : 0);  // values before each part
+  for (int64_t part = 0, rank = 0; masked && part < parts; ++part) {
+    ranks[static_cast<size_t>(part)] = rank;
+    const int64_t left = args.packed.numel() - part * words;
+    rank += count_bits(static_cast<const uint8_t*>(args.packed.codes) + part * words / 8,
+                       (left < words ? left : words) / 8);
+  }
+  const FewRows run = few_rows();
+  const Lanes& set = lanes();
+  const int64_t grain = words >= kGrain ? 1 : kGrain / words;
+  parallel_for(parts, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> delta(static_cast<size_t>(words));
+    LinearProduct own = args;
+    own.delta = {delta.data(), args.inputs};
+    own.delta_dtype = Dtype::kFloat32;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * kTogether;
+      own.outputs = args.outputs - first < kTogether ? args.outputs - first : kTogether;
+      const int64_t n = own.outputs * args.inputs;
+      int64_t rank = masked ? ranks[static_cast<size_t>(part)] : 0;
+      for (int64_t at = 0; at < n; at += kDecoded) {
+        const int64_t some = n - at < kDecoded ? n - at : kDecoded;
+        set.decode(args.packed, first * args.inputs + at, some, rank, delta.data() + at);
+        if (masked) {
+          rank += count_bits(static_cast<const uint8_t*>(args.packed.codes) + (first * args.inputs + at) / 8, some / 8);
+        }
+      }
+      const auto behind = [&](const void* data, int64_t elements, Dtype dtype) {
+        return static_cast<const char*>(data) + elements * size_of(dtype);
+      };
+      own.weight.data = behind(args.weight.data, first * args.weight.ld, args.weight_dtype);
+      own.bias = args.bias ? behind(args.bias, first, args.compute) : nullptr;
+      own.result = static_cast<char*>(args.result) + first * size_of(args.compute);
+      run(own, x, ld, 0, own.outputs);
+    }
+  });
+}
+
 void few(const LinearProduct& args) {
   const float* x = static_cast<const float*>(args.x.data);
   int64_t ld = args.x.ld * size_of(args.compute) / 4;
@@ -57,6 +101,7 @@ void few(const LinearProduct& args) {
     for (int64_t row = 0; row < args.rows; ++row) copy_row(args, row, copy + row * ld, ld);
     x = copy;
   }
+  if (args.packed.codes) return few_packed(args, x, ld);
   const FewRows run = few_rows();
   constexpr int64_t kTogether = kFewRowsOutputs;
   const int64_t grain = args.inputs * kTogether >= kGrain ? 1 : kGrain / (args.inputs * kTogether);

@@ -8,6 +8,7 @@
 #include "core/device.h"
 #include "core/python.h"
 #include "core/weight.h"
+#include "cpu/isa.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -234,6 +235,37 @@ Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTen
   const Tensor whole = layer_weight(w, x.dtype, path, scratch);
   const Tensor y = call("aten::linear", "", input, whole, b);
   return x.ndim() == 2 ? y : owned(y);  // of other shapes it is a view of its matrix
+}
+
+Tensor packed_linear(const Tensor& input, const Tensor& weight, const Tensor& codes, const Tensor& values,
+                     const std::string& codec, const OptionalTensor& bias) {
+  const NoGrad no_grad;
+  const GatedWeight w = check_weight(weight, std::nullopt, std::nullopt, true, 0.0, 2);
+  const Described x = check_activation(input, "input", w.weight);
+  const LinearSizes sizes = check_linear(x, "input", w.weight, w.weight.sizes[1]);
+  const PackedDelta delta = check_packed(w.weight, codes, values, codec);
+  const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
+  if (sizes.rows < 1 || sizes.rows > cpu::kFewRows || sizes.inputs % 64 != 0 || sizes.inputs == 0 ||
+      sizes.outputs == 0 || !in_rows(w.weight) || !cpu_fuses(w.weight.dtype, Dtype::kFloat32, x.dtype)) {
+    fail("input: expected 1 to ", cpu::kFewRows, " rows of a multiple of 64 elements, in float32 or bfloat16");
+  }
+  const Tensor x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  const Described described = describe(x2, "input");
+  const Tensor rows = fusable_activation(described) ? x2 : call("aten::contiguous", "", x2, int32_t{0});
+  LinearProduct args = product_of(sizes, x.dtype);
+  args.weight = matrix_of(w.weight);
+  args.weight_dtype = w.weight.dtype;
+  args.packed = delta;
+  args.gate.open = true;
+  args.delta_dtype = Dtype::kFloat32;
+  args.x = matrix_of(describe(rows, "input"));
+  const OptionalTensor dense_bias = dense(b);
+  args.bias = data_of(dense_bias);
+  const Tensor y = activation(x, sizes.outputs);
+  args.result = y.data_ptr();
+  args.ld_result = sizes.outputs;
+  run(Product::kForward, args, x.place);
+  return y;
 }
 
 Grads gated_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..ops import codec as codecs
 from ..ops.codec import Codec, Layout
-from ..ops.unpack import packed_weight, unpacked
+from ..ops.unpack import packed_linear, packed_weight, unpacked
 from ..store.errors import PackedTensorError
 from ..store.record import Record
 from .change import Change, register_change
 from .gate import Gate
-from .host import base_weight
+from .host import LINEAR, Op, base_weight
+from .sampling import Sample
 
 
 class Packed(Change):
@@ -52,6 +53,21 @@ class Packed(Change):
         if gate.shut or self.owed or gate.learns or gate.known is not None:
             return super().weight_over(weight, gate)
         return packed_weight(weight, self.kind, self._tensors(), gate.score, gate=None, threshold=gate.threshold)
+
+    def run(
+        self,
+        op: Op,
+        input: Tensor,
+        weight: Tensor,
+        gate: Gate,
+        bias: Tensor | None,
+        sample: Sample | None = None,
+    ) -> Tensor:
+        if gate.known and not self.owed and op is LINEAR:
+            made = packed_linear(input, weight, self.kind, self._tensors(), bias)
+            if made is not None:
+                return made
+        return super().run(op, input, weight, gate, bias, sample)
 
     def added(self, weight: Tensor) -> Tensor | None:
         return unpacked(self.kind, self._tensors(), weight.shape)

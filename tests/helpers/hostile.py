@@ -121,6 +121,20 @@ class Call:
         rest = {name: parts[name] for name in ("score", "gate", "threshold")}
         self.name, self.arguments = "unpack", {**first, "codec": codec, **rest}
 
+    def packed_linear(self) -> None:
+        leading = [self.chance.randrange(1, 4) for _ in range(self.chance.randrange(3))]
+        n, k = self.size(), 64 * self.chance.randrange(4)
+        kind, bias_or_not = self.chance.choice([F32, BF16]), self.chance.random() < 0.5
+        codec = self.chance.choice(list(CODECS))
+        made = CODECS[codec].encode(torch.randn(n, k))  # type: ignore[attr-defined]
+        codes, values = (guarded(list(made[name].shape), made[name].dtype).copy_(made[name]) for name in ORDER[codec])
+        if codes.numel() and self.chance.random() < 0.3:
+            codes[self.chance.randrange(codes.numel())] = self.chance.randrange(127)
+        x, weight = self.tensor([*leading, k], kind), self.tensor([n, k], kind)
+        bias = self.tensor([n], kind) if bias_or_not else None
+        first = {"input": x, "weight": weight, "codes": codes, "values": values}
+        self.name, self.arguments = "packed_linear", {**first, "codec": codec, "bias": bias}
+
     def linear(self, backward: bool) -> None:
         leading = [self.size() for _ in range(self.chance.randrange(4))]
         n, k = self.size(), self.size()
@@ -291,6 +305,7 @@ class Call:
             self.reconstruct,
             self.foreach_reconstruct,
             self.unpack,
+            self.packed_linear,
             lambda: self.linear(False),
             lambda: self.linear(True),
             lambda: self.conv2d(False),

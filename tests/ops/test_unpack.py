@@ -93,6 +93,9 @@ def test_a_gate_that_the_device_knows(kind: str, score: float, open: bool) -> No
     assert equal(got, plain(weight, kind, tensors) if open else weight)
     closed = unpack.packed_weight(weight, kind, tensors, gate=False)
     assert equal(closed, weight) and closed.data_ptr() != weight.data_ptr()
+    for given in (weight, weight.clone().requires_grad_()):  # by the kernel, and without it
+        with pytest.raises(RuntimeError, match="gate: expected a bool, or a score"):
+            unpack.packed_weight(given, kind, tensors, gate=None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from taps_ext.store.format import ALL_DTYPES
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
-from make import forms  # noqa: E402
+from make_patches import forms  # noqa: E402
 
 PAIRS = {"codings": example, "forms": forms}
 SHA256 = {
