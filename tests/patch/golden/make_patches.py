@@ -1,4 +1,4 @@
-"""Made the golden patches: `python tests/patch/golden/make_patches.py`. They are never made again: they must load for ever."""
+"""Made the golden patches (`python tests/patch/golden/make_patches.py`); never again, since they must load for ever."""
 
 from __future__ import annotations
 
