@@ -11,6 +11,7 @@ from .errors import (
     TaskFileError,
     UnsupportedModuleError,
 )
+from .files.folder import TaskFolder
 from .methods import (
     BitFitConfig,
     DepthwiseConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "TapsError",
     "Task",
     "TaskFileError",
+    "TaskFolder",
     "TaskModel",
     "TrainConfig",
     "Trainer",

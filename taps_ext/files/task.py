@@ -113,6 +113,11 @@ def beside(file: store.TaskFile) -> Path | None:
     return None
 
 
+def belongs(file: store.TaskFile, base: nn.Module, head: str | None) -> bool:
+    """True if a file was trained on this base, outside of the module `head`."""
+    return (head is None or head in dict(base.named_modules())) and base_fingerprint(base, head) == file.parent
+
+
 def check_parent(file: store.TaskFile, base: nn.Module, head: str | None, *, allow_dtype_cast: bool = False) -> None:
     """Raise unless a file belongs to this base, outside of the module `head`.
 

@@ -825,6 +825,8 @@ class TaskModel(nn.Module):
                     family.check_kept("load_task")
                 return family
         if shared is None:
+            if task_file.belongs(file, self.base, task_file.head_of(file)):
+                return None  # and nothing beside it needs a look
             shared = task_file.beside(file)
         if shared is not None:
             parent = store.load(Path(shared), kind="shared")

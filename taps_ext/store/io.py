@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows: temporary files of killed writers stay
     fcntl = None  # type: ignore[assignment]
 
+from ..errors import TaskFileError
 from .errors import (
     BadPathError,
     DigestError,
@@ -247,6 +248,37 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as fd:
         write_all(fd, memoryview(text.encode("utf-8")))
+
+
+def copy(source: Path, target: Path, *, replace: bool) -> int:
+    """Copies a task file as durably as `write` does; returns its bytes. What comes to be at `target` is proven before.
+
+    Raises FileExistsError where there is a file and `replace` is False: of two that copy to one place only one does.
+    Raises as `verify`, DigestError, and OSError from the disk.
+    """
+    with open_regular(source) as (fd, size):
+        new = Replacement(target)
+        try:
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, max(1, size))))
+            for begin in range(0, size, len(buffer)):
+                piece = buffer[: min(len(buffer), size - begin)]
+                read_all(fd, piece, path=source)
+                write_all(new.fd, piece)
+            if damaged := verify(new.temporary).damaged:
+                raise DigestError(source, f"tensor {show(damaged[0])}: its bytes are not those that were written")
+            new.seal()
+            if replace:
+                new.rename()
+            else:
+                os.link(new.temporary, new.target)
+                new.drop()
+        except BaseException as error:
+            new.drop()
+            if isinstance(error, TaskFileError):
+                raise type(error)(source, error.problem) from None  # not the temporary file's path
+            raise
+    sync_folder(new.folder)
+    return size
 
 
 def check_claims(claims: Mapping[str, Claim], tensors: Mapping[str, TensorInfo], *, path: Path) -> None:

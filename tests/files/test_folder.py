@@ -1,0 +1,169 @@
+"""A folder of tasks: by name, whole or not at all, for the cost of one whatever lies beside it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel, store
+from taps_ext.cli import main
+
+
+def model(config: TapsConfig | None = None) -> TaskModel:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)).eval()
+    return TaskModel(base, config or TapsConfig(lam=0.1))
+
+
+def write(path: Path, name: str, seed: int = 0) -> Path:
+    made = model()
+    torch.manual_seed(seed)
+    made.add_task(name, num_classes=3)
+    made.save_task(name, path)
+    return path
+
+
+def test_tasks_are_kept_by_name(tmp_path) -> None:
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    names = ["birds", "a:b", "ä%20", ".hidden", "%shared-x"]
+    for seed, name in enumerate(names):
+        assert folder.add(write(tmp_path / "one.taps", name, seed)) == name
+    assert list(TaskFolder(folder.path)) == sorted(names) and len(folder) == 5
+    assert all(name in folder for name in names) and "other" not in folder and 3 not in folder
+    x = torch.randn(3, 4)
+    for seed, name in enumerate(names):
+        made = model()
+        made.load_task(folder.file(name), shared=folder.shared(name))
+        torch.manual_seed(seed)
+        made.add_task("again", num_classes=3)
+        assert torch.equal(made(x, task=name), made(x, task="again"))
+    assert folder.add(tmp_path / "one.taps", "more") == "more" and "more" in folder
+    folder.remove("more")
+    assert "more" not in folder and folder.verify() == {file: None for file in os.listdir(folder.path)}
+
+
+def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    folder.add(write(tmp_path / "one.taps", "birds", 0))
+    before = folder.file("birds").read_bytes()
+    other = write(tmp_path / "two.taps", "birds", 1)
+    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; replace=True replaces it"):
+        folder.add(other)
+    assert folder.file("birds").read_bytes() == before != other.read_bytes()
+    folder.add(other, replace=True)
+    assert folder.file("birds").read_bytes() == other.read_bytes() and os.listdir(folder.path) == ["birds.taps"]
+
+
+def test_damaged_files_stay_outside(tmp_path) -> None:
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    path = write(tmp_path / "one.taps", "birds")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TaskFileError, match=r"one.taps: tensor .* not those that were written"):
+        folder.add(path)
+    path.write_bytes(content[:100])
+    with pytest.raises(TaskFileError, match="one.taps"):
+        folder.add(path)
+    assert not os.listdir(folder.path)
+    folder.add(write(path, "birds"))
+    with folder.file("birds").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
+    assert "not those that were written" in (folder.verify()["birds.taps"] or "")
+
+
+def test_mistakes_are_told(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="path: expected a folder, got .*none; create=True makes it"):
+        TaskFolder(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="path: expected a folder, got"):
+        TaskFolder(tmp_path / "file", create=True)
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    folder.add(write(tmp_path / "one.taps", "birds"))
+    with pytest.raises(ConfigError, match="name: no task 'brids' in .* .did you mean 'birds'"):
+        folder.file("brids")
+    for name in ("", 3):
+        with pytest.raises(ConfigError, match="name: expected a task's name"):
+            folder.file(name)  # type: ignore[arg-type]
+
+
+def test_families_lie_beside_their_tasks(tmp_path) -> None:
+    config = JointTapsConfig(lam=0.1)
+    made = model(config)
+    made.add_task("a", num_classes=3)
+    (family,) = made.families
+    made.save_shared(family, tmp_path / "family.taps")
+    made.save_task("a", tmp_path / "a.taps")
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    assert folder.add(tmp_path / "family.taps") == "" == folder.add(tmp_path / "family.taps")
+    folder.add(tmp_path / "a.taps")
+    assert list(folder) == ["a"] and folder.shared("a") is not None
+    fresh = model(config)
+    fresh.load_task(folder.file("a"), shared=folder.shared("a"))
+    x = torch.randn(2, 4)
+    assert torch.equal(fresh(x, task="a"), made(x, task="a"))
+    with pytest.raises(ConfigError, match="name: expected None for a family's file"):
+        folder.add(tmp_path / "family.taps", "b")
+
+
+def _add(folder: Path, file: Path, done: multiprocessing.SimpleQueue) -> None:
+    try:
+        TaskFolder(folder).add(file)
+        done.put("added")
+    except ConfigError:
+        done.put("refused")
+
+
+def test_of_two_writers_one_is_refused(tmp_path) -> None:
+    """Ten times; what is there is one of the two files, whole."""
+    files = [write(tmp_path / f"{seed}.taps", "birds", seed) for seed in range(2)]
+    context = multiprocessing.get_context("fork")
+    for attempt in range(10):
+        folder = TaskFolder(tmp_path / f"tasks {attempt}", create=True)
+        done = context.SimpleQueue()
+        writers = [context.Process(target=_add, args=(folder.path, file, done)) for file in files]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert sorted(done.get() for _ in writers) == ["added", "refused"]
+        assert folder.file("birds").read_bytes() in [file.read_bytes() for file in files]
+        assert os.listdir(folder.path) == ["birds.taps"]
+
+
+def test_nothing_else_is_read(tmp_path, monkeypatch) -> None:
+    """Of a hundred files, to open the folder reads none, and to load a task its own alone."""
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    content = write(tmp_path / "one.taps", "birds").read_bytes()
+    for index in range(100):
+        (folder.path / f"task {index}.taps").write_bytes(content)
+    opened, read = [], store.io.open_regular
+    monkeypatch.setattr(store.io, "open_regular", lambda path: opened.append(str(path)) or read(path))
+    folder = TaskFolder(folder.path)
+    assert not opened and "task 7" in folder
+    model().load_task(folder.file("task 7"), "t")
+    assert opened == [str(folder.file("task 7"))]
+
+
+def test_the_command(tmp_path, capsys) -> None:
+    files = [str(write(tmp_path / f"{name}.taps", name)) for name in ("birds", "cars")]
+    folder = str(tmp_path / "tasks")
+    assert main(["folder", "add", folder, *files]) == 0
+    assert "birds" in capsys.readouterr().out
+    assert main(["folder", "list", folder, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["task"], row["method"]) for row in found] == [("birds", "taps"), ("cars", "taps")]
+    assert main(["folder", "add", folder, files[0]]) == 2
+    assert "already; replace=True replaces it" in capsys.readouterr().err
+    assert main(["folder", "remove", folder, "cars"]) == 0 and main(["folder", "verify", folder]) == 0
+    assert "ok   birds.taps" in capsys.readouterr().out
+    Path(folder, "birds.taps").write_bytes(b"no file of ours")
+    assert main(["folder", "verify", folder]) == 1
+    assert main(["folder", "list", str(tmp_path / "none")]) == 2
