@@ -76,7 +76,7 @@ class TaskFolder:
 
     def __iter__(self) -> Iterator[str]:
         """The tasks' names, sorted."""
-        names = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING) and entry[0] != ".")
+        names = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING))
         return iter(sorted(unquote(n[: -len(_ENDING)]) for n in names if not n.startswith(_SHARED)))
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class TaskFolder:
         """Each file in the folder -> None where all of its bytes are those that were written, else what is wrong."""
         found: dict[str, str | None] = {}
         for entry in sorted(os.listdir(self.path)):
-            if entry.endswith(_ENDING) and entry[0] != ".":
+            if entry.endswith(_ENDING):
                 found[entry] = _problem(self.path / entry)
         return found
 
