@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -77,6 +78,18 @@ def test_damaged_files_stay_outside(tmp_path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     assert "not those that were written" in (folder.verify()["birds.taps"] or "")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
+    folder, file = TaskFolder(tmp_path / "tasks", create=True), write(tmp_path / "one.taps", "birds")
+
+    def full(fd: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        folder.add(file)
+    assert caught.value.filename == str(folder.path / "birds.taps") and not os.listdir(folder.path)
 
 
 def test_mistakes_are_told(tmp_path) -> None:
