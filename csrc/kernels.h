@@ -39,6 +39,19 @@ struct Unpack : Rebuild {
   PackedDelta delta;
 };
 
+// What a codec makes of a Delta, fp32 [rows, columns] in row-major order: its two tensors are written.
+struct Encode {
+  const float* delta = nullptr;
+  Codec codec = Codec::kInt8;
+  int64_t rows = 0, columns = 0;
+  void* codes = nullptr;
+  void* values = nullptr;
+  int64_t kept =
+      0;  // values of kBitmask: all that have a bit set, or so many of the largest magnitudes, of equal the first
+
+  int64_t numel() const { return rows * columns; }
+};
+
 // Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
 struct ForeachReconstruct {
   static constexpr int kMost = 40;
@@ -128,6 +141,7 @@ namespace cpu {
 void reconstruct(const Reconstruct& args);
 int64_t count_bits(const void* bits, int64_t bytes);
 void unpack(const Unpack& args);
+bool encode(const Encode& args);  // whether the codec holds these values
 void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 int64_t linear_bytes(const LinearProduct& args);  // of `memory`

@@ -51,6 +51,10 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def(
       "unpack(Tensor(a!) out, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? score, bool? gate, "
       "float threshold) -> ()");
+  // What a codec makes of Delta, in tensors of its layout. As many values as a bitmask is given it holds: of the
+  // largest magnitudes, of equal ones the first; where that is every element but positive zeros, negative ones too. On
+  // a CPU.
+  m.def("encode(Tensor delta, Tensor(a!) codes, Tensor(b!) values, str codec) -> ()");
   // y = x W_t^T + b of a packed Delta for few rows x [..., K] on a CPU, without W_t.
   m.def("packed_linear(Tensor input, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? bias) -> Tensor");
   // y = x W_t^T + b for x [..., K]; closed with W in x's dtype it is aten::linear on W itself. On a CPU `training`
@@ -103,6 +107,7 @@ TAPS_REGISTER(CUDA)
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("unpack", TORCH_BOX(&taps::unpack));
+  m.impl("encode", TORCH_BOX(&taps::encode));
   m.impl("patch_sum", TORCH_BOX(&taps::patch_sum));
   m.impl("patch_measure", TORCH_BOX(&taps::patch_measure));
   m.impl("patch_encode", TORCH_BOX(&taps::patch_encode));

@@ -17,6 +17,8 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
 void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const Tensor& values,
             const std::string& codec, const OptionalTensor& score, std::optional<bool> gate, double threshold);
 
+void encode(const Tensor& delta, const Tensor& codes, const Tensor& values, const std::string& codec);
+
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
                     double row_scale, bool training);

@@ -152,7 +152,7 @@ void check_flat(const Tensor& tensor, const char* name, int32_t dtype, int64_t e
 
 }  // namespace
 
-PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec) {
+PackedDelta check_layout(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec) {
   PackedDelta delta;
   delta.codec = codec_named(codec);
   if (weight.ndim() < 1) fail("weight: expected one dimension or more, got none");
@@ -166,12 +166,17 @@ PackedDelta check_packed(const Described& weight, const Tensor& codes, const Ten
   const int64_t groups = (numel + kScaleGroup - 1) / kScaleGroup;
   const int64_t count = delta.codec == Codec::kBitmask ? -1 : bits ? delta.rows : groups;
   check_flat(values, "values", bits ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), bits ? 4 : 2, count);
-  if (delta.codec == Codec::kBitmask) {  // no value is read that is not there
-    const int64_t found = cpu::count_bits(codes.data_ptr(), bytes);
-    if (found != values.numel()) fail("codes: expected ", values.numel(), " bits, one for each value, got ", found);
-  }
   delta.codes = codes.data_ptr();
   delta.values = values.data_ptr();
+  return delta;
+}
+
+PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec) {
+  const PackedDelta delta = check_layout(weight, codes, values, codec);
+  if (delta.codec == Codec::kBitmask) {  // no value is read that is not there
+    const int64_t found = cpu::count_bits(delta.codes, (delta.numel() + 7) / 8);
+    if (found != values.numel()) fail("codes: expected ", values.numel(), " bits, one for each value, got ", found);
+  }
   return delta;
 }
 

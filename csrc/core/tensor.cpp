@@ -116,6 +116,16 @@ void expect_memory(const Tensor& tensor, Span sizes, Span strides, int64_t eleme
                   : "was cut to " + std::to_string(bytes) + " of " + std::to_string(needed) + " bytes");
 }
 
+Extent extent_of(const Described& tensor) {
+  const char* begin = static_cast<const char*>(tensor.data());
+  return {begin, begin + reach(tensor.sizes, tensor.strides) * size_of(tensor.dtype)};
+}
+
+Extent extent_of(const Tensor& flat) {
+  const char* begin = static_cast<const char*>(flat.data_ptr());
+  return {begin, begin + flat.numel() * static_cast<int64_t>(flat.element_size())};
+}
+
 Tensor empty_strided(Span sizes, Span strides, Dtype dtype, Place place) {
   AtenTensorHandle handle = nullptr;
   check_torch(aoti_torch_empty_strided(
@@ -204,6 +214,17 @@ bool every_stride(Span sizes, Span strides, const F& holds) {
 }
 
 }  // namespace
+
+bool row_major(const Described& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t step = 1;
+  for (int64_t dim = tensor.ndim() - 1; dim >= 0; --dim) {
+    const size_t at = static_cast<size_t>(dim);
+    if (tensor.sizes[at] != 1 && tensor.strides[at] != step) return false;
+    step *= tensor.sizes[at];
+  }
+  return true;
+}
 
 bool is_dense(Span sizes, Span strides) {
   return every_stride(sizes, strides, [](int64_t expected, int64_t got) { return got == expected; });

@@ -101,6 +101,15 @@ struct Described {
   void* data() const { return pointer; }
 };
 
+// The memory from a tensor's first element to the end of its last.
+struct Extent {
+  const char* begin;
+  const char* end;
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+Extent extent_of(const Described& tensor);
+Extent extent_of(const Tensor& flat);  // whose elements are next to each other
+
 // Raises where the dtype is not a floating-point one that the kernels know, or where there is no memory behind all of
 // the elements, naming the argument.
 Described describe(const Tensor& tensor, const char* name);
@@ -123,6 +132,7 @@ Ints contiguous_strides(Span sizes);
 int64_t reach(Span sizes, Span strides);  // elements from the first to the last, gaps included
 // True for an image whose channels lie next to each other, as torch's kernels decide it.
 bool channels_last(const Described& image);
+bool row_major(const Described& tensor);    // contiguous
 bool is_dense(Span sizes, Span strides);    // every element once, no gaps
 bool overlaps(Span sizes, Span strides);    // expanded: some elements share memory
 Ints dense_strides(const Described& like);  // its strides where dense, else contiguous ones

@@ -11,17 +11,20 @@
 namespace taps::cpu {
 
 extern const Lanes lanes_baseline;
+extern const Encoders encoders_baseline;
 extern const FewRows few_rows_baseline;
 extern const Packs packs_baseline;
 extern const Tiles tiles_baseline;
 #ifdef TAPS_HAVE_AVX2
 extern const Lanes lanes_avx2;
+extern const Encoders encoders_avx2;
 extern const FewRows few_rows_avx2;
 extern const Packs packs_avx2;
 extern const Tiles tiles_avx2;
 #endif
 #ifdef TAPS_HAVE_AVX512
 extern const Lanes lanes_avx512;
+extern const Encoders encoders_avx512;
 extern const FewRows few_rows_avx512;
 extern const Packs packs_avx512;
 extern const Tiles tiles_avx512;
@@ -44,6 +47,7 @@ bool runs_avx512() {
 struct Set {
   const char* name;
   const Lanes* lanes;
+  const Encoders* encoders;
   const FewRows* few_rows;
   const Packs* packs;
   const Tiles* tiles;
@@ -54,17 +58,17 @@ struct Set {
 const std::vector<Set>& sets() {
   static const std::vector<Set> all = {
 #ifdef TAPS_HAVE_AVX512BF16
-      {"avx512bf16", &lanes_avx512, &few_rows_avx512bf16, &packs_avx512bf16, &tiles_avx512bf16,
+      {"avx512bf16", &lanes_avx512, &encoders_avx512, &few_rows_avx512bf16, &packs_avx512bf16, &tiles_avx512bf16,
        runs_avx512() && __builtin_cpu_supports("avx512bf16")},
 #endif
 #ifdef TAPS_HAVE_AVX512
-      {"avx512", &lanes_avx512, &few_rows_avx512, &packs_avx512, &tiles_avx512, runs_avx512()},
+      {"avx512", &lanes_avx512, &encoders_avx512, &few_rows_avx512, &packs_avx512, &tiles_avx512, runs_avx512()},
 #endif
 #ifdef TAPS_HAVE_AVX2
-      {"avx2", &lanes_avx2, &few_rows_avx2, &packs_avx2, &tiles_avx2,
+      {"avx2", &lanes_avx2, &encoders_avx2, &few_rows_avx2, &packs_avx2, &tiles_avx2,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")},
 #endif
-      {"baseline", &lanes_baseline, &few_rows_baseline, &packs_baseline, &tiles_baseline, true},
+      {"baseline", &lanes_baseline, &encoders_baseline, &few_rows_baseline, &packs_baseline, &tiles_baseline, true},
   };
   return all;
 }
@@ -111,6 +115,8 @@ bool halves_matrix_products() { return false; }
 #endif
 
 const Lanes& lanes() { return *chosen().load(std::memory_order_relaxed)->lanes; }
+
+const Encoders& encoders() { return *chosen().load(std::memory_order_relaxed)->encoders; }
 
 FewRows few_rows() { return *chosen().load(std::memory_order_relaxed)->few_rows; }
 

@@ -1,6 +1,6 @@
 // The CPU kernels that are compiled once per instruction set and chosen at run time (isa.cpp): loops over elements
-// (lanes.cpp), in which every set gives the same bits, products (few_rows.cpp, tiles.cpp), in which each set has an
-// order of sums of its own, and what is multiplied there, packed (packs.cpp).
+// (lanes.cpp, encoders.cpp), in which every set gives the same bits, products (few_rows.cpp, tiles.cpp), in which each
+// set has an order of sums of its own, and what is multiplied there, packed (packs.cpp).
 #pragma once
 
 #include <string>
@@ -30,6 +30,24 @@ struct Lanes {
 };
 
 constexpr int kDotSums = 16;
+
+// Which elements a bitmask holds: those whose bits under `mask` are `least` or more.
+struct Chosen {
+  uint32_t mask, least;
+  bool takes(uint32_t bits) const { return (bits & mask) >= least; }
+};
+
+// What makes packed Deltas (encoders.cpp), of n elements next to each other.
+struct Encoders {
+  // Codes and bfloat16 scales of kInt8 or kInt4, from the first element of a group on; false where values are not
+  // finite or larger than any scale reaches.
+  bool (*groups)(const float* delta, int64_t n, Codec codec, void* codes, uint16_t* scales);
+  double (*sum_of_magnitudes)(const float* delta, int64_t n);  // element i in running sum i % 16, these by halves
+  void (*signs)(const float* delta, int64_t n, uint8_t* bits);
+  int64_t (*count_from)(const float* delta, int64_t n, Chosen chosen);
+  // The bits of those chosen and their values, of which there is room for n and 16; returns how many.
+  int64_t (*choose)(const float* delta, int64_t n, Chosen chosen, uint8_t* bits, float* values);
+};
 
 // The outputs [begin, end) of a gated linear layer: x has `args.rows` <= kFewRows rows of words (word.h), `ld` of them
 // apart, with zeros behind the depth up to a multiple of kFewRowsPadding words. fp32, or bf16 with W and Delta in bf16
@@ -70,6 +88,7 @@ bool has_matrix_unit();
 bool halves_matrix_products();
 
 const Lanes& lanes();  // of the chosen set
+const Encoders& encoders();
 FewRows few_rows();
 const Packs& packs();
 const Tiles& tiles();

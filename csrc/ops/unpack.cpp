@@ -3,37 +3,6 @@
 #include "ops.h"
 
 namespace taps {
-namespace {
-
-// The bytes from a tensor's first element to the end of its last.
-struct Bytes {
-  const char* begin;
-  const char* end;
-  bool meets(const Bytes& other) const { return begin < other.end && other.begin < end; }
-};
-
-Bytes bytes_of(const Described& tensor) {
-  const char* begin = static_cast<const char*>(tensor.data());
-  return {begin, begin + reach(tensor.sizes, tensor.strides) * size_of(tensor.dtype)};
-}
-
-Bytes bytes_of(const Tensor& flat) {
-  const char* begin = static_cast<const char*>(flat.data_ptr());
-  return {begin, begin + flat.numel() * static_cast<int64_t>(flat.element_size())};
-}
-
-bool row_major(const Described& tensor) {
-  int64_t step = 1;
-  for (int64_t dim = tensor.ndim() - 1; dim >= 0; --dim) {
-    const size_t at = static_cast<size_t>(dim);
-    if (tensor.sizes[at] != 1 && tensor.strides[at] != step) return false;
-    step *= tensor.sizes[at];
-  }
-  return true;
-}
-
-}  // namespace
-
 void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const Tensor& values,
             const std::string& codec, const OptionalTensor& score, std::optional<bool> gate, double threshold) {
   const GatedWeight w = check_weight(weight, weight, score, gate, threshold, 0);  // of Delta's own shape
@@ -45,9 +14,9 @@ void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const 
     fail("out: expected distinct memory for every element, got strides that share some");
   }
   const PackedDelta delta = check_packed(w.weight, codes, values, codec);
-  const Bytes written = bytes_of(result);
-  if (written.meets(bytes_of(codes)) || written.meets(bytes_of(values)) || written.meets(bytes_of(w.weight)) ||
-      (score && written.meets(bytes_of(*w.score)))) {
+  const Extent written = extent_of(result);
+  if (written.meets(extent_of(codes)) || written.meets(extent_of(values)) || written.meets(extent_of(w.weight)) ||
+      (score && written.meets(extent_of(*w.score)))) {
     fail("out: expected memory of its own, got some of an operand's");
   }
   if (delta.numel() == 0) return;

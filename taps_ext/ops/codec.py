@@ -38,6 +38,11 @@ class Codec:
         raise NotImplementedError
 
     @classmethod
+    def encode(cls, delta: Tensor, share: float | None = None) -> dict[str, Tensor]:
+        """The tensors of a float32 matrix. `share` is for a bitmask."""
+        raise NotImplementedError
+
+    @classmethod
     def decode(cls, tensors: Tensors, rows: int, columns: int) -> Tensor:
         """The Delta, float32 `[rows, columns]`."""
         raise NotImplementedError
@@ -89,15 +94,19 @@ class Bitmask(Codec):
     def layout(cls, rows: int, columns: int, **settings: Any) -> Layout:
         return {"bitmap": ([-(-rows * columns // 8)], torch.uint8), "values": ([settings["kept"]], torch.float32)}
 
-    @staticmethod
-    def encode(delta: Tensor, share: float | None = None) -> dict[str, Tensor]:
-        """Of a float32 matrix; `share`: of its elements, those of the largest magnitudes, else all but zeros, to the
-        bit (-0.0 is kept)."""
+    @classmethod
+    def encode(cls, delta: Tensor, share: float | None = None) -> dict[str, Tensor]:
+        """`share`: of the elements, those of the largest magnitudes, else all but zeros, to the bit (-0.0 is kept)."""
         flat = delta.flatten()
         chosen = flat.view(torch.int32) != 0
         if share is not None:
-            chosen = _largest(flat, max(1, round(share * flat.numel()))) & (flat != 0)
+            chosen = _largest(flat, cls.count(share, flat.numel())) & (flat != 0)
         return {"bitmap": pack_bits(chosen), "values": flat[chosen]}
+
+    @staticmethod
+    def count(share: float, numel: int) -> int:
+        """Elements that a share of so many is, zeros among them."""
+        return max(1, round(share * numel))
 
     @classmethod
     def decode(cls, tensors: Tensors, rows: int, columns: int) -> Tensor:
@@ -141,10 +150,15 @@ class Sign(Codec):
     def layout(cls, rows: int, columns: int, **settings: Any) -> Layout:
         return {"scale": ([rows], torch.float32), "signs": ([-(-rows * columns // 8)], torch.uint8)}
 
-    @staticmethod
-    def encode(delta: Tensor) -> dict[str, Tensor]:
-        scale = delta.abs().mean(dim=1, dtype=torch.float64).nan_to_num().float()  # of no columns there is no mean
-        return {"scale": scale, "signs": pack_bits(delta.flatten() < 0)}
+    @classmethod
+    def encode(cls, delta: Tensor, share: float | None = None) -> dict[str, Tensor]:
+        sums = torch.zeros(len(delta), 16, dtype=torch.float64, device=delta.device)
+        steps = -(-delta.shape[1] // 16)
+        whole = torch.nn.functional.pad(delta.abs(), (0, 16 * steps - delta.shape[1]))
+        for piece in whole.view(len(delta), steps, 16).unbind(1):
+            sums += piece
+        scale = _by_halves(sums) / max(1, delta.shape[1])
+        return {"scale": scale.float(), "signs": pack_bits(delta.flatten() < 0)}
 
     @classmethod
     def decode(cls, tensors: Tensors, rows: int, columns: int) -> Tensor:
@@ -157,6 +171,15 @@ class Sign(Codec):
         if (bad := _bad_scales(tensors["scale"], torch.finfo(torch.float32).max)) is not None:
             return "scale", bad
         return None if _padded(tensors["signs"], rows * columns) else ("signs", "expected zeros behind the last bit")
+
+
+def _by_halves(values: Tensor) -> Tensor:
+    """The sums of the rows of `[n, a power of two]` in one order on every device: each of the first half and its
+    partner in the second, until one is left."""
+    while values.shape[1] > 1:
+        first, second = values.chunk(2, dim=1)
+        values = first + second
+    return values[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------ groups
@@ -174,8 +197,8 @@ def _wide_enough(scale: Tensor, peak: Tensor, most: int) -> Tensor:
 
 
 def _codes(groups: Tensor, scale: Tensor, most: int) -> Tensor:
-    steps = groups / scale.double()[:, None]
-    return steps.nan_to_num().round().clamp(-most, most)  # 0 / 0 where all of a group is zero
+    steps = torch.where(scale > 0, 1.0 / scale.double(), 0.0)[:, None]
+    return (groups * steps).round().clamp(-most, most)
 
 
 def _encode_groups(groups: Tensor, most: int, shrink: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -184,11 +207,11 @@ def _encode_groups(groups: Tensor, most: int, shrink: Sequence[float]) -> tuple[
     peak = groups.abs().amax(dim=1)
     best = _wide_enough(_scales(peak / most), peak, most)
     codes = _codes(groups, best, most)
-    error = (groups - codes * best.double()[:, None]).square().sum(dim=1)
+    error = _by_halves((groups - codes * best.double()[:, None]).square())
     for factor in shrink[1:]:
         scale = _scales(factor * peak / most)
         tried = _codes(groups, scale, most)
-        lost = (groups - tried * scale.double()[:, None]).square().sum(dim=1)
+        lost = _by_halves((groups - tried * scale.double()[:, None]).square())
         better = lost < error
         best, error = torch.where(better, scale, best), torch.where(better, lost, error)
         codes = torch.where(better[:, None], tried, codes)
@@ -205,11 +228,17 @@ class Grouped(Codec):
     shrink: ClassVar[Sequence[float]]
 
     @classmethod
-    def encode(cls, delta: Tensor) -> dict[str, Tensor]:
-        """Of a float32 matrix. Raises ValueError for magnitudes that no scale reaches."""
+    def check(cls, delta: Tensor) -> None:
+        """Raises ValueError for magnitudes that no scale reaches."""
+        peak = max(map(abs, map(float, delta.aminmax()))) if delta.numel() else 0.0
+        if peak > LARGEST_SCALE * cls.most:
+            raise ValueError(f"expected values up to {LARGEST_SCALE * cls.most:.3g}, got {peak:.3g}")
+
+    @classmethod
+    def encode(cls, delta: Tensor, share: float | None = None) -> dict[str, Tensor]:
+        """Raises ValueError for magnitudes that no scale reaches."""
+        cls.check(delta)
         flat = delta.flatten()
-        if flat.numel() and float(flat.abs().max()) > LARGEST_SCALE * cls.most:
-            raise ValueError(f"expected values up to {LARGEST_SCALE * cls.most:.3g}, got {float(flat.abs().max()):.3g}")
         groups = -(-flat.numel() // GROUP)
         codes = torch.zeros(groups * GROUP, dtype=torch.int8, device=delta.device)
         scale = torch.zeros(groups, dtype=torch.bfloat16, device=delta.device)

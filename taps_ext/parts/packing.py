@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggestion
-from ..ops.codec import CODECS, Bitmask, Int4, Int8, Sign
+from ..ops.codec import CODECS
+from ..ops.encode import encoded
 from ..ops.unpack import unpacked
 from ..store.record import Record
 
@@ -132,15 +133,11 @@ def encode(spec: Spec, delta: Tensor, name: str) -> Encoded:
     matrix = _matrix(delta, name)
     if spec.name == LOW_RANK:
         return _low_rank(matrix, [int(spec.argument or 1)], delta)[0]
-    if spec.name == "bitmask":
-        tensors = Bitmask.encode(matrix, spec.argument)
-        settings = {"kept": tensors["values"].numel()}
-    else:
-        settings = {}
-        try:
-            tensors = {"int8": Int8, "int4": Int4, "sign": Sign}[spec.name].encode(matrix)  # type: ignore[attr-defined]
-        except ValueError as problem:
-            raise ConfigError(f"{name}: codec {spec.name}: {problem}") from None
+    try:
+        tensors = encoded(spec.name, matrix, spec.argument)
+    except ValueError as problem:
+        raise ConfigError(f"{name}: codec {spec.name}: {problem}") from None
+    settings = {"kept": tensors["values"].numel()} if spec.name == "bitmask" else {}
     lossless = spec == Spec("bitmask")
     error = 0.0 if lossless else relative(delta, decode(spec.name, tensors, tuple(delta.shape)))
     return Encoded(spec.name, settings, tensors, error)
