@@ -34,10 +34,24 @@ struct Reconstruct : Rebuild {
   Walk<3> walk;  // out, weight, delta
 };
 
-// out = weight + delta, both row-major and dense; a null weight counts as 0.
+// out = weight + (gate ? delta : 0), both row-major and dense; a null weight counts as 0. The CPU's gate is open.
 struct Unpack : Rebuild {
   PackedDelta delta;
+  // Of a bitmask on a device, which finds its values by counting bits, chunk by chunk.
+  int64_t chunk = 0;          // elements; whole tiles
+  int64_t* counts = nullptr;  // scratch: a number for each chunk but the last
+
+  int64_t chunks() const { return chunk == 0 ? 0 : (delta.numel() + chunk - 1) / chunk; }
 };
+
+constexpr int64_t kUnpackTile = 2048;        // eight elements for each thread of a block
+constexpr int64_t kMostUnpackChunks = 1024;  // as many as a block adds up at once
+
+// The least chunk of which there are no more.
+inline int64_t unpack_chunk(const PackedDelta& delta) {
+  const int64_t tiles = delta.codec == Codec::kBitmask ? (delta.numel() + kUnpackTile - 1) / kUnpackTile : 0;
+  return (tiles + kMostUnpackChunks - 1) / kMostUnpackChunks * kUnpackTile;
+}
 
 // Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
 struct ForeachReconstruct {
@@ -141,6 +155,7 @@ void conv2d(const Convolution& args);
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);
 void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);  // all of them in fp64, or none
+void unpack(const Unpack& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);

@@ -35,8 +35,8 @@ struct Wanted {
 };
 Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w);
 
-// A packed Delta of this weight on the CPU: shapes and types, and of a bitmask as many bits as values. Codes and scales
-// may be anything.
+// A packed Delta of this weight: shapes and types, and on the CPU of a bitmask as many bits as values; to count them on
+// a GPU would be to wait for it, so that its kernels read no value that is not there. Codes and scales may be anything.
 PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec);
 
 // The rows, below `limit`, of an activation called `name` that the weight gradient is estimated from.
