@@ -34,9 +34,14 @@ struct Reconstruct : Rebuild {
   Walk<3> walk;  // out, weight, delta
 };
 
-// out = weight + delta, both row-major and dense; a null weight counts as 0.
+// out = weight + (gate ? delta : 0), both row-major and dense; a null weight counts as 0. The CPU's gate is open.
 struct Unpack : Rebuild {
   PackedDelta delta;
+  // Of a bitmask on a device, which finds its values by counting bits, chunk by chunk.
+  int64_t chunk = 0;          // elements; whole tiles
+  int64_t* counts = nullptr;  // scratch: a number for each chunk but the last
+
+  int64_t chunks() const { return chunk == 0 ? 0 : (delta.numel() + chunk - 1) / chunk; }
 };
 
 // What a codec makes of a Delta, fp32 [rows, columns] in row-major order: its two tensors are written.
@@ -46,11 +51,19 @@ struct Encode {
   int64_t rows = 0, columns = 0;
   void* codes = nullptr;
   void* values = nullptr;
-  int64_t kept =
-      0;  // values of kBitmask: all that have a bit set, or so many of the largest magnitudes, of equal the first
+  int64_t kept = 0;  // values of kBitmask: of all that are not zero, or of the largest, of equal ones the first
 
   int64_t numel() const { return rows * columns; }
 };
+
+constexpr int64_t kUnpackTile = 2048;        // eight elements for each thread of a block
+constexpr int64_t kMostUnpackChunks = 1024;  // as many as a block adds up at once
+
+// The least chunk of which there are no more.
+inline int64_t unpack_chunk(const PackedDelta& delta) {
+  const int64_t tiles = delta.codec == Codec::kBitmask ? (delta.numel() + kUnpackTile - 1) / kUnpackTile : 0;
+  return (tiles + kMostUnpackChunks - 1) / kMostUnpackChunks * kUnpackTile;
+}
 
 // Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
 struct ForeachReconstruct {
@@ -155,6 +168,7 @@ void conv2d(const Convolution& args);
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);
 void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);  // all of them in fp64, or none
+void unpack(const Unpack& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);

@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
       "foreach_reconstruct(Tensor(a!)[] outs, Tensor[] weights, Tensor?[] deltas, Tensor?[] scores, int[] gates, "
       "float threshold) -> ()");
   // out <- round(W + g * Delta) of a packed Delta, without a tensor of it: `codes` are its bits or codes, `values` what
-  // the bits stand for, or scales. On a CPU.
+  // the bits stand for, or scales. On a CPU a bitmap must have as many bits as there are values; on a GPU, which is not
+  // waited for, bits beyond the values stand for zeros.
   m.def(
       "unpack(Tensor(a!) out, Tensor weight, Tensor codes, Tensor values, str codec, Tensor? score, bool? gate, "
       "float threshold) -> ()");
@@ -96,6 +97,7 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                            \
     m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                     \
     m.impl("foreach_reconstruct", TORCH_BOX(&taps::foreach_reconstruct));     \
+    m.impl("unpack", TORCH_BOX(&taps::unpack));                               \
     m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                   \
     m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward)); \
     m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                   \
@@ -106,7 +108,6 @@ TAPS_REGISTER(CUDA)
 #undef TAPS_REGISTER
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
-  m.impl("unpack", TORCH_BOX(&taps::unpack));
   m.impl("encode", TORCH_BOX(&taps::encode));
   m.impl("patch_sum", TORCH_BOX(&taps::patch_sum));
   m.impl("patch_measure", TORCH_BOX(&taps::patch_measure));

@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST = 5  # seconds: less is not worth beginning a stage
 # What has to be the same for results to stand in one file.
 IDENTITY = ("commit", "gpu", "driver", "torch", "torch_cuda", "nvcc", "python", "capability")
-SUBSET_FILES = ("tests/cuda/test_ops_cuda.py", "tests/cuda/test_reconstruct_cuda.py")
+SUBSET_FILES = tuple(f"tests/cuda/test_{name}_cuda.py" for name in ("ops", "reconstruct", "packed"))
 SUBSET = (
     "test_empty or (test_linear and 7-33-17 and None and float32) or (test_linear and 7-34-18 and fused and bfloat16) "
-    "or (test_reconstruct and 1- and float32-torch.float32)"
+    "or (test_reconstruct and 1- and float32-torch.float32) or test_bitmaps_that_lie"
 )
 
 

@@ -133,14 +133,19 @@ Codec codec_named(const std::string& name) {
   fail("codec: expected bitmask, int8, int4 or sign, got ", name);
 }
 
-// A flat tensor of a codec; `count` < 0 for any number of elements.
-void check_flat(const Tensor& tensor, const char* name, int32_t dtype, int64_t element, int64_t count) {
+// A flat tensor of a codec, where the weight is; `count` < 0 for any number of elements.
+void check_flat(const Tensor& tensor, const char* name, int32_t dtype, int64_t element, int64_t count, Place place) {
   int64_t ndim = 0;
   int32_t found = 0, device = 0;
+  Place own;
   check_torch(aoti_torch_get_dim(tensor.get(), &ndim), name);
   check_torch(aoti_torch_get_dtype(tensor.get(), &found), name);
   check_torch(aoti_torch_get_device_type(tensor.get(), &device), name);
-  if (device != aoti_torch_device_type_cpu()) fail(name, ": expected a tensor on cpu like weight");
+  check_torch(aoti_torch_get_device_index(tensor.get(), &own.index), name);
+  own.cuda = device == aoti_torch_device_type_cuda();
+  if ((!own.cuda && device != aoti_torch_device_type_cpu()) || !(own == place)) {
+    fail(name, ": expected a tensor on ", to_string(place), " like weight");
+  }
   const int64_t numel = tensor.numel(), step = ndim == 1 ? tensor.stride(0) : 1;
   if (ndim != 1 || found != dtype || (numel > 1 && step != 1)) {
     fail(name, ": expected ", name_of_dtype(dtype), " next to each other in one dimension, got ", ndim,
@@ -162,10 +167,12 @@ PackedDelta check_layout(const Described& weight, const Tensor& codes, const Ten
   const bool bits = delta.codec == Codec::kBitmask || delta.codec == Codec::kSign;
   const int64_t bytes = bits ? (numel + 7) / 8 : delta.codec == Codec::kInt4 ? (numel + 1) / 2 : numel;
   const int32_t kind = delta.codec == Codec::kInt8 ? aoti_torch_dtype_int8() : aoti_torch_dtype_uint8();
-  check_flat(codes, "codes", kind, 1, bytes);
+  check_flat(codes, "codes", kind, 1, bytes, weight.place);
   const int64_t groups = (numel + kScaleGroup - 1) / kScaleGroup;
   const int64_t count = delta.codec == Codec::kBitmask ? -1 : bits ? delta.rows : groups;
-  check_flat(values, "values", bits ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), bits ? 4 : 2, count);
+  check_flat(values, "values", bits ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16(), bits ? 4 : 2, count,
+             weight.place);
+  delta.kept = delta.codec == Codec::kBitmask ? values.numel() : 0;
   delta.codes = codes.data_ptr();
   delta.values = values.data_ptr();
   return delta;
@@ -173,9 +180,9 @@ PackedDelta check_layout(const Described& weight, const Tensor& codes, const Ten
 
 PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec) {
   const PackedDelta delta = check_layout(weight, codes, values, codec);
-  if (delta.codec == Codec::kBitmask) {  // no value is read that is not there
+  if (delta.codec == Codec::kBitmask && !weight.place.cuda) {  // no value is read that is not there
     const int64_t found = cpu::count_bits(delta.codes, (delta.numel() + 7) / 8);
-    if (found != values.numel()) fail("codes: expected ", values.numel(), " bits, one for each value, got ", found);
+    if (found != delta.kept) fail("codes: expected ", delta.kept, " bits, one for each value, got ", found);
   }
   return delta;
 }

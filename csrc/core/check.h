@@ -35,10 +35,11 @@ struct Wanted {
 };
 Wanted check_mask(const std::vector<bool>& mask, const GatedWeight& w);
 
-// A packed Delta of this weight on the CPU: shapes and types. What codes and values hold may be anything.
+// A packed Delta of this weight: shapes and types. What codes and values hold may be anything.
 PackedDelta check_layout(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec);
 
-// The same, and of a bitmask as many bits as values.
+// The same, and on the CPU of a bitmask as many bits as values; to count them on a GPU would be to wait for it, so that
+// its kernels read no value that is not there.
 PackedDelta check_packed(const Described& weight, const Tensor& codes, const Tensor& values, const std::string& codec);
 
 // The rows, below `limit`, of an activation called `name` that the weight gradient is estimated from.

@@ -201,11 +201,12 @@ TAPS_DEVICE bool check_rounding() {
   return good;
 }
 
-// 16 bytes of global memory, doubles in words, and the grid, of one block.
+// 16 bytes of global memory, doubles in words, bits counted, and the grid, of one block.
 TAPS_DEVICE bool check_words(const float* source) {
   const Vec16 v = gld16_once(source + 4 * tid());
   bool good = nblocks_x() == 1;
   for (unsigned i = 0; i < 4; ++i) good = good && float_of(v.word[i]) == static_cast<float>(4 * tid() + i);
+  good = good && popcount(0) == 0 && popcount(0x80000001u) == 2 && popcount(0xffffffffu) == 32;
   const double x = 1.5 + 0x1p-40;
   good = good && low_of(x) == 0x1000u && high_of(x) == 0x3ff80000u && double_of(low_of(x), high_of(x)) == x;
   return all_lanes(good);

@@ -2,24 +2,12 @@
 // atomics; the same bits every time. One definition for nvcc and for the twin; the launches are in dot.cu.
 #pragma once
 
+#include "cuda/block.cuh"
 #include "cuda/elements.cuh"
 
 namespace taps::dev {
 
 constexpr unsigned kDotShared = kThreads * sizeof(double);
-
-// The sum over a block in a fixed tree; valid in thread 0.
-TAPS_DEVICE double block_sum(double value) {
-  const sh<double> sums = as<double>(arena(), 0);
-  st(sums, tid(), value);
-  block_sync();
-#pragma unroll
-  for (unsigned width = kThreads / 2; width > 0; width /= 2) {
-    if (tid() < width) st(sums, tid(), ld(sums, tid()) + ld(sums, tid() + width));
-    block_sync();
-  }
-  return ld(sums, 0);
-}
 
 // T is what the operands are read as; products and sums are fp64 either way.
 template <class T>

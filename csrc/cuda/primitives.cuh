@@ -80,6 +80,7 @@ TAPS_DEVICE uint32_t pack<f16>(float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
   return __half_as_ushort(__low2half(both)) | static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
 }
+TAPS_DEVICE unsigned popcount(uint32_t bits) { return static_cast<unsigned>(__popc(bits)); }
 TAPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 TAPS_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
 // A double of its two words, the lower half first.

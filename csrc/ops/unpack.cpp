@@ -1,8 +1,25 @@
 // W_t = round(W + g * Delta) of a packed Delta.
+#include "core/device.h"
 #include "core/weight.h"
 #include "ops.h"
 
 namespace taps {
+namespace {
+
+void run(Unpack& args, Place place) {
+  if (!cuda::runs(place.cuda)) {
+    cpu::unpack(args);
+    return;
+  }
+  args.chunk = unpack_chunk(args.delta);
+  const int64_t counted = args.chunks() > 1 ? args.chunks() - 1 : 0;
+  const Lease counts(place.cuda, place.index, static_cast<size_t>(counted) * sizeof(int64_t));
+  args.counts = static_cast<int64_t*>(counts.data());
+  cuda::unpack(args, place.index, stream_of(place));
+}
+
+}  // namespace
+
 void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const Tensor& values,
             const std::string& codec, const OptionalTensor& score, std::optional<bool> gate, double threshold) {
   const GatedWeight w = check_weight(weight, weight, score, gate, threshold, 0);  // of Delta's own shape
@@ -20,24 +37,25 @@ void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const 
     fail("out: expected memory of its own, got some of an operand's");
   }
   if (delta.numel() == 0) return;
-  if (!w.gate.open) {
+  if (w.known_closed()) {
     reconstruct_into(result, &w.weight, nullptr, w.gate);
     return;
   }
   Unpack args;
   args.delta = delta;
+  args.gate = w.gate;
   if (row_major(result) && row_major(w.weight)) {
     args.out = result.data();
     args.out_dtype = result.dtype;
     args.weight = w.weight.data();
     args.weight_dtype = w.weight.dtype;
-    cpu::unpack(args);
+    run(args, result.place);
     return;
   }
   const Tensor plain = empty_strided(w.weight.sizes, contiguous_strides(w.weight.sizes), Dtype::kFloat32, result.place);
   const Described decoded = describe(plain, "delta");
   args.out = decoded.data();
-  cpu::unpack(args);
+  run(args, result.place);
   reconstruct_into(result, &w.weight, &decoded, w.gate);
 }
 

@@ -31,12 +31,14 @@ def packed_weight(
         gate: what the host knows of the gate; None reads it from `score`, on its device.
 
     Raises:
-        RuntimeError: tensors that do not fit the weight or each other (a bitmap with another number of bits than there
-            are values), before anything is written.
+        RuntimeError: tensors that do not fit the weight or each other, before anything is written; on a CPU also a
+            bitmap with another number of bits than there are values. A GPU is not waited for to count them: there, bits
+            beyond the values stand for zeros.
     """
     first, second = (tensors[name] for name in ORDER[kind])
     watched = weight.requires_grad and torch.is_grad_enabled()
-    if C is None or watched or weight.device.type != "cpu" or reference.transformed(weight, first, second):
+    has_kernels = C is not None and weight.device.type in ("cpu", "cuda")
+    if not has_kernels or watched or reference.transformed(weight, first, second):
         opened = _plain(weight, kind, tensors)
         if gate is not None:
             return opened if gate else weight.clone()

@@ -23,7 +23,9 @@ KERNEL_HEADERS = (
     "tile.cuh",
     "linear.cuh",
     "elements.cuh",
+    "block.cuh",
     "reconstruct.cuh",
+    "unpack.cuh",
     "dot.cuh",
     "gate.cuh",
 )

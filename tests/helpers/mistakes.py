@@ -197,6 +197,34 @@ MISTAKES = {
     "the tree before its leaves": Mistake(
         "st(sums, tid(), value);\n  «block_sync(); → ;»", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("sums",)
     ),
+    # --- packed Deltas
+    "more bits than values": Mistake("there && «found < most → true» ?", BEYOND),
+    "values counted from the tile's first": Mistake("«rank += all; → ;»", WRONG),
+    "a chunk counted with those before it": Mistake("«i < bid_x() → i <= bid_x()»;", f"{BEYOND}|{WRONG}"),
+    "the chunks before this one forgotten": Mistake("rank += «args.counts[i] → 0»;", WRONG),
+    "half of a word counted": Mistake("popcount(static_cast<uint32_t>(«word >> 32 → word»))", WRONG),
+    "a lane counted with those before it": Mistake("«1u << lane() → 2u << lane()») - 1", WRONG),
+    "counts of more than seven": Mistake("bit < «4 → 3»; ++bit", WRONG),
+    "the counts of warps read too early": Mistake(
+        "st(sums, warp(), of_warp);\n  «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld(sums", "st(sums"),
+    ),
+    "the counts of two tiles in one place": Mistake(
+        "«others = sums, sums = next; → ;»", r"race at ([\w.]+):(\d+)", ("ld(sums", "st(sums")
+    ),
+    "one scale for all groups": Mistake("scale_of(delta, «at → 0»)", WRONG),
+    "one scale for two rows": Mistake("if («left == 0 → false» && k < count)", WRONG),
+    "a scale behind the last row": Mistake("if (left == 0 && «k < count → true»)", BEYOND),
+    "codes read as words wherever they begin": Mistake(
+        "«(reinterpret_cast<uintptr_t>(args.delta.codes) & 7) == 0 → true»;", "runtime error: .*misaligned"
+    ),
+    "codes of a closed Delta": Mistake(
+        "«is_open(args.gate) → true»;\n  const int64_t numel = args.delta.numel(), step", BEYOND
+    ),
+    "bits of a closed Delta": Mistake("«!is_open(args.gate) → false») return;", BEYOND),
+    "weights behind the last": Mistake("args.weight && «k < eight.count → k <= eight.count»", BEYOND),
+    "elements of W_t behind the last": Mistake("if («k < eight.count → k <= eight.count») store_one", BEYOND),
 }
 NUMBER = {name: number for number, name in enumerate(MISTAKES, 1)}
 

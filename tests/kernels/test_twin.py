@@ -16,6 +16,7 @@ PROGRAMS = {
     "misuse": (None, None),
     "conformance": (None, None),
     "elementwise": (390, 390),
+    "unpack": (710, 710),
     "linear": (376, 5616),
     "linear_weight": (423, 1944),
 }

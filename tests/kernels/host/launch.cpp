@@ -5,6 +5,7 @@
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/reconstruct.cuh"
+#include "cuda/unpack.cuh"
 
 namespace taps::cuda {
 namespace {
@@ -70,6 +71,30 @@ void foreach_reconstruct(ForeachReconstruct args, int, void*) {
       dev::foreach_reconstruct<double>(args);
     } else {
       dev::foreach_reconstruct<float>(args);
+    }
+  });
+}
+
+void unpack(const Unpack& args, int, void*) {
+  if (args.delta.numel() == 0) return;
+  const bool vectors = dev::takes_vectors(args), in_double = args.in_double();
+  if (args.delta.codec != Codec::kBitmask) {
+    run({dev::unpack_blocks(args, kMultiprocessors)}, kThreads, 0, [&] {
+      if (in_double) {
+        dev::unpack_codes<double>(args, vectors);
+      } else {
+        dev::unpack_codes<float>(args, vectors);
+      }
+    });
+    return;
+  }
+  const auto chunks = static_cast<unsigned>(args.chunks());
+  if (chunks > 1) run({chunks - 1}, kThreads, dev::kCountShared, [&] { dev::count_bitmask(args); });
+  run({chunks}, kThreads, dev::kBitmaskShared, [&] {
+    if (in_double) {
+      dev::unpack_bitmask<double>(args, vectors);
+    } else {
+      dev::unpack_bitmask<float>(args, vectors);
     }
   });
 }

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 from tolerance import assert_close  # noqa: E402
 
 from taps_ext import gated_linear, ops, reference  # noqa: E402
+from taps_ext.ops.codec import CODECS  # noqa: E402
+from taps_ext.ops.unpack import packed_weight, unpacked  # noqa: E402
 
 OPS = torch.ops.taps_ext
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -108,6 +110,29 @@ def rebuilt() -> int:
     return len(outs)
 
 
+def packed() -> int:
+    """W_t of packed Deltas, in every type, row-major and not: to the bit the codec's own Delta, added and rounded."""
+    cases = 0
+    kinds, shapes = [F32, torch.float64, BF16, F16], [(7, 9), (6, 4, 3, 3), (0, 4)]
+    for kind, dtype, shape in itertools.product(CODECS, kinds, shapes):
+        delta = draw(*shape, dtype=F32) * (torch.rand(shape) < 0.5)
+        tensors = CODECS[kind].encode(delta.flatten(1))
+        decoded = CODECS[kind].decode(tensors, shape[0], math.prod(shape[1:])).view(shape)
+        assert torch.equal(unpacked(kind, tensors, shape).view(torch.int32), decoded.view(torch.int32))
+        weight = draw(*shape, dtype=dtype)
+        turned = weight.transpose(0, 1).contiguous().transpose(0, 1)
+        wide = torch.promote_types(dtype, F32)
+        for laid, (gate, value) in itertools.product(
+            (weight, turned), ((True, 0.05), (False, 0.15), (None, 0.15), (None, 0.05))
+        ):
+            is_open = value >= 0.1 if gate is None else gate
+            want = (laid.to(wide) + decoded.to(wide)).to(dtype) if is_open else laid
+            got = packed_weight(laid, kind, tensors, torch.tensor(value), gate=gate)
+            assert torch.equal(got, want) and got.dtype == dtype, (kind, dtype, shape, gate, value)
+            cases += 1
+    return cases
+
+
 def refused(x: torch.Tensor, w: torch.Tensor, d: torch.Tensor) -> None:
     try:
         OPS.gated_linear(x, w, d, None, None, True, 0.1)
@@ -140,7 +165,7 @@ def main() -> None:
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
         layer((rows,), k, 8, BF16, F32, True)
         cases += 1
-    cases += rebuilt()
+    cases += rebuilt() + packed()
     _C.force_path("rebuild")  # torch's products, and gradients selected, scaled and multiplied with Delta
     for (dtype, delta), gate in itertools.product([*types, (F32, F32), (torch.float64, torch.float64)], GATES):
         layer((3, 5), 40, 24, dtype, delta, gate)

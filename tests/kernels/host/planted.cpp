@@ -2,6 +2,7 @@
 // expects a finding or a wrong result, and this program to pass without one.
 #include "elementwise_case.h"
 #include "linear_case.h"
+#include "unpack_case.h"
 
 using namespace host;  // NOLINT
 
@@ -101,6 +102,25 @@ TAPS_CASE(products) {
   if (wrong.empty()) wrong = check_dot(Dtype::kFloat64, Dtype::kFloat16, 1, 77, 0, 1);
   if (wrong.empty()) wrong = check_dot(Dtype::kFloat32, Dtype::kFloat32, 301, 71, 3, 0);
   return wrong;
+}
+
+TAPS_CASE(packed) {
+  for (const Codec codec : kCodecs) {
+    for (const int64_t offset : {0, 1}) {
+      Packing p{codec, 13, 71, Dtype::kBFloat16, Dtype::kBFloat16};
+      p.codes_offset = offset;
+      std::string wrong = check_unpack(p);
+      p.how = How::kReadClosed, p.rows = 2, p.columns = kUnpackTile + 3;
+      if (wrong.empty()) wrong = check_unpack(p);
+      if (!wrong.empty()) return wrong;
+    }
+  }
+  for (const int64_t missing : {0, 900}) {
+    Packing p{Codec::kBitmask, 1, 5 * kUnpackTile + 3};
+    p.chunk = 2 * kUnpackTile, p.share = 0.9, p.missing = missing, p.seed = 1;
+    if (std::string wrong = check_unpack(p); !wrong.empty()) return wrong;
+  }
+  return "";
 }
 
 int main() { return run_all(); }

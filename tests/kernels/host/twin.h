@@ -94,6 +94,7 @@ sh<T> as(sh<unsigned char> base, unsigned bytes) {
 
 // --- numbers
 
+inline unsigned popcount(uint32_t bits) { return static_cast<unsigned>(__builtin_popcount(bits)); }
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
