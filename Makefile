@@ -93,7 +93,7 @@ lint: build
 
 # One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
-FUZZ := tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
+FUZZ := tests/kernels/test_codecs.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
 
 test: lint
 	$(PYTEST) --durations=10
@@ -105,7 +105,7 @@ sanitize: build
 	TAPS_THOROUGH=1 $(PYTEST) tests/kernels -m sanitize --durations=10
 
 fuzz: build
-	TAPS_THOROUGH=1 $(PYTEST) $(FUZZ) --durations=10
+	TAPS_THOROUGH=1 TAPS_FUZZ_INPUTS=10000000 $(PYTEST) $(FUZZ) --durations=10
 
 # Of machines with this one's instruction set; known once it is built.
 OF_MACHINE = benchmarks/results/$(shell $(PY) -c "import torch, taps_ext._C as extension; print(extension.isa())")

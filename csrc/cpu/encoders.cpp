@@ -170,7 +170,7 @@ bool encode_groups(const float* delta, int64_t n, Codec codec, void* codes, uint
     for (int j = 0; j < kGroup; ++j) peak = magnitude(group[j]) > peak ? magnitude(group[j]) : peak;
     if (peak > most) {  // Inf and NaN too
       held = false;
-      peak = 0;
+      continue;
     }
     int8_t code[kGroup];
     if (codec == Codec::kInt8) {
