@@ -21,18 +21,33 @@ constexpr int64_t kDepth = 256;    // of a block, in words: four rows of W_t tak
 
 static_assert(kFewRowsPadding % kLanes == 0, "padded rows hold whole vectors");
 
+// For the lines that begin in the step of elements `at` lies in.
+template <int64_t kStep, class Element>
+inline void ask(const Element* from, int64_t at) {
+  constexpr int64_t kBytes = kStep * static_cast<int64_t>(sizeof(Element)), kLine = 64;
+  const char* const bytes = reinterpret_cast<const char*>(from + at);
+  if (kBytes < kLine && at / kStep * kBytes % kLine != 0) return;
+  for (int64_t line = 0; line < kBytes; line += kLine) __builtin_prefetch(bytes + line, 0, 3);
+}
+
+template <int64_t kStep, class Packed>
+inline void ask(const Cursor<Packed>& from, int64_t at) {
+  const int64_t bits = at * Packed::kBits;
+  if (bits % 512 == 0) __builtin_prefetch(from.codes + (from.at * Packed::kBits + bits) / 8, 0, 3);
+}
+
 // What one thread works on: N outputs (kOutputs, or one at the end), block after block along the depth.
 template <class T, int N>
 struct Panel {
   using W = typename T::W::Element;
-  using D = typename T::D::Element;
+  using D = typename T::D::Pointer;
   float weights[N * kDepth];  // W_t of the block
   Vec sums[kFewRows][N];
 
   // Where a block's rows of W and Delta begin, and the next one's; of how many elements it is.
   struct Block {
     const W *w[N], *next_w[N];
-    const D *d[N], *next_d[N];
+    D d[N], next_d[N];
     int64_t elements;
   };
 
@@ -64,27 +79,20 @@ struct Panel {
       int64_t at = 0;  // in elements
       for (; at + T::kStep <= block.elements; at += T::kStep, k += kLanes) {
         step(k, [&](int n) {
-          ask(block.next_w[n], at);
-          ask(block.next_d[n], at);
+          ask<T::kStep>(block.next_w[n], at);
+          ask<T::kStep>(block.next_d[n], at);
           return T::weight(block.w[n] + at, block.d[n] + at);
         });
       }
-      if (at < block.elements) {
-        step(k, [&](int n) { return T::weight(block.w[n] + at, block.d[n] + at, block.elements - at); });
+      if constexpr (!T::D::kPacked) {  // whose rows are whole steps
+        if (at < block.elements) {
+          step(k, [&](int n) { return T::weight(block.w[n] + at, block.d[n] + at, block.elements - at); });
+        }
       }
     }
     for (int m = 0; m < M; ++m) {
       for (int n = 0; n < N; ++n) sums[row + m][n] = sum[n][m];
     }
-  }
-
-  // For the lines that begin in the step of elements `at` lies in.
-  template <class Element>
-  static void ask(const Element* from, int64_t at) {
-    constexpr int64_t kBytes = T::kStep * static_cast<int64_t>(sizeof(Element)), kLine = 64;
-    const char* const bytes = reinterpret_cast<const char*>(from + at);
-    if (kBytes < kLine && at / T::kStep * kBytes % kLine != 0) return;
-    for (int64_t line = 0; line < kBytes; line += kLine) __builtin_prefetch(bytes + line, 0, 3);
   }
 
   template <Pass kPass>
@@ -162,16 +170,13 @@ void finish(const LinearProduct& p, const Vec* sums, int64_t output) {
 template <class T, int N>
 void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
   using W = typename T::W::Element;
-  using D = typename T::D::Element;
   Panel<T, N> panel;
   const int rows = static_cast<int>(p.rows), parts = (rows + kMostRows - 1) / kMostRows;
   std::memset(panel.sums, 0, sizeof panel.sums[0] * static_cast<size_t>(rows));
   const auto w_at = [&](int n, int64_t at) {
     return static_cast<const W*>(p.weight.data) + (output + n) * p.weight.ld + at;
   };
-  const auto d_at = [&](int n, int64_t at) {
-    return static_cast<const D*>(p.delta.data) + (output + n) * p.delta.ld + at;
-  };
+  const auto d_at = [&](int n, int64_t at) { return T::D::begin(p, output + n) + at; };
   constexpr int64_t kBlock = kDepth * T::kInWord;  // in elements
   typename Panel<T, N>::Block block;
   for (int64_t at = 0; at < p.inputs; at += kBlock) {
@@ -211,7 +216,8 @@ void panels(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, i
 }
 
 void few_rows(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, int64_t end) {
-  with_types(p, [&](auto types) { panels<decltype(types)>(p, x, ld, begin, end); });
+  const auto run = [&](auto types) { panels<decltype(types)>(p, x, ld, begin, end); };
+  p.packed.codes ? with_packed(p, run) : with_types(p, run);
 }
 
 }  // namespace

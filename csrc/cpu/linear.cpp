@@ -49,7 +49,8 @@ void copy_row(const LinearProduct& args, int64_t row, float* to, int64_t ld) {
   }
 }
 
-// As many outputs as are multiplied together have their Delta decoded at a time, which then comes from L2.
+// What is not decoded in registers: as many outputs as are multiplied together have their Delta decoded at a time,
+// which then comes from L2.
 void few_packed(const LinearProduct& args, const float* x, int64_t ld) {
   constexpr int64_t kTogether = kFewRowsOutputs;
   const int64_t parts = (args.outputs + kTogether - 1) / kTogether, words = kTogether * args.inputs;
@@ -67,6 +68,7 @@ void few_packed(const LinearProduct& args, const float* x, int64_t ld) {
   parallel_for(parts, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> delta(static_cast<size_t>(words));
     LinearProduct own = args;
+    own.packed = {};
     own.delta = {delta.data(), args.inputs};
     own.delta_dtype = Dtype::kFloat32;
     for (int64_t part = begin; part < end; ++part) {
@@ -101,7 +103,8 @@ void few(const LinearProduct& args) {
     for (int64_t row = 0; row < args.rows; ++row) copy_row(args, row, copy + row * ld, ld);
     x = copy;
   }
-  if (args.packed.codes) return few_packed(args, x, ld);
+  const bool in_registers = args.packed.codec != Codec::kBitmask && args.compute == Dtype::kFloat32;
+  if (args.packed.codes && !in_registers) return few_packed(args, x, ld);
   const FewRows run = few_rows();
   constexpr int64_t kTogether = kFewRowsOutputs;
   const int64_t grain = args.inputs * kTogether >= kGrain ? 1 : kGrain / (args.inputs * kTogether);

@@ -43,7 +43,9 @@ constexpr int kTile = 6;  // 12 sums, two of W_t and an element of x in 16
 
 using Vec = float __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
 template <class V, class E>
 inline V loaded(const E* from) {
@@ -68,19 +70,100 @@ inline Bits picked(Bits all, Bits from) {
 #endif
 }
 
-// kLanes elements by their type.
-struct Float32 {
-  using Element = float;
+// kLanes elements by their type, and where a row of Delta begins.
+template <class E>
+struct Plain {
+  using Element = E;
+  using Pointer = const E*;
+  static constexpr bool kPacked = false;
+  static inline Pointer begin(const LinearProduct& p, int64_t row) {
+    return static_cast<const E*>(p.delta.data) + row * p.delta.ld;
+  }
+};
+struct Float32 : Plain<float> {
   static inline Vec load(const float* from) { return loaded<Vec>(from); }
 };
-struct BFloat16 {
-  using Element = uint16_t;
+struct BFloat16 : Plain<uint16_t> {
   static inline Vec load(const uint16_t* from) {
 #if defined(__AVX512F__)  // which gcc 12 would do by halves
     return as<Vec>(as<Bits>(_mm512_cvtepu16_epi32(loaded<__m256i>(from))) << 16);
 #else
     return as<Vec>(__builtin_convertvector(loaded<Halves>(from), Bits) << 16);
 #endif
+  }
+};
+
+// A packed Delta's elements in row-major order from `at` on, whose rows are whole vectors; every one is exact in fp32.
+template <class Packed>
+struct Cursor {
+  const uint8_t* codes;
+  const void* values;
+  int64_t at;
+  float scale;  // of a row
+  Cursor operator+(int64_t elements) const { return {codes, values, at + elements, scale}; }
+};
+
+template <class Packed>
+struct InRegisters {
+  using Element = void;
+  using Pointer = Cursor<Packed>;
+  static constexpr bool kPacked = true;
+  static inline Pointer begin(const LinearProduct& p, int64_t row) {
+    const float scale = Packed::kOfRow ? static_cast<const float*>(p.packed.values)[row] : 0.0f;
+    return {static_cast<const uint8_t*>(p.packed.codes), p.packed.values, row * p.packed.columns, scale};
+  }
+};
+
+// The scale of the group that `at` lies in, in all lanes.
+template <class Packed>
+inline Vec scale_at(const Cursor<Packed>& from) {
+  return as<Vec>((static_cast<uint32_t>(static_cast<const uint16_t*>(from.values)[from.at / kScaleGroup]) << 16) -
+                 Bits{});
+}
+
+inline Bits counted() {  // 0, 1, 2, ...
+  Bits lanes;
+  for (uint32_t i = 0; i < static_cast<uint32_t>(kLanes); ++i) lanes[i] = i;
+  return lanes;
+}
+
+struct PackedInt8 : InRegisters<PackedInt8> {
+  static constexpr int kBits = 8;
+  static constexpr bool kOfRow = false;
+  static inline Vec load(const Pointer& from) {
+    const Bytes bytes = loaded<Bytes>(from.codes + from.at);
+#if defined(__AVX512F__)
+    const Ints codes = as<Ints>(_mm512_cvtepi8_epi32(as<__m128i>(bytes)));
+#else
+    const Ints codes = __builtin_convertvector(bytes, Ints);
+#endif
+    return __builtin_convertvector(codes, Vec) * scale_at(from);
+  }
+};
+
+struct PackedInt4 : InRegisters<PackedInt4> {
+  static constexpr int kBits = 4;
+  static constexpr bool kOfRow = false;
+  static inline Vec load(const Pointer& from) {
+    uint32_t words[2] = {};  // of eight codes
+    std::memcpy(words, from.codes + from.at / 2, kLanes / 2);
+    Bits code = words[0] - Bits{};
+    if constexpr (kLanes == 16) {
+      for (int i = 8; i < kLanes; ++i) code[i] = words[1];
+    }
+    const Ints wide = as<Ints>(code << (28u - 4u * (counted() & 7u))) >> 28;
+    return __builtin_convertvector(wide, Vec) * scale_at(from);
+  }
+};
+
+struct PackedSign : InRegisters<PackedSign> {
+  static constexpr int kBits = 1;
+  static constexpr bool kOfRow = true;
+  static inline Vec load(const Pointer& from) {
+    uint16_t bits = from.codes[from.at / 8];
+    if constexpr (kLanes == 16) std::memcpy(&bits, from.codes + from.at / 8, sizeof bits);
+    const Bits word = static_cast<uint32_t>(bits >> from.at % 8) - Bits{};
+    return as<Vec>(((word << (31u - counted())) & 0x80000000u) ^ (as<uint32_t>(from.scale) - Bits{}));
   }
 };
 
@@ -126,16 +209,17 @@ struct Types {
   static constexpr int kInWord = kRound_ && kPairs ? 2 : 1;
   static constexpr int64_t kStep = kLanes * kInWord;
 
-  static inline Vec weight(const typename W::Element* w, const typename D::Element* d) {
+  static inline Vec weight(const typename W::Element* w, const typename D::Pointer& d) {
     const Vec first = W::load(w) + D::load(d);
     if constexpr (kInWord == 2) return to_pairs(first, W::load(w + kLanes) + D::load(d + kLanes));
     return kRound ? to_bfloat16(first) : first;
   }
 
   // The first `count` elements, and zeros.
-  static inline Vec weight(const typename W::Element* w, const typename D::Element* d, int64_t count) {
+  template <class E>
+  static inline Vec weight(const typename W::Element* w, const E* d, int64_t count) {
     typename W::Element own_w[kStep] = {};
-    typename D::Element own_d[kStep] = {};
+    E own_d[kStep] = {};
     std::memcpy(own_w, w, static_cast<size_t>(count) * sizeof own_w[0]);
     std::memcpy(own_d, d, static_cast<size_t>(count) * sizeof own_d[0]);
     return weight(own_w, own_d);
@@ -160,6 +244,14 @@ inline void with_types(const LinearProduct& p, const F& body) {
   } else {
     body(Types<BFloat16, Float32, true>());
   }
+}
+
+// The same of a packed Delta in registers, but for a bitmask, whose places depend on all bits before them.
+template <class F>
+inline void with_packed(const LinearProduct& p, const F& body) {
+  if (p.packed.codec == Codec::kInt8) body(Types<Float32, PackedInt8, false>());
+  if (p.packed.codec == Codec::kInt4) body(Types<Float32, PackedInt4, false>());
+  if (p.packed.codec == Codec::kSign) body(Types<Float32, PackedSign, false>());
 }
 
 }  // namespace

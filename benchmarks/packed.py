@@ -1,0 +1,143 @@
+"""Packed Deltas on one core: packing and unpacking beside memcpy, and linear layers of few rows beside dense Deltas.
+
+    python benchmarks/packed.py [--json FILE]
+
+One run, one thread, the median of several turns in which everything is timed once. Memory is warm (its pages are there)
+and cold to the caches. `memcpy` copies the fp32 Delta, which is what packing reads and unpacking writes. Below it: a
+linear layer 4096 x 4096 in fp32, its Delta packed, dense in fp32 (as it is trained), dense in bf16, and merged into W.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import taps_ext
+from taps_ext.ops import _C
+from taps_ext.ops.encode import encoded
+from taps_ext.ops.unpack import ORDER, packed_linear
+
+CODECS: dict[str, tuple[str, float | None]] = {
+    "int8": ("int8", None),
+    "int4": ("int4", None),
+    "sign": ("sign", None),
+    "bitmask:0.1": ("bitmask", 0.1),
+    "bitmask": ("bitmask", None),  # of a Delta a tenth of which is not zero
+}
+ROWS = (1, 2, 4, 8, 16)
+SIDE = 4096
+
+
+def medians(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Milliseconds of each call; what it reads is in no cache, for 128 MB were written before it."""
+    other = torch.zeros(128 << 20, dtype=torch.uint8)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            other.add_(1)
+            begun = time.perf_counter()
+            call()
+            if turn:  # the first warms up
+                found[name].append(1e3 * (time.perf_counter() - begun))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def throughput(turns: int) -> list[dict[str, Any]]:
+    """Rows of: codec, bytes a weight, pack and unpack as multiples of memcpy's rate."""
+    delta = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 1e-3
+    sparse = torch.where(torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(1)) < 0.1, delta, 0.0)
+    weight, out = torch.randn(SIDE, SIDE), torch.zeros(SIDE, SIDE)
+    sources = {name: sparse if name == "bitmask" else delta for name in CODECS}
+    made = {name: encoded(kind, sources[name], share) for name, (kind, share) in CODECS.items()}
+
+    def unpack(name: str, of: Tensor) -> None:
+        kind = CODECS[name][0]
+        first, second = (made[name][part] for part in ORDER[kind])
+        torch.ops.taps_ext.unpack(out, of, first, second, kind, None, True, 0.1)
+
+    nothing = torch.full((SIDE, SIDE), -0.0)
+    calls: dict[str, Callable[[], object]] = {"memcpy": lambda: out.copy_(delta)}
+    for name, (kind, share) in CODECS.items():
+        calls[f"pack {name}"] = lambda n=name, k=kind, s=share: encoded(k, sources[n], s)
+        calls[f"unpack {name}"] = lambda n=name: unpack(n, weight)
+        calls[f"delta {name}"] = lambda n=name: unpack(n, nothing)
+    ms = medians(calls, turns)
+    return [
+        {
+            "codec": name,
+            "bytes_a_weight": sum(t.nbytes for t in made[name].values()) / delta.numel(),
+            "pack_over_memcpy": ms["memcpy"] / ms[f"pack {name}"],
+            "unpack_over_memcpy": ms["memcpy"] / ms[f"unpack {name}"],
+            "pack_gb_s": delta.nbytes / 1e6 / ms[f"pack {name}"],
+            "unpack_gb_s": delta.nbytes / 1e6 / ms[f"unpack {name}"],
+            "memcpy_gb_s": delta.nbytes / 1e6 / ms["memcpy"],
+        }
+        for name in CODECS
+    ]
+
+
+def few_rows(turns: int) -> list[dict[str, Any]]:
+    """Rows of: number of rows, and the time of each codec over that of a dense Delta and of a merged weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SIDE, SIDE, generator=generator) / SIDE**0.5
+    delta = torch.randn(SIDE, SIDE, generator=generator) * 1e-3
+    half, merged = delta.bfloat16(), weight + delta
+    kinds = ("int4", "int8", "sign", "bitmask:0.1")
+    made = {name: encoded(CODECS[name][0], delta, CODECS[name][1]) for name in kinds}
+    table = []
+    for rows in ROWS:
+        x = torch.randn(rows, SIDE, generator=generator)
+        calls: dict[str, Callable[[], object]] = {
+            "fp32": lambda x=x: taps_ext.gated_linear(x, weight, delta, gate=True),
+            "bf16": lambda x=x: taps_ext.gated_linear(x, weight, half, gate=True),
+            "merged": lambda x=x: F.linear(x, merged),
+        }
+        for name in kinds:
+            calls[name] = lambda x=x, n=name: packed_linear(x, weight, CODECS[n][0], made[n], None)
+        ms = medians(calls, turns)
+        ratios = {n: {of: ms[n] / ms[of] for of in ("fp32", "bf16", "merged")} for n in kinds}
+        table.append({"rows": rows, "ms": ms, "over": ratios})
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    with torch.no_grad():
+        codecs, linear = throughput(args.turns), few_rows(args.turns)
+    print("| codec | bytes a weight | pack, of memcpy | unpack into W_t, of memcpy | pack GB/s | unpack GB/s |")
+    print("|---|---|---|---|---|---|")
+    for row in codecs:
+        print(
+            f"| {row['codec']} | {row['bytes_a_weight']:.3f} | {row['pack_over_memcpy']:.2f} | "
+            f"{row['unpack_over_memcpy']:.2f} | {row['pack_gb_s']:.1f} | {row['unpack_gb_s']:.1f} |"
+        )
+    print(f"\nmemcpy: {codecs[0]['memcpy_gb_s']:.1f} GB/s\n")
+    print("| rows | codec | time over a Delta in fp32 | in bf16 | over the merged weight |")
+    print("|---|---|---|---|---|")
+    for entry in linear:
+        for name, over in entry["over"].items():
+            print(f"| {entry['rows']} | {name} | {over['fp32']:.2f} | {over['bf16']:.2f} | {over['merged']:.2f} |")
+    if args.json:
+        result = {"isa": _C.isa(), "torch": torch.__version__, "load": round(load, 2)}
+        result |= {"codecs": codecs, "few_rows": linear}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
