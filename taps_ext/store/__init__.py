@@ -3,6 +3,7 @@
 from ..errors import TaskFileError
 from . import errors
 from .compare import check_parent, check_tensors
+from .durable import sync_folder, write_text
 from .fingerprint import fingerprint, plain_name
 from .format import FORMAT, TensorInfo
 from .io import (
@@ -13,13 +14,13 @@ from .io import (
     read,
     read_header,
     read_safetensors,
-    sync_folder,
+    sound,
     verify,
     write,
     write_safetensors,
-    write_text,
 )
 from .metadata import Metadata
+from .names import file_name, name_of
 from .record import Record
 from .table import Claim, PartEntry
 from .task_file import TaskFile, current_versions, load, opened, save
@@ -42,14 +43,17 @@ __all__ = [
     "copy",
     "current_versions",
     "errors",
+    "file_name",
     "fingerprint",
     "load",
+    "name_of",
     "opened",
     "plain_name",
     "read",
     "read_header",
     "read_safetensors",
     "save",
+    "sound",
     "sync_folder",
     "tensor_digest",
     "verify",

@@ -1,9 +1,8 @@
-"""Writing is atomic, durable and polite; reading takes regular files, one descriptor and little memory."""
+"""Reading takes regular files, one descriptor and little memory; so does writing."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,110 +15,6 @@ from taps_ext.store import io
 from taps_ext.store.errors import MissingFileError, NotRegularFileError, UnsupportedTensorError
 
 
-@pytest.fixture
-def umask() -> object:
-    old = os.umask(0o027)
-    yield
-    os.umask(old)
-
-
-def mode_of(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def test_size_is_returned_and_nothing_else_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "a.taps"
-    assert store.save(path, example()) == path.stat().st_size
-    assert os.listdir(tmp_path) == ["a.taps"]
-    assert path.stat().st_nlink == 1
-
-
-def test_a_new_file_follows_the_umask(umask: object, tmp_path: Path) -> None:
-    store.save(tmp_path / "a.taps", tiny())
-    assert mode_of(tmp_path / "a.taps") == 0o640
-
-
-def test_an_existing_file_keeps_its_mode(umask: object, tmp_path: Path) -> None:
-    path = tmp_path / "a.taps"
-    path.write_bytes(b"old")
-    path.chmod(0o600)
-    store.save(path, tiny())
-    assert mode_of(path) == 0o600
-    assert store.load(path).parts.keys() == {"", "a"}
-
-
-def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
-    real = tmp_path / "real"
-    real.mkdir()
-    link = tmp_path / "link.taps"
-    link.symlink_to("real/a.taps")
-    store.save(link, tiny())
-    assert link.is_symlink() and (real / "a.taps").is_file() and os.listdir(real) == ["a.taps"]
-    assert store.load(link).digest == store.load(real / "a.taps").digest
-
-
-def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    store.save("a.taps", tiny())
-    assert store.read_header("a.taps").path == "a.taps"
-
-
-FAILURES: list[tuple[str, type[BaseException]]] = [
-    ("os.fsync", OSError),
-    ("os.replace", OSError),
-    ("os.lseek", OSError),
-    ("header_digest", RuntimeError),
-    ("to_bytes", KeyboardInterrupt),
-]
-
-
-@pytest.mark.parametrize(("where", "error"), FAILURES)
-@pytest.mark.parametrize("old", [b"old", None])
-def test_a_failure_leaves_the_old_file_alone(
-    where: str, error: type[BaseException], old: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.taps"
-    if old is not None:
-        path.write_bytes(old)
-    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-
-    def fail(*_: object) -> None:
-        raise error("no space left")
-
-    def fail_on_words(*_: object, **__: object) -> None:
-        fail()
-
-    target = where.removeprefix("os.")
-    monkeypatch.setattr(os if where.startswith("os.") else io, target, fail_on_words)
-    with pytest.raises(error):
-        store.save(path, example())
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == ([] if old is None else ["a.taps"])
-    assert old is None or path.read_bytes() == old
-    if descriptors:
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-
-
-def test_interrupted_in_the_third_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.taps"
-    path.write_bytes(b"old")
-    seen: list[list[str]] = []
-    write: Callable[..., int] = os.write
-
-    def interrupted(fd: int, data: memoryview) -> int:
-        seen.append(os.listdir(tmp_path))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return write(fd, data)
-
-    monkeypatch.setattr(os, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        store.save(path, example())
-    monkeypatch.undo()
-    assert len(seen[1]) == 2, "the temporary file is in the same folder"
-    assert os.listdir(tmp_path) == ["a.taps"] and path.read_bytes() == b"old"
-
-
 def test_short_writes_and_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = blob_of(example(), tmp_path)
     write, readv = os.write, os.readv
@@ -127,25 +22,6 @@ def test_short_writes_and_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "readv", lambda fd, views: readv(fd, [views[0][:5]]))
     assert blob_of(example(), tmp_path) == expected
     assert store.load(tmp_path / "made.taps").name == "birds"
-
-
-def test_the_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, replace = os.fsync, os.replace
-
-    def synced(fd: int) -> None:
-        events.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "sync file")
-        fsync(fd)
-
-    def replaced(source: str, target: str) -> None:
-        events.append("rename")
-        assert os.path.dirname(source) == os.path.dirname(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
-    store.save(tmp_path / "a.taps", tiny())
-    assert events == ["sync file", "rename", "sync folder"]
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -193,6 +69,27 @@ def test_verify_false_skips_tensor_digests_only(tmp_path: Path) -> None:
     path.write_bytes(bytes(blob).replace(b"jay", b"joy"))
     with pytest.raises(store.errors.DigestError, match="header"):
         store.load(path, verify=False)
+
+
+def test_sound_says_what_is_wrong_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.taps"
+    store.save(path, example())
+    header, problem = store.sound(path)
+    assert header == store.read_header(path) and problem is None
+    blob = bytearray(path.read_bytes())
+    blob[-1] ^= 1
+    path.write_bytes(blob)
+    *_, last = store.read_header(path).tensors
+    assert store.sound(path) == (None, f"tensor {last!r}: its bytes are not those that were written")
+    blob[-(len(blob) - header.data_begin) :] = bytes(len(blob) - header.data_begin)
+    path.write_bytes(blob)
+    (first, *more) = store.verify(path).damaged
+    assert more and store.sound(path)[1] == (
+        f"tensor {first!r} (and {len(more)} more): its bytes are not those that were written"
+    )
+    path.write_bytes(blob[:4])
+    assert store.sound(path) == (None, "expected the 8 bytes of a header length, got a file of 4 bytes")
+    assert store.sound(tmp_path / "none.taps") == (None, "no such file")
 
 
 def test_the_header_alone(tmp_path: Path) -> None:
