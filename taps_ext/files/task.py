@@ -105,10 +105,10 @@ def beside(file: store.TaskFile) -> Path | None:
     """The shared file that a task's file builds on, if it lies beside it."""
     for path in sorted(Path(file.path).parent.glob("*.taps")) if file.path else ():
         try:
-            header = store.read_header(path)
-        except (TapsError, OSError):  # somebody else's file
+            header = store.read_header(path, kind="shared")
+        except (TapsError, OSError):  # a task's, or somebody else's file
             continue
-        if header.metadata.kind == "shared" and header.digest == file.parent:
+        if header.digest == file.parent:
             return path
     return None
 

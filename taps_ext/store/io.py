@@ -36,8 +36,11 @@ from .format import (
     DIGEST_KEY,
     DTYPE_NAMES,
     DTYPES,
+    MAX_TASK_TENSORS,
+    MAX_TENSORS,
     Header,
     TensorInfo,
+    check_affordable,
     check_canonical,
     encode_header,
     header_digest,
@@ -49,6 +52,8 @@ from .metadata import Metadata, check_kind, check_version, parse_digests, parse_
 from .strict_json import dumps
 from .table import Claim
 from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
+
+_STATE_MARKS = (b'"taps.kind":"state"', b"trainer-state")  # of 0.1: see metadata.py
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     """
     strings = metadata.to_strings(path=path)
     sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
-    plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
+    forms = {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}
+    plan = plan_layout(forms, path=path, most=MAX_TENSORS if metadata.kind == "state" else MAX_TASK_TENSORS)
     claims = metadata.claims()
     check_claims(claims, plan, path=path)
     strings["taps.digests"] = dumps({name: "sha256:" + "0" * 64 for name in plan})
     strings[DIGEST_KEY] = "sha256:" + "0" * 64
     draft = encode_header(plan, strings, path=path)  # digests have one length, so the header's is known already
+    if metadata.kind != "state":
+        check_affordable(draft[8:], path=path)
     digests: dict[str, str] = {}
     with replacing(path) as fd:
         write_all(fd, memoryview(draft))
@@ -143,18 +151,18 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     return len(draft) + sum(info.nbytes for info in plan.values())
 
 
-def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu") -> TensorFile:
+def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu", kind: str | None = None) -> TensorFile:
     """Reads a task file. The header is proven before tensors are allocated, and no tensor is returned before
     all match their digests. `verify=False` skips the tensor digests (for a file verified before), never the
     header's.
 
-    Raises MissingFileError, NotRegularFileError, the errors of `read_header`, and DigestError,
-    TruncatedFileError, GateRecordError (a score that is not finite), DtypeMismatchError (bytes that are no
-    booleans).
+    Raises KindError (not of `kind`, where given), MissingFileError, NotRegularFileError, the errors of `read_header`,
+    and DigestError, TruncatedFileError, GateRecordError (a score that is not finite), DtypeMismatchError (bytes
+    that are no booleans).
     """
     tensors: dict[str, Tensor] = {}
     with open_regular(path) as (fd, size):
-        header = _file_header(fd, size, path=path)
+        header = _file_header(fd, size, path=path, kind=kind)
         for name, info in header.tensors.items():
             expected = header.digests[name] if verify else None
             tensors[name] = _read_tensor(fd, info, header.claims[name], expected, path=path).to(device)
@@ -162,12 +170,12 @@ def read(path: Path, *, verify: bool = True, device: torch.device | str = "cpu")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[FileHeader, Callable[[str], Tensor]]]:
+def opened(path: Path, *, kind: str | None = None) -> Iterator[tuple[FileHeader, Callable[[str], Tensor]]]:
     """A file's header, proven, and what reads one of its tensors by its stored name and proves it, while the file stays
     open. Raises as :func:`read`.
     """
     with open_regular(path) as (fd, size):
-        header = _file_header(fd, size, path=path)
+        header = _file_header(fd, size, path=path, kind=kind)
         data = header.data_begin
 
         def fetch(name: str) -> Tensor:
@@ -186,9 +194,7 @@ def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
     GateRecordError, CodecError, ShapeMismatchError and DtypeMismatchError (of scores).
     """
     with open_regular(path) as (fd, size):
-        header = _file_header(fd, size, path=path)
-    check_kind(kind, header.metadata.kind, path=path)
-    return header
+        return _file_header(fd, size, path=path, kind=kind)
 
 
 def verify(path: Path) -> Verification:
@@ -293,21 +299,34 @@ def read_container(
     fd: int, size: int, *, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> tuple[Header, bytes]:
     """The proven header at the start of an open file of `size` bytes, and its text; the data are next in the file."""
+    raw = _header_text(fd, size, path=path)
+    return parse_header(raw, size, path=path, dtypes=dtypes), raw
+
+
+def _header_text(fd: int, size: int, *, path: Path) -> bytes:
     prefix = bytearray(min(8, size))
     read_all(fd, memoryview(prefix), path=path)
     raw = bytearray(header_length(bytes(prefix), size, path=path))
     read_all(fd, memoryview(raw), path=path)
-    return parse_header(bytes(raw), size, path=path, dtypes=dtypes), bytes(raw)
+    return bytes(raw)
 
 
-def _file_header(fd: int, size: int, *, path: Path) -> FileHeader:
-    header, raw = read_container(fd, size, path=path)
+def _file_header(fd: int, size: int, *, path: Path, kind: str | None = None) -> FileHeader:
+    """What a file of this kind (None: of any) says. A header that costs more than a task's may is parsed for a state's
+    sake alone.
+    """
+    raw = _header_text(fd, size, path=path)
+    most = MAX_TENSORS if kind in (None, "state") and any(mark in raw for mark in _STATE_MARKS) else MAX_TASK_TENSORS
+    if most == MAX_TASK_TENSORS:
+        check_affordable(raw, path=path)
+    header = parse_header(raw, size, path=path, most=most)
     check_version(header.metadata, path=path)
     check_canonical(header, raw, path=path)
     metadata = parse_metadata(header.metadata, path=path)
     digests = parse_digests(header.metadata, header.tensors, path=path)
     claims = metadata.claims()
     check_claims(claims, header.tensors, path=path)
+    check_kind(kind, metadata.kind, path=path)
     return FileHeader(os.fspath(path), size, header.metadata[DIGEST_KEY], header.tensors, metadata, claims, digests)
 
 
