@@ -11,9 +11,9 @@ from typing import Any
 
 from .. import store
 from ..errors import ConfigError, suggestion
+from ..store.names import SHARED, file_name, name_of, shared_file_name
 
 _ENDING = ".taps"
-_SHARED = "%shared-"  # how no quoted name begins
 
 
 class TaskFolder:
@@ -56,10 +56,10 @@ class TaskFolder:
     def _place(self, name: str) -> Path:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name: expected a task's name, got {name!r}")
-        return self.path / f"{store.file_name(name)}{_ENDING}"
+        return self.path / f"{file_name(name)}{_ENDING}"
 
     def _shared(self, digest: str) -> Path:
-        return self.path / f"{_SHARED}{digest.partition(':')[2]}{_ENDING}"
+        return self.path / f"{shared_file_name(digest)}{_ENDING}"
 
     def shared(self, name: str) -> Path | None:
         """The file of the family that a task builds on, if it is in the folder."""
@@ -76,7 +76,7 @@ class TaskFolder:
     def __iter__(self) -> Iterator[str]:
         """The tasks' names, sorted."""
         names = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING))
-        return iter(sorted(store.name_of(n[: -len(_ENDING)]) for n in names if not n.startswith(_SHARED)))
+        return iter(sorted(name_of(n[: -len(_ENDING)]) for n in names if not n.startswith(SHARED)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -102,8 +102,11 @@ def head_of(file: store.TaskFile) -> str | None:
 
 
 def beside(file: store.TaskFile) -> Path | None:
-    """The shared file that a task's file builds on, if it lies beside it."""
-    for path in sorted(Path(file.path).parent.glob("*.taps")) if file.path else ():
+    """The shared file that a task's file builds on, if it lies beside it: by the name that a folder of tasks gives it,
+    else whatever it is called."""
+    folder = Path(file.path).parent
+    named = folder / f"{store.names.shared_file_name(file.parent)}.taps"
+    for path in [named, *sorted(folder.glob("*.taps"))] if file.path else ():
         try:
             header = store.read_header(path, kind="shared")
         except (TapsError, OSError):  # a task's, or somebody else's file

@@ -1,7 +1,7 @@
 """The `.taps` file: format, parts, fingerprints, atomic writes. Knows tensors and bytes, not models."""
 
 from ..errors import TaskFileError
-from . import errors
+from . import errors, names
 from .compare import check_parent, check_tensors
 from .durable import sync_folder, write_text
 from .fingerprint import fingerprint, plain_name
@@ -20,7 +20,6 @@ from .io import (
     write_safetensors,
 )
 from .metadata import Metadata
-from .names import file_name, name_of
 from .record import Record
 from .table import Claim, PartEntry
 from .task_file import TaskFile, current_versions, load, opened, save
@@ -43,10 +42,9 @@ __all__ = [
     "copy",
     "current_versions",
     "errors",
-    "file_name",
     "fingerprint",
     "load",
-    "name_of",
+    "names",
     "opened",
     "plain_name",
     "read",

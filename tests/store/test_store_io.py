@@ -57,6 +57,24 @@ def test_the_file_may_be_swapped_while_it_is_read(tmp_path: Path, monkeypatch: p
     assert store.load(path).name == "birds"
 
 
+@pytest.mark.parametrize("act", [store.load, store.verify], ids=["load", "verify"])
+def test_the_file_may_be_cut_while_it_is_read(
+    act: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, behind the proof of its header: an error and not the end of this one, as in mapped memory."""
+    path = tmp_path / "a.taps"
+    size = store.save(path, example())
+    parse = io.parse_metadata
+
+    def cut(*args: object, **kwargs: object) -> object:
+        os.truncate(path, size - 8)
+        return parse(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(io, "parse_metadata", cut)
+    with pytest.raises(store.errors.TruncatedFileError, match="ended while being read"):
+        act(path)
+
+
 def test_verify_false_skips_tensor_digests_only(tmp_path: Path) -> None:
     path = tmp_path / "a.taps"
     blob = bytearray(blob_of(example(), tmp_path))
