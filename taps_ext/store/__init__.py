@@ -21,17 +21,21 @@ from .io import (
 )
 from .metadata import Metadata
 from .record import Record
+from .spool import Spool
 from .table import Claim, PartEntry
 from .task_file import TaskFile, current_versions, load, opened, save
-from .tensors import tensor_digest
+from .tensors import Later, Source, tensor_digest
 
 __all__ = [
     "FORMAT",
     "Claim",
     "FileHeader",
+    "Later",
     "Metadata",
     "PartEntry",
     "Record",
+    "Source",
+    "Spool",
     "TaskFile",
     "TaskFileError",
     "TensorFile",

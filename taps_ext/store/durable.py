@@ -95,13 +95,13 @@ def replacing(path: Path) -> Iterator[int]:
         new.rename()
     except BaseException as error:
         new.drop()
-        if (named := _naming(error, path)) is not error:
+        if (named := naming(error, path)) is not error:
             raise named from None
         raise
     sync_folder(new.folder)
 
 
-def _naming(error: BaseException, path: Path) -> BaseException:
+def naming(error: BaseException, path: Path) -> BaseException:
     """The same error; one of the system that names no file (a full disk, say) names the one that was to be written."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         return type(error)(error.errno, error.strerror, os.fspath(path))
@@ -195,7 +195,7 @@ def copy(source: Path, target: Path, *, replace: bool, prove: Callable[[str], No
             new.drop()
             if isinstance(error, TaskFileError):
                 raise type(error)(source, error.problem) from None  # not the temporary file's path
-            if (named := _naming(error, target)) is not error:
+            if (named := naming(error, target)) is not error:
                 raise named from None
             raise
     sync_folder(new.folder)

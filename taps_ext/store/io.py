@@ -34,7 +34,6 @@ from .errors import (
 )
 from .format import (
     DIGEST_KEY,
-    DTYPE_NAMES,
     DTYPES,
     MAX_TASK_TENSORS,
     MAX_TENSORS,
@@ -51,7 +50,18 @@ from .format import (
 from .metadata import Metadata, check_kind, check_version, parse_digests, parse_metadata
 from .strict_json import dumps
 from .table import Claim
-from .tensors import CHUNK_BYTES, TensorHash, check_bool, check_storable, chunks, memory, swap_bytes, to_bytes
+from .tensors import (
+    CHUNK_BYTES,
+    Source,
+    TensorHash,
+    check_bool,
+    chunks,
+    form_of,
+    memory,
+    swap_bytes,
+    to_bytes,
+    value_of,
+)
 
 _STATE_MARKS = (b'"taps.kind":"state"', b"trainer-state")  # of 0.1: see metadata.py
 
@@ -108,9 +118,9 @@ class Verification:
         return f"tensor {show(first)}{others}: its bytes are not those that were written"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
+def write(path: Path, tensors: Mapping[str, Source], metadata: Metadata) -> int:
     """Writes a task file and returns its size in bytes. `tensors` are by stored name, exactly
-    `metadata.claims`.
+    `metadata.claims`; of those that come later one is in memory at a time.
 
     The same input gives the same bytes. The file appears at once and only when it is on disk: temporary file
     in the same folder, fsync, rename, fsync of the folder; whatever is raised on the way (KeyboardInterrupt
@@ -122,8 +132,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     `Metadata.validate`, MissingFileError (no such folder), NotRegularFileError, and OSError from the disk.
     """
     strings = metadata.to_strings(path=path)
-    sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
-    forms = {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}
+    forms = {name: form_of(name, source, path=path) for name, source in tensors.items()}
     plan = plan_layout(forms, path=path, most=MAX_TENSORS if metadata.kind == "state" else MAX_TASK_TENSORS)
     claims = metadata.claims()
     check_claims(claims, plan, path=path)
@@ -136,7 +145,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> int:
     with replacing(path) as fd:
         write_all(fd, memoryview(draft))
         for name, info in plan.items():
-            data, owner = to_bytes(sources[name])
+            data, owner = to_bytes(value_of(name, tensors[name], path=path))
             hasher = TensorHash(info.dtype, info.shape)
             for piece in chunks(data):
                 _check_piece(info, claims[name], piece, path=path)
@@ -258,19 +267,19 @@ def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> tuple
     return tensors, dict(header.metadata)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Writes a plain safetensors file (base weights, say) as durably as `write` does; returns its bytes.
+def write_safetensors(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> int:
+    """Writes a plain safetensors file (base weights, say) as durably as `write` does; returns its bytes. Of tensors
+    that come later one is in memory at a time.
 
     Raises UnsupportedTensorError, TensorNameError, LimitError, MissingFileError, NotRegularFileError, and
     OSError from the disk.
     """
-    sources = {name: check_storable(name, tensor, path=path) for name, tensor in tensors.items()}
-    plan = plan_layout({n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in sources.items()}, path=path)
+    plan = plan_layout({name: form_of(name, source, path=path) for name, source in tensors.items()}, path=path)
     header = encode_header(plan, metadata or {}, path=path)
     with replacing(path) as fd:
         write_all(fd, memoryview(header))
         for name in plan:
-            data, owner = to_bytes(sources[name])
+            data, owner = to_bytes(value_of(name, tensors[name], path=path))
             write_all(fd, data)
             del data, owner
     return len(header) + sum(info.nbytes for info in plan.values())

@@ -83,7 +83,7 @@ def save(path: Path, task: TaskFile) -> int:
     metadata = task.metadata(path=path)
     metadata.validate(path=path)
     tensors = {
-        stored: task.values[claim.tensor] if task.kind == "state" else task.parts[claim.module].tensors[claim.tensor]
+        stored: task.values[claim.tensor] if task.kind == "state" else task.parts[claim.module].source(claim.tensor)
         for stored, claim in metadata.claims().items()
     }
     return io.write(path, tensors, metadata)
