@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak import grown
 from store_files import Draft, Record, assemble, blob_of, example, own, state, tiny
 
 from taps_ext import store
@@ -150,23 +151,6 @@ def test_a_device_is_honoured(tmp_path: Path) -> None:
     store.save(tmp_path / "a.taps", tiny())
     back = store.load(tmp_path / "a.taps", device=torch.device("cpu")).parts[""].tensors["mask"]
     assert back.device.type == "cpu"
-
-
-def resident(key: str) -> int:
-    """Bytes of memory this process holds ("VmRSS") or has held at most since the last reset ("VmHWM")."""
-    words = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)).split()
-    return int(words[1]) * 1024
-
-
-def grown(action: Callable[[], object]) -> int:
-    """Bytes by which `action` raises the process's memory at its peak."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("the peak of memory cannot be reset here")
-    before = resident("VmRSS")
-    action()
-    return resident("VmHWM") - before
 
 
 def test_memory(tmp_path: Path) -> None:
