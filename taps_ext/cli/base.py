@@ -90,7 +90,8 @@ def build_base(section: Mapping[str, Any]) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Fill a model from a safetensors file that holds exactly its state, in name, shape and dtype.
+    """Fill a model from a safetensors file, or an index or folder of some, that holds exactly its state, in name, shape
+    and dtype; one tensor at a time.
 
     A file without the batch counters (`num_batches_tracked`) is accepted: evaluation does not read them.
 
@@ -98,13 +99,25 @@ def load_weights(model: nn.Module, path: str) -> None:
         ConfigError: the first tensor that is missing, too many or of another shape or dtype.
         TaskFileError: the file cannot be read as safetensors.
     """
+    import torch
+
     from .. import store
     from ..base.ownership import check_state
+    from ..patch import sources
 
+    sources.check_machine()
     try:
-        stored, _ = store.read_safetensors(path)
+        with sources.opened(path) as files:
+            infos = {name: info for name, (_, info) in files.tensors.items()}
+            likes = {n: torch.empty(info.shape, dtype=info.torch_dtype, device="meta") for n, info in infos.items()}
+            wanted = model.state_dict(keep_vars=True)
+            check_state(wanted, likes, where=f"base.weights: {path}", what="model", may_lack="num_batches_tracked")
+            held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+            if not all(id(wanted[name]) in held for name in likes):  # a module with a state of its own making
+                model.load_state_dict({**model.state_dict(), **{name: files.read(name) for name in likes}})
+                return
+            with torch.no_grad():
+                for name in likes:
+                    wanted[name].copy_(files.read(name))
     except store.errors.HeaderError as error:
         raise ConfigError(f"base.weights: {path}: expected a safetensors file: {error.problem}") from None
-    wanted = model.state_dict()
-    check_state(wanted, stored, where=f"base.weights: {path}", what="model", may_lack="num_batches_tracked")
-    model.load_state_dict({**wanted, **stored})

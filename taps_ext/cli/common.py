@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TapsError
 
 KINDS = {"task": "task", "shared": "weights that tasks share", "state": "state of a training run"}
 """The kinds of files, in words."""
@@ -41,9 +42,16 @@ def say(message: str) -> None:
 
 
 def check_out(out: str, *inputs: Any) -> None:
-    """Raise ConfigError if what is to be written is one of the files that are read (None and other values are not)."""
-    for given in inputs:
-        there = isinstance(given, (str, Path)) and Path(out).exists() and Path(given).exists()
+    """Raise ConfigError if what is to be written is one of the files that are read, shards of a checkpoint among them
+    (None and other values are none)."""
+    from ..patch.sources import files_of, is_sharded
+
+    read = [given for given in inputs if isinstance(given, (str, Path))]
+    for path in filter(is_sharded, list(read)):
+        with suppress(TapsError):  # whoever reads it says what is wrong
+            read += files_of(path).paths
+    for given in read:
+        there = Path(out).exists() and Path(given).exists()
         if there and Path(out).samefile(given):
             raise ConfigError(f"out: expected a file of its own, got {out}, which is read")
 

@@ -20,7 +20,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.toml", help="the configuration of the training")
     parser.add_argument("--set", metavar="key=value", action="append", default=[], help="override; repeatable")
     parser.add_argument("--base", metavar="MODEL", help="timm:NAME, torchvision:NAME, python:MODULE.FUNCTION")
-    parser.add_argument("--weights", metavar="FILE", help="the base's safetensors file")
+    parser.add_argument("--weights", metavar="FILE", help="the base's safetensors file, or an index or folder of some")
 
 
 def add_base_arguments(parser: argparse.ArgumentParser) -> None:

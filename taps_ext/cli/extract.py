@@ -17,8 +17,13 @@ PURPOSE = "Make a task file of a fine-tuned copy of the base, bit for bit; `taps
 EXAMPLE = "taps extract birds.safetensors --config base.toml --out birds.taps"
 MORE = """
 
-CHECKPOINT is a safetensors file, or one that torch.save wrote (.pth, .pt, .bin), of which tensors alone are read
-(no pickled code runs)."""
+CHECKPOINT is a safetensors file, the model.safetensors.index.json of several or their folder, of which beside
+the base one layer at a time is in memory; or a file that torch.save wrote (.pth, .pt, .bin), of which tensors
+alone are read (no pickled code runs), all at once.
+
+With --top-fraction X of each layer's Delta (checkpoint - base) the fraction X of its elements is kept, those of
+largest magnitude, by the codec bitmask; what that lost of each layer is told, and recorded in the file
+(docs/packed.md)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the task's name (default: that of the file to write)")
     parser.add_argument("--key", help="where a .pth file keeps the tensors, such as state_dict or model_ema")
     parser.add_argument("--exclude", metavar="GLOB", action="append", help="modules that are the base's; repeatable")
+    parser.add_argument(
+        "--top-fraction", type=_fraction, metavar="X", help="keep so many of each layer's elements, the largest, alone"
+    )
     parser.add_argument("--labels", metavar="FILE", help="class names, one a line")
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}") from None
 
 
 def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
@@ -57,25 +72,17 @@ def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
     return dict(content)
 
 
-def read_checkpoint(path: str, key: str | None) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file.
+def checkpoint_of(path: str, key: str | None) -> dict[str, Tensor] | str:
+    """The tensors of a torch file; the path of safetensors files, which are read layer by layer.
 
     Raises:
-        ConfigError: no file of tensors, or `key` is not in it. TaskFileError: no sound safetensors file.
+        ConfigError: no file of tensors, or `key` is not in it.
     """
     if Path(path).suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
         return _torch_file(path, key)
     if key is not None:
         raise ConfigError(f"key: expected none, since {path} is read as a safetensors file")
-    from .. import store
-
-    tensors, metadata = store.read_safetensors(path)
-    if "taps.format" in metadata:
-        raise ConfigError(
-            f"checkpoint: {path}: expected all tensors of a fine-tuned model, got a file of taps_ext's own; "
-            "`taps merge` makes a checkpoint of a task file"
-        )
-    return tensors
+    return path
 
 
 def read_labels(path: str, outputs: int) -> list[str]:
@@ -94,33 +101,23 @@ def run(args: argparse.Namespace) -> int:
 
     config = config_from(args)
     check_out(args.out, args.checkpoint, args.labels, config.base_section.get("weights"))
-    tensors = read_checkpoint(args.checkpoint, args.key)
+    given = checkpoint_of(args.checkpoint, args.key)
     model = TaskModel(config.base(), head_module=config.head_module)
-    name = args.name or Path(args.out).stem
-    model.extract_task(name, tensors, config=FullConfig(exclude_modules=args.exclude))
-    labels = None
-    if args.labels is not None:
-        head = model.state(name).head
-        if head is None:
-            raise ConfigError("labels: expected a task with a head, got none")
-        labels = read_labels(args.labels, len(list(head.parameters())[-1]))
-    written = model.save_task(name, args.out, labels=labels)
-    report = model.report(name)
-    whole = sum(row.open and row.change == "whole" for row in report.rows)
-    facts = {
-        "file": args.out,
-        "task": name,
-        "bytes": written,
-        "layers": len(report.rows),
-        "layers_open": report.layers_open,
-        "as_weights": whole,
-        "as_deltas": report.layers_open - whole,
-    }
+    done = model.extract_file(
+        args.name or Path(args.out).stem,
+        given,
+        args.out,
+        config=FullConfig(exclude_modules=args.exclude),
+        top_fraction=args.top_fraction,
+        labels=None if args.labels is None else lambda outputs: read_labels(args.labels, outputs),
+    )
     if args.json:
-        emit(facts)
-    else:
-        print(
-            f"{args.out}: task {name!r}, {size(written)}; {report.layers_open} of {len(report.rows)} layers differ "
-            f"from the base: {report.layers_open - whole} stored as deltas, {whole} as whole weights"
-        )
+        emit({"file": args.out, **done.to_dict()})
+        return 0
+    if done.packing is not None:
+        print(done.packing.table())
+    print(
+        f"{args.out}: task {done.task!r}, {size(done.bytes)}; {done.layers_open} of {done.layers} layers differ "
+        f"from the base: {done.as_deltas} stored as deltas, {done.as_weights} as whole weights"
+    )
     return 0

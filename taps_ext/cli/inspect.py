@@ -32,7 +32,7 @@ def _scores(header: FileHeader) -> dict[str, float]:
     from .. import store
     from ..store.errors import DigestError, GateRecordError
 
-    data = header.file_bytes - sum(info.nbytes for info in header.tensors.values())
+    data = header.data_begin
     scores = {}
     with open(header.path, "rb") as file:
         for stored, claim in header.claims.items():

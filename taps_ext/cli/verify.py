@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import TaskFileError
 from .common import KINDS, emit
 
 PURPOSE = "Check every digest of task files; exit code 0 only if all files are sound, else 1."
@@ -21,18 +20,9 @@ def check(file: str) -> dict[str, Any]:
     """One file: sound or not, and why not."""
     from .. import store
 
-    try:
-        result = store.verify(file)
-    except TaskFileError as error:
-        return {"file": file, "ok": False, "reason": error.problem}
-    except OSError as error:
-        return {"file": file, "ok": False, "reason": error.strerror or str(error)}
-    if not result.ok:
-        names = ", ".join(repr(name) for name in result.damaged[:3])
-        more = f" and {len(result.damaged) - 3} more" if len(result.damaged) > 3 else ""
-        reason = f"the bytes of tensor {names}{more} are not those that were written"
-        return {"file": file, "ok": False, "reason": reason}
-    header = result.header
+    header, problem = store.sound(file)
+    if header is None:
+        return {"file": file, "ok": False, "reason": problem}
     meta = header.metadata
     facts = {"kind": meta.kind, "task": meta.name, "tensors": len(header.tensors), "bytes": header.file_bytes}
     return {"file": file, "ok": True, **facts, "digest": header.digest}

@@ -7,7 +7,8 @@ holds a Delta where one is exact in every element, and the checkpoint's own weig
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,12 @@ from ..errors import ConfigError
 from ..methods import FullConfig
 from ..parts import Dense, Gate, Instead, Layer, Part, Whole
 from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_name
+from ..patch.sources import Checkpoint
 from ..routing.route import unroute
 from .task import join
+
+Thin = Callable[[str, Layer, nn.Module], Part]
+"""What makes a part smaller: called with a layer's name, its part and its host."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,20 +47,45 @@ def exact_delta(weight: Tensor, wanted: Tensor) -> Tensor | None:
     return delta if same_bits(made, wanted) else None
 
 
-def _given(state_dict: Mapping[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's tensors under the base's names, whatever wrappers' prefixes either of them has."""
-    plain: dict[str, Tensor] = {}
-    own = {store.plain_name(name): name for name in base.state_dict()}
-    if not isinstance(state_dict, Mapping):
-        raise ConfigError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
-    for name, tensor in state_dict.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ConfigError(f"state_dict: expected tensors by name, got {type(tensor).__name__} under {name!r}")
-        short = own.get(store.plain_name(name), store.plain_name(name))
-        if short in plain:
-            raise ConfigError(f"state_dict: {name!r} is there twice, with and without a wrapper's prefix")
-        plain[short] = tensor.detach()
-    return plain
+class Given:
+    """A checkpoint under the base's names, whatever wrappers' prefixes either of them has: shapes and types at once
+    (`likes`), a tensor's values where they are asked for.
+
+    Raises:
+        ConfigError: no tensors by name, or two of one name.
+    """
+
+    def __init__(self, checkpoint: Mapping[str, Tensor] | Checkpoint, base: nn.Module) -> None:
+        if not isinstance(checkpoint, (Mapping, Checkpoint)):
+            raise ConfigError(f"state_dict: expected a mapping of names to tensors, got {type(checkpoint).__name__}")
+        if isinstance(checkpoint, Checkpoint):
+            infos = {name: info for name, (_, info) in checkpoint.tensors.items()}
+            tensors: Mapping[str, Any] = {
+                name: torch.empty(info.shape, dtype=info.torch_dtype, device="meta") for name, info in infos.items()
+            }
+            self._read: Callable[[str], Tensor] = checkpoint.read
+        else:
+            tensors, self._read = checkpoint, checkpoint.__getitem__
+        own = {store.plain_name(name): name for name in base.state_dict()}
+        self._names: dict[str, str] = {}
+        self.likes: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ConfigError(f"state_dict: expected tensors by name, got {type(tensor).__name__} under {name!r}")
+            short = own.get(store.plain_name(name), store.plain_name(name))
+            if short in self._names:
+                raise ConfigError(f"state_dict: {name!r} is there twice, with and without a wrapper's prefix")
+            self._names[short], self.likes[short] = name, tensor.detach()
+        self._base = base.state_dict()
+
+    def value(self, name: str, *, like: bool = True) -> Tensor:
+        """A tensor. Raises ConfigError for Inf or NaN, but where the base has the same and `like` says that it may."""
+        tensor = self._read(self._names[name]).detach()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            other = self._base.get(name) if like else None
+            if other is None or not same_bits(other, tensor.to(other.device)):
+                raise ConfigError(f"state_dict: {name}: expected finite values, got Inf or NaN")
+        return tensor
 
 
 def _head(base: nn.Module, path: str, values: dict[str, Tensor], head: nn.Module | None) -> nn.Module:
@@ -100,17 +130,7 @@ def _layer(host: nn.Module, wanted: Tensor, bias: Tensor | None) -> Layer:
     return Layer(Gate(learn=False), change, bias=bias)
 
 
-def _check_finite(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: str | None) -> None:
-    """Raise for Inf or NaN that the base does not have in the same place."""
-    for name, tensor in given.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            like = wanted.get(name)
-            if like is None or not same_bits(like, tensor.to(like.device)):
-                full = name if path is None else join(path, name)
-                raise ConfigError(f"state_dict: {full}: expected finite values, got Inf or NaN")
-
-
-def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], heads: list[str]) -> None:
+def _check_rest(base: nn.Module, held: set[str], given: Given, heads: list[str]) -> None:
     """Raise if a tensor that the task does not hold differs from the base's, or tied ones from each other."""
     first: dict[int, str] = {}
     for name, tensor in base.state_dict(keep_vars=True).items():
@@ -118,11 +138,11 @@ def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], he
             continue
         other = first.setdefault(id(tensor), name)
         if other != name:
-            if not same_bits(given[name], given[other]):
+            if not same_bits(given.value(name), given.value(other)):
                 raise ConfigError(
                     f"state_dict: {name}: expected the same values as {other}, being one tensor in the base"
                 )
-        elif name not in held and not same_bits(tensor, given[name].to(tensor.device)):
+        elif name not in held and not same_bits(tensor, given.value(name).to(tensor.device)):
             raise ConfigError(
                 f"state_dict: {name}: expected the base's values, since the task cannot hold it, got others"
             )
@@ -130,43 +150,53 @@ def _check_rest(base: nn.Module, held: set[str], given: Mapping[str, Tensor], he
 
 def extract(
     base: nn.Module,
-    state_dict: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Tensor] | Checkpoint,
     config: FullConfig,
     path: str | None,
     head: nn.Module | None,
-) -> dict[str, Part]:
-    """The parts of the task whose model is the checkpoint, bit for bit. `path` names the base's head; see
-    `TaskModel.extract_task`."""
-    given = _given(state_dict, base)
+    thin: Thin | None = None,
+) -> Iterator[tuple[str, Part]]:
+    """The parts of the task whose model is the checkpoint, bit for bit but for what `thin` leaves out, one at a time:
+    of a checkpoint in files no more is in memory than a part takes. `path` names the base's head; see
+    `TaskModel.extract_task`. What does not fit may be refused at the end, and then none of them counts.
+    """
+    given = Given(checkpoint, base)
     heads = [] if path is None else names_of(base, base.get_submodule(path))
-    of_head, *others = [{n[len(h) + 1 :]: t for n, t in given.items() if n.startswith(h + ".")} for h in heads] or [{}]
-    for again in others:
-        for name, tensor in again.items():
-            if name not in of_head or tensor.shape != of_head[name].shape or not same_bits(tensor, of_head[name]):
-                raise ConfigError(f"state_dict: {name} of the head: expected one value under {' and '.join(heads)}")
-    given, wanted = (
-        {n: t for n, t in tensors.items() if not any(inside(n.rpartition(".")[0], h) for h in heads)}
-        for tensors in (given, base.state_dict())
-    )
-    check_state(wanted, given, where="state_dict", what="base")
-    _check_finite(wanted, given, None)
-    _check_finite({}, of_head, path)
     if head is not None and path is None:
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
-    own = None if path is None else _head(base, path, of_head, head)
+    wanted, likes = (
+        {n: t for n, t in tensors.items() if not any(inside(n.rpartition(".")[0], h) for h in heads)}
+        for tensors in (base.state_dict(), given.likes)
+    )
+    check_state(wanted, likes, where="state_dict", what="base")
     found = scan(base, path, target=config.target_modules, exclude=config.exclude_modules)
     held: set[str] = set()
-    parts: dict[str, Part] = {}
     for layer, host in found.gated.items():
         name, bias = join(layer, weight_name(host)), base_bias(host)
-        own_bias = None if bias is None else torch.empty_like(bias).copy_(given[join(layer, bias_name(host))])
-        parts[layer] = _layer(host, torch.empty_like(base_weight(host)).copy_(given[name]), own_bias)
+        own_bias = None if bias is None else torch.empty_like(bias).copy_(given.value(join(layer, bias_name(host))))
+        made = _layer(host, torch.empty_like(base_weight(host)).copy_(given.value(name)), own_bias)
+        yield layer, made if thin is None else thin(layer, made, host)
+        del made, own_bias
         held |= {name, join(layer, bias_name(host))}
-    for module, part in {**found.own(found.norms), **found.own(found.others)}.items():
-        parts[module] = part
-        with torch.no_grad():
-            for name, tensor in part.state_dict(keep_vars=True).items():
-                tensor.copy_(given[join(module, name)])
-                held.add(join(module, name))
+    for module, host in {**found.norms, **found.others}.items():
+        for part in found.own({module: host}).values():
+            with torch.no_grad():
+                for name, tensor in part.state_dict(keep_vars=True).items():
+                    tensor.copy_(given.value(join(module, name)))
+                    held.add(join(module, name))
+            yield module, part
     _check_rest(base, held, given, heads)
-    return parts if own is None or path is None else {**parts, path: Instead(own, "head")}
+    if path is not None:
+        yield path, Instead(_own_head(base, path, given, heads, head), "head")
+
+
+def _own_head(base: nn.Module, path: str, given: Given, heads: list[str], head: nn.Module | None) -> nn.Module:
+    """The head that the checkpoint has under each of these names."""
+    first, *others = [[n for n in given.likes if n.startswith(h + ".")] for h in heads]
+    of_head = {name[len(heads[0]) + 1 :]: given.value(name, like=False) for name in first}
+    for again, names in zip(heads[1:], others, strict=True):
+        for name in names:
+            here = of_head.get(name[len(again) + 1 :])
+            if here is None or here.shape != given.likes[name].shape or not same_bits(given.value(name), here):
+                raise ConfigError(f"state_dict: {name} of the head: expected one value under {' and '.join(heads)}")
+    return _head(base, path, of_head, head)

@@ -8,13 +8,12 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 from .. import store
-from ..errors import ConfigError, TaskFileError, suggestion
+from ..errors import ConfigError, suggestion
+from ..store.names import SHARED, file_name, name_of, shared_file_name
 
 _ENDING = ".taps"
-_SHARED = "%shared-"  # how no quoted name begins
 
 
 class TaskFolder:
@@ -57,10 +56,10 @@ class TaskFolder:
     def _place(self, name: str) -> Path:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name: expected a task's name, got {name!r}")
-        return self.path / f"{quote(name, safe=' ()+,=@')}{_ENDING}"
+        return self.path / f"{file_name(name)}{_ENDING}"
 
     def _shared(self, digest: str) -> Path:
-        return self.path / f"{_SHARED}{digest.partition(':')[2]}{_ENDING}"
+        return self.path / f"{shared_file_name(digest)}{_ENDING}"
 
     def shared(self, name: str) -> Path | None:
         """The file of the family that a task builds on, if it is in the folder."""
@@ -77,7 +76,7 @@ class TaskFolder:
     def __iter__(self) -> Iterator[str]:
         """The tasks' names, sorted."""
         names = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING))
-        return iter(sorted(unquote(n[: -len(_ENDING)]) for n in names if not n.startswith(_SHARED)))
+        return iter(sorted(name_of(n[: -len(_ENDING)]) for n in names if not n.startswith(SHARED)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -117,7 +116,7 @@ class TaskFolder:
         found: dict[str, str | None] = {}
         for entry in sorted(os.listdir(self.path)):
             if entry.endswith(_ENDING):
-                found[entry] = _problem(self.path / entry)
+                found[entry] = store.sound(self.path / entry)[1]
         return found
 
     def summary(self, name: str) -> dict[str, Any]:
@@ -127,13 +126,3 @@ class TaskFolder:
         labels = None if meta.labels is None else len(meta.labels)
         facts = {"method": meta.method.get("method"), "bytes": header.file_bytes, "labels": labels}
         return {"task": name, **facts, "parent": meta.parent, "digest": header.digest}
-
-
-def _problem(path: Path) -> str | None:
-    try:
-        damaged = store.verify(path).damaged
-    except TaskFileError as error:
-        return error.problem
-    except OSError as error:
-        return error.strerror or str(error)
-    return f"the bytes of tensor {damaged[0]!r} are not those that were written" if damaged else None

@@ -23,7 +23,7 @@ Stacks = Mapping[str, tuple[Part, ...]]
 
 
 @contextmanager
-def _named(module: str) -> Iterator[None]:
+def named(module: str) -> Iterator[None]:
     """A refusal names the module."""
     try:
         yield
@@ -43,7 +43,7 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
         if any(part.gate is not None for part in stack):
             host = base.get_submodule(name)
             below = Below(host, stack)
-            with _named(name):
+            with named(name):
                 weight, bias = below.folded(), below.bias()
             own = weight.detach() if weight is base_weight(host) else refusing(weight)
             if bias is not None and not isinstance(bias, nn.Parameter):
@@ -52,7 +52,7 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
     return found
 
 
-def _values(stack: tuple[Part, ...], host: nn.Module) -> dict[str, Tensor]:
+def values_of(stack: tuple[Part, ...], host: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module has under a stack, as far as they are not the base's."""
     found: dict[str, Tensor] = {}
     for index, part in enumerate(stack):
@@ -78,8 +78,8 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
     """
     tensors = {}
     for name, stack in stacks.items():
-        with _named(name):
-            tensors[name] = _values(stack, base.get_submodule(name))
+        with named(name):
+            tensors[name] = values_of(stack, base.get_submodule(name))
     taken = {name: stack[-1].replacement for name, stack in stacks.items() if stack[-1].replacement is not None}
     plain, instead = copy.deepcopy((base, taken))
     flags.restore_copy(plain, base)

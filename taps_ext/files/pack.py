@@ -192,8 +192,7 @@ def unpack_file(path: str | PathLike[str], out: str | PathLike[str]) -> tuple[li
 
 
 def _save(file: store.TaskFile, found: dict[str, Record], out: str | PathLike[str]) -> int:
-    parts = {name: dataclasses.replace(record, tensors=dict(record.tensors)) for name, record in found.items()}
-    return store.save(Path(out), dataclasses.replace(file, parts=parts, versions=store.current_versions()))
+    return store.save(Path(out), dataclasses.replace(file, parts=found, versions=store.current_versions()))
 
 
 # ------------------------------------------------------------------------------------------------ two files

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,13 +102,16 @@ def head_of(file: store.TaskFile) -> str | None:
 
 
 def beside(file: store.TaskFile) -> Path | None:
-    """The shared file that a task's file builds on, if it lies beside it."""
-    for path in sorted(Path(file.path).parent.glob("*.taps")) if file.path else ():
+    """The shared file that a task's file builds on, if it lies beside it: by the name that a folder of tasks gives it,
+    else whatever it is called."""
+    folder = Path(file.path).parent
+    named = folder / f"{store.names.shared_file_name(file.parent)}.taps"
+    for path in [named, *sorted(folder.glob("*.taps"))] if file.path else ():
         try:
-            header = store.read_header(path)
-        except (TapsError, OSError):  # somebody else's file
+            header = store.read_header(path, kind="shared")
+        except (TapsError, OSError):  # a task's, or somebody else's file
             continue
-        if header.metadata.kind == "shared" and header.digest == file.parent:
+        if header.digest == file.parent:
             return path
     return None
 
@@ -160,6 +163,7 @@ def build(
     default_head: str | None = None,
     allow_dtype_cast: bool = False,
     whole: bool = False,
+    each: Callable[[str, Part], Part | None] | None = None,
 ) -> Read:
     """The parts that a file describes, with every tensor checked against the base before one is copied.
 
@@ -168,6 +172,7 @@ def build(
         default_head: the base's head, which a task without one of its own runs on.
         allow_dtype_cast: floating-point tensors take the types that this base has.
         whole: with the Deltas of closed layers, which no file holds, in memory.
+        each: takes a part's values as soon as it was read, and gives the part back, which may be without them then.
 
     Raises:
         TaskFileError: a missing, unexpected or ill-shaped tensor, named; parts that the base or the file's own method
@@ -192,6 +197,8 @@ def build(
         record.check_taken()
         if whole and parts[name].gate is not None:
             parts[name].grow(base_weight(modules[name]))
+        if each is not None:
+            parts[name] = each(name, parts[name]) or parts[name]
     _check_method(file, config, base, head_path or default_head, parts)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:

@@ -147,6 +147,15 @@ class Parts(nn.Module):
         return [name for name, part in self.table.items() if any(True for _ in part.parameters())]
 
 
+def check_stands(name: str, part: Part, lower: Part, family: str) -> None:
+    """Raise UnsupportedModuleError where a part of a module's cannot stand on that of the family."""
+    if part.gate is None or not lower.bears:
+        raise UnsupportedModuleError(
+            f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family {family!r}, "
+            "which it would leave out"
+        )
+
+
 class Family(Parts):
     """The parts that the tasks of one family have together, below their own.
 
@@ -266,12 +275,8 @@ class TaskState(Parts):
         self.head_path = head_path
         self.__dict__["family"] = family  # the model's, not this state's
         for name, part in self.table.items():
-            lower = self.shared.get(name)
-            if lower is not None and (part.gate is None or not lower.bears):
-                raise UnsupportedModuleError(
-                    f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family "
-                    f"{family.name!r}, which it would leave out"  # type: ignore[union-attr]
-                )
+            if family is not None and (lower := self.shared.get(name)) is not None:
+                check_stands(name, part, lower, family.name)
         self.installed: dict[str, Part] = {}  # while it is merged: what stands in the place of stacks
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..files import checkpoint, merge
 from ..files import task as task_file
-from ..files.pack import Packing
+from ..files.pack import PackedRow, Packing
 from ..methods import FullConfig, MethodConfig
 from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES
@@ -31,7 +31,7 @@ from ..parts.mirror import Mirror
 from ..parts.packing import Rule
 from ..routing.frame import in_backward, recomputed_call, running_node
 from ..routing.route import route, unroute, whole_model
-from . import groups, packing
+from . import groups, packing, stream
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
@@ -841,12 +841,13 @@ class TaskModel(nn.Module):
     def extract_task(
         self,
         name: str,
-        state_dict: Mapping[str, Tensor],
+        state_dict: Mapping[str, Tensor] | str | PathLike[str],
         *,
         head: nn.Module | None = None,
         head_module: str | None = None,
         config: FullConfig | None = None,
-    ) -> None:
+        top_fraction: float | None = None,
+    ) -> Packing | None:
         """Add the task whose model is a fine-tuned copy of the base, bit for bit.
 
         Layers with the base's own weights are closed. An open one holds a Delta where that gives the checkpoint's
@@ -856,24 +857,93 @@ class TaskModel(nn.Module):
             name: printable, without '/'.
             state_dict: all tensors of the fine-tuned model under the base's names, in the base's shapes and dtypes
                 (wrappers' prefixes `module.` and `_orig_mod.` are dropped). The head may have another number of
-                outputs where the base's is an `nn.Linear`.
+                outputs where the base's is an `nn.Linear`. Or a safetensors file, an index or folder of some, of which
+                one layer at a time is read.
             head: a module of the checkpoint's head's structure, where it differs otherwise.
             head_module: the head's name, where it is not the model's.
             config: `FullConfig(exclude_modules=[...])` for modules that cannot be gated; they must be the base's.
+            top_fraction: X, to keep of each layer's Delta the fraction X of its elements whose magnitude is largest
+                alone, by the codec `bitmask` (docs/packed.md); the result then says what that lost of each layer. A
+                layer that takes no fewer bytes so stays as it is.
 
         Raises:
             ConfigError: a tensor that is missing, too many, of another shape or dtype, not finite, or changed where
-                the task cannot hold a change, naming it; nothing is added.
-            UnsupportedModuleError: a layer that cannot be gated, naming it.
+                the task cannot hold a change, naming it; a fraction outside of (0, 1]; nothing is added.
+            UnsupportedModuleError: a layer that cannot be gated, naming it. TaskFileError: no sound safetensors file.
         """
         self._loaded()
         name = self._new_name(name)
+        config, path = self._converted(config, head_module)
+        rule, rows = stream.fraction_rule(top_fraction), list[PackedRow]()
+        thin = None if rule is None else stream.thinner(rule, rows)
+        with stream.opened(state_dict) as found:
+            parts = dict(checkpoint.extract(self.base, found, config, path, head, thin))
+        self._install(name, TaskState(self.base, config, parts, path if path in parts else None, self.gates))
+        return None if rule is None else Packing(name, rows)
+
+    def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, str | None]:
+        """The config of a converted checkpoint, and its head's name."""
         config = FullConfig() if config is None else config
         if not isinstance(config, FullConfig):
             raise ConfigError(f"config: expected a FullConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else head_path(self.base, head_module)
-        parts = checkpoint.extract(self.base, state_dict, config, path, head)
-        self._install(name, TaskState(self.base, config, parts, path if path in parts else None, self.gates))
+        return config, self._head if head_module is None else head_path(self.base, head_module)
+
+    @torch.inference_mode(False)
+    def extract_file(
+        self,
+        name: str,
+        state_dict: Mapping[str, Tensor] | str | PathLike[str],
+        out: str | PathLike[str],
+        *,
+        head: nn.Module | None = None,
+        head_module: str | None = None,
+        config: FullConfig | None = None,
+        top_fraction: float | None = None,
+        labels: Callable[[int], list[str]] | None = None,
+    ) -> stream.Extracted:
+        """Write the file of the task that :meth:`extract_task` would add, byte for byte, without adding it: beside the
+        base no more than one layer is in memory, in a few copies. What is made waits on the disk beside `out`, which
+        takes its bytes twice meanwhile.
+
+        Args:
+            labels: gives the names of the classes for their number.
+
+        Raises:
+            As :meth:`extract_task`, and OSError from the disk; then there is no file, or the one from before.
+        """
+        self._loaded()
+        name = self._new_name(name)
+        config, path = self._converted(config, head_module)
+        self._check_base()
+        return stream.extract_file(
+            self.base,
+            path,
+            state_dict,
+            out,
+            name=name,
+            config=config,
+            head=head,
+            top_fraction=top_fraction,
+            labels=labels,
+        )
+
+    @torch.inference_mode(False)
+    def merge_file(
+        self, path: str | PathLike[str], out: str | PathLike[str], *, shared: str | PathLike[str] | None = None
+    ) -> stream.Merged:
+        """Write a task's file as a plain safetensors checkpoint: the tensors of :meth:`task_state_dict`, bit for bit,
+        of which beside the base no more than one layer's is in memory. The task is not added.
+
+        Args:
+            shared: the file of the family that the task builds on, where it is not beside `path`.
+
+        Raises:
+            TaskFileError: as :meth:`load_task`. ConfigError: a head that is no linear layer. TapsError: the base shares
+                a tensor between two modules, and the task has another value for each. OSError: from the disk.
+        """
+        self._loaded()
+        self._check_base()
+        return stream.merge_file(self.base, self._head, path, out, shared)
 
     @torch.inference_mode(False)
     def task_state_dict(self, name: str) -> dict[str, Tensor]:

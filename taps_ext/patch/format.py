@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..errors import TaskFileError
 from ..store import strict_json
+from ..store.descriptors import open_regular, read_all, write_all
+from ..store.durable import replacing
 from ..store.errors import (
     DigestError,
     DtypeMismatchError,
@@ -42,7 +44,6 @@ from ..store.format import (
     parse_header,
     plan_layout,
 )
-from ..store.io import open_regular, read_all, replacing, write_all
 from ..store.metadata import parse_digests
 from ..store.tensors import TensorHash, check_bool, memory
 from . import kernels

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from ..store import strict_json
+from ..store.descriptors import open_regular, read_all, write_all
+from ..store.durable import Replacement, replacing, sweep, sync_folder
 from ..store.errors import HeaderError, MissingFileError, NotRegularFileError
-from ..store.io import Replacement, open_regular, read_all, replacing, sweep, sync_folder, write_all
 
 try:
     import fcntl

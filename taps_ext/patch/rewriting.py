@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..store.descriptors import write_all
+from ..store.durable import Replacement, sync_folder
 from ..store.errors import Path, show
 from ..store.format import TensorInfo, encode_header, plan_layout
-from ..store.io import Replacement, sync_folder, write_all
 from ..store.tensors import memory
 from . import kernels
 from .applying import Applied, check_forms, mismatch

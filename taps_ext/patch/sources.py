@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..store import strict_json
+from ..store.descriptors import open_regular, read_all
 from ..store.errors import (
     DuplicateKeyError,
     HeaderError,
@@ -27,7 +28,7 @@ from ..store.errors import (
     show,
 )
 from ..store.format import ALL_DTYPE_NAMES, ALL_DTYPES, Header, TensorInfo, check_name
-from ..store.io import open_regular, read_all, read_container
+from ..store.io import read_container
 from ..store.tensors import check_bool, check_storable, memory
 from . import kernels
 from .format import FORMAT_KEY, Form

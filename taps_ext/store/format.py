@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +38,12 @@ MAX_TENSORS = 65_536
 MAX_NAME_CHARS = 512
 MAX_RANK = 64
 MAX_TENSOR_BYTES = (1 << 63) - 1
-MAX_HEADER_TOKENS = 1 << 21  # 65,536 tensors of rank 12
+TOKENS_A_TENSOR = 32  # rank 19; a part's facts and names
+# Of tasks and shared files, which strangers write: whatever is in one, its header is read or refused in a tenth of a
+# second (benchmarks/files.py). The largest model of the zoo and of timm, resnest269e, has 2,447 tensors, and 2,900 with
+# a score for each layer.
+MAX_TASK_TENSORS = 8_192
+MAX_TASK_HEADER_BYTES = 4 << 20
 ALIGNMENT = 8
 DIGEST_KEY = "taps.digest"
 
@@ -73,8 +78,7 @@ ALL_DTYPES: dict[str, torch.dtype] = {
 ALL_DTYPE_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One tensor as the header states it. `begin` and `end` are byte offsets into the data after the
     header.
     """
@@ -133,12 +137,14 @@ def count_bytes(name: str, dtype: str, shape: Iterable[int], *, path: Path) -> i
     return itemsize * math.prod(shape)
 
 
-def plan_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, path: Path) -> dict[str, TensorInfo]:
+def plan_layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, path: Path, most: int = MAX_TENSORS
+) -> dict[str, TensorInfo]:
     """Places tensors given as name -> (dtype, shape): widest dtype first, then by name, so each one is
-    aligned.
+    aligned. Raises LimitError for more than `most`.
     """
-    if len(tensors) > MAX_TENSORS:
-        raise LimitError(path, f"{len(tensors)} tensors, at most {MAX_TENSORS} allowed")
+    if len(tensors) > most:
+        raise LimitError(path, f"{len(tensors)} tensors, at most {most} allowed")
     plan: dict[str, TensorInfo] = {}
     begin = 0
     for name in sorted(tensors, key=lambda name: (-ALL_DTYPES[tensors[name][0]].itemsize, name)):
@@ -198,8 +204,24 @@ def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
     return length
 
 
-def parse_header(raw: bytes, file_bytes: int, *, path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Header:
-    """Parses and proves a safetensors header (`raw` is the JSON, without the length prefix) with tensors of `dtypes`.
+def check_affordable(raw: bytes, *, path: Path) -> None:
+    """Raises LimitError where a task's header is larger than one may be, before it costs anything."""
+    if len(raw) > MAX_TASK_HEADER_BYTES:
+        raise LimitError(path, f"a task's header of {len(raw)} bytes, at most {MAX_TASK_HEADER_BYTES} allowed")
+    if (count := raw.count(b'"data_offsets"')) > MAX_TASK_TENSORS:  # written otherwise, they have too many tokens
+        raise LimitError(path, f"{count} tensors in a task's header, at most {MAX_TASK_TENSORS} allowed")
+
+
+def parse_header(
+    raw: bytes,
+    file_bytes: int,
+    *,
+    path: Path,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+    most: int = MAX_TENSORS,
+) -> Header:
+    """Parses and proves a safetensors header (`raw` is the JSON, without the length prefix) with at most so many
+    tensors of `dtypes`.
 
     Raises HeaderError, DuplicateKeyError, LimitError, TensorNameError, UnknownDtypeError, LayoutError,
     TruncatedFileError.
@@ -210,15 +232,15 @@ def parse_header(raw: bytes, file_bytes: int, *, path: Path, dtypes: Mapping[str
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise HeaderError(path, f"header: not UTF-8 at byte {error.start}") from None
-    table = strict_json.loads(text, path=path, where="header", max_tokens=MAX_HEADER_TOKENS)
+    table = strict_json.loads(text, path=path, where="header", max_tokens=most * TOKENS_A_TENSOR)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise HeaderError(path, f"__metadata__: expected an object, got {show(metadata)}")
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise HeaderError(path, f"__metadata__ key {show(key)}: expected a string, got {show(value)}")
-    if len(table) > MAX_TENSORS:
-        raise LimitError(path, f"{len(table)} tensors in the header, at most {MAX_TENSORS} allowed")
+    if len(table) > most:
+        raise LimitError(path, f"{len(table)} tensors in the header, at most {most} allowed")
     tensors = [_parse_tensor(name, entry, dtypes, path=path) for name, entry in table.items()]
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     _prove_layout(tensors, file_bytes - 8 - len(raw), path=path)
@@ -243,8 +265,11 @@ def check_canonical(header: Header, raw: bytes, *, path: Path) -> None:
         raise HeaderError(path, "header: not in canonical form (key order, spacing or padding was changed)")
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= MAX_TENSOR_BYTES
+def _are_sizes(values: Any) -> bool:
+    """Whether it is a list of sizes."""
+    if type(values) is not list or {*map(type, values)} - {int}:
+        return False
+    return not values or (min(values) >= 0 and max(values) <= MAX_TENSOR_BYTES)
 
 
 def _parse_tensor(name: str, entry: Any, dtypes: Mapping[str, torch.dtype], *, path: Path) -> TensorInfo:
@@ -256,9 +281,9 @@ def _parse_tensor(name: str, entry: Any, dtypes: Mapping[str, torch.dtype], *, p
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise UnknownDtypeError(path, f"tensor {show(name)}: dtype {show(dtype)}; expected one of {' '.join(dtypes)}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not _are_sizes(shape):
         raise HeaderError(path, f"tensor {show(name)}: shape: expected sizes >= 0 below 2**63, got {show(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise HeaderError(path, f"tensor {show(name)}: data_offsets: expected two byte offsets, got {show(offsets)}")
     begin, end = offsets
     expected = count_bytes(name, dtype, shape, path=path)
@@ -272,20 +297,23 @@ def _parse_tensor(name: str, entry: Any, dtypes: Mapping[str, torch.dtype], *, p
 
 
 def _prove_layout(tensors: list[TensorInfo], data_bytes: int, *, path: Path) -> None:
-    end, previous = 0, "the header"
-    for tensor in tensors:
-        if tensor.begin < end:
+    end = 0
+    for index, tensor in enumerate(tensors):
+        if tensor.begin != end:
+            before = _before(tensors, index)
             raise LayoutError(
                 path,
-                f"tensor {show(tensor.name)} begins at {tensor.begin} and overlaps {previous}, to byte {end}",
+                f"tensor {show(tensor.name)} begins at {tensor.begin} and overlaps {before}, to byte {end}"
+                if tensor.begin < end
+                else f"a hole of {tensor.begin - end} bytes between {before} and tensor {show(tensor.name)}",
             )
-        if tensor.begin > end:
-            raise LayoutError(
-                path,
-                f"a hole of {tensor.begin - end} bytes between {previous} and tensor {show(tensor.name)}",
-            )
-        end, previous = tensor.end, f"tensor {show(tensor.name)}"
+        end = tensor.end
+    last = _before(tensors, len(tensors))
     if end > data_bytes:
-        raise TruncatedFileError(path, f"{previous} ends at data byte {end}, the file holds {data_bytes} data bytes")
+        raise TruncatedFileError(path, f"{last} ends at data byte {end}, the file holds {data_bytes} data bytes")
     if end < data_bytes:
-        raise LayoutError(path, f"{data_bytes - end} trailing bytes after {previous}")
+        raise LayoutError(path, f"{data_bytes - end} trailing bytes after {last}")
+
+
+def _before(tensors: list[TensorInfo], index: int) -> str:
+    return f"tensor {show(tensors[index - 1].name)}" if index else "the header"

@@ -37,7 +37,7 @@ from typing import Any
 
 from . import older, strict_json
 from .errors import DigestError, FormatVersionError, KindError, MetadataError, Path, UnknownKeyError, show
-from .format import FORMAT, check_name
+from .format import FORMAT, MAX_TASK_TENSORS, TOKENS_A_TENSOR, check_name
 from .table import Claim, PartEntry, check_names, check_parts, claims_of, is_strings
 
 INCOMPLETE = "a file of format 1.0 does not list parts without tensors: load it into its model, and save the task there"
@@ -49,8 +49,8 @@ _REQUIRED = ("format", "kind", "parent", "versions", "digests", "digest")
 _OPTIONAL = ("method", "name", "labels", "metrics")
 _OLDER = ("layers", "codecs", "contents")
 _KNOWN = frozenset("taps." + key for key in (*_REQUIRED, *_OPTIONAL, *_OLDER, "head", "parts"))
-_TABLE_TOKENS = 1 << 20  # 65,536 layers or digests
-_PARTS_TOKENS = 1 << 21  # as many layers as a header holds with their tensors
+_TABLE_TOKENS = MAX_TASK_TENSORS * TOKENS_A_TENSOR  # of parts, and of a state's 65,536 digests
+_OBJECTS = ("layers", "codecs", "contents", "parts")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -99,7 +99,7 @@ class Metadata:
             strings |= {"taps.layers": "{}", "taps.codecs": "{}", "taps.contents": strict_json.dumps(contents)}
         else:
             text = strict_json.dumps(_table(self.parts))
-            strict_json.scan(text, path=path, where="taps.parts", max_tokens=_PARTS_TOKENS)  # what is written is read
+            strict_json.scan(text, path=path, where="taps.parts", max_tokens=_TABLE_TOKENS)  # what is written is read
             strings["taps.parts"] = text
         strings["taps.versions"] = strict_json.dumps(self.versions)
         if self.name:
@@ -109,8 +109,10 @@ class Metadata:
                 strings["taps." + key] = strict_json.dumps(value)
         return strings
 
-    def validate(self, *, path: Path) -> None:
-        """Raises MetadataError, KindError, GateRecordError, HeaderError, TensorNameError or LimitError."""
+    def validate(self, *, path: Path, parsed: bool = False) -> None:
+        """Raises MetadataError, KindError, GateRecordError, HeaderError, TensorNameError or LimitError. `parsed`: what
+        was read is JSON, as what is written may not be.
+        """
         if self.kind not in KINDS:
             raise KindError(path, f"taps.kind: expected one of {', '.join(map(repr, KINDS))}, got {show(self.kind)}")
         if not isinstance(self.parent, str) or not _DIGEST.fullmatch(self.parent):
@@ -120,24 +122,25 @@ class Metadata:
         _check_method(self.kind, self.method, path=path)
         if self.metrics is not None and not isinstance(self.metrics, dict):
             raise MetadataError(path, f"taps.metrics: expected a JSON object, got {show(self.metrics)}")
-        strict_json.check(self.metrics, path=path, where="taps.metrics")
         if self.labels is not None and not is_strings(self.labels):
             raise MetadataError(path, f"taps.labels: expected a list of strings, got {show(self.labels)}")
-        strict_json.check(self.labels, path=path, where="taps.labels")
         if not isinstance(self.versions, dict) or not is_strings(list(self.versions.values())):
             raise MetadataError(path, f"taps.versions: expected names and version strings, got {show(self.versions)}")
-        strict_json.check(self.versions, path=path, where="taps.versions")
         if self.kind == "state" and self.parts:
             raise MetadataError(path, "taps.kind: a state file holds values, got parts")
         if self.kind != "state" and self.values:
             raise MetadataError(path, f"taps.kind: a {self.kind} file holds parts, got values")
         check_names(self.values, "taps.contents: values", path=path)
         check_parts(self.parts, path=path)
-        strict_json.check(_table(self.parts), path=path, where="taps.parts")
         for key, text in self.extra.items():
             if not isinstance(key, str) or key.startswith("taps.") or not isinstance(text, str):
                 raise UnknownKeyError(path, f"__metadata__: extra key {show(key)}: expected text outside 'taps.'")
-            strict_json.check({key: text}, path=path, where="__metadata__")
+        if parsed:
+            return
+        tables = {"method": self.method, "metrics": self.metrics, "labels": self.labels, "versions": self.versions}
+        for key, value in {**tables, "parts": _table(self.parts)}.items():
+            strict_json.check(value, path=path, where=f"taps.{key}")
+        strict_json.check(dict(self.extra), path=path, where="__metadata__")
 
     def claims(self) -> Mapping[str, Claim]:
         """Which tensors the file must hold: stored name -> claim, exactly one each (see `table.claims_of`).
@@ -182,11 +185,11 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
     if tabled and (both := [key for key in (*_OLDER, "head") if "taps." + key in ours]):
         raise MetadataError(path, f"__metadata__: expected 'taps.parts' or 'taps.{both[0]}', got both")
 
-    def table(key: str, *, tokens: int = 1 << 18, default: object = None) -> Any:
+    def table(key: str, *, default: object = None) -> Any:
         if "taps." + key not in ours:
             return default
-        value = strict_json.loads(strings["taps." + key], path=path, where=f"taps.{key}", max_tokens=tokens)
-        if value is None or (tokens >= _TABLE_TOKENS and not isinstance(value, dict)):
+        value = strict_json.loads(strings["taps." + key], path=path, where=f"taps.{key}", max_tokens=_TABLE_TOKENS)
+        if value is None or (key in _OBJECTS and not isinstance(value, dict)):
             raise MetadataError(path, f"taps.{key}: expected a JSON object, got {show(value)}")
         return value
 
@@ -203,9 +206,9 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
     if tabled:
         if kind == "state":
             raise MetadataError(path, "taps.kind: a state file holds values, got 'taps.parts'")
-        parts = _parse_parts(table("parts", tokens=_PARTS_TOKENS), path=path)
+        parts = _parse_parts(table("parts"), path=path)
     else:
-        layers, codecs, contents = (table(key, tokens=_TABLE_TOKENS) for key in _OLDER)
+        layers, codecs, contents = (table(key) for key in _OLDER)
         tables = older.Tables(layers, codecs, contents, table("head"))
         older.check_tables(tables, path=path)
         if kind == "state":
@@ -226,7 +229,7 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
         extra={key: value for key, value in strings.items() if key not in ours},
         older=claims,
     )
-    metadata.validate(path=path)
+    metadata.validate(path=path, parsed=True)
     return metadata
 
 
@@ -269,7 +272,6 @@ def parse_digests(strings: Mapping[str, str], tensors: Mapping[str, object], *, 
 def _check_method(kind: str, method: dict[str, Any], *, path: Path) -> None:
     if not isinstance(method, dict):
         raise MetadataError(path, f"taps.method: expected a JSON object, got {show(method)}")
-    strict_json.check(method, path=path, where="taps.method")
     name = method.get("method")
     if (method or kind != "state") and (not isinstance(name, str) or not name):
         raise MetadataError(path, f"taps.method: expected the method's name under 'method', got {show(method)}")

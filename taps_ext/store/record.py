@@ -13,6 +13,7 @@ from ..errors import TaskFileError
 from .compare import check_tensors
 from .errors import MetadataError, MissingTensorError, Path, TensorValueError, UnexpectedTensorError, show
 from .format import TensorInfo
+from .tensors import Later, Source
 
 _T = TypeVar("_T")
 
@@ -91,6 +92,13 @@ class Record:
             return self.tensors[name]
         info = self.tensors.infos[name]
         return torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+
+    def source(self, name: str) -> Source:
+        """A tensor to be written, which one in a file is read for when its turn comes."""
+        if not isinstance(self.tensors, OnDisk):
+            return self.tensors[name]
+        info, tensors = self.tensors.infos[name], self.tensors
+        return Later(info.torch_dtype, info.shape, lambda: tensors[name])
 
     def likes(self) -> dict[str, Tensor]:
         """All tensors, as :meth:`like` has them."""

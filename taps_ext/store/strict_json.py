@@ -15,16 +15,20 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+from ..errors import TaskFileError
 from .errors import DuplicateKeyError, HeaderError, LimitError, Path, show
 
 MAX_DEPTH = 32
 MAX_INT_DIGITS = 20  # any 64-bit integer, signed or not
+_INT_END = 10**MAX_INT_DIGITS
 MAX_RICH_STRINGS = 1 << 18  # 65,536 tensor digests, their names and more
 
 _STRUCTURE = b'"[]{},:'
 _NOT_STRUCTURE = bytes(b for b in range(256) if b not in _STRUCTURE)
+_DIGITS = re.compile("[0-9]+")
 _STRING = re.compile(rb'"[^"]*"?')
 _STEP = bytes(2 if b in b"[{" else 0 if b in b"]}" else 1 for b in range(256))  # depth change, plus one
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 
 quoted: Callable[[str], str] = json.encoder.encode_basestring
@@ -38,10 +42,10 @@ def dumps(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def scan(text: str, *, path: Path, where: str, max_tokens: int) -> None:
-    """Bounds nesting depth and value count of JSON text without parsing it.
+def scan(text: str, *, path: Path, where: str, max_tokens: int) -> int:
+    """Bounds nesting depth and value count of JSON text without parsing it; returns how many keys its objects have.
 
-    Both are exact up to the first syntax error, where the parser stops anyway. Raises LimitError.
+    All are exact up to the first syntax error, where the parser stops anyway. Raises LimitError.
     """
     data = text.encode("utf-8", "surrogatepass").replace(b"\\\\", b"").replace(b'\\"', b"")
     data = data.translate(None, _NOT_STRUCTURE).replace(b'""', b"")  # most strings are gone with this
@@ -50,9 +54,36 @@ def scan(text: str, *, path: Path, where: str, max_tokens: int) -> None:
     tokens = _STRING.sub(b"", data)
     if len(tokens) > max_tokens:
         raise LimitError(path, f"{where}: at most {max_tokens} JSON tokens are read, got {len(tokens)}")
+    brackets = tokens.translate(_BRACKETS, b",:")
+    for _ in range(MAX_DEPTH):  # each takes the innermost level away, in C
+        brackets = brackets.replace(b"[]", b"")
     # Ends at the first excess: sums over a prefix that is already too deep need no further look.
-    if any(depth > MAX_DEPTH for depth in accumulate(step - 1 for step in tokens.translate(_STEP))):
+    if brackets and any(depth > MAX_DEPTH for depth in accumulate(step - 1 for step in tokens.translate(_STEP))):
         raise LimitError(path, f"{where}: JSON nested deeper than {MAX_DEPTH} levels")
+    return tokens.count(b":")
+
+
+def _keys(value: Any, *, path: Path, where: str) -> int:
+    """How many keys the objects in a JSON value have. Raises LimitError for an integer of too many digits."""
+    count, level = 0, [value]
+    while level:
+        below: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is int:
+                if not -_INT_END < item < _INT_END:
+                    raise _too_many_digits(path, where, len(str(abs(item))))
+            elif kind is dict:
+                count += len(item)
+                below += item.values()
+            elif kind is list:
+                below += item
+        level = below
+    return count
+
+
+def _too_many_digits(path: Path, where: str, count: int) -> LimitError:
+    return LimitError(path, f"{where}: an integer of {count} digits; at most {MAX_INT_DIGITS} are read")
 
 
 def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> Any:
@@ -61,22 +92,15 @@ def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> An
     Raises HeaderError (not JSON, NaN or Infinity, lone surrogate), DuplicateKeyError, LimitError (depth,
     number of values, integers of more than 20 digits).
     """
-    scan(text, path=path, where=where, max_tokens=max_tokens)
+    keys = scan(text, path=path, where=where, max_tokens=max_tokens)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) != len(items):
-            seen: set[str] = set()
-            for key, _ in items:
-                if key in seen:
-                    raise DuplicateKeyError(path, f"{where}: the key {show(key)} occurs twice in one JSON object")
-                seen.add(key)
-        return result
-
-    def integer(digits: str) -> int:
-        if len(digits.lstrip("-")) > MAX_INT_DIGITS:
-            raise LimitError(path, f"{where}: an integer of {len(digits)} digits; at most {MAX_INT_DIGITS} are read")
-        return int(digits)
+        seen: set[str] = set()
+        for key, _ in items:
+            if key in seen:
+                raise DuplicateKeyError(path, f"{where}: the key {show(key)} occurs twice in one JSON object")
+            seen.add(key)
+        return dict(items)
 
     def real(digits: str) -> float:
         if len(digits) > 400 or not math.isfinite(number := float(digits)):
@@ -87,7 +111,9 @@ def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> An
         raise HeaderError(path, f"{where}: {word} is not JSON; expected finite numbers")
 
     try:
-        value = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=real, parse_constant=constant)
+        value = json.loads(text, parse_float=real, parse_constant=constant)
+        if _keys(value, path=path, where=where) != keys:  # to call `pairs` for each object would take longer than all
+            json.loads(text, object_pairs_hook=pairs)
         text.encode("utf-8")
         if "\\u" in text:  # an escape can still spell half a surrogate pair
             dumps(value).encode("utf-8")
@@ -95,6 +121,10 @@ def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> An
         raise HeaderError(path, f"{where}: not JSON: {error.msg} at character {error.pos}") from None
     except UnicodeEncodeError:
         raise HeaderError(path, f"{where}: a lone surrogate; expected UTF-8 text") from None
+    except TaskFileError:
+        raise
+    except ValueError:  # Python's own limit
+        raise _too_many_digits(path, where, max(map(len, _DIGITS.findall(text)))) from None
     return value
 
 
@@ -117,7 +147,7 @@ def check(value: object, *, path: Path, where: str, depth: int = 0) -> None:
         except UnicodeEncodeError:
             raise HeaderError(path, f"{where}: a lone surrogate in {show(value)}; expected UTF-8 text") from None
     elif type(value) is int:
-        if abs(value) >= 10**MAX_INT_DIGITS:
+        if abs(value) >= _INT_END:
             raise LimitError(path, f"{where}: integers of at most {MAX_INT_DIGITS} digits are stored")
     elif type(value) is float:
         if not math.isfinite(value):

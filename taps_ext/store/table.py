@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .errors import GateRecordError, LimitError, MetadataError, Path, show
-from .format import MAX_TENSORS, check_name
+from .format import MAX_TASK_TENSORS, check_name
 
 SCORE = "score"
 """The tensor of a part that has a learned gate: float32, shape [], finite."""
@@ -58,8 +58,8 @@ def check_parts(parts: Mapping[str, PartEntry], *, path: Path) -> None:
     """Raises MetadataError, GateRecordError, TensorNameError or LimitError unless names are names, facts name a kind,
     and a gate in them agrees with the tensors. Whether facts are JSON is the caller's to check.
     """
-    if sum(len(entry.tensors) for entry in parts.values()) > MAX_TENSORS:
-        raise LimitError(path, f"taps.parts: more than {MAX_TENSORS} tensors")
+    if sum(len(entry.tensors) for entry in parts.values()) > MAX_TASK_TENSORS:
+        raise LimitError(path, f"taps.parts: more than {MAX_TASK_TENSORS} tensors")
     for module, (facts, names) in parts.items():
         if module != "":  # the base itself may have a part
             check_name(module, path=path, what="module")
@@ -68,20 +68,21 @@ def check_parts(parts: Mapping[str, PartEntry], *, path: Path) -> None:
         kind = facts.get("kind")
         if not isinstance(kind, str) or not kind:
             raise MetadataError(path, f"part {show(module)}: facts: expected the part's kind, got {show(kind)}")
-        check_names(names, f"part {show(module)}", path=path)
+        check_names(names, "part", path=path, module=module)
         if facts.get("gate") is not None:
             _check_gate(module, facts["gate"], SCORE in names, path=path)
 
 
-def check_names(names: Iterable[str], where: str, *, path: Path) -> None:
+def check_names(names: Iterable[str], where: str, *, path: Path, module: str | None = None) -> None:
     """Raises TensorNameError or LimitError for what is no name, MetadataError unless they are sorted and distinct."""
     names = tuple(names)
     for name in names:
         check_name(name, path=path)
     for first, second in itertools.pairwise(names):
         if first >= second:
+            of = "" if module is None else f" {show(module)}"
             raise MetadataError(
-                path, f"{where}: expected sorted, distinct names, got {show(first)} before {show(second)}"
+                path, f"{where}{of}: expected sorted, distinct names, got {show(first)} before {show(second)}"
             )
 
 

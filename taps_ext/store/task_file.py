@@ -13,7 +13,7 @@ from torch import Tensor
 from ..version import __version__
 from . import io
 from .errors import MetadataError, Path, show
-from .metadata import INCOMPLETE, Metadata, check_kind
+from .metadata import INCOMPLETE, Metadata
 from .record import OnDisk, Record
 from .table import PartEntry
 
@@ -83,7 +83,7 @@ def save(path: Path, task: TaskFile) -> int:
     metadata = task.metadata(path=path)
     metadata.validate(path=path)
     tensors = {
-        stored: task.values[claim.tensor] if task.kind == "state" else task.parts[claim.module].tensors[claim.tensor]
+        stored: task.values[claim.tensor] if task.kind == "state" else task.parts[claim.module].source(claim.tensor)
         for stored, claim in metadata.claims().items()
     }
     return io.write(path, tensors, metadata)
@@ -94,8 +94,7 @@ def load(path: Path, *, device: torch.device | str = "cpu", verify: bool = True,
 
     Raises KindError if the file is not of `kind` (where given; 0.1's states are states), and as `io.read` does.
     """
-    stored = io.read(path, verify=verify, device=device)
-    check_kind(kind, stored.header.metadata.kind, path=path)
+    stored = io.read(path, verify=verify, device=device, kind=kind)
     return _task_file(stored.header, stored.tensors.__getitem__, path)
 
 
@@ -104,8 +103,7 @@ def opened(path: Path, *, kind: str | None = None) -> Iterator[TaskFile]:
     """A task file whose parts' tensors are read, and proven, where they are asked for, while it is open: what does not
     fit a model is refused by its header. Raises as :func:`load` does.
     """
-    with io.opened(path) as (header, fetch):
-        check_kind(kind, header.metadata.kind, path=path)
+    with io.opened(path, kind=kind) as (header, fetch):
         yield _task_file(header, fetch, path, lazy=True)
 
 

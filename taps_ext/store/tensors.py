@@ -10,7 +10,8 @@ import ctypes
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,41 @@ def check_storable(name: str, tensor: object, *, path: Path, dtypes: Mapping[tor
     if tensor.dtype not in dtypes:
         raise refuse(f"{tensor.dtype}, which the format does not hold")
     return tensor.detach()
+
+
+class Later(NamedTuple):
+    """A tensor to be written, of this type and shape, that is made or read when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Source = Tensor | Later
+"""What can be written."""
+
+
+def form_of(
+    name: str, source: object, *, path: Path, dtypes: Mapping[torch.dtype, str] = DTYPE_NAMES
+) -> tuple[str, tuple[int, ...]]:
+    """The stored type and the shape of what is to be written. Raises as :func:`check_storable`."""
+    if not isinstance(source, Later):
+        source = check_storable(name, source, path=path, dtypes=dtypes)
+    elif source.dtype not in dtypes:
+        raise UnsupportedTensorError(path, f"tensor {show(name)}: {source.dtype}, which the format does not hold")
+    return dtypes[source.dtype], tuple(source.shape)
+
+
+def value_of(name: str, source: Source, *, path: Path) -> Tensor:
+    """The tensor itself. Raises UnsupportedTensorError where it is not what it was said to be."""
+    tensor = check_storable(name, source.read() if isinstance(source, Later) else source, path=path)
+    if (tensor.dtype, tuple(tensor.shape)) != (source.dtype, tuple(source.shape)):
+        raise UnsupportedTensorError(
+            path,
+            f"tensor {show(name)}: expected {source.dtype} {list(source.shape)}, as it was to be, "
+            f"got {tensor.dtype} {list(tensor.shape)}",
+        )
+    return tensor
 
 
 def check_bool(name: str, data: memoryview, *, path: Path) -> None:

@@ -74,6 +74,43 @@ def test_merging_a_trained_task(call, folder: Path, tmp_path: Path) -> None:  # 
         assert same_bits(adapted(x, task=name), plain(x))
 
 
+def in_shards(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    path.mkdir()
+    places = {name: f"m-{index % 2}.safetensors" for index, name in enumerate(state)}
+    for file in set(places.values()):
+        store.write_safetensors(path / file, {name: state[name] for name in state if places[name] == file})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return path / "model.safetensors.index.json"
+
+
+def test_checkpoints_in_shards_and_a_fraction(call, folder: Path, tmp_path: Path, tuned) -> None:  # noqa: F811
+    """Of the base and of the fine-tuned model; what is kept of each layer is told, and is in the file."""
+    base, _ = store.read_safetensors(folder / "base.safetensors")
+    config = ["--config", folder / "c.toml"]
+    sharded = [*config, "--weights", in_shards(tmp_path / "base", base)]
+    source = tmp_path / "tuned.safetensors"
+    store.write_safetensors(source, tuned.state_dict())
+    index, file = in_shards(tmp_path / "tuned", tuned.state_dict()), tmp_path / "t.taps"
+    assert call("extract", source, *config, "--out", tmp_path / "one.taps", "--name", "t")[0] == 0
+    code, _, err = call("extract", index, *sharded, "--out", file)
+    assert (code, err) == (0, "") and file.read_bytes() == (tmp_path / "one.taps").read_bytes()
+    assert call("merge", file, *sharded, "--out", tmp_path / "back.safetensors")[0] == 0
+    back = store.read_safetensors(tmp_path / "back.safetensors")[0]
+    assert all(same_bits(back[key], tensor) for key, tensor in tuned.state_dict().items())
+    code, out, err = call("extract", index.parent, *sharded, "--out", file, "--top-fraction", 0.1, "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    rows = {row["layer"]: row for row in facts["packing"]["rows"]}
+    assert len(rows) == facts["layers_open"] == facts["as_deltas"] and all(0.1 < r["error"] < 1 for r in rows.values())
+    parts = store.read_header(file).metadata.parts
+    assert {n: r["error"] for n, r in rows.items()} == {n: parts[n].facts["packed"]["error"] for n in rows}
+    code, out, _ = call("extract", index, *sharded, "--out", file, "--top-fraction", "0.1")
+    assert code == 0 and all(f"{row['error']:.2e}" in out for row in rows.values())
+    refused(call("extract", index, *config, "--out", file, "--top-fraction", "2"), "top_fraction: expected a number in")
+    refused(call("extract", index, *config, "--out", file, "--top-fraction", "x"), "expected a number in (0, 1]")
+    refused(call("extract", index, *config, "--out", index.parent / "m-0.safetensors"), "expected a file of its own")
+
+
 class Opened:
     """Unpickling this opens a file; nothing may."""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel, store
+from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel
 from taps_ext.cli import main
 
 
@@ -151,18 +154,91 @@ def test_of_two_writers_one_is_refused(tmp_path) -> None:
         assert os.listdir(folder.path) == ["birds.taps"]
 
 
-def test_nothing_else_is_read(tmp_path, monkeypatch) -> None:
-    """Of a hundred files, to open the folder reads none, and to load a task its own alone."""
-    folder = TaskFolder(tmp_path / "tasks", create=True)
+class Calls:
+    """What is asked of the system while it is watched: calls by name, and bytes read."""
+
+    NAMES = ("open", "stat", "lstat", "listdir", "scandir", "readv")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts, self.opened, self.read = dict.fromkeys(self.NAMES, 0), [], 0
+        for name in self.NAMES:
+            monkeypatch.setattr(os, name, functools.partial(self._call, name, getattr(os, name)))
+
+    def _call(self, name: str, function: Callable[..., object], *args: object, **words: object) -> object:
+        self.counts[name] += 1
+        found = function(*args, **words)
+        if name == "open":
+            self.opened.append(str(args[0]))
+        if name == "readv":
+            self.read += found  # type: ignore[operator]
+        return found
+
+
+def crowd(path: Path, content: bytes, count: int) -> TaskFolder:
+    path.mkdir()
+    for index in range(count):
+        (path / f"task {index}.taps").write_bytes(content)
+    return TaskFolder(path)
+
+
+def used(path: Path) -> tuple[dict[str, int], int, int, int]:
+    """The calls of opening a folder, finding a task in it and loading that, the bytes read, what it allocates, and the
+    size of the file."""
+    made = model()
+    with pytest.MonkeyPatch.context() as context:
+        tracemalloc.start()
+        calls = Calls(context)
+        folder = TaskFolder(path)
+        assert not calls.opened and calls.counts["listdir"] == calls.counts["scandir"] == 0
+        assert "task 7" in folder and folder.summary("task 7")["task"] == "task 7"
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        header = calls.read
+        assert calls.opened == [str(folder.file("task 7"))]
+        made.load_task(folder.file("task 7"), "t")
+    assert calls.opened == 2 * [str(folder.file("task 7"))]
+    return calls.counts, calls.read - header, held, folder.file("task 7").stat().st_size
+
+
+def test_a_thousand_tasks_cost_what_ten_do(tmp_path) -> None:
+    """The same calls, to the last one; a task's file is read once, and no other one."""
     content = write(tmp_path / "one.taps", "birds").read_bytes()
-    for index in range(100):
-        (folder.path / f"task {index}.taps").write_bytes(content)
-    opened, read = [], store.io.open_regular
-    monkeypatch.setattr(store.io, "open_regular", lambda path: opened.append(str(path)) or read(path))
-    folder = TaskFolder(folder.path)
-    assert not opened and "task 7" in folder
-    model().load_task(folder.file("task 7"), "t")
-    assert opened == [str(folder.file("task 7"))]
+    few, many = (crowd(tmp_path / f"{count} tasks", content, count).path for count in (10, 1000))
+    used(few)  # what is made once
+    (calls, read, held, size), (calls_of_many, read_of_many, held_of_many, _) = used(few), used(many)
+    assert calls == calls_of_many and sum(calls.values()) < 60
+    assert read == read_of_many == size
+    assert held_of_many < held + 4096
+
+
+def test_a_packed_task_is_read_once(tmp_path, monkeypatch) -> None:
+    """Its bytes are hashed and used as they come."""
+    made = model()
+    made.add_task("a", num_classes=3)
+    made.set_gates("a", open=["*"])
+    made.pack_task("a", codec="int8")
+    size = made.save_task("a", tmp_path / "a.taps")
+    calls = Calls(monkeypatch)
+    model().load_task(tmp_path / "a.taps")
+    assert calls.opened == [str(tmp_path / "a.taps")] and calls.read == size
+
+
+def test_a_family_is_found_by_its_name_among_many(tmp_path, monkeypatch) -> None:
+    """No task's file is read for it."""
+    config = JointTapsConfig(lam=0.1)
+    made = model(config)
+    made.add_task("a", num_classes=3)
+    (family,) = made.families
+    made.save_shared(family, tmp_path / "family.taps")
+    made.save_task("a", tmp_path / "a.taps")
+    folder = TaskFolder(tmp_path / "tasks", create=True)
+    for file in ("family", "a"):
+        folder.add(tmp_path / f"{file}.taps")
+    for index in range(20):
+        (folder.path / f"!{index}.taps").write_bytes((tmp_path / "a.taps").read_bytes())
+    fresh, calls = model(config), Calls(monkeypatch)
+    fresh.load_task(folder.file("a"))
+    assert fresh.tasks == ["a"] and {Path(path).name[:8] for path in calls.opened} == {"a.taps", "%shared-"}
 
 
 def test_the_command(tmp_path, capsys) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +153,63 @@ def test_what_normal_values_lose() -> None:
         made = CODECS[kind].decode(CODECS[kind].encode(*arguments), 1024, 1024)  # type: ignore[attr-defined]
         lost = 100 * float((delta - made).norm() / delta.norm())
         assert round(lost, 1 if percent < 1 else 0) == percent, (kind, lost)
+
+
+def _on_the_page() -> dict[str, str]:
+    """What docs/packed.md says that normal values lose, in percent."""
+    text = " ".join((Path(__file__).parents[2] / "docs" / "packed.md").read_text().split())
+    found = re.search(
+        r"normally distributed int8 loses ([\d.]+) % .*?, int4 ([\d.]+) %, sign ([\d.]+) %, "
+        r"and a tenth of the elements ([\d.]+) %",
+        text,
+    )
+    assert found is not None
+    return dict(zip(("int8", "int4", "sign", "bitmask"), found.groups(), strict=True))
+
+
+def test_what_normal_values_lose_in_theory() -> None:
+    """The page's figures, from 2^20 values in float64, beside what follows from the normal distribution.
+
+    Lost squares over squares, r2, is a ratio of means over rows that are drawn alike: by the delta method its standard
+    error is that of `lost - r2 * squares` over the mean of squares, and no figure may be five of them away from
+
+    - sign: (1 - 2 / pi) (1 - 1 / K), since E|x| = sqrt(2 / pi) and the mean of K magnitudes has a variance;
+    - a tenth: 1 - 2 (t phi(t) + 0.05), the second moment beyond t, which a twentieth is beyond on either side;
+    - int8: E max^2 / 127^2 / 12, an even error within a step of the largest of 32 by 127. Only the largest itself has
+      less, since the scale's rounding (2^-8 at most) moves it by no more than half a step: so 31 / 32 of it at least;
+    - int4: at most E max^2 / 7^2 / 12 with the largest itself counted like all others, which the plain scale loses, and
+      at least what the best of many scales for each group loses in float64.
+    """
+    rows, columns = 1024, 1024
+    delta = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    squares = delta.double().square().sum(dim=1)
+    grid = torch.linspace(0, 12, 200_001, dtype=torch.float64)
+    largest = float(torch.trapezoid(2 * grid * (1 - torch.erf(grid / 2**0.5) ** GROUP), grid))  # E max^2
+    t = 2**0.5 * float(torch.erfinv(torch.tensor(0.9, dtype=torch.float64)))
+    beyond = 2 * (t * math.exp(-t * t / 2) / math.sqrt(2 * math.pi) + 0.05)
+    groups = delta.double().view(-1, GROUP)
+    scale = groups.abs().amax(dim=1, keepdim=True) / 7
+    best = torch.full((len(groups),), math.inf, dtype=torch.float64)
+    for share in torch.linspace(0.4, 1.02, 125, dtype=torch.float64).tolist():
+        step = scale * share
+        best = best.minimum((groups - (groups / step).round().clamp(-7, 7) * step).square().sum(dim=1))
+    int8, int4 = largest / 127**2 / 12, largest / 7**2 / 12
+    wanted = {
+        "sign": [(1 - 2 / math.pi) * (1 - 1 / columns)] * 2,
+        "bitmask": [1 - beyond] * 2,
+        "int8": [int8 * 31 / 32, int8],
+        "int4": [float(best.sum() / squares.sum()), int4],
+    }
+    for kind, (low, high) in wanted.items():
+        arguments = (delta, 0.1) if kind == "bitmask" else (delta,)
+        made = CODECS[kind].decode(CODECS[kind].encode(*arguments), rows, columns)  # type: ignore[attr-defined]
+        lost = (delta.double() - made.double()).square().sum(dim=1)
+        found = float(lost.sum() / squares.sum())
+        error = float((lost - found * squares).std() / squares.mean()) / rows**0.5
+        assert error < 0.01 * found, "the figure means something"
+        assert low - 5 * error < found < high + 5 * error, (kind, low, found, high, error)
+        stated = _on_the_page()[kind]
+        assert f"{100 * found**0.5:.{len(stated.partition('.')[2])}f}" == stated
 
 
 def test_strides_do_not_matter() -> None:

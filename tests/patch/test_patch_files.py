@@ -21,7 +21,7 @@ from torch import Tensor
 from taps_ext import ConfigError, TaskFileError, patch, store
 from taps_ext.patch import journal, rewriting
 from taps_ext.patch.errors import AlreadyAppliedError, BaseMismatchError, LinkedShardError, OtherTensorsError
-from taps_ext.store import io
+from taps_ext.store.durable import Replacement
 from taps_ext.store.errors import (
     DtypeMismatchError,
     DuplicateKeyError,
@@ -287,7 +287,7 @@ def test_litter_of_the_dead_goes_and_that_of_the_living_stays(tmp_path: Path) ->
     folder = write_shards(tmp_path / "model", old)
     for name in (".taps-0123456789abcdef.tmp", ".taps-0123456789abcdef.shard", ".taps-mine.tmp", ".taps-0.shard"):
         (folder / name).write_bytes(b"x")
-    alive = io.Replacement(folder / "x")
+    alive = Replacement(folder / "x")
     patch.apply(folder, patch.diff(old, new))
     left = {name for name in os.listdir(folder) if name.startswith(".")}
     assert left == {".taps-mine.tmp", ".taps-0.shard", os.path.basename(alive.temporary)}
@@ -332,12 +332,12 @@ def test_a_commit_that_stopped_is_finished_by_whoever_opens(
         replace(source, target)
         done[0] += 1
 
-    def leave(self: io.Replacement) -> None:  # what a kill does not do
+    def leave(self: Replacement) -> None:  # what a kill does not do
         self.close()
 
     with monkeypatch.context() as context:
         context.setattr(os, "replace", stop)
-        context.setattr(io.Replacement, "drop", leave)
+        context.setattr(Replacement, "drop", leave)
         if after == 3:
             context.setattr(os, "unlink", lambda path: stop("", ""))
         with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,8 +176,9 @@ def test_big_endian_hosts_write_the_same_file(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("make", [task_of, state_of])
 def test_limits_hold_for_the_writer_too(make: Callable[..., store.TaskFile], tmp_path: Path) -> None:
     one = torch.zeros(0)
-    with pytest.raises(LimitError, match=r"more than 65536 tensors|65537 tensors"):
-        store.save(tmp_path / "a.taps", make(dict.fromkeys(map(str, range(fmt.MAX_TENSORS + 1)), one)))
+    most = fmt.MAX_TENSORS if make is state_of else fmt.MAX_TASK_TENSORS
+    with pytest.raises(LimitError, match=rf"more than {most} tensors|{most + 1} tensors"):
+        store.save(tmp_path / "a.taps", make(dict.fromkeys(map(str, range(most + 1)), one)))
     with pytest.raises(LimitError, match="header of"):
         store.save(tmp_path / "a.taps", example(labels=["x" * (1 << 20)] * 17))
     with pytest.raises(LimitError, match="513 characters"):
@@ -185,20 +187,48 @@ def test_limits_hold_for_the_writer_too(make: Callable[..., store.TaskFile], tmp
 
 
 def test_the_writer_writes_no_table_that_is_not_read(tmp_path: Path) -> None:
-    many = {str(i): Record({"kind": "x", "y": [0] * 20}) for i in range(80_000)}
+    many = {str(i): Record({"kind": "x", "y": [0] * 20}) for i in range(10_000)}
     with pytest.raises(LimitError, match=r"taps\.parts: at most \d+ JSON tokens"):
         store.save(tmp_path / "a.taps", example(parts=many))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_many_parts(tmp_path: Path) -> None:
-    """As many layers as a header holds, nearly."""
+    """As many layers as a task's file may have: those of the largest model three times."""
     gate = {"learn": False, "open": True, "threshold": 0.5}
     facts = {"kind": "layer", "gate": gate, "change": {"kind": "dense"}}
-    many = {f"l.{i}": Record(facts, {"delta": torch.tensor(float(i))}) for i in range(45_000)}
+    many = {f"l.{i}": Record(facts, {"delta": torch.tensor(float(i))}) for i in range(fmt.MAX_TASK_TENSORS)}
     store.save(tmp_path / "a.taps", example(parts=many))
     back = store.load(tmp_path / "a.taps").parts
-    assert len(back) == 45_000 and back["l.39999"].tensors["delta"] == 39_999
+    assert len(back) == fmt.MAX_TASK_TENSORS and back["l.8000"].tensors["delta"] == 8_000
+
+
+def test_a_dear_header_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a task with more tensors or bytes than any has; that of a state only where a state may be."""
+    path, parse = tmp_path / "a.taps", strict_json.loads
+    most = fmt.MAX_TASK_TENSORS
+    store.save(path, state(values={f"part:{i}": torch.zeros(0) for i in range(most + 1)}))
+    assert len(store.load(path, kind="state").values) == len(store.read_header(path).tensors) == most + 1
+    assert store.verify(path).ok
+    raw = path.read_bytes()
+    scanned: list[int] = []
+    monkeypatch.setattr(strict_json, "loads", lambda text, **words: scanned.append(len(text)) or parse(text, **words))
+    for kind in ("task", "shared"):
+        with pytest.raises(LimitError, match=f"{most + 1} tensors in a task's header, at most {most} allowed"):
+            store.load(path, kind=kind)
+    path.write_bytes(raw.replace(b'"taps.kind":"state"', b'"taps.kind":"task" ', 1))
+    with pytest.raises(LimitError, match=f"{most + 1} tensors in a task's header"):
+        store.read_header(path)
+    text = b'{"__metadata__":{"a":"' + b"x" * fmt.MAX_TASK_HEADER_BYTES + b'"}}'
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(LimitError, match=f"a task's header of {len(text)} bytes, at most {4 << 20} allowed"):
+        store.verify(path)
+    assert not scanned
+    entry = b'"%d":{"dtype":"U8","shape":[],"data_\\u006fffsets":[0,0]},'  # by other letters it has too many tokens
+    text = b"{" + b"".join(entry % i for i in range(3 * most)).rstrip(b",") + b"}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(LimitError, match=f"at most {32 * most} JSON tokens"):
+        store.verify(path)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +285,16 @@ def test_json_depth_is_the_same_for_reader_and_writer() -> None:
         strict_json.check([deep], path="p", where="w")
     with pytest.raises(LimitError, match="deeper"):
         strict_json.loads(strict_json.dumps([deep]), path="p", where="w")
+    for extra in (0, 1):  # of both kinds in turn, beside others
+        deep = 1
+        for level in range(strict_json.MAX_DEPTH + extra):
+            deep = {"a": deep, "b": [[]]} if level % 2 and level > 2 else [deep, 2]
+        text = strict_json.dumps(deep)
+        if extra:
+            with pytest.raises(LimitError, match="deeper"):
+                strict_json.loads(text, path="p", where="w")
+        else:
+            assert strict_json.loads(text, path="p", where="w") == deep
 
 
 @pytest.mark.parametrize("text", ['"[[[' + "[" * 99 + '"', r'"\"' + "[" * 99 + '"', r'"\\\"' + "{" * 99 + '"', r'"\\"'])
@@ -262,10 +302,41 @@ def test_brackets_in_strings_are_no_depth(text: str) -> None:
     assert strict_json.loads(text, path="p", where="w") == json.loads(text)
 
 
-@pytest.mark.parametrize("text", [r'{"a":1,"\u0061":2}', '[{"a":{"b":1,"b":1}}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'{"a":1,"\u0061":2}',
+        '[{"a":{"b":1,"b":1}}]',
+        '{"":1,"":2}',
+        r'{"\"":1,"\"":2}',
+        '{":":[],":":[]}',
+        '{"a":{"x":1},"a":{"y":1,"z":2}}',
+        '[[{"b":{}}],{"b":{}},{"c":3,"d":{"[":1},"c":3}]',
+    ],
+)
 def test_duplicate_keys_at_any_level(text: str) -> None:
     with pytest.raises(DuplicateKeyError, match="occurs twice"):
         strict_json.loads(text, path="p", where="w")
+
+
+def test_objects_without_duplicate_keys_are_read(tmp_path: Path) -> None:
+    """Drawn at random, with strings of all that has a meaning in JSON: keys are counted in the text."""
+    rng = random.Random(0)
+
+    def draw(depth: int) -> object:
+        kind = rng.randrange(4 if depth else 2)
+        word = "".join(rng.choices('ab:,"[]{}\\ \n\u00e9', k=rng.randrange(5)))
+        if kind == 0:
+            return word
+        if kind == 1:
+            return rng.choice([None, True, 7, -1.5])
+        many = range(rng.randrange(4))
+        return [draw(depth - 1) for _ in many] if kind == 2 else {word + str(i): draw(depth - 1) for i in many}
+
+    for _ in range(300):
+        value = draw(6)
+        for text in (strict_json.dumps(value), json.dumps(value, indent=1)):
+            assert strict_json.loads(text, path="p", where="w") == value
 
 
 @pytest.mark.parametrize("piece", ['"' * 99, '\\"', "\\\\", '""', "[],", '"a":', "{}", " ", '"\\', "1"])
