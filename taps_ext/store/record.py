@@ -84,7 +84,7 @@ class Record:
         ignored."""
         unknown = sorted(self.facts.keys() - {"kind", *names})
         if unknown:
-            raise self.refuse(f"{unknown[0]}: expected none but {', '.join(names)}")
+            raise self.refuse(f"{show(unknown[0])}: expected none but {', '.join(names)}")
 
     def like(self, name: str) -> Tensor:
         """A tensor of which shape and type count: one in a file is not read for it."""
