@@ -9,7 +9,8 @@
 #                      shape on the twin, with sanitizers (about half an hour)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
-#   make fuzz          the long random tests: task files, patches, and 500 random models
+#   make fuzz          the long random tests (an hour): ten million inputs to each loop over packed data, with
+#                      sanitizers, a million files to each reader, a thousand kills of each writer, 500 random models
 #   make bench         gated layers against the best alternatives and the committed results, what calls cost against
 #                      bounds, a training step against fine-tuning, docs/benchmarks.md (keep the machine quiet);
 #                      make bench-layers measures the layers anew
@@ -23,6 +24,9 @@
 #   make compare-study methods beside each other on the bases and data of ../shared/data, joint training, BoRA's prior
 #                      (five hours), resumable; then a quiet machine's seconds of a step; make compare-table prints it
 #   make task-files    retrains the eight task files on which storage is measured (twenty minutes), prints their digests
+#   make codecs        what each codec makes of the files of make task-files (five minutes), docs/codecs.png
+#   make storage       packing, files and patches beside memcpy, bare reads and plain torch (four minutes, a quiet
+#                      machine)
 #   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
 #   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
@@ -81,7 +85,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table compare-study compare-table task-files data-path architectures flops memory gpu
+  fraction-table compare-study compare-table task-files codecs storage data-path architectures flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -93,7 +97,7 @@ lint: build
 
 # One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
-FUZZ := tests/kernels/test_codecs.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
+FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
 
 test: lint
 	$(PYTEST) --durations=10
@@ -150,6 +154,18 @@ compare-table: build
 
 task-files: build
 	$(PY) benchmarks/task_files.py --data ../shared/data --out runs/task-files
+
+CODECS := --json benchmarks/results/codecs.json
+codecs: build
+	$(PY) benchmarks/codecs.py run --files runs/task-files --data ../shared/data $(CODECS)
+	$(PY) benchmarks/codecs.py plot $(CODECS)
+	$(PY) benchmarks/codecs.py table $(CODECS)
+
+storage: build
+	mkdir -p $(OF_MACHINE)
+	$(PY) benchmarks/packed.py --json $(OF_MACHINE)/packed.json
+	$(PY) benchmarks/files.py --json $(OF_MACHINE)/files.json
+	$(PY) benchmarks/patch.py --json $(OF_MACHINE)/patch.json
 
 TRANSFER := --results benchmarks/results/transfer.jsonl
 transfer: build
