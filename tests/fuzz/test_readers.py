@@ -140,3 +140,49 @@ def test_loaded(file: Path, tmp_path: Path, record_property) -> None:
     assert 0 < accepted < LOADED
     with torch.no_grad():
         assert torch.equal(model.unload().eval()(x), before)
+
+
+def large(folder: Path) -> bytes:
+    """About 16 KiB of a task's file: dense, packed, a norm, a head."""
+    model = taps_ext.TaskModel(base(), taps_ext.FullConfig()).eval()
+    model.add_task("a", num_classes=60)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    model.pack_task("a", codec="bitmask:0.5")
+    model.save_task("a", folder / "large.taps")
+    return (folder / "large.taps").read_bytes()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["task", "patch"])
+def test_every_bit_and_every_length_count(kind: str, file: Path, tmp_path: Path) -> None:
+    """Of 16 KiB; in `make test` a hundredth of them."""
+    if kind == "task":
+        blob = large(tmp_path)
+    else:
+        old = {"a": torch.zeros(4000), "b": torch.zeros(3000, dtype=torch.int16)}
+        new = {"a": torch.rand(4000).where(torch.rand(4000) < 0.8, 0.0), "b": torch.arange(3000, dtype=torch.int16)}
+        blob = patch.diff(old, new).to_bytes()
+    assert 12 << 10 < len(blob) < 24 << 10
+
+    def refused(blob: bytes) -> bool:
+        try:
+            if kind == "patch":
+                patch.parse(blob)
+            else:
+                file.write_bytes(blob)
+                store.load(file)
+        except TaskFileError:
+            return True
+        return False
+
+    assert not refused(blob)
+    every = 1 if THOROUGH else 97
+    made = bytearray(blob)
+    for bit in range(0, 8 * len(blob), every):
+        made[bit // 8] ^= 1 << bit % 8
+        assert refused(bytes(made)), f"bit {bit}"
+        made[bit // 8] ^= 1 << bit % 8
+    for length in range(0, len(blob), every):
+        assert refused(blob[:length]), f"length {length}"
