@@ -5,6 +5,8 @@
 One run, one thread, the median of several turns in which everything is timed once. Memory is warm (its pages are there)
 and cold to the caches. `memcpy` copies the fp32 Delta, which is what packing reads and unpacking writes. Below it: a
 linear layer 4096 x 4096 in fp32, its Delta packed, dense in fp32 (as it is trained), dense in bf16, and merged into W.
+Last, for the threshold in taps_ext/ops/unpack.py: layers of several sizes without W_t, over W_t and torch's product
+behind it, both warm.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 import taps_ext
 from taps_ext.ops import _C
 from taps_ext.ops.encode import encoded
-from taps_ext.ops.unpack import ORDER, packed_linear
+from taps_ext.ops.unpack import ORDER, packed_linear, packed_weight
 
 CODECS: dict[str, tuple[str, float | None]] = {
     "int8": ("int8", None),
@@ -38,9 +40,9 @@ ROWS = (1, 2, 4, 8, 16)
 SIDE = 4096
 
 
-def medians(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Milliseconds of each call; what it reads is in no cache, for 128 MB were written before it."""
-    other = torch.zeros(128 << 20, dtype=torch.uint8)
+def medians(calls: Mapping[str, Callable[[], object]], turns: int, cold: bool = True) -> dict[str, float]:
+    """Milliseconds of each call; cold: what it reads is in no cache, for 128 MB were written before it."""
+    other = torch.zeros(128 << 20 if cold else 0, dtype=torch.uint8)
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
@@ -110,6 +112,31 @@ def few_rows(turns: int) -> list[dict[str, Any]]:
     return table
 
 
+def roads(x: Tensor, weight: Tensor, kind: str, made: dict[str, Tensor]) -> dict[str, Callable[[], object]]:
+    """Twenty products, without W_t and with it."""
+    first, second = (made[part] for part in ORDER[kind])
+    without = torch.ops.taps_ext.packed_linear
+    return {
+        "without": lambda: [without(x, weight, first, second, kind, None) for _ in range(20)],
+        "with": lambda: [F.linear(x, packed_weight(weight, kind, made)) for _ in range(20)],
+    }
+
+
+def sizes(turns: int) -> list[dict[str, Any]]:
+    """Rows of: a layer's size, rows of x, and for each codec the time without W_t over that with it."""
+    table = []
+    for outputs, inputs in ((64, 64), (128, 128), (256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024)):
+        weight, delta = torch.randn(outputs, inputs), torch.randn(outputs, inputs) * 1e-3
+        for rows in (1, 4, 16):
+            x, over = torch.randn(rows, inputs), {}
+            for name in ("int8", "int4", "sign", "bitmask:0.1"):
+                kind, share = CODECS[name]
+                ms = medians(roads(x, weight, kind, encoded(kind, delta, share)), turns, cold=False)
+                over[name] = ms["without"] / ms["with"]
+            table.append({"outputs": outputs, "inputs": inputs, "rows": rows, "over": over})
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
@@ -118,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     with torch.no_grad():
-        codecs, linear = throughput(args.turns), few_rows(args.turns)
+        codecs, linear, small = throughput(args.turns), few_rows(args.turns), sizes(args.turns)
     print("| codec | bytes a weight | pack, of memcpy | unpack into W_t, of memcpy | pack GB/s | unpack GB/s |")
     print("|---|---|---|---|---|---|")
     for row in codecs:
@@ -132,9 +159,14 @@ def main() -> None:
     for entry in linear:
         for name, over in entry["over"].items():
             print(f"| {entry['rows']} | {name} | {over['fp32']:.2f} | {over['bf16']:.2f} | {over['merged']:.2f} |")
+    print(f"\n| layer | rows | {' | '.join(small[0]['over'])} |")
+    print("|---" * (2 + len(small[0]["over"])) + "|")
+    for entry in small:
+        cells = " | ".join(f"{value:.2f}" for value in entry["over"].values())
+        print(f"| {entry['outputs']} x {entry['inputs']} | {entry['rows']} | {cells} |")
     if args.json:
         result = {"isa": _C.isa(), "torch": torch.__version__, "load": round(load, 2)}
-        result |= {"codecs": codecs, "few_rows": linear}
+        result |= {"codecs": codecs, "few_rows": linear, "sizes": small}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
