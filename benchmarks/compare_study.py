@@ -149,7 +149,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         results = trainer.fit(mode)
     except taps_ext.DivergedError as error:
         return {**record, "val": 0.0, "test": None, "failed": str(error)}
-    record["seconds"] = round(time.process_time() - started, 1)
+    record["cpu_seconds"] = round(time.process_time() - started, 1)
     record |= {"peak_bytes": resident("VmHWM") - before_bytes, "trained": trained, **stored(model, list(found))}
     for key in ("val", "test"):
         values = [getattr(result, key).get("accuracy") for result in results.values()]
@@ -260,7 +260,8 @@ def run_all(folder: Path, results: Path, only: list[str], workers: int, max_minu
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 test = record["val"] if record["test"] is None else record["test"]
-                print(job.part, job.base, job.size, job.task, job.method, job.lr, job.seed, test, record.get("seconds"))
+                found = (test, record.get("cpu_seconds"))
+                print(job.part, job.base, job.size, job.task, job.method, job.lr, job.seed, *found)
 
 
 # --- seconds and bytes of a step ----------------------------------------------------------------
@@ -315,7 +316,7 @@ def by_method(results: Path) -> By:
     """(base, size, task, method) -> seed -> record, of runs that did not diverge."""
     found: By = {}
     for r in read(results):
-        if r["part"] == "methods" and r["test"] is not None:
+        if r["part"] == "methods" and r["test"] is not None and r["epochs"] == epochs_of(r["base"], r["task"]):
             found.setdefault((r["base"], r["size"], r["task"], r["method"]), {})[r["seed"]] = r
     return found
 
@@ -419,6 +420,7 @@ def joint_table(results: Path) -> list[str]:
     ]
     lines.append("|---" * 10 + "|")
     runs = [r for r in read(results) if r["part"] == "joint" and r["test"] is not None]
+    runs = [r for r in runs if r["epochs"] == epochs_of(r["base"], r["task"])]
     for name in JOINT:
         chosen = [r for r in runs if r["method"] == name]
         if not chosen:
@@ -431,7 +433,7 @@ def joint_table(results: Path) -> list[str]:
         cells += [f"{statistics.fmean(r['bytes'] for r in chosen) / 1e6:.2f} MB"]
         cells += [f"{statistics.fmean(r['peak_bytes'] for r in chosen) / 1e6:.0f} MB"]
         lines.append(
-            f"| {name} | {' | '.join(cells)} | {statistics.fmean(r['seconds'] for r in chosen) / passes:.1f} |"
+            f"| {name} | {' | '.join(cells)} | {statistics.fmean(r['cpu_seconds'] for r in chosen) / passes:.1f} |"
         )
     return lines
 

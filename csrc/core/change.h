@@ -61,8 +61,8 @@ TAPS_BOTH inline float scale_of(const PackedDelta& delta, int64_t i) {
   return float_with(static_cast<uint32_t>(static_cast<const uint16_t*>(delta.values)[i / kScaleGroup]) << 16);
 }
 
-// Element k of a word of codes with its scale. A product is rounded by itself, as on the CPU: added to the weight
-// without that, one of scales that no encoder writes would be another number where it overflows.
+// Element k of a word of codes with its scale. A product is rounded by itself, as unpack does on the CPU: added to the
+// weight without that, one of scales that no encoder writes would be another number where it overflows.
 TAPS_BOTH inline float decoded(Codec codec, uint64_t codes, int k, float scale) {
   if (codec == Codec::kSign) {
     uint32_t bits;

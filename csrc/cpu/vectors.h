@@ -93,7 +93,8 @@ struct BFloat16 : Plain<uint16_t> {
   }
 };
 
-// A packed Delta's elements in row-major order from `at` on, whose rows are whole vectors; every one is exact in fp32.
+// A packed Delta's elements in row-major order from `at` on, whose rows are whole vectors. Scales up to 2^120,
+// the largest that files hold, make every one exact in fp32.
 template <class Packed>
 struct Cursor {
   const uint8_t* codes;

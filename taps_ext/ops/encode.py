@@ -27,7 +27,7 @@ def encoded(kind: str, delta: Tensor, share: float | None = None) -> dict[str, T
     codec = CODECS[kind]
     if issubclass(codec, Grouped):
         codec.check(delta)
-    if C is None or delta.device.type != "cpu" or reference.transformed(delta):
+    if C is None or kind not in ORDER or delta.device.type != "cpu" or reference.transformed(delta):
         return codec.encode(delta, share) if codec is Bitmask else codec.encode(delta)
     settings = {}
     if codec is Bitmask:

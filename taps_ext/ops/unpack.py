@@ -35,16 +35,16 @@ def packed_weight(
             bitmap with another number of bits than there are values. A GPU is not waited for to count them: there, bits
             beyond the values stand for zeros.
     """
-    first, second = (tensors[name] for name in ORDER[kind])
     watched = weight.requires_grad and torch.is_grad_enabled()
-    has_kernels = C is not None and weight.device.type in ("cpu", "cuda")
-    if not has_kernels or watched or reference.transformed(weight, first, second):
+    has_kernels = C is not None and kind in ORDER and weight.device.type in ("cpu", "cuda")
+    if not has_kernels or watched or reference.transformed(weight, *tensors.values()):
         opened = _plain(weight, kind, tensors)
         if gate is not None:
             return opened if gate else weight.clone()
         if score is None:
             raise RuntimeError("gate: expected a bool, or a score to read it from, got None for both")
         return torch.where(score >= threshold, opened, weight)
+    first, second = (tensors[name] for name in ORDER[kind])
     out = torch.empty_like(weight)
     torch.ops.taps_ext.unpack(out, weight.detach(), first, second, kind, score, gate, threshold)
     return out
@@ -64,9 +64,10 @@ def packed_linear(
 
     They are for up to 16 rows `[..., K]` on a CPU, K a multiple of 64, in float32, of layers with 2^19 weights or more,
     in eager code without gradients. Sums are in the order of :func:`taps_ext.gated_linear`'s few rows, to whose bits
-    with the same Delta the result is equal.
+    with the same Delta the result is equal for scales up to 2^120, the largest that files hold: every element is exact
+    then.
     """
-    if not at_once() or torch._C._is_any_autocast_enabled() or reference.may_be_transformed():
+    if not at_once() or kind not in ORDER or torch._C._is_any_autocast_enabled() or reference.may_be_transformed():
         return None
     columns = weight.shape[-1]
     rows = input.numel() // columns if columns else 0
@@ -88,7 +89,8 @@ def unpacked(kind: str, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> 
     return packed_weight(torch.full(tuple(shape), -0.0, device=device), kind, tensors)
 
 
-# The tensors of each codec in the operator's order: the codes, then what scales them or stands in their places.
+# The codecs that have kernels, and the tensors of each in the operators' order: the codes, then what scales them or
+# stands in their places.
 ORDER = {"bitmask": ("bitmap", "values"), "int8": ("codes", "scale"), "int4": ("codes", "scale")}
 ORDER |= {"sign": ("signs", "scale")}
 

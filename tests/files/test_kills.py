@@ -59,17 +59,23 @@ def merge(models: list[taps_ext.TaskModel], which: int, folder: Path) -> None:
     taps_ext.TaskModel(base()).merge_file(folder.parent / f"{which}.taps", folder / "a.taps")
 
 
+def extract(models: list[taps_ext.TaskModel], which: int, folder: Path) -> None:
+    model = taps_ext.TaskModel(base(), taps_ext.FullConfig())
+    model.extract_file("a", folder.parent / f"{which}.safetensors", folder / "a.taps")
+
+
 def add(models: list[taps_ext.TaskModel], which: int, folder: Path) -> None:
     taps_ext.TaskFolder(folder).add(folder.parent / f"{which}.taps", "a", replace=True)
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("write", [save, packed, merge, add], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", [save, packed, merge, extract, add], ids=lambda write: write.__name__)
 def test_a_kill_leaves_the_old_file_or_the_new(
     write: Callable[..., None], models: list[taps_ext.TaskModel], tmp_path: Path, record_property
 ) -> None:
     for which, model in enumerate(models):
         model.save_task("a", tmp_path / f"{which}.taps")
+        taps_ext.store.write_safetensors(tmp_path / f"{which}.safetensors", model.task_state_dict("a"))
     folder = tmp_path / "folder"
     folder.mkdir()
 

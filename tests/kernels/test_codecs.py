@@ -1,7 +1,8 @@
-"""The CPU's loops over packed Deltas and patches in a program of their own, with AddressSanitizer and UBSan, under
-inputs of every kind (host/codecs.cpp).
+"""The CPU's loops over packed Deltas and patches in a program of their own, one thread's share after the other's, with
+AddressSanitizer and UBSan, under inputs of every kind (host/codecs.cpp).
 
-`make fuzz` runs ten million of each; an input is its seed, so that any that fails can be run again alone.
+`make fuzz` runs ten million of each; an input is its seed, so that any that fails can be run again alone. The products
+of few rows take minutes to compile like this, and wait for `make kernels` too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from stages import SEED, THOROUGH, made_once
 
 KERNELS = ("bitmask", "int8", "int4", "sign", "encode", "patch")
 INPUTS = int(os.environ.get("TAPS_FUZZ_INPUTS", 300_000 if THOROUGH else 20_000))
-SETS = {"baseline": ()}
+SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512")
     SETS |= {"avx2": ("-mavx2", "-mf16c"), "avx512": avx512}
@@ -41,15 +42,19 @@ FLAGS = (
 def build(folder: Path) -> None:
     objects = []
     for name, flags in SETS.items():
-        for loops in ("lanes", "encoders"):
-            objects.append(folder / f"{loops}_{name}.o")
-            compiled(*FLAGS, *flags, f"-DTAPS_ISA={name}", "-c", CPU / f"{loops}.cpp", "-o", objects[-1])
-    sources = (HOST / "codecs.cpp", *(CPU / f"{name}.cpp" for name in ("unpack", "encode", "patch")))
-    compiled(*FLAGS, *sources, *objects, "-o", folder / "codecs")
+        fma = ("-mfma",) if name == "avx2" else ()
+        loops: dict[str, tuple[str, ...]] = {"lanes": (), "encoders": ()}
+        if THOROUGH:
+            loops["few_rows"] = ("-ffp-contract=fast", "-Wno-psabi", *fma)
+        for loop, more in loops.items():
+            objects.append(folder / f"{loop}_{name}.o")
+            compiled(*FLAGS, *more, *flags, f"-DTAPS_ISA={name}", "-c", CPU / f"{loop}.cpp", "-o", objects[-1])
+    sources = (HOST / "codecs.cpp", *(CPU / f"{name}.cpp" for name in ("unpack", "encode", "few_rows", "patch")))
+    compiled(*FLAGS, *(["-DTAPS_WITH_FEW_ROWS"] if THOROUGH else []), *sources, *objects, "-o", folder / "codecs")
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, pytest.param("few_rows", marks=pytest.mark.thorough)])
 def test_inputs_of_every_kind(kernel: str, tmp_path_factory: pytest.TempPathFactory, record_property) -> None:
     program = made_once(tmp_path_factory, "codecs", build) / "codecs"
     seed = int(SEED) * 100 if SEED.isdigit() else 0

@@ -2,7 +2,7 @@
 // scales, bits and indices in allocations of their exact size, each instruction set that this machine runs, against
 // loops that take one element after the other. Compiled with sanitizers it is what `make fuzz` runs.
 //
-//     codecs KERNEL COUNT SEED     KERNEL: bitmask, int8, int4, sign, encode or patch
+//     codecs KERNEL COUNT SEED     KERNEL: bitmask, int8, int4, sign, encode, few_rows or patch
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -27,17 +27,26 @@ extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t
   return 0;
 }
 
+#ifdef TAPS_WITH_FEW_ROWS
+#define TAPS_FEW_ROWS(name) name
+#else
+#define TAPS_FEW_ROWS(name) nullptr
+#endif
+
 namespace taps::cpu {
 
 extern const Lanes lanes_baseline;
 extern const Encoders encoders_baseline;
+extern const FewRows few_rows_baseline;
 #ifdef TAPS_HAVE_AVX2
 extern const Lanes lanes_avx2;
 extern const Encoders encoders_avx2;
+extern const FewRows few_rows_avx2;
 #endif
 #ifdef TAPS_HAVE_AVX512
 extern const Lanes lanes_avx512;
 extern const Encoders encoders_avx512;
+extern const FewRows few_rows_avx512;
 #endif
 
 namespace {
@@ -45,17 +54,20 @@ namespace {
 struct Set {
   const Lanes* lanes;
   const Encoders* encoders;
+  FewRows few_rows;
 };
 
 std::vector<Set> sets() {
-  std::vector<Set> found = {{&lanes_baseline, &encoders_baseline}};
+  std::vector<Set> found = {{&lanes_baseline, &encoders_baseline, TAPS_FEW_ROWS(few_rows_baseline)}};
 #ifdef TAPS_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back({&lanes_avx2, &encoders_avx2});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) {
+    found.push_back({&lanes_avx2, &encoders_avx2, TAPS_FEW_ROWS(few_rows_avx2)});
+  }
 #endif
 #ifdef TAPS_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    found.push_back({&lanes_avx512, &encoders_avx512});
+    found.push_back({&lanes_avx512, &encoders_avx512, TAPS_FEW_ROWS(few_rows_avx512)});
   }
 #endif
   return found;
@@ -185,6 +197,56 @@ void unpack_once(Codec codec, const char* name) {
 
 // --- Delta to codes ---------------------------------------------------------------------------------
 
+float widened(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+uint16_t nearest_bfloat16(double value) {
+  const float narrow = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &narrow, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+double folded(std::vector<double> values) {
+  for (size_t width = values.size() / 2; width > 0; width /= 2) {
+    for (size_t j = 0; j < width; ++j) values[j] += values[j + width];
+  }
+  return values[0];
+}
+
+// A group's scale and codes, one element after the other.
+struct Coded {
+  uint16_t scale = 0;
+  double error = INFINITY;
+  std::vector<int> codes;
+};
+
+Coded coded(const std::vector<double>& group, uint16_t scale, int most) {
+  Coded made{scale, 0.0, {}};
+  const double step = widened(scale), steps = scale == 0 ? 0.0 : 1.0 / step;
+  std::vector<double> lost;
+  for (const double value : group) {
+    const double code = std::nearbyint(std::max(-1.0 * most, std::min(1.0 * most, value * steps)));
+    made.codes.push_back(static_cast<int>(code));
+    lost.push_back((value - code * step) * (value - code * step));
+  }
+  made.error = folded(lost);
+  return made;
+}
+
+Coded best_of(const std::vector<double>& group, int most) {
+  double peak = 0.0;
+  for (const double value : group) peak = std::max(peak, std::fabs(value));
+  uint16_t first = nearest_bfloat16(peak / most);
+  first = static_cast<uint16_t>(first + (widened(first) * (most + 0.5) < peak));
+  Coded best = coded(group, first, most);
+  for (const double factor : {0.95, 0.9, 0.85, 0.8, 0.75, 0.7}) {
+    if (most != 7) break;
+    Coded tried = coded(group, nearest_bfloat16(factor * peak / most), most);
+    if (tried.error < best.error) best = tried;
+  }
+  return best;
+}
+
 void encode_once() {
   const Codec codec = static_cast<Codec>(between(0, 3));
   const Shape shape = random_shape();
@@ -192,14 +254,20 @@ void encode_once() {
   Exact<float> delta = noise<float>(numel);
   const int64_t kind = between(0, 4);
   for (int64_t i = 0; i < numel; ++i) {
-    if (kind == 0) continue;  // any bits: mostly finite, of every size
+    if (kind == 0) {  // any bits: of every size, mostly finite, now and then all
+      if (i % 2 || std::isfinite(delta[i])) continue;
+    }
     delta[i] = kind == 1 ? static_cast<float>(between(-3, 3)) : std::ldexp(static_cast<float>(between(-999, 999)), -9);
     if (kind == 2 && between(0, 2)) delta[i] = between(0, 1) ? 0.0f : -0.0f;
   }
-  int64_t not_zero = 0, finite = 0;
+  int64_t not_zero = 0, sized = 0;
+  bool finite = true;
+  double peak = 0.0;
   for (int64_t i = 0; i < numel; ++i) {
     not_zero += delta[i] != 0.0f || std::signbit(delta[i]);
-    finite += std::isfinite(delta[i]);
+    sized += delta[i] != 0.0f;
+    finite = finite && std::isfinite(delta[i]);
+    peak = std::max(peak, std::fabs(static_cast<double>(delta[i])));
   }
   Encode args;
   args.delta = delta.data.get();
@@ -215,37 +283,97 @@ void encode_once() {
   args.codes = codes.data.get();
   args.values = bits ? static_cast<void*>(floats.data.get()) : scales.data.get();
   const bool held = cpu::encode(args);
-  if (finite < numel && held) wrong("encode", "values that are not finite were taken");
+  bool want = finite;
+  if (codec == Codec::kBitmask) want = finite && (args.kept == not_zero || args.kept <= sized);
+  const int most = codec == Codec::kInt8 ? 127 : 7;
+  if (!bits) want = finite && peak <= std::ldexp(static_cast<double>(most), 120);
+  if (held != want) wrong("encode", want ? "values that a codec holds were refused" : "others were taken");
   if (!held) return;
 
   if (codec == Codec::kBitmask) {
-    const int64_t set = cpu::count_bits(codes.data.get(), codes.count);
-    if (set != args.kept) wrong("encode", "expected as many bits as values");
-    float least = INFINITY, most = 0.0f;
-    for (int64_t i = 0, rank = 0; i < numel; ++i) {
-      if (bit_of(codes.data.get(), i)) {
-        if (!alike(floats[rank++], delta[i])) wrong("encode", "a value that is not the element's");
-        least = std::min(least, std::fabs(delta[i]));
-      } else {
-        most = std::max(most, std::fabs(delta[i]));
-      }
+    std::vector<int64_t> order;
+    for (int64_t i = 0; i < numel; ++i) {
+      if (args.kept == not_zero ? delta[i] != 0.0f || std::signbit(delta[i]) : delta[i] != 0.0f) order.push_back(i);
     }
-    if (set > 0 && most > least) wrong("encode", "a larger element was left out");
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return std::fabs(delta[a]) > std::fabs(delta[b]); });
+    order.resize(static_cast<size_t>(args.kept));
+    std::sort(order.begin(), order.end());
+    for (int64_t i = 0, rank = 0; i < 8 * codes.count; ++i) {
+      const bool there = rank < args.kept && order[static_cast<size_t>(rank)] == i;
+      if (bit_of(codes.data.get(), i) != there) wrong("encode", "another choice of elements");
+      if (there && !alike(floats[rank++], delta[i])) wrong("encode", "a value that is not the element's");
+    }
     return;
   }
   if (codec == Codec::kSign) {
-    for (int64_t i = 0; i < numel; ++i) {
-      if (bit_of(codes.data.get(), i) != (delta[i] < 0.0f)) wrong("encode", "a wrong sign");
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      std::vector<double> sums(16);
+      for (int64_t k = 0; k < shape.columns; ++k) {
+        sums[static_cast<size_t>(k % 16)] += std::fabs(static_cast<double>(delta[row * shape.columns + k]));
+      }
+      const double mean = shape.columns ? folded(sums) / static_cast<double>(shape.columns) : 0.0;
+      if (!alike(floats[row], static_cast<float>(mean))) wrong("encode", "a scale that is not the row's mean");
+    }
+    for (int64_t i = 0; i < 8 * codes.count; ++i) {
+      if (bit_of(codes.data.get(), i) != (i < numel && delta[i] < 0.0f)) wrong("encode", "a wrong sign");
     }
     return;
   }
-  for (int64_t i = 0; i < numel; ++i) {
-    const double step = float_of(static_cast<uint32_t>(scales[i / kScaleGroup]) << 16);
-    const int code = codec == Codec::kInt8 ? static_cast<int8_t>(codes[i]) : nibble_of(codes.data.get(), i);
-    const int last = codec == Codec::kInt8 ? 127 : 7;
-    const double off = std::fabs(delta[i] - code * step);
-    if (off > step / 2 && !(codec == Codec::kInt4 && std::abs(code) == last)) wrong("encode", "more than half a step");
-    if (std::abs(code) > last) wrong("encode", "a code beyond the last");
+  for (int64_t first = 0; first < numel; first += kScaleGroup) {
+    std::vector<double> group(kScaleGroup);
+    for (int64_t j = 0; j < kScaleGroup && first + j < numel; ++j) group[static_cast<size_t>(j)] = delta[first + j];
+    const Coded best = best_of(group, most);
+    if (scales[first / kScaleGroup] != best.scale) wrong("encode", "another scale");
+    for (int64_t j = 0; j < kScaleGroup && first + j < numel; ++j) {
+      const int64_t i = first + j;
+      const int code = most == 127 ? static_cast<int8_t>(codes[i]) : nibble_of(codes.data.get(), i);
+      if (code != best.codes[static_cast<size_t>(j)]) wrong("encode", "another code");
+    }
+  }
+}
+
+// --- few rows ---------------------------------------------------------------------------------------
+
+// Decoded in registers, against the same kernel over the decoded Delta: to the bit.
+void few_rows_once() {
+  const Codec codec = static_cast<Codec>(between(1, 3));
+  const int64_t outputs = between(1, 11), inputs = 64 * between(1, 6), rows = between(1, cpu::kFewRows);
+  const int64_t numel = outputs * inputs, groups = numel / kScaleGroup;
+  Exact<uint8_t> codes = noise<uint8_t>(codec == Codec::kInt8 ? numel : codec == Codec::kInt4 ? numel / 2 : numel / 8);
+  Exact<uint16_t> scales = noise<uint16_t>(codec == Codec::kSign ? 0 : groups);
+  for (int64_t i = 0; i < scales.count; ++i) scales[i] = static_cast<uint16_t>(scales[i] % 0x4b00);  // up to 2^23
+  Exact<float> row_scales(codec == Codec::kSign ? outputs : 0), weight(numel), x(rows * inputs), delta(numel);
+  for (int64_t i = 0; i < row_scales.count; ++i) row_scales[i] = static_cast<float>(between(0, 99)) / 7.0f;
+  for (int64_t i = 0; i < numel; ++i) weight[i] = static_cast<float>(between(-999, 999)) / 64.0f;
+  for (int64_t i = 0; i < x.count; ++i) x[i] = static_cast<float>(between(-999, 999)) / 128.0f;
+  LinearProduct args;
+  args.rows = rows;
+  args.outputs = outputs;
+  args.inputs = inputs;
+  args.compute = args.weight_dtype = args.delta_dtype = Dtype::kFloat32;
+  args.gate.open = true;
+  args.weight = {weight.data.get(), inputs};
+  args.packed.codec = codec;
+  args.packed.codes = codes.data.get();
+  args.packed.values = codec == Codec::kSign ? static_cast<const void*>(row_scales.data.get()) : scales.data.get();
+  args.packed.rows = outputs;
+  args.packed.columns = inputs;
+  Exact<float> bias(outputs), packed(rows * outputs), dense(rows * outputs);
+  for (int64_t i = 0; i < outputs; ++i) bias[i] = static_cast<float>(between(-9, 9));
+  args.bias = between(0, 1) ? bias.data.get() : nullptr;
+  args.ld_result = outputs;
+  args.result = packed.data.get();
+  cpu::chosen.few_rows(args, x.data.get(), inputs, 0, outputs);
+  for (int64_t at = 0; at < numel; at += 1024) {
+    cpu::lanes_baseline.decode(args.packed, at, std::min<int64_t>(1024, numel - at), 0, delta.data.get() + at);
+  }
+  args.packed = {};
+  args.delta = {delta.data.get(), inputs};
+  args.result = dense.data.get();
+  cpu::chosen.few_rows(args, x.data.get(), inputs, 0, outputs);
+  for (int64_t i = 0; i < dense.count; ++i) {
+    if (!alike(packed[i], dense[i])) wrong("few_rows", "another result than with the decoded Delta");
   }
 }
 
@@ -341,6 +469,7 @@ int main(int argc, char** argv) {
     if (kernel == "int4") unpack_once(Codec::kInt4, "int4");
     if (kernel == "sign") unpack_once(Codec::kSign, "sign");
     if (kernel == "encode") encode_once();
+    if (kernel == "few_rows") few_rows_once();
     if (kernel == "patch") patch_once();
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
     slowest = std::max(slowest, took.count());
