@@ -85,7 +85,12 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def("patch_measure(Tensor before, Tensor after, int unit) -> int[]");
   m.def("patch_encode(Tensor before, Tensor after, Tensor(a!) index, Tensor(b!) values, int unit, int width) -> int[]");
   m.def("patch_check(Tensor? target, Tensor index, Tensor values, int unit, int units, int width) -> int[]");
+  m.def("patch_prove(Tensor index, int count, int units, int width) -> int[]");
   m.def("patch_write(Tensor(a!) target, Tensor index, Tensor values, int unit, int width) -> int[]");
+  // `swapped` gets fault, place, sum and count as five numbers: who is interrupted while he takes a result loses it.
+  m.def(
+      "patch_swap(Tensor(a!) target, Tensor index, Tensor values, Tensor(b!) old, Tensor(c!) swapped, int unit, "
+      "int width) -> ()");
   // For the tests of the ABI alone.
   m.def("_probe_optional_list(Tensor?[] deltas) -> int[]");
   m.def("_probe_packed(Tensor[] parts, str codec) -> int[]");
@@ -113,7 +118,9 @@ STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("patch_measure", TORCH_BOX(&taps::patch_measure));
   m.impl("patch_encode", TORCH_BOX(&taps::patch_encode));
   m.impl("patch_check", TORCH_BOX(&taps::patch_check));
+  m.impl("patch_prove", TORCH_BOX(&taps::patch_prove));
   m.impl("patch_write", TORCH_BOX(&taps::patch_write));
+  m.impl("patch_swap", TORCH_BOX(&taps::patch_swap));
   m.impl("packed_linear", TORCH_BOX(&taps::packed_linear));
 }
 

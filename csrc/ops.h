@@ -49,8 +49,11 @@ std::vector<int64_t> patch_encode(const Tensor& before, const Tensor& after, con
                                   int64_t unit, int64_t width);
 std::vector<int64_t> patch_check(const OptionalTensor& target, const Tensor& index, const Tensor& values, int64_t unit,
                                  int64_t units, int64_t width);
+std::vector<int64_t> patch_prove(const Tensor& index, int64_t count, int64_t units, int64_t width);
 std::vector<int64_t> patch_write(const Tensor& target, const Tensor& index, const Tensor& values, int64_t unit,
                                  int64_t width);
+void patch_swap(const Tensor& target, const Tensor& index, const Tensor& values, const Tensor& old,
+                const Tensor& swapped, int64_t unit, int64_t width);
 
 // What eager calls of Python use instead, or None (core/layer.h).
 pybind11::object direct_linear(const Layer& layer, const Call& call);

@@ -23,7 +23,8 @@ struct PatchIndex {
 
 struct PatchChecked {
   PatchFault fault = PatchFault::kNone;
-  int64_t at = 0;  // the number at fault
+  int64_t at = 0;    // the number at fault
+  int64_t done = 0;  // units that were summed, written or both before it
   PatchSum sum;
 };
 
@@ -40,7 +41,13 @@ bool patch_encode(const uint8_t* before, const uint8_t* after, int64_t bytes, in
 // Proves the index and sums what is at it: of `target`, or where that is null, of `values`. Touches nothing else.
 PatchChecked patch_check(const PatchIndex& index, const uint8_t* values, int64_t count, int unit,
                          const uint8_t* target);
+// Proves the index alone.
+PatchChecked patch_prove(const PatchIndex& index, int64_t count);
 // Writes `values`; stops at a fault, which patch_check would have found.
 PatchChecked patch_write(const PatchIndex& index, const uint8_t* values, int64_t count, int unit, uint8_t* target);
+// patch_check and patch_write in one: writes `values`, sums what was there and keeps it in `old`, `count` units in
+// order. patch_write of the first `done` units of `old` puts back what was written, also after a fault.
+PatchChecked patch_swap(const PatchIndex& index, const uint8_t* values, int64_t count, int unit, uint8_t* target,
+                        uint8_t* old);
 
 }  // namespace taps::cpu

@@ -2,6 +2,7 @@
 #include "cpu/patch.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "ops.h"
 
@@ -59,17 +60,21 @@ struct Coded {
   int64_t count;
 };
 
-Coded coded(const Tensor& index, const Tensor& values, int64_t unit, int64_t units, int64_t width) {
-  const Bytes codes = bytes_of(index, "index"), news = bytes_of(values, "values");
-  expect_unit(unit);
+cpu::PatchIndex index_of(const Bytes& codes, int64_t units, int64_t unit, int64_t width) {
   expect_width(width);
-  expect_whole(news, unit, "values");
   if (units < 0 || units > (INT64_C(1) << 62) / unit) fail("units: expected a tensor's size, got ", units);
   if (width == 0 && codes.size != (units + 7) / 8) {
     fail("index: expected ", (units + 7) / 8, " bytes for ", units, " bits, got ", codes.size);
   }
   expect_whole(codes, std::max<int64_t>(width, 1), "index");
-  return {{codes.data, codes.size, static_cast<int>(width), units}, news, news.size / unit};
+  return {codes.data, codes.size, static_cast<int>(width), units};
+}
+
+Coded coded(const Tensor& index, const Tensor& values, int64_t unit, int64_t units, int64_t width) {
+  const Bytes codes = bytes_of(index, "index"), news = bytes_of(values, "values");
+  expect_unit(unit);
+  expect_whole(news, unit, "values");
+  return {index_of(codes, units, unit, width), news, news.size / unit};
 }
 
 int64_t signed_of(uint64_t bits) { return static_cast<int64_t>(bits); }
@@ -126,6 +131,28 @@ std::vector<int64_t> patch_write(const Tensor& target, const Tensor& index, cons
   expect_whole(bytes, unit, "target");
   const Coded given = coded(index, values, unit, bytes.size / unit, width);
   return told(cpu::patch_write(given.index, given.values.data, given.count, static_cast<int>(unit), bytes.data));
+}
+
+std::vector<int64_t> patch_prove(const Tensor& index, int64_t count, int64_t units, int64_t width) {
+  const Bytes codes = bytes_of(index, "index");
+  return told(cpu::patch_prove(index_of(codes, units, 1, width), count));
+}
+
+void patch_swap(const Tensor& target, const Tensor& index, const Tensor& values, const Tensor& old,
+                const Tensor& swapped, int64_t unit, int64_t width) {
+  const Bytes bytes = bytes_of(target, "target"), kept = bytes_of(old, "old"), record = bytes_of(swapped, "swapped");
+  expect_unit(unit);
+  expect_whole(bytes, unit, "target");
+  const Coded given = coded(index, values, unit, bytes.size / unit, width);
+  if (kept.size != given.values.size) fail("old: expected ", given.values.size, " bytes like values, got ", kept.size);
+  int64_t numbers[5] = {};
+  if (record.size != sizeof numbers) fail("swapped: expected ", sizeof numbers, " bytes, got ", record.size);
+  const cpu::PatchChecked result =
+      cpu::patch_swap(given.index, given.values.data, given.count, static_cast<int>(unit), bytes.data, kept.data);
+  const std::vector<int64_t> facts = told(result);
+  std::copy(facts.begin(), facts.end(), numbers);
+  numbers[4] = result.done;
+  std::memcpy(record.data, numbers, sizeof numbers);
 }
 
 }  // namespace taps

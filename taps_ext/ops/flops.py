@@ -111,7 +111,8 @@ def register() -> None:
         "gated_conv2d": _forward,
         "gated_conv2d_backward": _conv2d_backward,
     }
-    moving = ("unpack", "encode", "patch_sum", "patch_measure", "patch_encode", "patch_check", "patch_write")
+    patching = ("sum", "measure", "encode", "check", "prove", "write", "swap")
+    moving = ("unpack", "encode", *(f"patch_{name}" for name in patching))
     formulas.update(dict.fromkeys(moving, _nothing))
     for name, formula in formulas.items():
         register_flop_formula(getattr(torch.ops.taps_ext, name), get_raw=True)(formula)

@@ -76,8 +76,9 @@ def apply(
             read and written anyway, else "touched".
         out: where to write the patched checkpoint instead: a file, or for several files a new folder.
 
-    Whatever can be wrong is found before the first element is written. The state after is proven by arithmetic: its
-    sums are those before, minus what is replaced, plus what is written.
+    Whatever can be wrong is found before the first element is written; in tensors in memory, what is replaced is proven
+    while it is written over, and put back to the bit if it is not what it must be or if anything stops the writing. The
+    state after is proven by arithmetic: its sums are those before, minus what is replaced, plus what is written.
 
     Raises:
         AlreadyAppliedError, BaseMismatchError: the state is the one that the patch ends at, or yet another one.

@@ -1,8 +1,9 @@
-"""Patching a state in memory: everything is proven before anything is written."""
+"""Patching a state in memory: all of it, or nothing."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -133,13 +134,15 @@ def apply_live(target: Mapping[str, Tensor] | State, patch: Patch, verify: str) 
         _expect(patch, known, target.forms, "apply")
     if verify == "full":
         _expect(patch, {n: e.before for n, e in patch.entries.items() if e.before}, forms_of(given), "apply")
+    numbers = {name: entry.numbers() for name, entry in changed.items()}
     threads = _threads([given.tensors[name] for name in changed], patch.elements)
-    ready = _each(lambda name: kernels.prepare(given.tensors[name], changed[name].numbers()), list(changed), threads)
-    sums = {name: replaced for name, (replaced, _) in zip(changed, ready, strict=True)}
-    wrong = {name: sums[name] for name, e in changed.items() if e.part is not None and sums[name] != e.part.replaced}
-    if wrong:
-        raise mismatch(patch, wrong, "apply")
+    quick = _swappable(given, numbers)
+    others = [name for name in changed if name not in quick]
+    swaps = _each(lambda name: kernels.Swap(given.tensors[name], numbers[name]), quick, threads)
+    ready = _each(lambda name: kernels.prepare(given.tensors[name], numbers[name]), others, threads)
+    sums = {name: replaced for name, (replaced, _) in zip(others, ready, strict=True)}
     with torch.no_grad():
+        _swap(patch, dict(zip(quick, swaps, strict=True)), sums, threads)
         interrupt = _run([write for _, write in ready], threads)
     torch.autograd.graph.increment_version([t for n, t in tensors.items() if n in changed and not t.is_inference()])
     if isinstance(target, State):
@@ -149,6 +152,42 @@ def apply_live(target: Mapping[str, Tensor] | State, patch: Patch, verify: str) 
         raise interrupt
     proven = "state" if isinstance(target, State) and verify == "touched" else verify
     return Applied(patch.before, patch.after, len(changed), patch.elements, proven)
+
+
+def _swappable(given: Live, numbers: Mapping[str, kernels.Numbers]) -> list[str]:
+    """The tensors that can be written while they are proven: those of the compiled kernels, each the only one in its
+    memory. What a swap has written would be taken for another base under a second name."""
+    owners = Counter(given.tensors[name].data_ptr() for name in numbers)
+    return [
+        name
+        for name, change in numbers.items()
+        if owners[given.tensors[name].data_ptr()] == 1 and kernels.Swap.fits(given.tensors[name], change)
+    ]
+
+
+def _swap(patch: Patch, swaps: Mapping[str, kernels.Swap], sums: Mapping[str, int], threads: int) -> None:
+    """Write all swaps if they and the others (their `sums`) replace what the patch says; else none of them."""
+    wanted = {name: e.part.replaced for name, e in patch.changed.items() if e.part is not None}
+    wrong = {name: number for name, number in sums.items() if number != wanted[name]}
+
+    def one(name: str) -> int:
+        if wrong:  # nothing will be written; which others are wrong is still to be said
+            return swaps[name].look()
+        number = swaps[name].swap()
+        if number != wanted[name]:
+            wrong[name] = number
+        return number
+
+    try:
+        found = {**sums, **dict(zip(swaps, _each(one, list(swaps), threads), strict=True))}
+        if wrong:
+            ordered = {name: found[name] for name in wanted if found[name] != wanted[name]}
+            raise mismatch(patch, ordered, "apply")
+    except BaseException:
+        interrupt = _run([swap.back for swap in swaps.values()], threads)
+        if interrupt is not None:
+            raise interrupt from None
+        raise
 
 
 def new_sum(entry: Entry) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,65 @@ def prepare(target: Tensor, change: Numbers) -> tuple[int, Callable[[], None]]:
         memory[places] = values
 
     return sums.sum_at(numbers, memory[places], change.unit), put
+
+
+class Swap:
+    """A change of a dense tensor on the CPU that goes in while what it replaces is summed and kept, in one pass over
+    the memory; `back` undoes it. The index is proven first, and that reads nothing of the tensor.
+
+    Raises:
+        CodeFault: an index that is not one of the tensor.
+    """
+
+    def __init__(self, target: Tensor, change: Numbers) -> None:
+        self._data = _bytes_of(target.detach())
+        self._change = change
+        self._width = WIDTHS[change.coding]
+        self._old = torch.empty_like(change.values)
+        self._swapped = torch.zeros(5, dtype=torch.int64)  # written by the kernel: Ctrl-C takes away what is returned
+        self._lock = Lock()  # a thread may still be writing when Ctrl-C has another one put back
+        self._over = False
+        count = change.values.numel() // change.unit
+        _proven(torch.ops.taps_ext.patch_prove(change.places, count, change.units, self._width))
+
+    @staticmethod
+    def fits(target: Tensor, change: Numbers) -> bool:
+        """Whether this is a road for them; for others there is `prepare`."""
+        return change.coding != WHOLE and target.is_contiguous() and _compiled(target)
+
+    def look(self) -> int:
+        """The sum of what would be replaced; nothing is written."""
+        change = self._change
+        return _proven(
+            torch.ops.taps_ext.patch_check(
+                self._data, change.places, change.values, change.unit, change.units, self._width
+            )
+        )
+
+    def swap(self) -> int:
+        """Writes, once; the sum of what was replaced."""
+        change = self._change
+        with self._lock:
+            if not self._over:
+                self._over = True
+                torch.ops.taps_ext.patch_swap(
+                    self._data,
+                    change.places,
+                    change.values,
+                    self._old,
+                    _bytes_of(self._swapped),
+                    change.unit,
+                    self._width,
+                )
+        return _proven(self._swapped.tolist()[:4])
+
+    def back(self) -> None:
+        """Puts back what `swap` replaced, however far it came; it writes nothing after that. Can be called again."""
+        unit = self._change.unit
+        with self._lock:
+            self._over = True
+            old = self._old[: int(self._swapped[4]) * unit]
+            torch.ops.taps_ext.patch_write(self._data, self._change.places, old, unit, self._width)
 
 
 def _find_compiled(old: Tensor, new: Tensor, unit: int) -> Change | None:

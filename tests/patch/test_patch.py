@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from taps_ext import ConfigError, patch
 from taps_ext.patch import applying, kernels
+from taps_ext.patch.codes import CodeFault
 from taps_ext.patch.errors import (
     AlreadyAppliedError,
     BaseMismatchError,
@@ -191,7 +192,7 @@ def test_an_application_is_proportional_to_the_change(monkeypatch: pytest.Monkey
 # ----------------------------------------------------------------------------------------------- refusals
 
 
-def unchanged(state: dict[str, Tensor], call: Callable[[], object], kind: type[Exception], words: str) -> None:
+def unchanged(state: dict[str, Tensor], call: Callable[[], object], kind: type[BaseException], words: str) -> None:
     """It raises, and nothing was written."""
     before, seen = copies(state), versions(state)
     with pytest.raises(kind, match=words) as stop:
@@ -337,6 +338,7 @@ def test_ctrl_c_between_two_tensors_waits(monkeypatch: pytest.MonkeyPatch) -> No
         return replaced, once
 
     monkeypatch.setattr(kernels, "prepare", interrupted)
+    monkeypatch.setattr(kernels, "C", None)  # the road on which all is proven first
     state = patch.State(copies(old))
     seen = versions(state.tensors)
     with pytest.raises(KeyboardInterrupt):
@@ -344,6 +346,133 @@ def test_ctrl_c_between_two_tensors_waits(monkeypatch: pytest.MonkeyPatch) -> No
     assert same(state.tensors, new) and state.digest == made.after
     state.check()
     assert all((state.tensors[n]._version > seen[n]) == (n in made.changed) for n in seen)
+
+
+# ------------------------------------------------------------------- written while they are proven, and put back
+
+
+def layers(count: int = 5) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors that all can be swapped, several batches of changes each; in order of names."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.bfloat16, torch.float32, torch.uint8, torch.complex128, torch.float64)
+    old = {f"w{i}": changed(torch.zeros(40, 500, dtype=dtypes[i]), 1.0, generator) for i in range(count)}
+    return old, {name: changed(tensor, 0.03, generator) for name, tensor in old.items()}
+
+
+def swaps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.C is None:
+        pytest.skip("the extension is missing")
+    monkeypatch.setattr(kernels, "prepare", lambda *_: pytest.fail("two passes"))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("at", range(5))
+def test_another_base_in_any_tensor(at: int, kept: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one element is other, in the first place that is written or in the last: all else goes back."""
+    swaps_only(monkeypatch)
+    monkeypatch.setattr(applying, "MANY", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    old, new = layers()
+    made, name = patch.diff(old, new), f"w{at}"
+    numbers = kernels.numbers_of(made.changed[name].numbers())
+    for place in (numbers[0], numbers[-1]):
+        state = patch.State(copies(old))
+        target = state.tensors
+        unit = kernels.unit_of(target[name].dtype)
+        target[name].view(-1).view(torch.uint8).view(-1, unit)[place, 0] ^= 1  # behind its back
+        given = state if kept else target
+        unchanged(target, lambda given=given: patch.apply(given, made), BaseMismatchError, f"tensor '{name}': does")  # type: ignore[misc]
+        assert state.digest == made.before
+        target[name].view(-1).view(torch.uint8).view(-1, unit)[place, 0] ^= 1
+        assert patch.apply(state, made).after == made.after and same(target, new)
+
+
+def test_all_that_are_wrong_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    swaps_only(monkeypatch)
+    old, new = layers()
+    made = patch.diff(old, new)
+    for few in itertools.combinations(sorted(old), 2):
+        target = {name: (new if name in few else old)[name].clone() for name in old}
+        unchanged(target, lambda t=target: patch.apply(t, made), BaseMismatchError, rf"'{few[0]}' \(and 1 more\)")  # type: ignore[misc]
+    target = copies(new)
+    unchanged(target, lambda: patch.apply(target, made), AlreadyAppliedError, "already applied")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at", range(1, 6))
+def test_what_stops_the_writing_puts_all_back(
+    at: int, after: bool, error: type[BaseException], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each tensor, before and after it is written; a Ctrl-C while they are put back waits for the end of that."""
+    swaps_only(monkeypatch)
+    monkeypatch.setattr(applying, "MANY", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    swap, back, calls = kernels.Swap.swap, kernels.Swap.back, itertools.count(1)
+    again = iter([False, True])  # a second Ctrl-C, after the first was put back
+
+    def stopped(self: kernels.Swap) -> int:
+        number = next(calls)
+        if number == at and not after:
+            raise error
+        found = swap(self)
+        if number == at:
+            raise error
+        return found
+
+    def stopped_back(self: kernels.Swap) -> None:
+        if next(again, False):
+            raise KeyboardInterrupt
+        back(self)
+
+    monkeypatch.setattr(kernels.Swap, "swap", stopped)
+    monkeypatch.setattr(kernels.Swap, "back", stopped_back)
+    old, new = layers()
+    made, state = patch.diff(old, new), patch.State(copies(old))
+    unchanged(state.tensors, lambda: patch.apply(state, made), KeyboardInterrupt, "^$")
+    assert state.digest == made.before
+    state.check()
+    patch.apply(state, made)
+    assert same(state.tensors, new)
+
+
+def test_an_index_that_is_none_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch in memory whose last tensor's index was written to: nothing of the others has changed."""
+    swaps_only(monkeypatch)
+    old, new = layers()
+    made = patch.diff(old, new)
+    part = made.changed["w4"].part
+    assert part is not None
+    part.places[-1] = 0
+    unchanged(old, lambda: patch.apply(old, made), CodeFault, "Fault")
+
+
+def test_both_roads_at_once() -> None:
+    """Tied, strided and wholly new tensors are proven first; those that are swapped are not written if one of these is
+    wrong, nor these if one of those is."""
+    old, new = layers()
+    generator = torch.Generator().manual_seed(1)
+    old |= {"across": torch.zeros(50, 40).t(), "tied": torch.zeros(60, 60), "whole": torch.zeros(20)}
+    new |= {"across": changed(old["across"], 0.1, generator), "tied": changed(old["tied"], 0.1, generator)}
+    new |= {"whole": torch.arange(20.0) + 1, "tied.too": new["tied"]}
+    old["tied.too"] = old["tied"]
+    made = patch.diff(old, new)
+
+    def tied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        target = copies(state)
+        target["tied.too"] = target["tied"]
+        return target
+
+    target = tied(old)
+    patch.apply(target, made)
+    assert same(target, new) and target["tied"].data_ptr() == target["tied.too"].data_ptr()
+    for name in made.changed:
+        target = tied(old)
+        target[name].copy_(new[name])
+        word = "'tied' .and 1 more" if name.startswith("tied") else repr(name)
+        unchanged(target, lambda t=target: patch.apply(t, made), BaseMismatchError, word)  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------- chains

@@ -101,6 +101,12 @@ def test_compiled_is_plain(unit: int, density: float, monkeypatch: pytest.Monkey
                 assert kernels.check(change) == added
                 again = kernels.prepare(other.view(sums.UNITS[unit]), change)
             assert found[0] == again[0] == replaced and torch.equal(target, old) and torch.equal(other, old)
+            third = old.clone()
+            swap = kernels.Swap(third.view(sums.UNITS[unit]), change)
+            assert swap.look() == replaced and torch.equal(third, old)
+            assert swap.swap() == replaced and torch.equal(third, new)
+            swap.back()
+            assert torch.equal(third, old)
             found[1]()
             again[1]()
             assert torch.equal(target, new) and torch.equal(other, new)
@@ -132,6 +138,7 @@ def test_faults_of_gaps(width: int) -> None:
         values = torch.zeros(count, dtype=torch.uint8)
         told = OPS.patch_check(None, index, values, 1, units, width)
         assert told[:2] == [fault, at], name
+        assert OPS.patch_prove(index, count, units, width)[:2] == [fault, at], name
         with pytest.raises(CodeFault) as stop:
             codes.decode(index, width, units, count)
         assert (stop.value.fault, stop.value.at) == (fault, at), name
@@ -145,7 +152,7 @@ def test_faults_of_a_bitmask() -> None:
     for byte, count, fault, at in ((128, 1, Fault.RANGE, 15), (1, 2, Fault.COUNT, 1), (3, 1, Fault.COUNT, 2)):
         index = torch.tensor([0, byte], dtype=torch.uint8)
         told = OPS.patch_check(None, index, torch.zeros(count, dtype=torch.uint8), 1, 10, 0)
-        assert told[:2] == [fault, at]
+        assert told[:2] == OPS.patch_prove(index, count, 10, 0)[:2] == [fault, at]
         with pytest.raises(CodeFault) as stop:
             codes.decode(index, 0, 10, count)
         assert (stop.value.fault, stop.value.at) == (fault, at)
@@ -174,6 +181,10 @@ def test_arguments() -> None:
         (lambda: OPS.patch_check(None, ok, ok, 8, 1 << 62, 1), "units"),
         (lambda: OPS.patch_check(None, ok, ok, 1, -1, 1), "units"),
         (lambda: OPS.patch_check(ok, ok, ok, 1, 9, 1), "target: expected 9 bytes, got 8"),
+        (lambda: OPS.patch_prove(other, 1, 8, 2), "index: expected a multiple of 2"),
+        (lambda: OPS.patch_prove(ok, 1, -1, 1), "units"),
+        (lambda: OPS.patch_swap(ok, ok, ok, other, torch.zeros(40, dtype=torch.uint8), 1, 1), "old: expected 8 bytes"),
+        (lambda: OPS.patch_swap(ok, ok, ok, ok.clone(), ok.clone(), 1, 1), "swapped: expected 40 bytes, got 8"),
         (lambda: OPS.patch_encode(ok, ok + 1, ok.clone(), ok[:1].clone(), 1, 1), "room"),
     ]
     for call, words in calls:
@@ -201,3 +212,41 @@ def test_random_bytes_as_an_index_stay_in_bounds() -> None:
             assert told[0] != 0
         else:
             assert told[0] == 0 and torch.equal(room[64 : 64 + units].nonzero().reshape(-1), numbers)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_fault_at_any_code_of_a_long_index(width: int) -> None:
+    """Around the ends of batches and blocks: proof, check and swap say the same, and what was written goes back."""
+    clean = torch.full((5000,), 2, dtype=torch.int64)
+    for place in (0, 1, 126, 127, 128, 129, 255, 256, 257, 4094, 4095, 4096, 4097, 4999):
+        for code, fault in ((0, Fault.TWICE), ((1 << 8 * width) - 1, None), (3, Fault.NONE)):
+            codes_ = clean.clone()
+            codes_[place] = code
+            index = codes_.to(sums.UNITS[width]).view(torch.uint8)
+            units, count = 10_001, 5000
+            values = torch.ones(count, dtype=torch.uint8)
+            target = torch.randint(0, 256, (units,), dtype=torch.uint8)
+            before, old, swapped = target.clone(), torch.empty_like(values), torch.zeros(5, dtype=torch.int64)
+            told = OPS.patch_check(target, index, values, 1, units, width)
+            if fault is not None:
+                assert told[0] == (Fault.RANGE if (place, code) == (0, 0) else fault)
+            else:
+                assert told[0] != Fault.NONE
+            assert OPS.patch_prove(index, count, units, width)[:2] == told[:2]
+            OPS.patch_swap(target, index, values, old, swapped.view(torch.uint8), 1, width)
+            *result, done = swapped.tolist()
+            assert result == told and (done == count) == (told[0] == Fault.NONE)
+            OPS.patch_write(target, index, old[:done], 1, width)
+            assert torch.equal(target, before)
+
+
+def test_a_swap_that_was_put_back_writes_no_more() -> None:
+    """The thread that was to do it may come late."""
+    old, new = torch.zeros(500, dtype=torch.uint8), torch.zeros(500, dtype=torch.uint8)
+    new[::50] = 1
+    made = kernels.find(old, new)
+    assert made is not None
+    swap = kernels.Swap(old, Numbers(made.coding, made.places, made.values, 1, 500))
+    swap.back()
+    swap.swap()
+    assert not old.any()

@@ -385,6 +385,31 @@ int64_t read_code(const uint8_t* data, int width) {
   return code;
 }
 
+// A swap does what a check and a write do, and what it wrote can be put back, however far it came.
+void swap_once(const cpu::PatchIndex& index, Exact<uint8_t>& values, int64_t count, int unit, Exact<uint8_t>& target,
+               const cpu::PatchChecked& seen) {
+  Exact<uint8_t> swapped(target.count), written(target.count), old = noise<uint8_t>(count * unit);
+  std::copy(target.data.get(), target.data.get() + target.count, swapped.data.get());
+  std::copy(target.data.get(), target.data.get() + target.count, written.data.get());
+  const cpu::PatchChecked done =
+      cpu::patch_swap(index, values.data.get(), count, unit, swapped.data.get(), old.data.get());
+  const cpu::PatchChecked other = cpu::patch_write(index, values.data.get(), count, unit, written.data.get());
+  if (done.fault != seen.fault || done.at != seen.at || done.done != seen.done || other.done != seen.done ||
+      done.sum.low != seen.sum.low || done.sum.high != seen.sum.high) {
+    wrong("patch", "a check and a swap that do not agree");
+  }
+  if (!std::equal(swapped.data.get(), swapped.data.get() + target.count, written.data.get())) {
+    wrong("patch", "a write and a swap that do not agree");
+  }
+  if (done.fault == cpu::PatchFault::kNone && done.done != count) wrong("patch", "a swap that ended early");
+  Exact<uint8_t> back(done.done * unit);
+  std::copy(old.data.get(), old.data.get() + back.count, back.data.get());
+  cpu::patch_write(index, back.data.get(), done.done, unit, swapped.data.get());
+  if (!std::equal(swapped.data.get(), swapped.data.get() + target.count, target.data.get())) {
+    wrong("patch", "a swap that cannot be put back");
+  }
+}
+
 void patch_once() {
   const int unit = 1 << between(0, 3), width = static_cast<int>(between(0, 3));
   const int bytes = width == 3 ? 4 : width;
@@ -410,13 +435,16 @@ void patch_once() {
     const cpu::PatchChecked seen = cpu::patch_check(given, values.data.get(), sizes.count, unit, target.data.get());
     if (seen.fault != cpu::PatchFault::kNone) wrong("patch", "an honest patch was refused");
     if (seen.sum.low != replaced.low || seen.sum.high != replaced.high) wrong("patch", "another sum");
+    if (cpu::patch_prove(given, sizes.count).fault != cpu::PatchFault::kNone) wrong("patch", "an honest index refused");
+    swap_once(given, values, sizes.count, unit, target, seen);
     cpu::patch_write(given, values.data.get(), sizes.count, unit, target.data.get());
     if (!std::equal(target.data.get(), target.data.get() + target.count, after.data.get())) {
       wrong("patch", "another state than was diffed");
     }
     return;
   }
-  const int64_t codes = between(0, 40);
+  const int64_t most = between(0, 3) ? 40 : 700;  // at times several batches
+  const int64_t codes = between(0, most);
   Exact<uint8_t> index = noise<uint8_t>(width == 0 ? (units + 7) / 8 : codes * bytes);
   if (between(0, 1)) {  // small gaps, which may be right
     for (int64_t i = 0; i < index.count; ++i) index[i] = bytes > 1 && i % bytes ? 0 : index[i] % 4;
@@ -430,13 +458,16 @@ void patch_once() {
       sound = sound && !(there && i >= units);
     }
   }
-  const int64_t count = width == 0 && between(0, 3) ? found : between(0, 40);
+  const int64_t count = width == 0 && between(0, 3) ? found : between(0, 1) ? between(0, most) : codes;
   Exact<uint8_t> values = noise<uint8_t>(count * unit);
   const cpu::PatchIndex given = {index.data.get(), index.count, bytes, units};
   const cpu::PatchChecked seen = cpu::patch_check(given, values.data.get(), count, unit, target.data.get());
   if (!std::equal(target.data.get(), target.data.get() + target.count, before.data.get())) {
     wrong("patch", "a check that writes");
   }
+  const cpu::PatchChecked proven = cpu::patch_prove(given, count);
+  if (proven.fault != seen.fault || proven.at != seen.at) wrong("patch", "a check and a proof that do not agree");
+  swap_once(given, values, count, unit, target, seen);
   if (seen.fault == cpu::PatchFault::kNone) {
     if (width == 0 && (!sound || found != count)) wrong("patch", "a bitmap that does not fit was taken");
     for (int64_t i = 0; width != 0 && i < index.count; i += bytes) {
