@@ -18,9 +18,10 @@ from ..errors import ConfigError
 from ..ops.codec import CODECS
 from ..parts.packing import LOW_RANK, Packed, Rule, choose, decode
 from ..store.errors import LimitError, MetadataError, PackedTensorError
+from ..store.metadata import INCOMPLETE
 from ..store.record import Record
 
-_DENSE = {"kind": "dense"}
+_DENSE, _WHOLE = {"kind": "dense"}, {"kind": "whole"}
 _MOST = 1 << 31  # elements of a Delta that is made of two thin factors, which its file's size says nothing of
 
 
@@ -123,6 +124,11 @@ def delta_of(record: Record) -> Tensor | None:
     return decode(codec.kind, tensors, packed.shape)
 
 
+def _complete(file: store.TaskFile, path: str | PathLike[str]) -> None:
+    if not file.complete:
+        raise MetadataError(path, INCOMPLETE)
+
+
 def _opened(record: Record) -> bool:
     gate = record.facts.get("gate")
     return isinstance(gate, dict) and gate.get("open") is True
@@ -130,13 +136,14 @@ def _opened(record: Record) -> bool:
 
 def pack_file(path: str | PathLike[str], out: str | PathLike[str], rule: Rule) -> tuple[Packing, int]:
     """Write a task's file with its Deltas packed, and the bytes written. No base is needed; of what is packed one layer
-    is in memory at a time.
+    is in memory at a time. Whole weights, which a converted checkpoint may have, stay: "whole" in the table.
 
     Raises:
-        TaskFileError: no sound task file. ConfigError: a layer that is packed already, what a codec cannot hold, a
-            budget that is too small.
+        TaskFileError: no sound task file, or one of format 1.0 that does not list its parts. ConfigError: a layer that
+            is packed already, what a codec cannot hold, a budget that is too small, or one for whole weights.
     """
     with store.opened(path, kind="task") as file:
+        _complete(file, path)
         found = dict(file.parts)
         for name, record in found.items():
             if "packed" in record.facts:
@@ -145,7 +152,14 @@ def pack_file(path: str | PathLike[str], out: str | PathLike[str], rule: Rule) -
         for name, record in found.items():
             if is_delta(record):
                 deltas[name] = lambda record=record: _proven(record)  # type: ignore[misc]
-        rows = []
+        whole = [name for name, record in found.items() if record.facts.get("change") == _WHOLE and _opened(record)]
+        if whole and rule.budget is not None:
+            raise ConfigError(
+                f"budget: {path}: {whole[0]} (of {len(whole)}) is a whole weight, whose Delta only a model with the "
+                "base knows: load the task there and call pack_task"
+            )
+        sizes = {name: sum(found[name].like(t).nbytes for t in found[name].tensors) for name in whole}
+        rows = [PackedRow(name, "whole", sizes[name], sizes[name], 0.0) for name in whole]
         for name, choice in choose(rule, deltas):
             rows.append(PackedRow(name, choice.codec, 4 * math.prod(choice.shape), choice.nbytes, choice.error))
             if choice.made is not None:
@@ -175,6 +189,7 @@ def unpack_file(path: str | PathLike[str], out: str | PathLike[str]) -> tuple[li
     """
     layers = []
     with store.opened(path, kind="task") as file:
+        _complete(file, path)
         found = dict(file.parts)
         for name, record in file.parts.items():
             if "packed" not in record.facts:

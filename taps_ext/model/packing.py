@@ -85,7 +85,7 @@ def inputs_of(run: Callable[..., Any], hosts: Mapping[str, nn.Module], data: Any
         run: called with the arguments and keyword arguments of a forward.
 
     Raises:
-        ConfigError: data that is no batch and no iterable of batches.
+        ConfigError: data that is no batch and no iterable of batches, or that a forward does not take.
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -100,7 +100,11 @@ def inputs_of(run: Callable[..., Any], hosts: Mapping[str, nn.Module], data: Any
     handles = [host.register_forward_pre_hook(watch(name)) for name, host in stock.items()]
     try:
         for args, kwargs in _batches(data):
-            run(args, kwargs)
+            try:
+                run(args, kwargs)
+            except TypeError as error:  # labels beside the inputs, mostly
+                expected = "expected batches of inputs alone, without labels"
+                raise ConfigError(f"data: {expected}, got one that a forward does not take: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

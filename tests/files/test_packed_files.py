@@ -290,3 +290,34 @@ def test_it_belongs_to_methods_that_have_a_delta_there(tmp_path: Path) -> None:
     with pytest.raises(TaskFileError, match="part 'hidden': change: expected .*lowrank.*, got .*dense"):
         TaskModel(make_base("conv")).load_task(tmp_path / "bad.taps")
     assert output(trained("conv", "lora"), images("conv"), "t").isfinite().all()
+
+
+def test_whole_weights_stay_and_are_named(tmp_path: Path) -> None:
+    """Their Delta needs the base: a codec leaves them and says so, a budget for all layers is refused."""
+    source = tmp_path / "extracted.taps"
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    tuned = {name: tensor * 1e-9 for name, tensor in base.state_dict().items()}  # no Delta gives these to the bit
+    model = TaskModel(base)
+    model.extract_task("t", tuned)
+    model.save_task("t", source)
+    whole = [n for n, r in store.load(source).parts.items() if r.facts.get("change") == {"kind": "whole"}]
+    assert whole
+    made, _ = pack.pack_file(source, tmp_path / "int8.taps", Rule.of("int8", None, None))
+    rows = {row.layer: row for row in made.rows}
+    assert all(rows[name].codec == "whole" and rows[name].bytes == rows[name].before > 0 for name in whole)
+    before, after = store.load(source).parts, store.load(tmp_path / "int8.taps").parts
+    assert all(torch.equal(before[n].tensors[t], after[n].tensors[t]) for n in whole for t in before[n].tensors)
+    with pytest.raises(ConfigError, match=r"budget: .*extracted\.taps: .* is a whole weight, .*pack_task"):
+        pack.pack_file(source, tmp_path / "budget.taps", Rule.of(None, None, 10**6))
+    assert not (tmp_path / "budget.taps").exists()
+
+
+def test_a_file_that_does_not_list_its_parts_is_named(tmp_path: Path) -> None:
+    """The file that is read, and not the one that would be written."""
+    source = GOLDEN / "taps-conv.taps"
+    for act in (
+        lambda: pack.pack_file(source, tmp_path / "a.taps", Rule()),
+        lambda: pack.unpack_file(source, tmp_path / "a.taps"),
+    ):
+        with pytest.raises(TaskFileError, match=r"taps-conv\.taps: a file of format 1\.0 does not list parts"):
+            act()

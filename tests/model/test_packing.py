@@ -388,6 +388,8 @@ def test_arguments_that_make_no_sense() -> None:
     for message, arguments in cases.items():
         with pytest.raises(ConfigError, match=message):
             model.pack_task("t", **arguments)
+    with pytest.raises(ConfigError, match="data: expected batches of inputs alone, without labels"):
+        model.pack_task("t", max_error=0.1, data=[(x, torch.zeros(len(x)))])
     with pytest.raises(ConfigError, match="data: expected a model in evaluation mode"):
         model.train().pack_task("t", codec="int8", data=x)
     model.eval().merge_task("t")

@@ -13,7 +13,7 @@ from models import TinyNet, images, settle
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from taps_ext import TapsConfig, TaskModel, gated_conv2d, gated_linear, ops
+from taps_ext import TapsConfig, TaskModel, extension, gated_conv2d, gated_linear, ops
 from taps_ext.ops import foreach_reconstruct_, reconstruct_
 
 if not ops.HAS_EXTENSION:
@@ -87,6 +87,15 @@ def test_every_operator_has_a_formula() -> None:
     known = {n for n in names if not n.startswith("_probe")}
     assert len(known) >= 6
     assert all(getattr(torch.ops.taps_ext, name) in flop_registry for name in known)
+
+
+def test_an_older_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operators are asked for when the package is imported; one that was compiled before is not half used."""
+    names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("taps_ext::")}
+    assert {*extension.OPERATORS} == {n for n in names if not n.startswith("_probe")}
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "newer"))
+    with pytest.raises(ImportError, match="older than these sources and has no operator newer; run `make build`"):
+        extension._loaded()
 
 
 @pytest.mark.parametrize("name", CASES)
