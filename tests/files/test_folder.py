@@ -52,6 +52,22 @@ def test_tasks_are_kept_by_name(tmp_path) -> None:
     assert "more" not in folder and folder.verify() == {file: None for file in os.listdir(folder.path)}
 
 
+def test_names_too_long_for_a_file(tmp_path) -> None:
+    folder, names = TaskFolder(tmp_path / "tasks", create=True), ["birds", "\u9ce5" * 60, "\u9ce5" * 61]
+    for seed, name in enumerate(names):
+        assert folder.add(write(tmp_path / "one.taps", name, seed)) == name
+    assert list(folder) == sorted(names) and len(folder) == 3 and all(name in folder for name in names)
+    assert [folder.header(name).metadata.name for name in names] == names
+    with pytest.raises(ConfigError, match="already; replace=True"):
+        folder.add(tmp_path / "one.taps")
+    with pytest.raises(ConfigError, match="name: expected one that is shorter, or the file's own, got"):
+        folder.add(tmp_path / "one.taps", "x" * 300)
+    folder.remove(names[1])
+    assert list(folder) == [names[0], names[2]] and names[1] not in folder
+    folder.file(names[2]).write_bytes(b"damaged")
+    assert list(folder) == sorted([names[0], folder.file(names[2]).stem])
+
+
 def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder = TaskFolder(tmp_path / "tasks", create=True)
     folder.add(write(tmp_path / "one.taps", "birds", 0))
