@@ -104,7 +104,7 @@ class TaskFolder:
         Raises:
             TaskFileError: a damaged file, or one of another kind. ConfigError: a name that is taken, or missing.
         """
-        header = store.read_header(Path(file))
+        header = store.read_header(Path(file), states=False)
         kind = header.metadata.kind
         if kind == "shared":
             if name is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel
+from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel, store
 from taps_ext.cli import main
 
 
@@ -97,6 +97,21 @@ def test_damaged_files_stay_outside(tmp_path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     assert "not those that were written" in (folder.verify()["birds.taps"] or "")
+
+
+def test_states_stay_outside(tmp_path) -> None:
+    """And so does what only a state may be."""
+    folder, path = TaskFolder(tmp_path / "tasks", create=True), tmp_path / "a.state"
+    few = {"a": torch.zeros(1)}
+    many = {f"t{i}": torch.zeros(0) for i in range(10_000)}
+    for values, error, problem in (
+        (few, ConfigError, "expected a task's or a family's, got a state"),
+        (many, TaskFileError, "a.state: 10000 tensors in a task's header, at most 8192 allowed"),
+    ):
+        store.save(path, store.TaskFile(kind="state", parent="sha256:" + "0" * 64, values=values))
+        with pytest.raises(error, match=problem):
+            folder.add(path)
+    assert not os.listdir(folder.path)
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:
