@@ -6,7 +6,7 @@ One run, one thread, the best of several turns that alternate, files in the page
 that are in memory already, 16 MiB at a time, `bare read` reads the file into one buffer, `fresh read` into memory of
 its own, `mapped` maps it and hashes the pages. `load` opens, proves and keeps the tensors, `verify` proves them. Each
 folder is opened, asked for a task and its header read; a process of its own keeps a hundred such folders, and what it
-holds is compared. A header of more tensors than a task may have is one that is refused.
+holds is compared. A header of more tensors, parts or tokens than a task may have is one that is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from taps_ext import TaskFolder, store
-from taps_ext.store.format import MAX_TASK_TENSORS, MAX_TENSORS
+from taps_ext.store.format import DIGEST_KEY, MAX_TASK_TENSORS, MAX_TENSORS, encode_header, header_digest
+from taps_ext.store.strict_json import dumps
 from taps_ext.store.tensors import CHUNK_BYTES, memory
 
 PARENT = "sha256:" + "0" * 64
@@ -159,9 +160,40 @@ def folders(folder: Path, turns: int) -> dict[str, Any]:
     }
 
 
+def forge(path: Path, parts: int, words: int) -> None:
+    """A task of so many parts without tensors, and so many words in its method, metrics and labels each, whatever the
+    limits are."""
+    strings = {
+        "taps.format": "1.2",
+        "taps.kind": "task",
+        "taps.parent": PARENT,
+        "taps.versions": "{}",
+        "taps.digests": "{}",
+        "taps.parts": dumps({f"{i:05}": {"facts": {"kind": "x"}, "tensors": []} for i in range(parts)}),
+        "taps.method": dumps({"method": "taps", "x": [0] * words}),
+        "taps.metrics": dumps({"x": [0] * words}),
+        "taps.labels": dumps([""] * words),
+    }
+    strings[DIGEST_KEY] = header_digest({}, strings, path=path)
+    path.write_bytes(encode_header({}, strings, path=path))
+
+
 def headers(folder: Path, turns: int) -> dict[str, Any]:
-    """As many tensors as a task may have, in layers and in one part; and 65,536, of a task (refused) and a state."""
-    paths = {name: folder / f"{name}.taps" for name in ("layers", "one part", "a task's, refused", "a state's")}
+    """As many tensors as a task may have, in layers, in one part and one a part with other entries to the limit; parts
+    and entries of many words without tensors; and 65,536 tensors, of a task (refused) and a state."""
+    refused = ("a task's, refused", "parts and words, refused")
+    names = ("layers", "one part", "one a part, and words", "parts and words", *refused, "a state's")
+    paths = {name: folder / f"{name}.taps" for name in names}
+    forge(paths["parts and words"], MAX_TASK_TENSORS, 27_000)  # 98,000 tokens of parts, 162,000 of the others
+    forge(paths["parts and words, refused"], 20_000, 262_000 // 2)
+    gate = {"learn": False, "open": True, "threshold": 0.5}
+    facts = {"kind": "layer", "gate": gate, "change": {"kind": "dense"}}
+    full = {f"layers.{i}": store.Record(facts, {"delta": torch.zeros(1)}) for i in range(MAX_TASK_TENSORS)}
+    labels = [str(i) for i in range(16_000)]
+    store.save(
+        paths["one a part, and words"],
+        store.TaskFile(parent=PARENT, method={"method": "taps"}, parts=full, labels=labels),
+    )
     store.save(paths["layers"], task(MAX_TASK_TENSORS // 2, 1, 1))
     one = {f"t{index}": torch.zeros(1) for index in range(MAX_TASK_TENSORS)}
     store.save(
@@ -177,11 +209,13 @@ def headers(folder: Path, turns: int) -> dict[str, Any]:
         try:
             store.read_header(path)
         except store.errors.LimitError:
-            assert path == paths["a task's, refused"]
+            assert path.stem in refused
 
     times = fastest({name: lambda path=path: read(path) for name, path in paths.items()}, turns)  # type: ignore[misc]
     return {
-        "tensors": {name: MAX_TENSORS if "'s" in name else MAX_TASK_TENSORS for name in paths},
+        "tensors": {
+            name: 0 if name.startswith("parts") else MAX_TENSORS if "'s" in name else MAX_TASK_TENSORS for name in paths
+        },
         "bytes": {name: path.stat().st_size for name, path in paths.items()},
         "ms": {name: round(value, 2) for name, value in times.items()},
     }

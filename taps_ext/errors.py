@@ -49,27 +49,27 @@ class TaskFileError(TapsError, ValueError):
     """A task file, or what should become one, is refused.
 
     The message is `<path>: <problem>`: `path` is the file (or the operation), `problem` names the tensor or key, what
-    was expected and what came, bounded and in printable characters, whatever a file holds. `store.errors` has
-    a subclass for every way in which a file is refused.
+    was expected and what came. Both are bounded and in printable characters there, whatever a file holds or is called;
+    the attribute `path` is the path as it was given. `store.errors` has a subclass for every way in which a file is
+    refused.
     """
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         self.path = os.fspath(path)
-        self.problem = _printable(problem)
-        shown = self.path if len(self.path) <= _LONGEST else f"{self.path[:_LONGEST]}..."
-        super().__init__(f"{shown}: {self.problem}")
+        self.problem = _printable(problem, _LONGEST_PROBLEM)
+        super().__init__(f"{_printable(os.fsdecode(path), _LONGEST)}: {self.problem}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.problem)
 
 
-def _printable(text: str) -> str:
-    """The text, cut where it is very long, with escapes for what is no printable character."""
-    cut = text if len(text) <= _LONGEST_PROBLEM else f"{text[:_LONGEST_PROBLEM]}..."
+def _printable(text: str, most: int) -> str:
+    """The text, cut where it is longer than `most` characters, with escapes for what is no printable character."""
+    cut = text if len(text) <= most else f"{text[:most]}..."
     if cut.isprintable():
         return cut
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-    return escaped if len(escaped) <= _LONGEST_PROBLEM else f"{escaped[:_LONGEST_PROBLEM]}..."
+    return escaped if len(escaped) <= most else f"{escaped[:most]}..."
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

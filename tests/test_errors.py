@@ -7,11 +7,14 @@ import pickle
 import pkgutil
 
 import pytest
+import torch
+from torch import nn
 
 import taps_ext
-from taps_ext import store
+from taps_ext import TaskModel, store
+from taps_ext.base.ownership import check_state
 from taps_ext.data import SourceError
-from taps_ext.errors import GateError, TapsError, TaskFileError
+from taps_ext.errors import ConfigError, GateError, TapsError, TaskFileError
 
 
 def _defined() -> list[type[BaseException]]:
@@ -54,3 +57,29 @@ def test_it_travels_between_processes(error: type[BaseException]) -> None:
 @pytest.mark.parametrize("error", [SourceError, TaskFileError, store.errors.GateRecordError])
 def test_what_was_a_value_error_still_is(error: type[Exception]) -> None:
     assert issubclass(error, ValueError)
+
+
+def test_a_path_is_shown_in_printable_characters() -> None:
+    """A stranger names files too; the attribute is the path itself."""
+    path = "a\x1b[2J\n\udcff.taps"
+    error = TaskFileError(path, "what is wrong")
+    assert str(error) == r"a\x1b[2J\n\udcff.taps: what is wrong" and error.path == path
+    assert len(str(TaskFileError("\x1b" * 10_000, "x"))) <= 400 + len("...: x")
+    assert str(TaskFileError(b"a.taps", "x")) == "a.taps: x"  # type: ignore[arg-type]
+
+
+def test_a_checkpoints_names_are_shown_short() -> None:
+    wanted, name = {"a": torch.zeros(1)}, "b\x1b" * 50_000
+    for got in ({**wanted, name: torch.zeros(1)}, {name: torch.zeros(1)}):
+        with pytest.raises(ConfigError) as caught:
+            check_state(wanted, got, where="state_dict", what="base")
+        assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for state in (
+        {name: 3},
+        {name: torch.zeros(1), f"module.{name}": torch.zeros(1)},
+        {**base.state_dict(), f"1.{name}": torch.tensor(torch.nan)},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            TaskModel(base).extract_task("t", state)
+        assert len(str(caught.value)) < 500 and str(caught.value).isprintable()

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, UnsupportedModuleError
 from ..routing.route import is_routed, unroute
+from ..store.errors import show
 from .flags import Flags
 
 
@@ -31,7 +32,7 @@ def check_state(
     missing = [name for name in wanted if name not in got and not (may_lack and name.endswith(may_lack))]
     extra = [name for name in got if name not in wanted]
     if missing or extra:
-        problem = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the {what} has not"
+        problem = f"has no {show(missing[0])}" if missing else f"holds {show(extra[0])}, which the {what} has not"
         counts = f"{len(missing)} missing, {len(extra)} too many of {len(wanted)} tensors"
         raise ConfigError(f"{where}: {problem} ({counts})")
     for name, tensor in got.items():

@@ -23,6 +23,7 @@ from ..parts import Dense, Gate, Instead, Layer, Part, Whole
 from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_name
 from ..patch.sources import Checkpoint
 from ..routing.route import unroute
+from ..store.errors import show
 from .task import join
 
 Thin = Callable[[str, Layer, nn.Module], Part]
@@ -71,10 +72,12 @@ class Given:
         self.likes: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ConfigError(f"state_dict: expected tensors by name, got {type(tensor).__name__} under {name!r}")
+                raise ConfigError(
+                    f"state_dict: expected tensors by name, got {type(tensor).__name__} under {show(name)}"
+                )
             short = own.get(store.plain_name(name), store.plain_name(name))
             if short in self._names:
-                raise ConfigError(f"state_dict: {name!r} is there twice, with and without a wrapper's prefix")
+                raise ConfigError(f"state_dict: {show(name)} is there twice, with and without a wrapper's prefix")
             self._names[short], self.likes[short] = name, tensor.detach()
         self._base = base.state_dict()
 
@@ -84,7 +87,8 @@ class Given:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             other = self._base.get(name) if like else None
             if other is None or not same_bits(other, tensor.to(other.device)):
-                raise ConfigError(f"state_dict: {name}: expected finite values, got Inf or NaN")
+                shown = name if name in self._base else show(name)  # a head may have any
+                raise ConfigError(f"state_dict: {shown}: expected finite values, got Inf or NaN")
         return tensor
 
 
@@ -198,5 +202,7 @@ def _own_head(base: nn.Module, path: str, given: Given, heads: list[str], head: 
         for name in names:
             here = of_head.get(name[len(again) + 1 :])
             if here is None or here.shape != given.likes[name].shape or not same_bits(given.value(name), here):
-                raise ConfigError(f"state_dict: {name} of the head: expected one value under {' and '.join(heads)}")
+                raise ConfigError(
+                    f"state_dict: {show(name)} of the head: expected one value under {' and '.join(heads)}"
+                )
     return _head(base, path, of_head, head)

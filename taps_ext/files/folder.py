@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import store
-from ..errors import ConfigError, suggestion
+from ..errors import ConfigError, TaskFileError, suggestion
 from ..store.names import SHARED, file_name, name_of, shared_file_name
 
 _ENDING = ".taps"
@@ -23,6 +23,10 @@ class TaskFolder:
         folder = TaskFolder("tasks", create=True)
         folder.add("runs/birds/birds.taps")
         model.load_task(folder.file("birds"), shared=folder.shared("birds"))
+
+    Names that differ in case alone are one file where the file system does not tell upper from lower case (APFS and
+    NTFS as they come): the second is refused as taken. A name that is too long for a file's is cut there and told by
+    its digest; it is listed by what the file itself says, or as the file is called where that is damaged.
 
     Several programs may write at a time: files appear whole, and of two that add the same name one is refused. Files of
     families (what tasks share) lie there too, by their digest.
@@ -56,7 +60,7 @@ class TaskFolder:
     def _place(self, name: str) -> Path:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"name: expected a task's name, got {name!r}")
-        return self.path / f"{file_name(name)}{_ENDING}"
+        return self.path / file_name(name, _ENDING)
 
     def _shared(self, digest: str) -> Path:
         return self.path / f"{shared_file_name(digest)}{_ENDING}"
@@ -75,11 +79,21 @@ class TaskFolder:
 
     def __iter__(self) -> Iterator[str]:
         """The tasks' names, sorted."""
-        names = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING))
-        return iter(sorted(name_of(n[: -len(_ENDING)]) for n in names if not n.startswith(SHARED)))
+        entries = (entry for entry in os.listdir(self.path) if entry.endswith(_ENDING))
+        return iter(sorted(self._name(entry) for entry in entries if not entry.startswith(SHARED)))
+
+    def _name(self, entry: str) -> str:
+        """The task's name by its file's, or by what the file says where it was too long for that."""
+        name = name_of(entry[: -len(_ENDING)])
+        if name is not None:
+            return name
+        try:
+            return store.read_header(self.path / entry, kind="task").metadata.name
+        except (TaskFileError, OSError):
+            return entry[: -len(_ENDING)]
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return sum(1 for entry in os.listdir(self.path) if entry.endswith(_ENDING) and not entry.startswith(SHARED))
 
     def add(self, file: str | PathLike[str], name: str | None = None, *, replace: bool = False) -> str:
         """Copy a task's or family's file into the folder, proven and durable; returns the task's name ("" of a family).
@@ -90,7 +104,7 @@ class TaskFolder:
         Raises:
             TaskFileError: a damaged file, or one of another kind. ConfigError: a name that is taken, or missing.
         """
-        header = store.read_header(Path(file))
+        header = store.read_header(Path(file), states=False)
         kind = header.metadata.kind
         if kind == "shared":
             if name is not None:
@@ -100,8 +114,11 @@ class TaskFolder:
         if kind != "task":
             raise ConfigError(f"file: expected a task's or a family's, got a {kind} in {os.fspath(file)}")
         name = header.metadata.name if name is None else name
+        target = self._place(name)
+        if name_of(target.stem) is None and name != header.metadata.name:  # there it could not be told
+            raise ConfigError(f"name: expected one that is shorter, or the file's own, got {name!r}")
         try:
-            store.copy(file, self._place(name), replace=replace)
+            store.copy(file, target, replace=replace)
         except FileExistsError:
             raise ConfigError(f"name: {name!r} is in {self.path} already; replace=True replaces it") from None
         return name

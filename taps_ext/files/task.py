@@ -62,6 +62,15 @@ def to_records(parts: Mapping[str, Part], opened: Collection[str]) -> dict[str, 
     return records
 
 
+def check_labels(labels: Sequence[str] | None, head: nn.Module | None, name: str) -> None:
+    """Raise ConfigError for one string, and for another number of labels than the head's `out_features`."""
+    outputs = getattr(head, "out_features", None)
+    if isinstance(labels, str):
+        raise ConfigError(f"labels: expected a list of strings, got {labels!r}")
+    if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
+        raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
+
+
 def save(
     path: str | PathLike[str],
     records: Mapping[str, Record],

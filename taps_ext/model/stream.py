@@ -132,8 +132,7 @@ def extract_file(
     rule, rows = fraction_rule(top_fraction), list[PackedRow]()
     thin = None if rule is None else thinner(rule, rows)
     records: dict[str, Record] = {}
-    outputs: int | None = None
-    has_head = False
+    made_head: nn.Module | None = None
     kinds: list[str] = []
     with store.Spool(out) as spool, opened(given) as found:
         for module, part in checkpoint.extract(base, found, config, head_path, head, thin):
@@ -144,22 +143,34 @@ def extract_file(
             if part.gate is not None:
                 kinds.append(part.change_kind if open_now else "")
             if part.replacement is not None:
-                has_head, outputs = True, len(list(part.replacement.parameters())[-1])
+                made_head = part.replacement
             del part, record
-        if labels is not None and outputs is None:
-            raise ConfigError("labels: expected a task with a head, got none")
+        names = None if labels is None else _labels(labels, made_head, name)
         written = task_file.save(
             out,
             records,
             kind="task",
             name=name,
             config=config,
-            parent=base_fingerprint(base, head_path if has_head else None),
-            labels=None if labels is None or outputs is None else labels(outputs),
+            parent=base_fingerprint(base, None if made_head is None else head_path),
+            labels=names,
         )
     whole = kinds.count("whole")
     packing = None if rule is None else Packing(name, rows)
     return Extracted(name, written, len(kinds), len(kinds) - kinds.count("") - whole, whole, packing)
+
+
+def _labels(labels: Callable[[int], list[str]], head: nn.Module | None, name: str) -> list[str]:
+    """The names of a task's classes. Raises ConfigError where its head does not say how many, and for others than it
+    has."""
+    if head is None:
+        raise ConfigError("labels: expected a task with a head, got none")
+    outputs = getattr(head, "out_features", None)
+    if not isinstance(outputs, int):
+        raise ConfigError(f"labels: expected a head that has out_features, got a {type(head).__name__}")
+    found = labels(outputs)
+    task_file.check_labels(found, head, name)
+    return found
 
 
 def merge_file(
@@ -167,9 +178,9 @@ def merge_file(
 ) -> Merged:
     """See `TaskModel.merge_file`."""
     with ExitStack() as stack:
+        spool = stack.enter_context(store.Spool(out))  # first: a bad `out` is refused before there is any work
         file = stack.enter_context(store.opened(path, kind="task"))
         family = _family(file, base, head_path, shared, stack)
-        spool = stack.enter_context(store.Spool(out))
         merging = _Merging(base, spool, family)
         if family is not None:
             task_file.build(family, base, default_head=head_path, each=merging.check_shared)

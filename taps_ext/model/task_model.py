@@ -604,11 +604,7 @@ class TaskModel(nn.Module):
             GateError: Inf or NaN in what is to be saved. OSError: the file cannot be written.
         """
         state = self.state(name)
-        outputs = getattr(state.head, "out_features", None)
-        if isinstance(labels, str):
-            raise ConfigError(f"labels: expected a list of strings, got {labels!r}")
-        if labels is not None and isinstance(outputs, int) and len(labels) != outputs:
-            raise ConfigError(f"labels: expected {outputs} names (the head of {name!r}), got {len(labels)}")
+        task_file.check_labels(labels, state.head, name)
         self._check_base()
         opened = set(state.open_layers())
         state.grow(opened)
@@ -906,10 +902,12 @@ class TaskModel(nn.Module):
         takes its bytes twice meanwhile.
 
         Args:
-            labels: gives the names of the classes for their number.
+            labels: gives the names of the classes for their number, which is the `out_features` of the head.
 
         Raises:
-            As :meth:`extract_task`, and OSError from the disk; then there is no file, or the one from before.
+            As :meth:`extract_task`; ConfigError for labels that :meth:`save_task` refuses, or for a head without
+            `out_features`; TaskFileError for a bad `out`, before a tensor is read; OSError from the disk. Then there is
+            no file, or the one from before.
         """
         self._loaded()
         name = self._new_name(name)
@@ -938,8 +936,9 @@ class TaskModel(nn.Module):
             shared: the file of the family that the task builds on, where it is not beside `path`.
 
         Raises:
-            TaskFileError: as :meth:`load_task`. ConfigError: a head that is no linear layer. TapsError: the base shares
-                a tensor between two modules, and the task has another value for each. OSError: from the disk.
+            TaskFileError: as :meth:`load_task`, and a bad `out`, before a tensor is read. ConfigError: a head that is
+                no linear layer. TapsError: the base shares a tensor between two modules, and the task has another value
+                for each. OSError: from the disk.
         """
         self._loaded()
         self._check_base()

@@ -21,6 +21,23 @@ from .errors import MissingFileError, NotRegularFileError, Path
 from .tensors import CHUNK_BYTES
 
 
+def target_of(path: Path) -> tuple[str, int | None]:
+    """Where a path's links lead, and the mode of the file that is there (None: there is none).
+
+    Raises BadPathError, NotRegularFileError (a folder, say), and OSError: nothing could be written there.
+    """
+    mode = None
+    try:
+        target = os.path.realpath(path)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = os.stat(target).st_mode
+    except (OSError, ValueError) as error:
+        raise refused(path, error) from None
+    if mode is not None and not stat.S_ISREG(mode):
+        raise NotRegularFileError(path, f"expected a file to replace, got {file_type(mode)}")
+    return target, mode
+
+
 class Replacement:
     """A temporary file beside `path` that can take its place.
 
@@ -29,17 +46,8 @@ class Replacement:
 
     def __init__(self, path: Path, ending: str = ".tmp") -> None:
         self.path = path
-        mode = None
-        try:
-            self.target = os.path.realpath(path)
-            self.folder = os.path.dirname(self.target)
-            mode = os.stat(self.target).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (OSError, ValueError) as error:
-            raise refused(path, error) from None
-        if mode is not None and not stat.S_ISREG(mode):
-            raise NotRegularFileError(path, f"expected a file to replace, got {file_type(mode)}")
+        self.target, mode = target_of(path)
+        self.folder = os.path.dirname(self.target)
         sweep(self.folder, ending)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         self.fd = -1

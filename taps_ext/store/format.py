@@ -39,11 +39,14 @@ MAX_NAME_CHARS = 512
 MAX_RANK = 64
 MAX_TENSOR_BYTES = (1 << 63) - 1
 TOKENS_A_TENSOR = 32  # rank 19; a part's facts and names
-# Of tasks and shared files, which strangers write: whatever is in one, its header is read or refused in a tenth of a
-# second (benchmarks/files.py). The largest model of the zoo and of timm, resnest269e, has 2,447 tensors, and 2,900 with
-# a score for each layer.
+# Of tasks and shared files, which strangers write: whatever is in one, its header is read or refused in a fraction of a
+# second, the dearest that was found in 0.12 to 0.17 s (docs/format.md, benchmarks/files.py). The largest model of the
+# zoo and of timm, resnest269e, has 2,447 tensors, and 2,900 with a score for each layer. Parts are as many as tensors.
 MAX_TASK_TENSORS = 8_192
 MAX_TASK_HEADER_BYTES = 4 << 20
+MAX_ENTRIES = 1_024  # of `__metadata__`, in any file of ours; eleven are ours, and a writer adds a few
+# Of the JSON in all entries together: 8,192 layers of one tensor each have 230,000, a state's 65,536 values 197,000.
+MAX_ENTRY_TOKENS = 1 << 18
 ALIGNMENT = 8
 DIGEST_KEY = "taps.digest"
 

@@ -47,7 +47,17 @@ from .format import (
     parse_header,
     plan_layout,
 )
-from .metadata import Metadata, check_kind, check_version, parse_digests, parse_metadata
+from .metadata import (
+    Metadata,
+    check_entries,
+    check_kind,
+    check_tokens,
+    check_version,
+    entry_tokens,
+    is_state,
+    parse_digests,
+    parse_metadata,
+)
 from .strict_json import dumps
 from .table import Claim
 from .tensors import (
@@ -63,7 +73,10 @@ from .tensors import (
     value_of,
 )
 
-_STATE_MARKS = (b'"taps.kind":"state"', b"trainer-state")  # of 0.1: see metadata.py
+_STATE_MARKS = (  # the second is of 0.1: see metadata.py
+    b'"taps.kind":"state"',
+    b'"taps.method":"{\\"method\\":\\"trainer-state\\"}"',
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,8 @@ def write(path: Path, tensors: Mapping[str, Source], metadata: Metadata) -> int:
     check_claims(claims, plan, path=path)
     strings["taps.digests"] = dumps({name: "sha256:" + "0" * 64 for name in plan})
     strings[DIGEST_KEY] = "sha256:" + "0" * 64
+    check_entries(strings, path=path)
+    check_tokens(strings, path=path)
     draft = encode_header(plan, strings, path=path)  # digests have one length, so the header's is known already
     if metadata.kind != "state":
         check_affordable(draft[8:], path=path)
@@ -195,22 +210,22 @@ def opened(path: Path, *, kind: str | None = None) -> Iterator[tuple[FileHeader,
         yield header, fetch
 
 
-def read_header(path: Path, *, kind: str | None = None) -> FileHeader:
-    """Reads and validates everything but the tensors' bytes: milliseconds for any file.
+def read_header(path: Path, *, kind: str | None = None, states: bool = True) -> FileHeader:
+    """Reads and validates everything but the tensors' bytes. `states`: whether it may be as large as a state's.
 
     Raises KindError if the file is not of `kind` (where given), MissingFileError, NotRegularFileError, the errors of
     `format.parse_header` and `metadata.parse_metadata`, DigestError, MissingTensorError, UnexpectedTensorError,
     GateRecordError, CodecError, ShapeMismatchError and DtypeMismatchError (of scores).
     """
     with open_regular(path) as (fd, size):
-        return _file_header(fd, size, path=path, kind=kind)
+        return _file_header(fd, size, path=path, kind=kind, states=states)
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Path, *, states: bool = True) -> Verification:
     """Compares every tensor with its digest, 16 MiB at a time. Header errors raise as in `read_header`."""
     damaged: list[str] = []
     with open_regular(path) as (fd, size):
-        header = _file_header(fd, size, path=path)
+        header = _file_header(fd, size, path=path, states=states)
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for name, info in header.tensors.items():
             hasher = TensorHash(info.dtype, info.shape)
@@ -241,14 +256,16 @@ def sound(path: Path) -> tuple[FileHeader | None, str | None]:
 
 
 def copy(source: Path, target: Path, *, replace: bool) -> int:
-    """Copies a task file as durably as `write` does; returns its bytes. What comes to be at `target` is proven before.
+    """Copies a task's or shared file as durably as `write` does; returns its bytes. What comes to be at `target` is
+    proven before.
 
     Raises FileExistsError where there is a file and `replace` is False: of two that copy to one place only one does.
-    Raises as `verify`, DigestError, and OSError from the disk.
+    Raises as `verify` (LimitError for a state that is larger than a task may be), DigestError, and OSError from the
+    disk.
     """
 
     def prove(temporary: str) -> None:
-        if (problem := verify(temporary).problem) is not None:
+        if (problem := verify(temporary, states=False).problem) is not None:
             raise DigestError(source, problem)
 
     return durable.copy(source, target, replace=replace, prove=prove)
@@ -320,19 +337,27 @@ def _header_text(fd: int, size: int, *, path: Path) -> bytes:
     return bytes(raw)
 
 
-def _file_header(fd: int, size: int, *, path: Path, kind: str | None = None) -> FileHeader:
+def _task_header(raw: bytes, size: int, *, path: Path) -> Header:
+    """A header within the limits of a task's."""
+    check_affordable(raw, path=path)
+    return parse_header(raw, size, path=path, most=MAX_TASK_TENSORS)
+
+
+def _file_header(fd: int, size: int, *, path: Path, kind: str | None = None, states: bool = True) -> FileHeader:
     """What a file of this kind (None: of any) says. A header that costs more than a task's may is parsed for a state's
-    sake alone.
+    sake alone, and never where `states` is False.
     """
     raw = _header_text(fd, size, path=path)
-    most = MAX_TENSORS if kind in (None, "state") and any(mark in raw for mark in _STATE_MARKS) else MAX_TASK_TENSORS
-    if most == MAX_TASK_TENSORS:
-        check_affordable(raw, path=path)
-    header = parse_header(raw, size, path=path, most=most)
+    marked = states and kind in (None, "state") and any(mark in raw for mark in _STATE_MARKS)
+    header = parse_header(raw, size, path=path) if marked else _task_header(raw, size, path=path)
+    if marked and not is_state(header.metadata):  # the mark is of another key
+        header = _task_header(raw, size, path=path)
     check_version(header.metadata, path=path)
+    check_entries(header.metadata, path=path)
     check_canonical(header, raw, path=path)
-    metadata = parse_metadata(header.metadata, path=path)
-    digests = parse_digests(header.metadata, header.tensors, path=path)
+    tokens = entry_tokens()
+    metadata = parse_metadata(header.metadata, path=path, tokens=tokens)
+    digests = parse_digests(header.metadata, header.tensors, path=path, tokens=tokens)
     claims = metadata.claims()
     check_claims(claims, header.tensors, path=path)
     check_kind(kind, metadata.kind, path=path)

@@ -36,8 +36,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import older, strict_json
-from .errors import DigestError, FormatVersionError, KindError, MetadataError, Path, UnknownKeyError, show
-from .format import FORMAT, MAX_TASK_TENSORS, TOKENS_A_TENSOR, check_name
+from .errors import DigestError, FormatVersionError, KindError, LimitError, MetadataError, Path, UnknownKeyError, show
+from .format import FORMAT, MAX_ENTRIES, MAX_ENTRY_TOKENS, check_name
 from .table import Claim, PartEntry, check_names, check_parts, claims_of, is_strings
 
 INCOMPLETE = "a file of format 1.0 does not list parts without tensors: load it into its model, and save the task there"
@@ -49,7 +49,7 @@ _REQUIRED = ("format", "kind", "parent", "versions", "digests", "digest")
 _OPTIONAL = ("method", "name", "labels", "metrics")
 _OLDER = ("layers", "codecs", "contents")
 _KNOWN = frozenset("taps." + key for key in (*_REQUIRED, *_OPTIONAL, *_OLDER, "head", "parts"))
-_TABLE_TOKENS = MAX_TASK_TENSORS * TOKENS_A_TENSOR  # of parts, and of a state's 65,536 digests
+_JSON = ("method", "parts", *_OLDER, "head", "labels", "metrics", "versions", "digests")
 _OBJECTS = ("layers", "codecs", "contents", "parts")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -98,9 +98,7 @@ class Metadata:
             contents = {"head": [], "norms": [], "values": list(self.values)}
             strings |= {"taps.layers": "{}", "taps.codecs": "{}", "taps.contents": strict_json.dumps(contents)}
         else:
-            text = strict_json.dumps(_table(self.parts))
-            strict_json.scan(text, path=path, where="taps.parts", max_tokens=_TABLE_TOKENS)  # what is written is read
-            strings["taps.parts"] = text
+            strings["taps.parts"] = strict_json.dumps(_table(self.parts))
         strings["taps.versions"] = strict_json.dumps(self.versions)
         if self.name:
             strings["taps.name"] = self.name
@@ -154,6 +152,31 @@ class Metadata:
         return claims_of(self.parts)
 
 
+def entry_tokens() -> strict_json.Tokens:
+    """What the JSON of all of a file's entries may have together."""
+    return strict_json.Tokens(MAX_ENTRY_TOKENS)
+
+
+def check_tokens(strings: Mapping[str, str], *, path: Path) -> None:
+    """Raises LimitError where the entries to be written, digests included, are more than a reader reads."""
+    tokens = entry_tokens()
+    for key in _JSON:
+        if (text := strings.get("taps." + key)) is not None:
+            strict_json.scan(text, path=path, where=f"taps.{key}", max_tokens=tokens)
+
+
+def check_entries(strings: Mapping[str, str], *, path: Path) -> None:
+    """Raises LimitError for more entries than are worth sorting."""
+    if len(strings) > MAX_ENTRIES:
+        raise LimitError(path, f"__metadata__: {len(strings)} entries, at most {MAX_ENTRIES} allowed")
+
+
+def is_state(strings: Mapping[str, str]) -> bool:
+    """Whether entries are a state's, or one of 0.1."""
+    kind = strings.get("taps.kind")
+    return kind == "state" or (kind == "task" and strings.get("taps.method") == strict_json.dumps(_STATE_OF_0_1))
+
+
 def check_version(strings: Mapping[str, str], *, path: Path) -> None:
     """Raises FormatVersionError unless `taps.format` is there and has our major version."""
     text = strings.get("taps.format")
@@ -166,11 +189,12 @@ def check_version(strings: Mapping[str, str], *, path: Path) -> None:
         raise FormatVersionError(path, f"taps.format: expected {FORMAT[0]}.x, got {show(text)}")
 
 
-def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
-    """Parses and validates the `taps.*` entries of a file. Raises the errors of `Metadata.validate`, CodecError,
-    FormatVersionError, UnknownKeyError and DuplicateKeyError.
+def parse_metadata(strings: Mapping[str, str], *, path: Path, tokens: strict_json.Tokens | None = None) -> Metadata:
+    """Parses and validates the `taps.*` entries of a file, whose JSON is taken from `tokens`. Raises the errors of
+    `Metadata.validate`, CodecError, FormatVersionError, UnknownKeyError and DuplicateKeyError.
     """
     check_version(strings, path=path)
+    tokens = tokens or entry_tokens()
     ours = {key for key in strings if key.startswith("taps.")}
     if unknown := sorted(ours - _KNOWN):
         raise UnknownKeyError(
@@ -188,7 +212,7 @@ def parse_metadata(strings: Mapping[str, str], *, path: Path) -> Metadata:
     def table(key: str, *, default: object = None) -> Any:
         if "taps." + key not in ours:
             return default
-        value = strict_json.loads(strings["taps." + key], path=path, where=f"taps.{key}", max_tokens=_TABLE_TOKENS)
+        value = strict_json.loads(strings["taps." + key], path=path, where=f"taps.{key}", max_tokens=tokens)
         if value is None or (key in _OBJECTS and not isinstance(value, dict)):
             raise MetadataError(path, f"taps.{key}: expected a JSON object, got {show(value)}")
         return value
@@ -250,12 +274,14 @@ def check_kind(expected: str | None, got: str, *, path: Path) -> None:
     raise KindError(path, f"taps.kind: expected a {expected} file, got a {got} file{advice}")
 
 
-def parse_digests(strings: Mapping[str, str], tensors: Mapping[str, object], *, path: Path) -> dict[str, str]:
+def parse_digests(
+    strings: Mapping[str, str], tensors: Mapping[str, object], *, path: Path, tokens: strict_json.Tokens | None = None
+) -> dict[str, str]:
     """The table of tensor digests; raises DigestError unless it has exactly one well-formed digest per
     tensor.
     """
     digests = strict_json.loads(
-        strings.get("taps.digests", "null"), path=path, where="taps.digests", max_tokens=_TABLE_TOKENS
+        strings.get("taps.digests", "null"), path=path, where="taps.digests", max_tokens=tokens or entry_tokens()
     )
     if not isinstance(digests, dict):
         raise MetadataError(path, f"taps.digests: expected a JSON object, got {show(digests)}")

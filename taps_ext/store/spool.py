@@ -11,7 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .durable import naming
+from .descriptors import read_all, refused, write_all
+from .durable import naming, target_of
 from .errors import MissingFileError, Path, TruncatedFileError, show
 from .format import DTYPE_NAMES, TensorInfo, count_bytes
 from .record import OnDisk
@@ -23,21 +24,23 @@ class Spool:
     process is.
 
     Args:
-        path: the file to be written, which errors name.
+        path: the file to be written, which errors name. What could not be written there is refused now, and not after
+            the work.
 
     Raises:
-        MissingFileError: no such folder. OSError: from the disk.
+        MissingFileError: no such folder. NotRegularFileError: a folder, say. BadPathError: no path. OSError: from the
+            disk.
     """
 
     def __init__(self, path: Path) -> None:
-        folder = os.path.dirname(os.path.realpath(path))
+        folder = os.path.dirname(target_of(path)[0])
         self.path, self._end = path, 0
         try:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed by `close`)
         except (FileNotFoundError, NotADirectoryError):
             raise MissingFileError(path, f"no such folder: {folder}") from None
         except OSError as error:
-            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+            raise refused(path, error) from None
 
     def put(self, tensors: Mapping[str, Tensor]) -> OnDisk:
         """Write these; what comes back reads each where it is asked for, while the spool is open.
@@ -45,6 +48,7 @@ class Spool:
         Raises UnsupportedTensorError for what no task file holds, and OSError from the disk.
         """
         infos: dict[str, TensorInfo] = {}
+        os.lseek(self._file.fileno(), self._end, os.SEEK_SET)  # a read may have left it elsewhere
         for name, tensor in tensors.items():
             tensor = check_storable(name, tensor, path=self.path)
             dtype, shape = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
@@ -59,19 +63,17 @@ class Spool:
 
     def _write(self, piece: memoryview) -> None:
         try:
-            while piece:
-                piece = piece[os.write(self._file.fileno(), piece) :]
+            write_all(self._file.fileno(), piece)
         except OSError as error:
             raise naming(error, self.path) from None
 
     def _read(self, info: TensorInfo) -> Tensor:
         tensor = torch.empty(info.shape, dtype=info.torch_dtype, device="cpu")
-        view, at = memory(tensor), info.begin
-        while view:
-            count = os.preadv(self._file.fileno(), [view], at)
-            if count == 0:
-                raise TruncatedFileError(self.path, f"tensor {show(info.name)}: lost before it was written")
-            view, at = view[count:], at + count
+        os.lseek(self._file.fileno(), info.begin, os.SEEK_SET)
+        try:
+            read_all(self._file.fileno(), memory(tensor), path=self.path)
+        except TruncatedFileError:
+            raise TruncatedFileError(self.path, f"tensor {show(info.name)}: lost before it was written") from None
         return swap_bytes(tensor) if sys.byteorder == "big" else tensor
 
     def close(self) -> None:

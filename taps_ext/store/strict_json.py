@@ -42,7 +42,21 @@ def dumps(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def scan(text: str, *, path: Path, where: str, max_tokens: int) -> int:
+class Tokens:
+    """How many JSON tokens several texts may have together."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.used = most, 0
+
+    def take(self, count: int, *, path: Path, where: str) -> None:
+        """Raise LimitError where a text's are too many."""
+        self.used += count
+        if self.used > self.most:
+            others = "" if self.used == count else f", of which {self.used - count} in other entries"
+            raise LimitError(path, f"{where}: at most {self.most} JSON tokens are read, got {self.used}{others}")
+
+
+def scan(text: str, *, path: Path, where: str, max_tokens: Tokens) -> int:
     """Bounds nesting depth and value count of JSON text without parsing it; returns how many keys its objects have.
 
     All are exact up to the first syntax error, where the parser stops anyway. Raises LimitError.
@@ -52,8 +66,7 @@ def scan(text: str, *, path: Path, where: str, max_tokens: int) -> int:
     if data.count(b'"') > 2 * MAX_RICH_STRINGS:
         raise LimitError(path, f"{where}: more than {MAX_RICH_STRINGS} strings with brackets, colons or commas")
     tokens = _STRING.sub(b"", data)
-    if len(tokens) > max_tokens:
-        raise LimitError(path, f"{where}: at most {max_tokens} JSON tokens are read, got {len(tokens)}")
+    max_tokens.take(len(tokens), path=path, where=where)
     brackets = tokens.translate(_BRACKETS, b",:")
     for _ in range(MAX_DEPTH):  # each takes the innermost level away, in C
         brackets = brackets.replace(b"[]", b"")
@@ -86,13 +99,14 @@ def _too_many_digits(path: Path, where: str, count: int) -> LimitError:
     return LimitError(path, f"{where}: an integer of {count} digits; at most {MAX_INT_DIGITS} are read")
 
 
-def loads(text: str, *, path: Path, where: str, max_tokens: int = 1 << 18) -> Any:
+def loads(text: str, *, path: Path, where: str, max_tokens: int | Tokens = 1 << 18) -> Any:
     """Parses JSON text. `where` names the place in the file for messages.
 
     Raises HeaderError (not JSON, NaN or Infinity, lone surrogate), DuplicateKeyError, LimitError (depth,
     number of values, integers of more than 20 digits).
     """
-    keys = scan(text, path=path, where=where, max_tokens=max_tokens)
+    tokens = max_tokens if isinstance(max_tokens, Tokens) else Tokens(max_tokens)
+    keys = scan(text, path=path, where=where, max_tokens=tokens)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()

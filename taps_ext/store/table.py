@@ -60,6 +60,8 @@ def check_parts(parts: Mapping[str, PartEntry], *, path: Path) -> None:
     """
     if sum(len(entry.tensors) for entry in parts.values()) > MAX_TASK_TENSORS:
         raise LimitError(path, f"taps.parts: more than {MAX_TASK_TENSORS} tensors")
+    if len(parts) > MAX_TASK_TENSORS:
+        raise LimitError(path, f"taps.parts: {len(parts)} parts, at most {MAX_TASK_TENSORS} allowed")
     for module, (facts, names) in parts.items():
         if module != "":  # the base itself may have a part
             check_name(module, path=path, what="module")

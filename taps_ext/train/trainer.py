@@ -286,7 +286,7 @@ class Trainer:
 
     def _family_file(self, family: Family) -> Path:
         assert self.out is not None
-        return self.out / f"{file_name(family.name)}.shared.taps"
+        return self.out / file_name(family.name, ".shared.taps")
 
     def _families(self) -> list[Family]:
         """What the tasks are trained with, each family once."""
@@ -297,7 +297,7 @@ class Trainer:
         """Whether a joint run is to run, or to go on; False where one has finished, whose families are then loaded."""
         if self.out is None or resume is False or (self.out / JOINT_STATE).exists():
             return True
-        families, files = self._families(), [f"{file_name(name)}.result.json" for name in self.tasks]
+        families, files = self._families(), [file_name(name, ".result.json") for name in self.tasks]
         missing = [family for family in families if not self._family_file(family).exists()]
         if missing or not any((self.out / file).exists() for file in files):
             return True
@@ -310,11 +310,13 @@ class Trainer:
     def _fit_together(self, resume: str | bool, stop: Stop, mode: str) -> dict[str, Result]:
         """The joint run, or the first stage of a lean one, which has no results."""
         config, lean = self.config, mode == "lean"
-        taken = {f"{file_name(family.name)}.shared" for family in self._families()} & {
-            file_name(name) for name in self.tasks
+        taken = {file_name(family.name, ".shared.taps") for family in self._families()} & {
+            file_name(name, ".taps") for name in self.tasks
         }
         if taken:
-            raise ConfigError(f"tasks: {min(taken)!r} is the name of a family's file; rename the task")
+            raise ConfigError(
+                f"tasks: {min(taken).removesuffix('.taps')!r} is the name of a family's file; rename the task"
+            )
         settings = {"mode": mode, "tasks": {n: self._settings(n, task, mode) for n, task in self.tasks.items()}}
         data = {name: self._data(name, task) for name, task in self.tasks.items()}
         batches, evaluate = ({name: pair[i] for name, pair in data.items()} for i in range(2))
@@ -409,7 +411,7 @@ class Trainer:
     def _run(self, run: Run, task: Task, settings: dict[str, Any], resume: str | bool, stop: Stop) -> Result:
         config, name = self.config, run.name
         randomness.seed_all(config.seed)
-        path = None if self.out is None else self.out / f"{file_name(name)}.state"
+        path = None if self.out is None else self.out / file_name(name, ".state")
         if path is not None and resume is False:
             self._begin_anew(path, [name])
         parent = self.model.fingerprint(run.state.head_path)
@@ -568,7 +570,7 @@ class Trainer:
     def _keep(self, result: Result, task: Task, settings: dict[str, Any]) -> None:
         """Write a task's file and the marker that it is finished."""
         assert self.out is not None
-        target = self.out / f"{file_name(result.task)}.taps"
+        target = self.out / file_name(result.task, ".taps")
         finite = [{k: v if math.isfinite(v) else None for k, v in m.items()} for m in (result.val, result.test)]
         metrics = {"epoch": result.epoch, "val": finite[0], "test": finite[1]}
         self.model.save_task(result.task, target, labels=task.labels, metrics=metrics, preprocessing=task.preprocessing)
@@ -580,7 +582,7 @@ class Trainer:
     def _marker(self, name: str) -> Path:
         """The file that says that a task is finished."""
         assert self.out is not None
-        return self.out / f"{file_name(name)}.result.json"
+        return self.out / file_name(name, ".result.json")
 
     def _begin_anew(self, path: Path, names: Iterable[str]) -> None:
         """Drop the state and the markers of a run that this one replaces: killed before its own first state, it is not
@@ -599,7 +601,7 @@ class Trainer:
             record = json.loads(marker.read_text(encoding="utf-8"))
             before, tested, result = record["settings"], record["tested"], Result(**record["result"])
         same_settings(marker, before, settings)
-        file = self.out / f"{file_name(name)}.taps"
+        file = self.out / file_name(name, ".taps")
         if not file.exists():
             return None
         with advising(file):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel
+from taps_ext import ConfigError, JointTapsConfig, TapsConfig, TaskFileError, TaskFolder, TaskModel, store
 from taps_ext.cli import main
 
 
@@ -52,6 +52,22 @@ def test_tasks_are_kept_by_name(tmp_path) -> None:
     assert "more" not in folder and folder.verify() == {file: None for file in os.listdir(folder.path)}
 
 
+def test_names_too_long_for_a_file(tmp_path) -> None:
+    folder, names = TaskFolder(tmp_path / "tasks", create=True), ["birds", "\u9ce5" * 60, "\u9ce5" * 61]
+    for seed, name in enumerate(names):
+        assert folder.add(write(tmp_path / "one.taps", name, seed)) == name
+    assert list(folder) == sorted(names) and len(folder) == 3 and all(name in folder for name in names)
+    assert [folder.header(name).metadata.name for name in names] == names
+    with pytest.raises(ConfigError, match="already; replace=True"):
+        folder.add(tmp_path / "one.taps")
+    with pytest.raises(ConfigError, match="name: expected one that is shorter, or the file's own, got"):
+        folder.add(tmp_path / "one.taps", "x" * 300)
+    folder.remove(names[1])
+    assert list(folder) == [names[0], names[2]] and names[1] not in folder
+    folder.file(names[2]).write_bytes(b"damaged")
+    assert list(folder) == sorted([names[0], folder.file(names[2]).stem])
+
+
 def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder = TaskFolder(tmp_path / "tasks", create=True)
     folder.add(write(tmp_path / "one.taps", "birds", 0))
@@ -81,6 +97,21 @@ def test_damaged_files_stay_outside(tmp_path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
     assert "not those that were written" in (folder.verify()["birds.taps"] or "")
+
+
+def test_states_stay_outside(tmp_path) -> None:
+    """And so does what only a state may be."""
+    folder, path = TaskFolder(tmp_path / "tasks", create=True), tmp_path / "a.state"
+    few = {"a": torch.zeros(1)}
+    many = {f"t{i}": torch.zeros(0) for i in range(10_000)}
+    for values, error, problem in (
+        (few, ConfigError, "expected a task's or a family's, got a state"),
+        (many, TaskFileError, "a.state: 10000 tensors in a task's header, at most 8192 allowed"),
+    ):
+        store.save(path, store.TaskFile(kind="state", parent="sha256:" + "0" * 64, values=values))
+        with pytest.raises(error, match=problem):
+            folder.add(path)
+    assert not os.listdir(folder.path)
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch) -> None:

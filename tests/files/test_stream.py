@@ -18,8 +18,16 @@ from test_convert import Small, fine_tuned, small_resnet
 from torch import Tensor, nn
 
 from taps_ext import ConfigError, FullConfig, JointTapsConfig, LoraConfig, TapsConfig, TapsError, TaskModel, store
+from taps_ext.files import task as task_file
 from taps_ext.patch import sources
-from taps_ext.store.errors import HeaderError, KindError, MissingFileError, ParentMismatchError
+from taps_ext.store.errors import (
+    BadPathError,
+    HeaderError,
+    KindError,
+    MissingFileError,
+    NotRegularFileError,
+    ParentMismatchError,
+)
 
 
 def shards(folder: Path, state: dict[str, Tensor], count: int = 3) -> Path:
@@ -368,3 +376,83 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {"t.taps", "tuned", "damaged.taps"}
     assert out.read_bytes() == kept and not made.tasks
+
+
+HEADS = {
+    "0-d": lambda: nn.Sequential(nn.Linear(4, 3), Scaled()),
+    "none": nn.Identity,
+    "no parameter": lambda: nn.BatchNorm1d(4, affine=False),
+    "one for all": lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU()),
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * x
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_of_any_parameters(kind: str, tmp_path) -> None:
+    """Only labels need a number of outputs, and a head that says it."""
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("body", nn.Linear(4, 4))
+    base.add_module("fc", HEADS[kind]())
+    tuned, asked = {name: tensor + 1 for name, tensor in base.state_dict().items()}, []
+    made = model_of(base)
+    made.extract_task("t", tuned, head_module="fc")
+    made.save_task("t", tmp_path / "memory.taps")
+    model_of(base).extract_file("t", tuned, tmp_path / "t.taps", head_module="fc")
+    assert (tmp_path / "t.taps").read_bytes() == (tmp_path / "memory.taps").read_bytes()
+    with pytest.raises(ConfigError, match="labels: expected a head that has out_features, got a "):
+        model_of(base).extract_file(
+            "t", tuned, tmp_path / "u.taps", head_module="fc", labels=lambda n: asked.append(n) or ["a"]
+        )
+    assert not asked and not (tmp_path / "u.taps").exists()
+
+
+def test_labels_are_as_many_as_outputs(tmp_path) -> None:
+    """As in save_task: what load_task would refuse is not written."""
+    torch.manual_seed(0)
+    base = small_resnet().eval()
+    tuned = fine_tuned(base, classes=3).state_dict()
+    made, out = model_of(base), tmp_path / "t.taps"
+    for labels, problem in (
+        (["a"], r"expected 3 names \(the head of 't'\), got 1"),
+        ("abc", "expected a list of strings"),
+    ):
+        with pytest.raises(ConfigError, match=f"labels: {problem}"):
+            made.extract_file("t", tuned, out, labels=lambda n, given=labels: given)
+        assert not out.exists()
+    made.extract_file("t", tuned, out, labels=lambda n: [str(i) for i in range(n)])
+    made.load_task(out)
+    assert store.read_header(out).metadata.labels == ["0", "1", "2"]
+
+
+def test_a_bad_out_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    base = small_resnet().eval()
+    made, file = model_of(base), tmp_path / "t.taps"
+    index = shards(tmp_path / "tuned", fine_tuned(base, classes=3).state_dict())
+    made.extract_file("t", index, file)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    def read(*args: object, **words: object) -> Tensor:
+        raise AssertionError("nothing is read")
+
+    monkeypatch.setattr(sources.Shard, "read", read)
+    monkeypatch.setattr(store.io, "_read_tensor", read)
+    monkeypatch.setattr(task_file, "base_fingerprint", read)
+    for out, error, problem in (
+        (str(tmp_path), NotRegularFileError, "expected a file to replace, got a folder"),
+        ("a\0b", BadPathError, "expected a path, got one with embedded null"),
+        (str(tmp_path / "loop"), BadPathError, "expected a path, got one with too many"),
+        (str(tmp_path / ("x" * 300)), BadPathError, "expected a path, got one with file name too long"),
+    ):
+        for act in (lambda out=out: made.extract_file("u", index, out), lambda out=out: made.merge_file(file, out)):
+            with pytest.raises(error, match=problem):
+                act()

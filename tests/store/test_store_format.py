@@ -187,10 +187,72 @@ def test_limits_hold_for_the_writer_too(make: Callable[..., store.TaskFile], tmp
 
 
 def test_the_writer_writes_no_table_that_is_not_read(tmp_path: Path) -> None:
-    many = {str(i): Record({"kind": "x", "y": [0] * 20}) for i in range(10_000)}
+    many = {str(i): Record({"kind": "x", "y": [0] * 30}) for i in range(8_000)}
     with pytest.raises(LimitError, match=r"taps\.parts: at most \d+ JSON tokens"):
         store.save(tmp_path / "a.taps", example(parts=many))
     assert list(tmp_path.iterdir()) == []
+
+
+def words(count: int) -> dict[str, object]:
+    """A third of so many tokens in each of three entries."""
+    third = count // 3
+    return {
+        "method": {"method": "taps", "x": [0] * third},
+        "metrics": {"x": [0] * third},
+        "labels": [""] * third,
+    }
+
+
+@pytest.mark.parametrize("content", ["tokens", "parts", "entries"])
+def test_what_costs_more_than_a_task_may(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer refuses what the reader does, and the reader what the writer would not write."""
+    path = tmp_path / "a.taps"
+    makes = {
+        "tokens": lambda more: example(**words(fmt.MAX_ENTRY_TOKENS - 2_000 + more * 3_000)),
+        "parts": lambda more: example(
+            parts={str(i): Record({"kind": "x"}) for i in range(fmt.MAX_TASK_TENSORS + more)}
+        ),
+        "entries": lambda more: example(extra={str(i): "" for i in range(fmt.MAX_ENTRIES - 11 + more)}),
+    }
+    problem = {
+        "tokens": rf"at most {fmt.MAX_ENTRY_TOKENS} JSON tokens are read, got \d+, of which \d+ in other entries",
+        "parts": f"{fmt.MAX_TASK_TENSORS + 1} parts, at most {fmt.MAX_TASK_TENSORS} allowed",
+        "entries": f"entries, at most {fmt.MAX_ENTRIES} allowed",
+    }[content]
+    honest, dear = makes[content](0), makes[content](1)
+    store.save(path, honest)
+    assert len(store.load(path).parts) == len(honest.parts)
+    with pytest.raises(LimitError, match=problem):
+        store.save(tmp_path / "b.taps", dear)
+    assert not (tmp_path / "b.taps").exists()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(store.io, "check_tokens", lambda *a, **k: None)
+        unchecked.setattr(store.io, "check_entries", lambda *a, **k: None)
+        unchecked.setattr(store.metadata, "check_parts", lambda *a, **k: None)
+        store.save(path, dear)
+    with pytest.raises(LimitError, match=problem):
+        store.read_header(path)
+
+
+def test_a_states_limits_are_a_states(tmp_path: Path) -> None:
+    """Neither a name nor a note that looks like a state's kind lets a task take more, nor where no state is wanted."""
+    path, most = tmp_path / "a.taps", fmt.MAX_TASK_TENSORS
+    store.save(path, state(values={f"part:{i}": torch.zeros(0) for i in range(most + 1)}))
+    for act in (lambda: store.read_header(path, states=False), lambda: store.verify(path, states=False)):
+        with pytest.raises(LimitError, match=f"{most + 1} tensors in a task's header"):
+            act()
+    with pytest.raises(LimitError, match=f"{most + 1} tensors in a task's header"):
+        store.copy(path, tmp_path / "b.taps", replace=False)
+    old = '"taps.method":"{\\"method\\":\\"trainer-state\\"}"'
+    for mark in ("trainer-state", 'x\\"taps.kind":"state', old[1:-1], "x\\" + old[1:-1]):
+        for count, size in ((300_000, 8), (1, 5 << 20)):
+            key = f'"{mark}"' + ("" if '":"' in mark else ':"' + "x" * 3 + '"')
+            more = "".join(f',"{i}":"{"x" * (size - 8)}"' for i in range(count))
+            raw = ('{"__metadata__":{' + key + more + "}}").encode()
+            json.loads(raw)
+            path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+            with pytest.raises(LimitError, match="a task's header|JSON tokens"):
+                store.read_header(path)
 
 
 def test_many_parts(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def test_what_is_put_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert back.dtype == tensor.dtype and back.shape == tensor.shape
             assert store.tensor_digest(back) == store.tensor_digest(tensor)
         assert torch.equal(second["a"], torch.ones(2)) and list(first) == list(TENSORS)
+        assert torch.equal(first["a"], TENSORS["a"])
+        third = spool.put({"a": torch.zeros(3)})  # behind the others, wherever the last one was read
+        assert torch.equal(third["a"], torch.zeros(3)) and torch.equal(second["a"], torch.ones(2))
         os.truncate(spool._file.fileno(), 10)
         with pytest.raises(TruncatedFileError, match=r"out\.taps: tensor 'e': lost"):
             first["e"]
