@@ -111,6 +111,8 @@ def _diff(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     from .. import patch
 
+    if args.out is not None:
+        check_out(args.out, *args.patches)
     done = patch.apply(args.checkpoint, args.patches, verify=args.verify, out=args.out)
     where = args.checkpoint if args.out is None else args.out
     if args.json:

@@ -91,6 +91,8 @@ def test_refusals(call, files: Path) -> None:
     refused(call("patch", "apply", a, a), "taps.patch")
     refused(call("patch", "apply", a, files / "none.tapspatch"), "none.tapspatch", "no such file")
     refused(call("patch", "diff", a, files / "b.safetensors", "-o", a), "out: expected a file of its own")
+    refused(call("patch", "apply", a, ab, "--out", a), "out: expected a place of its own", "leave --out away")
+    refused(call("patch", "apply", a, ab, "--out", ab), "out: expected a file of its own", "which is read")
     refused(call("patch", "diff", a, ab, "-o", files / "x"), "ab.tapspatch", "taps.patch", "plain checkpoint")
     refused(call("patch", "diff", a, a), "-o")
     refused(call("patch", "inspect", a), "a.safetensors", "taps.patch")
