@@ -20,7 +20,7 @@ from .applying import Applied, check_forms, mismatch
 from .errors import BaseMismatchError, LinkedShardError, OtherTensorsError
 from .format import Entry, Patch
 from .journal import ENDING, commit, held, unfinished
-from .sources import Checkpoint, Shard, folder_of, is_sharded, opened
+from .sources import INDEX, Checkpoint, Shard, folder_of, is_sharded, opened
 
 
 def apply_files(target: Path, patch: Patch, verify: str, out: Path | None) -> Applied:
@@ -39,7 +39,7 @@ def apply_files(target: Path, patch: Patch, verify: str, out: Path | None) -> Ap
             _in_place(checkpoint, patch, verify)
         else:
             _new_folder(checkpoint, patch, verify, os.fspath(out))
-    return Applied(patch.before, patch.after, len(patch.changed), patch.elements, verify)
+    return Applied(patch.before, patch.after, len(patch.changed), patch.elements, verify, patch.removed, patch.added)
 
 
 def _check_out(target: Path, out: Path, *, sharded: bool) -> None:
@@ -53,6 +53,11 @@ def _check_out(target: Path, out: Path, *, sharded: bool) -> None:
             f"out: expected a place of its own, got {out}, which is what is patched; leave --out away (out=None) to "
             "replace it"
         )
+    name = os.fspath(out)
+    if not sharded and name.endswith((os.sep, os.altsep or os.sep)):
+        raise ConfigError(f"out: expected a file for a checkpoint of one file, got {out}, which names a folder")
+    if sharded and name.endswith((".safetensors", INDEX)):
+        raise ConfigError(f"out: expected a new folder for a checkpoint of several files, got {out}, a file's name")
     if sharded and os.path.lexists(out):
         raise ConfigError(f"out: expected a new folder for a checkpoint of several files, got {out}, which is there")
 

@@ -203,7 +203,7 @@ def test_another_base_changes_no_file(tmp_path: Path, sharded: bool) -> None:
         write_shards(folder, odd, count=3 if sharded else 1)
         target = folder if sharded else folder / "model-00001-of-00001.safetensors"
         before = snapshot(folder)
-        for out in (None, folder / "made.safetensors"):
+        for out in (None, folder / ("made" if sharded else "made.safetensors")):
             with pytest.raises(kind):
                 patch.apply(target, made, out=out)
         assert snapshot(folder) == before
