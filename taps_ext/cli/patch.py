@@ -71,9 +71,16 @@ def _facts(made: Patch, file: str) -> dict[str, Any]:
         "after": made.after,
         "tensors": len(made.entries),
         "tensors_changed": len(changed),
+        "tensors_removed": made.removed,
+        "tensors_added": made.added,
         "elements_changed": made.elements,
         "bytes": made.nbytes,
     }
+
+
+def _moved(removed: int, added: int) -> str:
+    """ ", N removed, M added", of the tensors; nothing where the two states have the same ones."""
+    return f", {removed} removed, {added} added" if removed or added else ""
 
 
 def _row(name: str, entry: Any) -> dict[str, Any]:
@@ -102,8 +109,8 @@ def _diff(args: argparse.Namespace) -> int:
         emit(facts)
     else:
         print(
-            f"{args.out}: {facts['tensors_changed']} of {facts['tensors']} tensors, {made.elements:,} elements, "
-            f"{size(made.nbytes)}"
+            f"{args.out}: {facts['tensors_changed']} of {facts['tensors']} tensors{_moved(made.removed, made.added)}, "
+            f"{made.elements:,} elements, {size(made.nbytes)}"
         )
     return 0
 
@@ -111,12 +118,15 @@ def _diff(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     from .. import patch
 
+    if args.out is not None:
+        check_out(args.out, *args.patches)
     done = patch.apply(args.checkpoint, args.patches, verify=args.verify, out=args.out)
     where = args.checkpoint if args.out is None else args.out
     if args.json:
         emit({"checkpoint": where, **done._asdict()})
     else:
-        print(f"{where}: {done.tensors} tensors, {done.elements:,} elements written; now {done.after}")
+        moved = _moved(done.removed, done.added)
+        print(f"{where}: {done.tensors} tensors{moved}, {done.elements:,} elements written; now {done.after}")
     return 0
 
 
@@ -128,7 +138,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         emit({**_facts(made, args.patch), "changes": rows})
         return 0
-    print(f"{args.patch}: {len(rows)} of {len(made.entries)} tensors change, {made.elements:,} elements")
+    moved = _moved(made.removed, made.added)
+    print(f"{args.patch}: {len(rows)} of {len(made.entries)} tensors change{moved}, {made.elements:,} elements")
     print(f"before   {made.before}\nafter    {made.after}")
     if rows:
         cells = [

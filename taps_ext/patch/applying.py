@@ -43,7 +43,7 @@ class Applied(NamedTuple):
     Attributes:
         before, after: the states' digests. tensors, elements: how many were written. verified: "full" if the digest
             before was proven of all of the state, "state" if it was a `State`'s and proven of the elements that were
-            written, "touched" if of these alone.
+            written, "touched" if of these alone. removed, added: how many of the tensors went or are new.
     """
 
     before: str
@@ -51,6 +51,8 @@ class Applied(NamedTuple):
     tensors: int
     elements: int
     verified: str
+    removed: int = 0
+    added: int = 0
 
 
 class State:

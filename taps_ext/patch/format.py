@@ -133,6 +133,16 @@ class Patch:
         return {name: entry for name, entry in self.entries.items() if entry.before != entry.after}
 
     @property
+    def removed(self) -> int:
+        """How many tensors go."""
+        return sum(entry.after is None for entry in self.entries.values())
+
+    @property
+    def added(self) -> int:
+        """How many tensors are new."""
+        return sum(entry.before is None for entry in self.entries.values())
+
+    @property
     def elements(self) -> int:
         """How many elements it writes."""
         return sum(entry.elements for entry in self.entries.values())

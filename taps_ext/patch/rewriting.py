@@ -20,14 +20,14 @@ from .applying import Applied, check_forms, mismatch
 from .errors import BaseMismatchError, LinkedShardError, OtherTensorsError
 from .format import Entry, Patch
 from .journal import ENDING, commit, held, unfinished
-from .sources import Checkpoint, Shard, folder_of, is_sharded, opened
+from .sources import INDEX, Checkpoint, Shard, folder_of, is_sharded, opened
 
 
 def apply_files(target: Path, patch: Patch, verify: str, out: Path | None) -> Applied:
     """See `patch.apply`."""
     sharded = is_sharded(target)
-    if out is not None and sharded and os.path.lexists(out):
-        raise ConfigError(f"out: expected a new folder for a checkpoint of several files, got {out}, which is there")
+    if out is not None:
+        _check_out(target, out, sharded=sharded)
     with opened(target, write=sharded and out is None) as checkpoint:
         check_forms(patch, checkpoint.forms(), checkpoint.path)
         if sharded:
@@ -39,7 +39,27 @@ def apply_files(target: Path, patch: Patch, verify: str, out: Path | None) -> Ap
             _in_place(checkpoint, patch, verify)
         else:
             _new_folder(checkpoint, patch, verify, os.fspath(out))
-    return Applied(patch.before, patch.after, len(patch.changed), patch.elements, verify)
+    return Applied(patch.before, patch.after, len(patch.changed), patch.elements, verify, patch.removed, patch.added)
+
+
+def _check_out(target: Path, out: Path, *, sharded: bool) -> None:
+    """Raise ConfigError unless `out` can be what is written instead of `target`."""
+    if (
+        os.path.exists(out)
+        and os.path.exists(target)
+        and os.path.samefile(out, folder_of(target) if sharded else target)
+    ):
+        raise ConfigError(
+            f"out: expected a place of its own, got {out}, which is what is patched; leave --out away (out=None) to "
+            "replace it"
+        )
+    name = os.fspath(out)
+    if not sharded and name.endswith((os.sep, os.altsep or os.sep)):
+        raise ConfigError(f"out: expected a file for a checkpoint of one file, got {out}, which names a folder")
+    if sharded and name.endswith((".safetensors", INDEX)):
+        raise ConfigError(f"out: expected a new folder for a checkpoint of several files, got {out}, a file's name")
+    if sharded and os.path.lexists(out):
+        raise ConfigError(f"out: expected a new folder for a checkpoint of several files, got {out}, which is there")
 
 
 def _check_sharded(patch: Patch, checkpoint: Checkpoint, *, in_place: bool) -> None:

@@ -47,6 +47,36 @@ def test_diff_and_apply(call, files: Path) -> None:
         assert torch.equal(load_file(files / f"{name}.safetensors")["w"], load_file(files / "c.safetensors")["w"])
 
 
+def test_tensors_that_go_and_come_are_counted(call, files: Path) -> None:
+    state = load_file(files / "a.safetensors")
+    save_file({"w": state["w"], "x": state["w"] + 1, "y": state["w"] + 2}, files / "odd.safetensors")
+    a, odd, made = files / "a.safetensors", files / "odd.safetensors", files / "odd.tapspatch"
+    code, out, _ = call("patch", "diff", a, odd, "-o", made)
+    assert code == 0 and "3 of 4 tensors, 1 removed, 2 added, 2,400 elements" in out
+    assert "3 of 4 tensors change, 1 removed, 2 added, 2,400 elements" in call("patch", "inspect", made)[1]
+    facts = json.loads(call("patch", "inspect", made, "--json")[1])
+    assert (facts["tensors_removed"], facts["tensors_added"]) == (1, 2)
+    code, out, _ = call("patch", "apply", a, made, "--out", files / "x.safetensors")
+    assert code == 0 and "3 tensors, 1 removed, 2 added, 2,400 elements written" in out
+    done = json.loads(call("patch", "apply", a, made, "--json")[1])
+    assert (done["removed"], done["added"]) == (1, 2) and load_file(a).keys() == {"w", "x", "y"}
+    for action in (("inspect", files / "ab.tapspatch"), ("apply", files / "b.safetensors", files / "bc.tapspatch")):
+        assert "removed" not in call("patch", *action)[1]
+
+
+def test_out_is_of_the_kind_of_the_checkpoint(call, files: Path) -> None:
+    folder = files / "model"
+    folder.mkdir()
+    save_file(load_file(files / "a.safetensors"), folder / "model.safetensors")
+    there = sorted(files.rglob("*"))
+    for name in ("x.safetensors", "x.safetensors.index.json"):
+        words = ("out: expected a new folder for a checkpoint of several files", "a file's name")
+        refused(call("patch", "apply", folder, files / "ab.tapspatch", "--out", files / name), *words)
+    words = ("out: expected a file for a checkpoint of one file", "which names a folder")
+    refused(call("patch", "apply", files / "a.safetensors", files / "ab.tapspatch", "--out", f"{files}/new/"), *words)
+    assert sorted(files.rglob("*")) == there
+
+
 def test_inspect(call, files: Path) -> None:
     code, out, _ = call("patch", "inspect", files / "ab.tapspatch")
     assert code == 0 and all(word in out for word in ("sha256:", "30x40", "gap8", "F32", "1 of 2 tensors"))
@@ -91,6 +121,8 @@ def test_refusals(call, files: Path) -> None:
     refused(call("patch", "apply", a, a), "taps.patch")
     refused(call("patch", "apply", a, files / "none.tapspatch"), "none.tapspatch", "no such file")
     refused(call("patch", "diff", a, files / "b.safetensors", "-o", a), "out: expected a file of its own")
+    refused(call("patch", "apply", a, ab, "--out", a), "out: expected a place of its own", "leave --out away")
+    refused(call("patch", "apply", a, ab, "--out", ab), "out: expected a file of its own", "which is read")
     refused(call("patch", "diff", a, ab, "-o", files / "x"), "ab.tapspatch", "taps.patch", "plain checkpoint")
     refused(call("patch", "diff", a, a), "-o")
     refused(call("patch", "inspect", a), "a.safetensors", "taps.patch")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,45 @@ def test_only_shards_that_change_are_written(tmp_path: Path) -> None:
     assert same(read(folder), new)
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_what_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    old, new = states()
+    made = patch.diff(old, new)
+    for name in ("old", "there"):
+        save_file(old, tmp_path / f"{name}.safetensors")
+        (tmp_path / f"{name}.safetensors").chmod(mode)
+    folder = write_shards(tmp_path / "model", old)
+    for file in folder.iterdir():
+        file.chmod(mode)
+    patch.apply(tmp_path / "old.safetensors", made, out=tmp_path / "there.safetensors")
+    patch.apply(tmp_path / "old.safetensors", made)
+    patch.apply(folder, made)
+    for file in (tmp_path / "old.safetensors", tmp_path / "there.safetensors", *folder.iterdir()):
+        assert stat.S_IMODE(file.stat().st_mode) == mode
+    assert all(same(read(path), new) for path in (tmp_path / "old.safetensors", tmp_path / "there.safetensors", folder))
+
+
+def test_out_is_not_what_is_patched(tmp_path: Path) -> None:
+    old, new = states()
+    made = patch.diff(old, new)
+    file = tmp_path / "old.safetensors"
+    save_file(old, file)
+    (tmp_path / "link.safetensors").symlink_to(file)
+    folder = write_shards(tmp_path / "model", old)
+    before = snapshot(tmp_path)
+    for target, out in (
+        (file, file),
+        (file, tmp_path / "model" / ".." / "old.safetensors"),
+        (file, tmp_path / "link.safetensors"),
+        (tmp_path / "link.safetensors", file),
+        (folder, folder),
+        (folder / "model.safetensors.index.json", folder),
+    ):
+        with pytest.raises(ConfigError, match="out: expected a place of its own.*leave --out away"):
+            patch.apply(target, made, out=out)
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_another_base_changes_no_file(tmp_path: Path, sharded: bool) -> None:
     old, new = states()
@@ -163,7 +203,7 @@ def test_another_base_changes_no_file(tmp_path: Path, sharded: bool) -> None:
         write_shards(folder, odd, count=3 if sharded else 1)
         target = folder if sharded else folder / "model-00001-of-00001.safetensors"
         before = snapshot(folder)
-        for out in (None, folder / "made.safetensors"):
+        for out in (None, folder / ("made" if sharded else "made.safetensors")):
             with pytest.raises(kind):
                 patch.apply(target, made, out=out)
         assert snapshot(folder) == before
