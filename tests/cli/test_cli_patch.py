@@ -77,6 +77,27 @@ def test_out_is_of_the_kind_of_the_checkpoint(call, files: Path) -> None:
     assert sorted(files.rglob("*")) == there
 
 
+def test_what_is_not_copied_is_said(call, files: Path) -> None:
+    folder, ab = files / "model", files / "ab.tapspatch"
+    folder.mkdir()
+    save_file(load_file(files / "a.safetensors"), folder / "part.safetensors")
+    places = dict.fromkeys(("b", "w"), "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert "not part of" not in call("patch", "apply", folder, ab, "--out", files / "n0")[1]
+    (folder / "config.json").write_text("{}")
+    out = call("patch", "apply", folder, ab, "--out", folder / "inside")[1]  # the new folder was not there to be copied
+    assert "config.json is not part of the checkpoint and was not copied" in out
+    for name in (".gitattributes", "README.md"):
+        (folder / name).write_text("")
+    out = call("patch", "apply", folder, ab, "--out", files / "n2")[1]
+    assert "config.json and 3 more are not part of the checkpoint and were not copied" in out
+    assert sorted(path.name for path in (files / "n2").iterdir()) == [index.name, "part.safetensors"]
+    done = json.loads(call("patch", "apply", index, ab, "--out", files / "n3", "--json")[1])
+    assert done["not_copied"] == ["config.json", "README.md", "inside", ".gitattributes"]
+    assert json.loads(call("patch", "apply", folder, ab, "--json")[1])["not_copied"] == []
+
+
 def test_inspect(call, files: Path) -> None:
     code, out, _ = call("patch", "inspect", files / "ab.tapspatch")
     assert code == 0 and all(word in out for word in ("sha256:", "30x40", "gap8", "F32", "1 of 2 tensors"))
