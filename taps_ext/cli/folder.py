@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from .common import emit, size, table
@@ -41,6 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..files.folder import TaskFolder
 
+    if args.action != "add" and not os.path.isdir(args.folder):
+        there = os.path.lexists(args.folder)
+        got = (
+            f"{args.folder}, which is none" if there else f"{args.folder}, which is not there; taps folder add makes it"
+        )
+        raise ConfigError(f"DIR: expected a folder, got {got}")
     folder = TaskFolder(args.folder, create=args.action == "add")
     if args.action == "add":
         if args.name is not None and len(args.files) != 1:

@@ -152,6 +152,16 @@ def test_refusals(call, files: Path) -> None:
     assert a.read_bytes() == before
 
 
+@pytest.mark.parametrize("action", ["list", "verify", "remove"])
+def test_a_task_folder_that_is_none(call, files: Path, action: str) -> None:
+    names = ["birds"] if action == "remove" else []
+    none = call("folder", action, files / "none", *names)
+    refused(none, "DIR: expected a folder", "which is not there; taps folder add makes it")
+    file = call("folder", action, files / "a.safetensors", *names)
+    refused(file, "DIR: expected a folder", "a.safetensors, which is none")
+    assert "create" not in none[2] + file[2] and "makes it" not in file[2] and not (files / "none").exists()
+
+
 @pytest.mark.parametrize("action", ["diff", "apply", "inspect", "verify"])
 def test_help_of_the_actions(action: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
