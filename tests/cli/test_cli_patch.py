@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 
+import taps_ext
 from taps_ext import patch
 from taps_ext.cli import main
 
@@ -160,6 +161,18 @@ def test_a_task_folder_that_is_none(call, files: Path, action: str) -> None:
     file = call("folder", action, files / "a.safetensors", *names)
     refused(file, "DIR: expected a folder", "a.safetensors, which is none")
     assert "create" not in none[2] + file[2] and "makes it" not in file[2] and not (files / "none").exists()
+
+
+def test_a_task_that_is_in_the_folder(call, tmp_path: Path) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).eval()
+    model = taps_ext.TaskModel(base, taps_ext.TapsConfig(lam=0.1))
+    model.add_task("birds", num_classes=3)
+    model.save_task("birds", tmp_path / "birds.taps")
+    assert call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps")[0] == 0
+    again = call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps")
+    refused(again, "name: 'birds' is in", "already; --replace replaces it")
+    assert "replace=True" not in again[2]
+    assert call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps", "--replace")[0] == 0
 
 
 @pytest.mark.parametrize("action", ["diff", "apply", "inspect", "verify"])
