@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from .common import emit, size, table
@@ -41,11 +42,20 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..files.folder import TaskFolder
 
+    if args.action != "add" and not os.path.isdir(args.folder):
+        there = os.path.lexists(args.folder)
+        got = (
+            f"{args.folder}, which is none" if there else f"{args.folder}, which is not there; taps folder add makes it"
+        )
+        raise ConfigError(f"DIR: expected a folder, got {got}")
     folder = TaskFolder(args.folder, create=args.action == "add")
     if args.action == "add":
         if args.name is not None and len(args.files) != 1:
             raise ConfigError(f"name: expected one file with --name, got {len(args.files)}")
-        names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
+        try:
+            names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("replace=True", "--replace")) from None
         return _say(args, [{"file": f, "task": n} for f, n in zip(args.files, names, strict=True)], "file", "task")
     if args.action == "remove":
         for name in args.names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from .common import check_out, emit, size, table
@@ -43,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply = action("apply", "Bring a checkpoint to where the patches lead.", "model/ 1.tapspatch 2.tapspatch")
     apply.add_argument("checkpoint", metavar="CHECKPOINT", help="replaced, unless --out is given")
     apply.add_argument("patches", metavar="PATCH", nargs="+", help="patches, in their order, applied as one")
-    apply.add_argument("--out", metavar="PATH", help="the file, or for several files the new folder, to write instead")
+    apply.add_argument(
+        "--out",
+        metavar="PATH",
+        help="the file, or for several files the new folder (of these files alone), to write instead",
+    )
     apply.add_argument(
         "--verify",
         choices=("full", "touched"),
@@ -117,16 +122,26 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _apply(args: argparse.Namespace) -> int:
     from .. import patch
+    from ..patch.sources import beside, folder_of, is_sharded
 
     if args.out is not None:
         check_out(args.out, *args.patches)
     done = patch.apply(args.checkpoint, args.patches, verify=args.verify, out=args.out)
     where = args.checkpoint if args.out is None else args.out
+    left = []
+    if args.out is not None and is_sharded(args.checkpoint):
+        new = os.path.abspath(args.out)
+        folder = os.path.abspath(folder_of(args.checkpoint))
+        left = [name for name in beside(args.checkpoint) if os.path.join(folder, name) != new]
     if args.json:
-        emit({"checkpoint": where, **done._asdict()})
+        emit({"checkpoint": where, **done._asdict(), "not_copied": left})
     else:
         moved = _moved(done.removed, done.added)
         print(f"{where}: {done.tensors} tensors{moved}, {done.elements:,} elements written; now {done.after}")
+        if left:
+            more, verb = ("", "is") if len(left) == 1 else (f" and {len(left) - 1} more", "are")
+            were = "was" if len(left) == 1 else "were"
+            print(f"{left[0]}{more} {verb} not part of the checkpoint and {were} not copied")
     return 0
 
 

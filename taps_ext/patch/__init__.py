@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
-from .applying import VERIFY, Applied, State, apply_live, as_patch
+from .applying import VERIFY, Applied, State, apply_live, as_chain, as_patch, placing
 from .errors import (
     AlreadyAppliedError,
     BaseMismatchError,
@@ -81,7 +81,8 @@ def apply(
     state after is proven by arithmetic: its sums are those before, minus what is replaced, plus what is written.
 
     Raises:
-        AlreadyAppliedError, BaseMismatchError: the state is the one that the patch ends at, or yet another one.
+        AlreadyAppliedError, BaseMismatchError: the state is the one that the patch ends at, or yet another one; for
+            several patches with the state's digest, and the one to go on from if it stands among them.
         MissingTensorError, UnexpectedTensorError, ShapeMismatchError, DtypeMismatchError: it has other tensors.
         OtherTensorsError: the patch adds, removes or reshapes tensors, and the target is no single file.
         ChainOrderError: patches that do not follow each other.
@@ -93,12 +94,15 @@ def apply(
     chosen = verify if verify is not None else "full" if files else "touched"
     if chosen not in VERIFY:
         raise ConfigError(f"verify: expected one of {', '.join(VERIFY)}, got {chosen!r}")
-    one = as_patch(patch)
+    chain = as_chain(patch)
+    one = as_patch(chain)
     if isinstance(target, (str, os.PathLike)):
-        return apply_files(target, one, chosen, out)
+        with placing(target, chain):
+            return apply_files(target, one, chosen, out)
     if out is not None:
         raise ConfigError("out: expected none for tensors in memory, which are written in place")
     if not isinstance(target, (Mapping, State)):
         got: Any = type(target).__name__
         raise ConfigError(f"target: expected a path, a mapping of names to tensors or a State, got {got}")
-    return apply_live(target, one, chosen)
+    with placing(target.tensors if isinstance(target, State) else target, chain):
+        return apply_live(target, one, chosen)

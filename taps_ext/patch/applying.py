@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TapsError
 from ..store.errors import (
     DtypeMismatchError,
     MissingTensorError,
@@ -25,13 +26,22 @@ from ..store.errors import (
 from . import kernels
 from .errors import AlreadyAppliedError, BaseMismatchError, OtherTensorsError, SharedMemoryError
 from .format import Entry, Form, Patch, load
-from .making import check_order, compose
+from .making import check_order, compose, digest
 from .sources import Live, digest_of, forms_of, live
 from .sums import MODULUS
 
 VERIFY = ("full", "touched")
 MANY = 1 << 16
 """Changed elements from which on threads share the work."""
+
+_PLACED = (
+    BaseMismatchError,
+    MissingTensorError,
+    UnexpectedTensorError,
+    ShapeMismatchError,
+    DtypeMismatchError,
+)
+"""How a state at another place of a chain is refused."""
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -82,21 +92,50 @@ class State:
                 raise BaseMismatchError("State", f"tensor {show(name)}: was written to since its sum was taken")
 
 
-def as_patch(patch: Any) -> Patch:
-    """One patch: as it is, read from a path, or several composed.
+def as_chain(patch: Any) -> list[Patch]:
+    """Patches in their order: one as it is or read from a path, or several.
 
     Raises:
-        ConfigError: none of these. ChainOrderError: several that do not follow each other.
+        ConfigError: none of these.
     """
     if isinstance(patch, Patch):
-        return patch
+        return [patch]
     if isinstance(patch, (str, os.PathLike)):
-        return load(patch)
+        return [load(patch)]
     if isinstance(patch, Sequence) and patch:
-        chain = [as_patch(one) for one in patch]
-        check_order(chain)
-        return reduce(compose, chain)
-    raise ConfigError(f"patch: expected a Patch, a path, or a list of them, got {type(patch).__name__}")
+        return [step for one in patch for step in as_chain(one)]
+    got = f"{'an empty ' if isinstance(patch, Sequence) else ''}{type(patch).__name__}"
+    raise ConfigError(f"patch: expected a Patch, a path, or a list of them, got {got}")
+
+
+def as_patch(chain: Sequence[Patch]) -> Patch:
+    """Several patches as one. Raises ChainOrderError unless they follow each other."""
+    check_order(chain)
+    return reduce(compose, chain)
+
+
+@contextmanager
+def placing(target: Any, chain: Sequence[Patch]) -> Iterator[None]:
+    """A refusal of a state that is not where several patches begin says where it is: at its digest, and at which of
+    them. That reads all of the state, once it is refused."""
+    try:
+        yield
+    except _PLACED as error:
+        if len(chain) < 2 or isinstance(error, AlreadyAppliedError):
+            raise
+        try:
+            found = digest(target)
+        except (TapsError, OSError):  # the refusal itself is the worse news
+            raise error from None
+        where = f"; it is at {found}"
+        if found == chain[-1].after:
+            where += f": all {len(chain)} patches are applied already"
+        for done, one in enumerate(chain[1:], 1):
+            if found == one.before:
+                first = "patch is" if done == 1 else f"{done} patches are"
+                where += f": the first {first} applied already; apply from {show(str(one.path))}"
+                break
+        raise type(error)(error.path, error.problem + where) from None
 
 
 def check_forms(patch: Patch, got: Mapping[str, tuple[str, tuple[int, ...]]], path: Path) -> None:

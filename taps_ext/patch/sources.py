@@ -146,6 +146,15 @@ def folder_of(path: Path) -> str:
     return os.fspath(path) if os.path.isdir(path) else os.path.dirname(os.fspath(path)) or "."
 
 
+def beside(path: Path) -> list[str]:
+    """What lies in the folder of a checkpoint of several files and is no part of it, config.json first, then by name;
+    without this package's temporary files."""
+    files = files_of(path)
+    parts = {os.path.basename(file) for file in (*files.paths, files.listing or "")}
+    names = [name for name in os.listdir(folder_of(path)) if name not in parts and not name.startswith(".taps-")]
+    return sorted(names, key=lambda name: (name != "config.json", name.startswith("."), name))
+
+
 def _listed(path: str) -> Files:
     with open_regular(path) as (fd, size):
         if size > _MAX_INDEX_BYTES:

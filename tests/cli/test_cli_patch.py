@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import refused
 
+import taps_ext
 from taps_ext import patch
 from taps_ext.cli import main
 
@@ -77,6 +78,27 @@ def test_out_is_of_the_kind_of_the_checkpoint(call, files: Path) -> None:
     assert sorted(files.rglob("*")) == there
 
 
+def test_what_is_not_copied_is_said(call, files: Path) -> None:
+    folder, ab = files / "model", files / "ab.tapspatch"
+    folder.mkdir()
+    save_file(load_file(files / "a.safetensors"), folder / "part.safetensors")
+    places = dict.fromkeys(("b", "w"), "part.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert "not part of" not in call("patch", "apply", folder, ab, "--out", files / "n0")[1]
+    (folder / "config.json").write_text("{}")
+    out = call("patch", "apply", folder, ab, "--out", folder / "inside")[1]  # the new folder was not there to be copied
+    assert "config.json is not part of the checkpoint and was not copied" in out
+    for name in (".gitattributes", "README.md"):
+        (folder / name).write_text("")
+    out = call("patch", "apply", folder, ab, "--out", files / "n2")[1]
+    assert "config.json and 3 more are not part of the checkpoint and were not copied" in out
+    assert sorted(path.name for path in (files / "n2").iterdir()) == [index.name, "part.safetensors"]
+    done = json.loads(call("patch", "apply", index, ab, "--out", files / "n3", "--json")[1])
+    assert done["not_copied"] == ["config.json", "README.md", "inside", ".gitattributes"]
+    assert json.loads(call("patch", "apply", folder, ab, "--json")[1])["not_copied"] == []
+
+
 def test_inspect(call, files: Path) -> None:
     code, out, _ = call("patch", "inspect", files / "ab.tapspatch")
     assert code == 0 and all(word in out for word in ("sha256:", "30x40", "gap8", "F32", "1 of 2 tensors"))
@@ -129,6 +151,28 @@ def test_refusals(call, files: Path) -> None:
     refused(call("patch", "join"), "join")
     refused(call("patch"), "ACTION")
     assert a.read_bytes() == before
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "remove"])
+def test_a_task_folder_that_is_none(call, files: Path, action: str) -> None:
+    names = ["birds"] if action == "remove" else []
+    none = call("folder", action, files / "none", *names)
+    refused(none, "DIR: expected a folder", "which is not there; taps folder add makes it")
+    file = call("folder", action, files / "a.safetensors", *names)
+    refused(file, "DIR: expected a folder", "a.safetensors, which is none")
+    assert "create" not in none[2] + file[2] and "makes it" not in file[2] and not (files / "none").exists()
+
+
+def test_a_task_that_is_in_the_folder(call, tmp_path: Path) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).eval()
+    model = taps_ext.TaskModel(base, taps_ext.TapsConfig(lam=0.1))
+    model.add_task("birds", num_classes=3)
+    model.save_task("birds", tmp_path / "birds.taps")
+    assert call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps")[0] == 0
+    again = call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps")
+    refused(again, "name: 'birds' is in", "already; --replace replaces it")
+    assert "replace=True" not in again[2]
+    assert call("folder", "add", tmp_path / "tasks", tmp_path / "birds.taps", "--replace")[0] == 0
 
 
 @pytest.mark.parametrize("action", ["diff", "apply", "inspect", "verify"])

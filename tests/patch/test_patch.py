@@ -6,14 +6,16 @@ import itertools
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from patch_states import DTYPES, changed, copies, example, flat, random_pair, same
+from safetensors.torch import load_file, save_file
 from stages import SEED, THOROUGH
 from torch import Tensor, nn
 
-from taps_ext import ConfigError, patch
+from taps_ext import ConfigError, TaskFileError, patch
 from taps_ext.patch import applying, kernels
 from taps_ext.patch.codes import CodeFault
 from taps_ext.patch.errors import (
@@ -302,7 +304,9 @@ def test_what_is_no_state() -> None:
         (lambda: patch.diff(good, 3), "new: expected a path or a mapping.*int"),
         (lambda: patch.apply(3, made), "target: expected a path"),  # type: ignore[arg-type]
         (lambda: patch.apply(good, 3), "patch: expected a Patch"),  # type: ignore[arg-type]
-        (lambda: patch.apply(good, []), "patch: expected a Patch"),
+        (lambda: patch.apply(good, []), "patch: expected a Patch, a path, or a list of them, got an empty list"),
+        (lambda: patch.apply(good, ()), "patch: expected a Patch, a path, or a list of them, got an empty tuple"),
+        (lambda: patch.apply(good, {}), "patch: expected a Patch, a path, or a list of them, got dict"),  # type: ignore[arg-type]
         (lambda: patch.apply(good, made, verify="some"), "verify: expected one of full, touched, got 'some'"),
         (lambda: patch.apply(good, made, out="x"), "out: expected none"),
         (lambda: patch.State(3), "tensors: expected a mapping"),  # type: ignore[arg-type]
@@ -515,6 +519,38 @@ def test_a_chain_that_comes_back_and_one_that_reshapes() -> None:
     for number, step in enumerate(steps[1:], 2):
         whole = patch.compose(whole, step)
         assert patch.parse(whole.to_bytes()).after == patch.digest(states[number])
+
+
+@pytest.mark.parametrize("verify", ["full", "touched"])
+@pytest.mark.parametrize("form", ["file", "file that grows", "mapping", "state"])
+def test_a_chain_that_is_applied_in_part(tmp_path: Path, form: str, verify: str) -> None:
+    states = [{"w": torch.full((50,), float(i))} for i in range(4)]
+    if form == "file that grows":
+        for state in states[1:]:
+            state["new"] = torch.ones(3)
+    file = tmp_path / "x.safetensors"
+    steps = [patch.diff(a, b) for a, b in itertools.pairwise(states)]
+    chain = [patch.Patch(s.entries, f"{i}.tapspatch", s.before, s.after) for i, s in enumerate(steps)]
+
+    def refusal(state: dict[str, Tensor]) -> str:
+        save_file(state, file)
+        held = copies(state)
+        target = {"mapping": held, "state": patch.State(held)}.get(form, file)
+        with pytest.raises(TaskFileError) as caught:
+            patch.apply(target, chain, verify=verify)
+        assert same(held, state) and same(load_file(file), state)
+        return str(caught.value)
+
+    assert refusal(states[1]).endswith(
+        f"; it is at {steps[1].before}: the first patch is applied already; apply from '1.tapspatch'"
+    )
+    assert refusal(states[2]).endswith(
+        f"; it is at {steps[2].before}: the first 2 patches are applied already; apply from '2.tapspatch'"
+    )
+    done = ": all 3 patches are applied already" if form == "file that grows" else " is already applied"
+    assert refusal(states[3]).endswith(done)
+    odd = {name: tensor + 9 for name, tensor in states[1].items()}
+    assert refusal(odd).endswith(f"; it is at {patch.digest(odd)}")
 
 
 def test_a_wrong_order_in_a_chain() -> None:
