@@ -73,7 +73,7 @@ def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder.add(write(tmp_path / "one.taps", "birds", 0))
     before = folder.file("birds").read_bytes()
     other = write(tmp_path / "two.taps", "birds", 1)
-    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; replace=True replaces it"):
+    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; --replace replaces it"):
         folder.add(other)
     assert folder.file("birds").read_bytes() == before != other.read_bytes()
     folder.add(other, replace=True)
@@ -281,7 +281,7 @@ def test_the_command(tmp_path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [(row["task"], row["method"]) for row in found] == [("birds", "taps"), ("cars", "taps")]
     assert main(["folder", "add", folder, files[0]]) == 2
-    assert "already; replace=True replaces it" in capsys.readouterr().err
+    assert "already; --replace replaces it" in capsys.readouterr().err
     assert main(["folder", "remove", folder, "cars"]) == 0 and main(["folder", "verify", folder]) == 0
     assert "ok   birds.taps" in capsys.readouterr().out
     Path(folder, "birds.taps").write_bytes(b"no file of ours")
