@@ -73,7 +73,7 @@ def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder.add(write(tmp_path / "one.taps", "birds", 0))
     before = folder.file("birds").read_bytes()
     other = write(tmp_path / "two.taps", "birds", 1)
-    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; --replace replaces it"):
+    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; replace=True replaces it"):
         folder.add(other)
     assert folder.file("birds").read_bytes() == before != other.read_bytes()
     folder.add(other, replace=True)
