@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import mmap
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from turns import fastest, write
 
 from taps_ext import TaskFolder, store
 from taps_ext.store.format import DIGEST_KEY, MAX_TASK_TENSORS, MAX_TENSORS, encode_header, header_digest
@@ -66,17 +63,6 @@ def task(count: int, rows: int, columns: int) -> store.TaskFile:
         for index in range(count)
     }
     return store.TaskFile(parent=PARENT, name="task", method={"method": "taps"}, parts=parts)
-
-
-def fastest(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """Milliseconds of each call, the best of `turns`."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(turns):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - begun))
-    return best
 
 
 def _hashed(view: memoryview) -> str:
@@ -212,10 +198,9 @@ def headers(folder: Path, turns: int) -> dict[str, Any]:
             assert path.stem in refused
 
     times = fastest({name: lambda path=path: read(path) for name, path in paths.items()}, turns)  # type: ignore[misc]
+    counts = {name: MAX_TENSORS if "'s" in name else MAX_TASK_TENSORS for name in paths if not name.startswith("parts")}
     return {
-        "tensors": {
-            name: 0 if name.startswith("parts") else MAX_TENSORS if "'s" in name else MAX_TASK_TENSORS for name in paths
-        },
+        "tensors": counts,
         "bytes": {name: path.stat().st_size for name, path in paths.items()},
         "ms": {name: round(value, 2) for name, value in times.items()},
     }
@@ -228,6 +213,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         large = reading(folder, args.megabytes, args.turns)
@@ -248,19 +234,10 @@ def main() -> None:
     print(f"  {many['resident_over']:.4f} of the memory")
     print("a header")
     for what, milliseconds in tables["ms"].items():
-        print(f"  of {tables['tensors'][what]:,} tensors ({what}): {milliseconds:.2f} ms")
-    result = {
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 2),
-        "reading": large,
-        "folders": many,
-        "headers": tables,
-    }
+        tensors = f"{tables['tensors'][what]:,} tensors ({what})" if what in tables["tensors"] else what
+        print(f"  of {tensors}: {milliseconds:.2f} ms")
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        write(args.json, {"reading": large, "folders": many, "headers": tables}, load)
 
 
 if __name__ == "__main__":

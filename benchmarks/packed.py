@@ -12,10 +12,8 @@ behind it, both warm.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import milliseconds, write
 
 import taps_ext
-from taps_ext.ops import _C
 from taps_ext.ops.encode import encoded
 from taps_ext.ops.unpack import ORDER, packed_linear, packed_weight
 
@@ -40,18 +38,10 @@ ROWS = (1, 2, 4, 8, 16)
 SIDE = 4096
 
 
-def medians(calls: Mapping[str, Callable[[], object]], turns: int, cold: bool = True) -> dict[str, float]:
-    """Milliseconds of each call; cold: what it reads is in no cache, for 128 MB were written before it."""
-    other = torch.zeros(128 << 20 if cold else 0, dtype=torch.uint8)
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            other.add_(1)
-            begun = time.perf_counter()
-            call()
-            if turn:  # the first warms up
-                found[name].append(1e3 * (time.perf_counter() - begun))
-    return {name: statistics.median(values) for name, values in found.items()}
+def medians(calls: Mapping[str, Callable[[], object]], turns: int, cold: int = 128 << 20) -> dict[str, float]:
+    """Milliseconds of each call; of one turn more the first warms up."""
+    found = milliseconds(calls, turns + 1, cold=cold)
+    return {name: statistics.median(values[1:]) for name, values in found.items()}
 
 
 def throughput(turns: int) -> list[dict[str, Any]]:
@@ -131,7 +121,7 @@ def sizes(turns: int) -> list[dict[str, Any]]:
             x, over = torch.randn(rows, inputs), {}
             for name in ("int8", "int4", "sign", "bitmask:0.1"):
                 kind, share = CODECS[name]
-                ms = medians(roads(x, weight, kind, encoded(kind, delta, share)), turns, cold=False)
+                ms = medians(roads(x, weight, kind, encoded(kind, delta, share)), turns, cold=0)
                 over[name] = ms["without"] / ms["with"]
             table.append({"outputs": outputs, "inputs": inputs, "rows": rows, "over": over})
     return table
@@ -165,10 +155,7 @@ def main() -> None:
         cells = " | ".join(f"{value:.2f}" for value in entry["over"].values())
         print(f"| {entry['outputs']} x {entry['inputs']} | {entry['rows']} | {cells} |")
     if args.json:
-        result = {"isa": _C.isa(), "torch": torch.__version__, "load": round(load, 2)}
-        result |= {"codecs": codecs, "few_rows": linear, "sizes": small}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write(args.json, {"codecs": codecs, "few_rows": linear, "sizes": small}, load)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from turns import fastest, write
 
 from taps_ext import patch
 
 LAYERS = 8
+COLD = 96 << 20  # bytes written between two calls
 State = dict[str, Tensor]
 
 
@@ -55,20 +55,6 @@ def plain_apply(target: State, found: Mapping[str, tuple[Tensor, Tensor]]) -> No
         target[name].view(torch.int16).view(-1).index_put_((numbers,), values)
 
 
-def fastest(calls: Mapping[str, tuple[Callable[[], object], Callable[[], object]]], turns: int) -> dict[str, float]:
-    """Milliseconds of each call with cold caches, the best of `turns`; the second in a pair makes ready, untimed."""
-    other = torch.zeros(96 << 20, dtype=torch.uint8)
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(turns):
-        for name, (call, ready) in calls.items():
-            ready()
-            other.add_(1)
-            begun = time.perf_counter()
-            call()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - begun))
-    return best
-
-
 def measure(millions: float, share: float, turns: int) -> dict[str, Any]:
     old, new = make(millions, share)
     target = {name: tensor.clone() for name, tensor in old.items()}
@@ -86,22 +72,20 @@ def measure(millions: float, share: float, turns: int) -> dict[str, Any]:
         for name, tensor in target.items():
             tensor.copy_(source[name])
 
-    nothing: Callable[[], object] = lambda: None  # noqa: E731
-    times = fastest(
-        {
-            "copy": (lambda: copy(old), reset),
-            "clone": (lambda: [tensor.clone() for tensor in new.values()], nothing),
-            "apply": (lambda: patch.apply(state, made), reset),
-            "apply full": (lambda: patch.apply(state, made, verify="full"), reset),
-            "read patch": (lambda: patch.parse(blob), nothing),
-            "plain apply": (lambda: plain_apply(target, plain), reset),
-            "plain back": (lambda: copy(old), nothing),
-            "diff": (lambda: patch.diff(old, new), nothing),
-            "plain diff": (lambda: plain_diff(old, new), nothing),
-            "digest": (lambda: patch.digest(old), nothing),
-        },
-        turns,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: copy(old),
+        "clone": lambda: [tensor.clone() for tensor in new.values()],
+        "apply": lambda: patch.apply(state, made),
+        "apply full": lambda: patch.apply(state, made, verify="full"),
+        "read patch": lambda: patch.parse(blob),
+        "plain apply": lambda: plain_apply(target, plain),
+        "plain back": lambda: copy(old),
+        "diff": lambda: patch.diff(old, new),
+        "plain diff": lambda: plain_diff(old, new),
+        "digest": lambda: patch.digest(old),
+    }
+    ready = dict.fromkeys(("copy", "apply", "apply full", "plain apply"), reset)
+    times = fastest(calls, turns, ready=ready, cold=COLD)
     del times["plain back"]
     reset()
     patch.apply(state, made)
@@ -127,23 +111,15 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     cases = [(args.millions, 0.01), (args.millions, 0.03), (args.millions / 10, 0.01), (args.millions, 0.001)]
     rows = [measure(millions, share, args.turns) for millions, share in cases]
     for row in rows:
         print(json.dumps(row))
     ratio = rows[3]["ms"]["apply"] / rows[2]["ms"]["apply"]
     print(f"ten times the state, as many changes: apply takes {ratio:.2f} times as long")
-    result = {
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 2),
-        "rows": rows,
-        "ten_times_the_state": round(ratio, 3),
-    }
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        write(args.json, {"rows": rows, "ten_times_the_state": round(ratio, 3)}, load)
 
 
 if __name__ == "__main__":

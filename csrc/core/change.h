@@ -34,8 +34,7 @@ TAPS_BOTH inline int nibble_of(const void* codes, int64_t i) {
   return (nibble ^ 8) - 8;
 }
 
-// --- eight elements at a time, in registers
-// ---------------------------------------------------------------------------
+// --- eight elements at a time, in registers --------------------------------------------------------
 
 // The codes of elements [i, i + count) in a word, the first in its lowest bits; `i` is a multiple of eight, `count` at
 // most eight. Where a bit is a code it is all of a byte. `whole`: eight elements, and `codes` begin on eight bytes.

@@ -209,7 +209,7 @@ void panel(const LinearProduct& p, const float* x, int64_t ld, int64_t output) {
 template <class T>
 void panels(const LinearProduct& p, const float* x, int64_t ld, int64_t begin, int64_t end) {
   int64_t output = begin;
-  if (p.rows > kAloneRows) {
+  if (p.rows > kAloneRows || T::D::kPacked) {  // one chain of decoding alone would be waited for
     for (; output + kOutputs <= end; output += kOutputs) panel<T, kOutputs>(p, x, ld, output);
   }
   for (; output < end; ++output) panel<T, 1>(p, x, ld, output);

@@ -52,10 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "add":
         if args.name is not None and len(args.files) != 1:
             raise ConfigError(f"name: expected one file with --name, got {len(args.files)}")
-        try:
-            names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("replace=True", "--replace")) from None
+        names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
         return _say(args, [{"file": f, "task": n} for f, n in zip(args.files, names, strict=True)], "file", "task")
     if args.action == "remove":
         for name in args.names:

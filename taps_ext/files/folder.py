@@ -120,7 +120,7 @@ class TaskFolder:
         try:
             store.copy(file, target, replace=replace)
         except FileExistsError:
-            raise ConfigError(f"name: {name!r} is in {self.path} already; replace=True replaces it") from None
+            raise ConfigError(f"name: {name!r} is in {self.path} already, and it was not to be replaced") from None
         return name
 
     def remove(self, name: str) -> None:

@@ -50,10 +50,9 @@ def packed_weight(
     return out
 
 
-# Where a linear layer decodes on its way to the product. Its share of the time of W_t and torch's product behind it,
-# over 1, 4 and 16 rows and all four codecs (one thread of an AVX-512 BF16 machine that did other work too, the least of
-# nine turns): 4096 x 4096 in fp32 .15 to .87, the less the more pages of W_t are new; 768 x 768 .56 to .96; 128 x 64
-# .99 to 1.36. In bf16 4096 x 4096 took up to 1.2, so that bf16 keeps its W_t.
+# Where a linear layer decodes on its way to the product. That pays at every size that benchmarks/packed.py measures: of
+# the time of W_t and torch's product behind it .40 to .97 from 64 x 64 to 128 x 128, .18 to .91 at 1024 x 1024. Smaller
+# layers keep W_t for its bits: the product is that of the merged weight then. So does bf16, which these loops widen.
 FEW_ROWS, LEAST_WEIGHTS = 16, 1 << 19
 
 

@@ -73,7 +73,7 @@ def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder.add(write(tmp_path / "one.taps", "birds", 0))
     before = folder.file("birds").read_bytes()
     other = write(tmp_path / "two.taps", "birds", 1)
-    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; replace=True replaces it"):
+    with pytest.raises(ConfigError, match="name: 'birds' is in .* already, and it was not to be replaced"):
         folder.add(other)
     assert folder.file("birds").read_bytes() == before != other.read_bytes()
     folder.add(other, replace=True)
@@ -141,18 +141,25 @@ def test_mistakes_are_told(tmp_path) -> None:
             folder.file(name)  # type: ignore[arg-type]
 
 
-def test_families_lie_beside_their_tasks(tmp_path) -> None:
-    config = JointTapsConfig(lam=0.1)
-    made = model(config)
+JOINT = JointTapsConfig(lam=0.1)
+
+
+def with_family(tmp_path: Path) -> tuple[TaskModel, TaskFolder]:
+    """A model whose task "a" stands on a family, the files of both, and a folder for them."""
+    made = model(JOINT)
     made.add_task("a", num_classes=3)
     (family,) = made.families
     made.save_shared(family, tmp_path / "family.taps")
     made.save_task("a", tmp_path / "a.taps")
-    folder = TaskFolder(tmp_path / "tasks", create=True)
+    return made, TaskFolder(tmp_path / "tasks", create=True)
+
+
+def test_families_lie_beside_their_tasks(tmp_path) -> None:
+    made, folder = with_family(tmp_path)
     assert folder.add(tmp_path / "family.taps") == "" == folder.add(tmp_path / "family.taps")
     folder.add(tmp_path / "a.taps")
     assert list(folder) == ["a"] and folder.shared("a") is not None
-    fresh = model(config)
+    fresh = model(JOINT)
     fresh.load_task(folder.file("a"), shared=folder.shared("a"))
     x = torch.randn(2, 4)
     assert torch.equal(fresh(x, task="a"), made(x, task="a"))
@@ -256,18 +263,12 @@ def test_a_packed_task_is_read_once(tmp_path, monkeypatch) -> None:
 
 def test_a_family_is_found_by_its_name_among_many(tmp_path, monkeypatch) -> None:
     """No task's file is read for it."""
-    config = JointTapsConfig(lam=0.1)
-    made = model(config)
-    made.add_task("a", num_classes=3)
-    (family,) = made.families
-    made.save_shared(family, tmp_path / "family.taps")
-    made.save_task("a", tmp_path / "a.taps")
-    folder = TaskFolder(tmp_path / "tasks", create=True)
+    _, folder = with_family(tmp_path)
     for file in ("family", "a"):
         folder.add(tmp_path / f"{file}.taps")
     for index in range(20):
         (folder.path / f"!{index}.taps").write_bytes((tmp_path / "a.taps").read_bytes())
-    fresh, calls = model(config), Calls(monkeypatch)
+    fresh, calls = model(JOINT), Calls(monkeypatch)
     fresh.load_task(folder.file("a"))
     assert fresh.tasks == ["a"] and {Path(path).name[:8] for path in calls.opened} == {"a.taps", "%shared-"}
 
@@ -281,7 +282,7 @@ def test_the_command(tmp_path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [(row["task"], row["method"]) for row in found] == [("birds", "taps"), ("cars", "taps")]
     assert main(["folder", "add", folder, files[0]]) == 2
-    assert "already; --replace replaces it" in capsys.readouterr().err
+    assert "already, and it was not to be replaced" in capsys.readouterr().err
     assert main(["folder", "remove", folder, "cars"]) == 0 and main(["folder", "verify", folder]) == 0
     assert "ok   birds.taps" in capsys.readouterr().out
     Path(folder, "birds.taps").write_bytes(b"no file of ours")
