@@ -58,7 +58,7 @@ def test_names_too_long_for_a_file(tmp_path) -> None:
         assert folder.add(write(tmp_path / "one.taps", name, seed)) == name
     assert list(folder) == sorted(names) and len(folder) == 3 and all(name in folder for name in names)
     assert [folder.header(name).metadata.name for name in names] == names
-    with pytest.raises(ConfigError, match="already; replace=True"):
+    with pytest.raises(ConfigError, match="already, and it was not to be replaced"):
         folder.add(tmp_path / "one.taps")
     with pytest.raises(ConfigError, match="name: expected one that is shorter, or the file's own, got"):
         folder.add(tmp_path / "one.taps", "x" * 300)
