@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
-    from ..files.folder import TaskFolder
+    from ..files.folder import NameTakenError, TaskFolder
 
     if args.action != "add" and not os.path.isdir(args.folder):
         there = os.path.lexists(args.folder)
@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "add":
         if args.name is not None and len(args.files) != 1:
             raise ConfigError(f"name: expected one file with --name, got {len(args.files)}")
-        names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
+        try:
+            names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
+        except NameTakenError as error:
+            raise NameTakenError(error.name, error.folder, "--replace") from None
         return _say(args, [{"file": f, "task": n} for f, n in zip(args.files, names, strict=True)], "file", "task")
     if args.action == "remove":
         for name in args.names:

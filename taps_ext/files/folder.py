@@ -16,6 +16,14 @@ from ..store.names import SHARED, file_name, name_of, shared_file_name
 _ENDING = ".taps"
 
 
+class NameTakenError(ConfigError):
+    """A folder has a task of that `name` already."""
+
+    def __init__(self, name: str, folder: Path, remedy: str = "replace=True") -> None:
+        super().__init__(f"name: {name!r} is in {folder} already; {remedy} replaces it")
+        self.name, self.folder = name, folder
+
+
 class TaskFolder:
     """A folder of tasks' files. Nothing is read where it is opened, and a task is found by its file's name, so that a
     thousand tasks cost what ten do.
@@ -102,7 +110,8 @@ class TaskFolder:
             name: what the folder calls the task; None: as its file does. replace: a task of that name that is there.
 
         Raises:
-            TaskFileError: a damaged file, or one of another kind. ConfigError: a name that is taken, or missing.
+            TaskFileError: a damaged file, or one of another kind. ConfigError: a name that is missing, or taken
+                (`NameTakenError`).
         """
         header = store.read_header(Path(file), states=False)
         kind = header.metadata.kind
@@ -120,7 +129,7 @@ class TaskFolder:
         try:
             store.copy(file, target, replace=replace)
         except FileExistsError:
-            raise ConfigError(f"name: {name!r} is in {self.path} already, and it was not to be replaced") from None
+            raise NameTakenError(name, self.path) from None
         return name
 
     def remove(self, name: str) -> None:

@@ -58,7 +58,7 @@ def test_names_too_long_for_a_file(tmp_path) -> None:
         assert folder.add(write(tmp_path / "one.taps", name, seed)) == name
     assert list(folder) == sorted(names) and len(folder) == 3 and all(name in folder for name in names)
     assert [folder.header(name).metadata.name for name in names] == names
-    with pytest.raises(ConfigError, match="already, and it was not to be replaced"):
+    with pytest.raises(ConfigError, match="already; replace=True"):
         folder.add(tmp_path / "one.taps")
     with pytest.raises(ConfigError, match="name: expected one that is shorter, or the file's own, got"):
         folder.add(tmp_path / "one.taps", "x" * 300)
@@ -73,7 +73,7 @@ def test_a_taken_name_is_refused_and_nothing_is_lost(tmp_path) -> None:
     folder.add(write(tmp_path / "one.taps", "birds", 0))
     before = folder.file("birds").read_bytes()
     other = write(tmp_path / "two.taps", "birds", 1)
-    with pytest.raises(ConfigError, match="name: 'birds' is in .* already, and it was not to be replaced"):
+    with pytest.raises(ConfigError, match="name: 'birds' is in .* already; replace=True replaces it"):
         folder.add(other)
     assert folder.file("birds").read_bytes() == before != other.read_bytes()
     folder.add(other, replace=True)
@@ -282,7 +282,7 @@ def test_the_command(tmp_path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert [(row["task"], row["method"]) for row in found] == [("birds", "taps"), ("cars", "taps")]
     assert main(["folder", "add", folder, files[0]]) == 2
-    assert "already, and it was not to be replaced" in capsys.readouterr().err
+    assert "already; --replace replaces it" in capsys.readouterr().err
     assert main(["folder", "remove", folder, "cars"]) == 0 and main(["folder", "verify", folder]) == 0
     assert "ok   birds.taps" in capsys.readouterr().out
     Path(folder, "birds.taps").write_bytes(b"no file of ours")
