@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             names = [folder.add(file, args.name, replace=args.replace) for file in args.files]
         except NameTakenError as error:
-            raise NameTakenError(error.name, error.folder, "--replace") from None
+            raise NameTakenError(error.problem, "--replace replaces it") from None
         return _say(args, [{"file": f, "task": n} for f, n in zip(args.files, names, strict=True)], "file", "task")
     if args.action == "remove":
         for name in args.names:

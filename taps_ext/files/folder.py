@@ -17,11 +17,14 @@ _ENDING = ".taps"
 
 
 class NameTakenError(ConfigError):
-    """A folder has a task of that `name` already."""
+    """A folder has a task of that name already: `problem`, and the `remedy` in the words of who asked."""
 
-    def __init__(self, name: str, folder: Path, remedy: str = "replace=True") -> None:
-        super().__init__(f"name: {name!r} is in {folder} already; {remedy} replaces it")
-        self.name, self.folder = name, folder
+    def __init__(self, problem: str, remedy: str = "replace=True replaces it") -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem, self.remedy)
 
 
 class TaskFolder:
@@ -129,7 +132,7 @@ class TaskFolder:
         try:
             store.copy(file, target, replace=replace)
         except FileExistsError:
-            raise NameTakenError(name, self.path) from None
+            raise NameTakenError(f"name: {name!r} is in {self.path} already") from None
         return name
 
     def remove(self, name: str) -> None:
