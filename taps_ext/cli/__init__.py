@@ -75,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="taps",
         description="One frozen base model, many tasks: train, check and run files of gated weight deltas.",
-        epilog="`taps COMMAND --help` shows the options and an example. A first try: taps demo",
+        epilog="`taps COMMAND --help` shows the options and an example. A first try: taps demo. "
+        "--out replaces a file that is there, once the new one is whole and on the disk, and never one that is read.",
     )
     parser.add_argument("--version", action="version", version=f"taps_ext {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

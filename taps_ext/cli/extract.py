@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +51,19 @@ def _fraction(text: str) -> float:
 def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
     import torch
 
+    from ..store.errors import show
+
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except pickle.UnpicklingError as error:  # torch's own words lead to running the file's code
+        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        got = "other objects" if found is None else show(found.group(1))
+        raise ConfigError(
+            f"checkpoint: {path}: expected tensors by name alone, which torch.save(model.state_dict(), ...) writes, "
+            f"got {got}, whose code is not run here"
+        ) from None
     except Exception as error:  # a file of anything else makes the reader of pickles raise whatever it meets
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"checkpoint: {path}: expected a file of tensors by torch.save, got {reason}") from None

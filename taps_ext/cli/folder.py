@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import emit, size, table
+
+if TYPE_CHECKING:
+    from ..files.folder import TaskFolder
 
 PURPOSE = "Keep task files in a folder, each under its task's name."
 EXAMPLE = "taps folder add tasks runs/birds/birds.taps"
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("files", metavar="FILE", nargs="+", help="of tasks, and of what they share")
     add.add_argument("--name", metavar="NAME", help="what the folder calls the one task (default: as its file does)")
     add.add_argument("--replace", action="store_true", help="replace tasks of the same name")
-    action("list", "Show the tasks.")
+    action("list", "Show the tasks; exit code 0 only if all of their files can be read, else 1.")
     remove = action("remove", "Delete tasks' files.")
     remove.add_argument("names", metavar="NAME", nargs="+")
     action("verify", "Check every digest of every file; exit code 0 only if all are sound, else 1.")
@@ -64,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
             folder.remove(name)
         return _say(args, [{"removed": name} for name in args.names], "removed")
     if args.action == "list":
-        rows = [folder.summary(name) for name in folder]
-        shown = [{**row, "bytes": row["bytes"] if args.json else size(row["bytes"])} for row in rows]
-        return _say(args, shown, "task", "method", "bytes", "labels")
+        return _list(args, folder)
     found = folder.verify()
     if args.json:
         emit(found)
@@ -74,6 +75,27 @@ def run(args: argparse.Namespace) -> int:
         for file, problem in found.items():
             print(f"ok   {file}" if problem is None else f"BAD  {file}: {problem}")
     return 0 if not any(found.values()) else 1
+
+
+def _list(args: argparse.Namespace, folder: TaskFolder) -> int:
+    """A row for each sound task; a damaged file hides no other."""
+    from ..errors import TaskFileError
+
+    rows: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    for name in folder:
+        try:
+            rows.append(folder.summary(name))
+        except TaskFileError as error:
+            bad.append({"task": name, "problem": error.problem})
+    shown = [{**row, "bytes": row["bytes"] if args.json else size(row["bytes"])} for row in rows]
+    if args.json:
+        emit([*shown, *bad])
+    else:
+        _say(args, shown, "task", "method", "bytes", "labels")
+        for row in bad:
+            print(f"BAD  {row['task']}: {row['problem']}")
+    return 1 if bad else 0
 
 
 def _say(args: argparse.Namespace, rows: list[dict[str, Any]], *columns: str) -> int:

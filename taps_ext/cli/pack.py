@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..model import Packing, TaskModel
     from ..store import TaskFile
 
+LEFT = ("dense", "whole")  # layers as they were
+
 PURPOSE = "Pack the Deltas of a task file: without loss, by a codec, a bound for the error, or a budget of bytes."
 EXAMPLE = "taps pack runs/signs/signs.taps --codec int8 --out signs.int8.taps"
 MORE = """
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             f"answer for {100 * facts['agreement']:.2f} % of {facts['samples']} samples of {facts['data']}"
         )
     print(f"{args.out}: {size(written)}")
+    if all(row.codec in LEFT for row in packing.rows):
+        print("no layer takes fewer bytes so: all are as they were, and there is nothing to unpack")
     return 0
 
 

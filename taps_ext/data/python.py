@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +18,9 @@ FIELDS = ("train", "val", "test", "classes", "description", "licence", "normaliz
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """The callable at a dotted path.
+    """The callable at a dotted path, of a module that Python finds or of one in the current folder.
+
+    The folder is asked last and stays on `sys.path`, since workers and pickled functions import the module again.
 
     Raises:
         SourceError: no dot in the path, the module does not import, or it has no such callable.
@@ -25,8 +29,10 @@ def find_function(path: str) -> Callable[..., Any]:
     if not module_name:
         raise SourceError(f"python:{path}: expected python:MODULE.FUNCTION")
     try:
+        if importlib.util.find_spec(module_name.partition(".")[0]) is None and (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise SourceError(f"python:{path}: cannot import {module_name}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -59,6 +59,9 @@ class Replacement:
             except (FileNotFoundError, NotADirectoryError):
                 raise MissingFileError(path, f"no such folder: {self.folder}") from None
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    what = f"expected a folder to make files in: {error.strerror}"
+                    raise type(error)(error.errno, what, self.folder) from None
                 raise refused(path, error) from None
             _lock(self.fd)
             if not _is_at(self.fd, self.temporary):  # swept before it was locked

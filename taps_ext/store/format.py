@@ -194,16 +194,28 @@ def _digest(entries: str, metadata: Mapping[str, str], *, path: Path) -> str:
     return "sha256:" + hashlib.sha256(_framed(entries, rest, path=path)).hexdigest()
 
 
+_STRANGERS = {  # what people take for a task file, by its first bytes in lower case
+    b"pk\x03\x04": "a zip archive, as torch.save writes them",
+    b"\x80\x02": "a pickle, as torch.save writes them",
+    b"\x1f\x8b": "a gzip archive",
+    b"<!doctyp": "a web page",
+    b"<html": "a web page",
+    b"version ": "a Git LFS pointer, whose file is yet to be fetched",
+    b"{": "JSON",
+}
+
+
 def header_length(prefix: bytes, file_bytes: int, *, path: Path) -> int:
     """Header length from the file's first 8 bytes; raises TruncatedFileError or LimitError."""
     if len(prefix) < 8:
         raise TruncatedFileError(path, f"expected the 8 bytes of a header length, got a file of {len(prefix)} bytes")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        why = "not a task file, nor safetensors?"
+        known = next((word for begin, word in _STRANGERS.items() if prefix.lower().startswith(begin)), None)
+        why = "not a task file, nor safetensors" + (f", but {known}" if known else "?")
         raise LimitError(path, f"header length {length}, at most {MAX_HEADER_BYTES} allowed; {why}")
     if length > file_bytes - 8:
-        raise TruncatedFileError(path, f"header length {length}, but only {file_bytes - 8} bytes follow")
+        raise TruncatedFileError(path, f"cut short: header length {length}, but only {file_bytes - 8} bytes follow")
     return length
 
 
@@ -313,7 +325,9 @@ def _prove_layout(tensors: list[TensorInfo], data_bytes: int, *, path: Path) -> 
         end = tensor.end
     last = _before(tensors, len(tensors))
     if end > data_bytes:
-        raise TruncatedFileError(path, f"{last} ends at data byte {end}, the file holds {data_bytes} data bytes")
+        raise TruncatedFileError(
+            path, f"cut short: {last} ends at data byte {end}, the file holds {data_bytes} data bytes"
+        )
     if end < data_bytes:
         raise LayoutError(path, f"{data_bytes - end} trailing bytes after {last}")
 

@@ -181,7 +181,8 @@ def check_version(strings: Mapping[str, str], *, path: Path) -> None:
     """Raises FormatVersionError unless `taps.format` is there and has our major version."""
     text = strings.get("taps.format")
     if text is None:
-        raise FormatVersionError(path, "__metadata__ has no 'taps.format': not a task file")
+        kind = "a patch (taps patch inspect)" if "taps.patch" in strings else "another safetensors file"
+        raise FormatVersionError(path, f"__metadata__ has no 'taps.format': not a task file, but {kind}")
     match = _VERSION.fullmatch(text)
     if match is None:
         raise FormatVersionError(path, f"taps.format: expected major.minor, got {show(text)}")

@@ -246,6 +246,15 @@ def test_a_module_beside_the_configuration(call, folder: Path, tmp_path: Path) -
     assert json.loads(out)[0]["samples"] == 80
 
 
+def test_a_module_in_the_current_folder(tmp_path: Path) -> None:
+    """For the installed command, whose `sys.path` begins with the folder that it is in."""
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(4, 2)\n")
+    command = "import sys; del sys.path[0]; from taps_ext.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", command, "profile", "python:mine.make", "--shape", "4", "--batch", "2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_interrupted_training_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle, then again the same command: the same file as without the interruption."""

@@ -126,7 +126,9 @@ def test_refusals(call, folder: Path, tmp_path: Path, tuned) -> None:  # noqa: F
     empty.touch()
     refused(call("extract", wrapped, *config, "--out", out), "expected tensors by name", "['model'] with --key")
     refused(call("extract", wrapped, *config, "--out", out, "--key", "ema"), "key: expected one of ['model']", "'ema'")
-    refused(call("extract", code_in_it, *config, "--out", out), "expected a file of tensors")
+    refused(call("extract", code_in_it, *config, "--out", out), "expected tensors by name alone", "open", "not run")
+    torch.save(tuned, code_in_it)  # not its tensors
+    refused(call("extract", code_in_it, *config, "--out", out), "got 'taps_ext.zoo.SmallResNet'")
     refused(call("extract", empty, *config, "--out", out), "expected a file of tensors")
     refused(call("extract", tmp_path / "no.pth", *config, "--out", out), "no.pth", "No such file")
     plain = tmp_path / "plain.safetensors"

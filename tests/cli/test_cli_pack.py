@@ -48,7 +48,7 @@ def test_pack_in_words(call, taps: Path, tmp_path: Path) -> None:
     code, out, _ = call("unpack", tmp_path / "a.taps", "--out", tmp_path / "b.taps")
     assert code == 0 and "layers unpacked" in out
     code, out, _ = call("pack", taps, "--out", tmp_path / "c.taps")
-    assert code == 0 and "dense" in out and "(1.000x)" in out
+    assert code == 0 and "dense" in out and "(1.000x)" in out and "nothing to unpack" in out
     smallest = json.loads(call("pack", taps, "--codec", "sign", "--out", tmp_path / "s.taps", "--json")[1])["bytes"]
     code, out, _ = call("pack", taps, "--budget", str(2 * smallest), "--out", tmp_path / "d.taps", "--json")
     assert code == 0 and json.loads(out)["bytes"] <= 2 * smallest

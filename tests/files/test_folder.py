@@ -285,6 +285,14 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "already; --replace replaces it" in capsys.readouterr().err
     assert main(["folder", "remove", folder, "cars"]) == 0 and main(["folder", "verify", folder]) == 0
     assert "ok   birds.taps" in capsys.readouterr().out
+    whole = Path(folder, "birds.taps").read_bytes()
+    Path(folder, "ants.taps").write_bytes(whole[: len(whole) // 2])
+    assert main(["folder", "list", folder]) == 1
+    shown = capsys.readouterr().out
+    assert "birds    taps" in shown and "BAD  ants: cut short" in shown
+    assert main(["folder", "list", folder, "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["task"] for row in rows] == ["birds", "ants"] and "cut short" in rows[1]["problem"]
     Path(folder, "birds.taps").write_bytes(b"no file of ours")
     assert main(["folder", "verify", folder]) == 1
     assert main(["folder", "list", str(tmp_path / "none")]) == 2

@@ -215,6 +215,24 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(saved, tmp_path, monke
     assert path.read_bytes() == saved.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["a.taps"]
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_no_files_is_named(saved, tmp_path, monkeypatch, number) -> None:
+    path = tmp_path / "a.taps"
+    path.write_bytes(saved.read_bytes())
+    opened = os.open
+
+    def refusing(name: str, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), name)
+        return opened(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(OSError, match="expected a folder to make files in") as caught:
+        model().save_task("a", path)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path))
+    assert path.read_bytes() == saved.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["a.taps"]
+
+
 def test_what_is_wrong_is_not_hidden_by_tidying_up(tmp_path, monkeypatch) -> None:
     """A file system that becomes read-only: the temporary file can be neither written nor removed."""
 

@@ -53,8 +53,8 @@ def header_of(blob: bytes) -> tuple[bytes, bytes]:
 # -- the container
 case("empty file", e.TruncatedFileError, "0 bytes", of=BOTH)(lambda b: b"")
 case("five bytes", e.TruncatedFileError, "5 bytes", of=BOTH)(lambda b: b[:5])
-case("truncated in the header", e.TruncatedFileError, "header length", "only 92 bytes")(lambda b: b[:100])
-case("truncated by a byte", e.TruncatedFileError, "'conv3.delta' ends at", "data bytes")(lambda b: b[:-1])
+case("truncated in the header", e.TruncatedFileError, "cut short: header length", "only 92 bytes")(lambda b: b[:100])
+case("truncated by a byte", e.TruncatedFileError, "cut short", "'conv3.delta' ends at", "data bytes")(lambda b: b[:-1])
 case("a trailing byte", e.LayoutError, "1 trailing bytes after tensor 'conv3.delta'")(lambda b: b + b"\0")
 case("header length of 2**64 - 1", e.LimitError, str(2**64 - 1), of=BOTH)(lambda b: b"\xff" * 8 + b[8:])
 case("header of 17 MiB", e.LimitError, str(17 << 20), str(16 << 20))(
@@ -64,7 +64,15 @@ case("header length beyond the file", e.TruncatedFileError, "header length 8000"
     lambda b: (8000).to_bytes(8, "little") + b[8:]
 )
 case("header length of zero", e.HeaderError, "b''", of=BOTH)(lambda b: bytes(8) + b[8:])
-case("a pickle", e.LimitError, "not a task file")(lambda b: b"\x80\x02}q\x00X\x05\x00\x00\x00state" * 4)
+case("a pickle", e.LimitError, "not a task file", "a pickle, as torch.save")(
+    lambda b: b"\x80\x02}q\x00X\x05\x00\x00\x00state" * 4
+)
+case("a zip archive", e.LimitError, "as torch.save")(lambda b: b"PK\x03\x04\x00\x00\x08\x08" + b)
+case("a web page", e.LimitError, "a web page")(lambda b: b"<!DOCTYPE html><html>not found</html>")
+case("a pointer", e.LimitError, "Git LFS")(lambda b: b"version https://git-lfs.github.com/spec/v1")
+case("a patch", e.FormatVersionError, "a patch (taps patch inspect)")(
+    lambda b: assemble(b'{"__metadata__":{"taps.patch":"1.0"}}', b"")
+)
 case("header is a list", e.HeaderError, "expected a JSON object", "b'[")(lambda b: assemble(b"[]", b""))
 case("header is not JSON", e.HeaderError, "not JSON", "character 1")(lambda b: assemble(b"{nonsense}", b""))
 case("header is not UTF-8", e.HeaderError, "not UTF-8 at byte 2")(lambda b: assemble(b'{"\xff":1}', b""))
