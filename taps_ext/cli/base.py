@@ -103,11 +103,11 @@ def load_weights(model: nn.Module, path: str) -> None:
 
     from .. import store
     from ..base.ownership import check_state
-    from ..patch import sources
+    from ..store import shards
 
-    sources.check_machine()
+    shards.check_machine()
     try:
-        with sources.opened(path) as files:
+        with shards.opened(path) as files:
             infos = {name: info for name, (_, info) in files.tensors.items()}
             likes = {n: torch.empty(info.shape, dtype=info.torch_dtype, device="meta") for n, info in infos.items()}
             wanted = model.state_dict(keep_vars=True)

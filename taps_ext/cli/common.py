@@ -44,7 +44,7 @@ def say(message: str) -> None:
 def check_out(out: str, *inputs: Any) -> None:
     """Raise ConfigError if what is to be written is one of the files that are read, shards of a checkpoint among them
     (None and other values are none)."""
-    from ..patch.sources import files_of, is_sharded
+    from ..store.shards import files_of, is_sharded
 
     read = [given for given in inputs if isinstance(given, (str, Path))]
     for path in filter(is_sharded, list(read)):

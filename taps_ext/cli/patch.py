@@ -122,7 +122,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _apply(args: argparse.Namespace) -> int:
     from .. import patch
-    from ..patch.sources import beside, folder_of, is_sharded
+    from ..store.shards import beside, folder_of, is_sharded
 
     if args.out is not None:
         check_out(args.out, *args.patches)

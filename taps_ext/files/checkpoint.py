@@ -21,9 +21,9 @@ from ..errors import ConfigError
 from ..methods import FullConfig
 from ..parts import Dense, Gate, Instead, Layer, Part, Whole
 from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_name
-from ..patch.sources import Checkpoint
 from ..routing.route import unroute
 from ..store.errors import show
+from ..store.shards import Checkpoint
 from .task import join
 
 Thin = Callable[[str, Layer, nn.Module], Part]

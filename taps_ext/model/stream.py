@@ -27,7 +27,7 @@ from ..methods import FullConfig
 from ..parts import Layer, Part, part_kinds
 from ..parts.host import base_weight
 from ..parts.packing import Rule, Spec, choose
-from ..patch import sources
+from ..store import shards
 from ..store.record import OnDisk, Record
 from .state import Parts, check_stands
 
@@ -83,7 +83,7 @@ def fraction_rule(top_fraction: float | None) -> Rule | None:
 
 
 @contextmanager
-def opened(given: Checkpoint) -> Iterator[Mapping[str, Tensor] | sources.Checkpoint]:
+def opened(given: Checkpoint) -> Iterator[Mapping[str, Tensor] | shards.Checkpoint]:
     """A checkpoint whose tensors are read where they are asked for; one in memory as it is.
 
     Raises:
@@ -92,8 +92,8 @@ def opened(given: Checkpoint) -> Iterator[Mapping[str, Tensor] | sources.Checkpo
     if not isinstance(given, (str, PathLike)):
         yield given
         return
-    sources.check_machine()
-    with sources.opened(given) as files:
+    shards.check_machine()
+    with shards.opened(given) as files:
         yield files
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..store.shards import check_machine
 from .applying import VERIFY, Applied, State, apply_live, as_chain, as_patch, placing
 from .errors import (
     AlreadyAppliedError,
@@ -30,7 +31,6 @@ from .errors import (
 from .format import Entry, Form, Part, Patch, load, parse
 from .making import compose, diff, digest
 from .rewriting import apply_files
-from .sources import check_machine
 
 __all__ = [
     "AlreadyAppliedError",

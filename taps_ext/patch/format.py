@@ -33,6 +33,7 @@ from ..store.format import (
     DIGEST_KEY,
     MAX_TENSOR_BYTES,
     MAX_TENSORS,
+    PATCH_KEY,
     Header,
     TensorInfo,
     check_canonical,
@@ -53,8 +54,7 @@ from .kernels import WHOLE, Numbers, unit_of, units_of
 from .sums import MODULUS, state_digest
 
 FORMAT = (1, 0)
-FORMAT_KEY = "taps.patch"
-_KEYS = {FORMAT_KEY, "taps.before", "taps.after", "taps.tensors", "taps.digests", DIGEST_KEY}
+_KEYS = {PATCH_KEY, "taps.before", "taps.after", "taps.tensors", "taps.digests", DIGEST_KEY}
 MAX_BYTES = 1 << 62
 _MAX_TOKENS = 1 << 21
 _SUM = re.compile(r"[0-9a-f]{32}")
@@ -250,7 +250,7 @@ def _encoded(patch: Patch, path: Path) -> tuple[bytes, list[Tensor]]:
             tensors.update({stored: held[stored].contiguous() for stored in _stored(name, entry.part.coding)})
     plan = plan_layout({name: ("U8", (len(tensor),)) for name, tensor in tensors.items()}, path=path)
     strings = {
-        FORMAT_KEY: "{}.{}".format(*FORMAT),
+        PATCH_KEY: "{}.{}".format(*FORMAT),
         "taps.before": patch.before,
         "taps.after": patch.after,
         "taps.tensors": strict_json.dumps(table),
@@ -269,11 +269,11 @@ def _digest(info: TensorInfo, tensor: Tensor) -> str:
 def _parse(header: Header, raw: bytes, path: Path) -> dict[str, _Facts]:
     """The table of tensors, proven to be about exactly the stored ones, with their lengths."""
     strings, tensors = header.metadata, header.tensors
-    version = strings.get(FORMAT_KEY)
+    version = strings.get(PATCH_KEY)
     if version is None:
-        raise MetadataError(path, f"__metadata__: expected the entry {FORMAT_KEY!r} of a patch, got none")
+        raise MetadataError(path, f"__metadata__: expected the entry {PATCH_KEY!r} of a patch, got none")
     if not re.fullmatch(r"\d{1,4}\.\d{1,4}", version, re.ASCII) or int(version.split(".")[0]) != FORMAT[0]:
-        raise FormatVersionError(path, f"{FORMAT_KEY}: expected version {FORMAT[0]}.x, got {show(version)}")
+        raise FormatVersionError(path, f"{PATCH_KEY}: expected version {FORMAT[0]}.x, got {show(version)}")
     unknown = sorted(key for key in strings if key.startswith("taps.") and key not in _KEYS)
     if unknown:
         raise UnknownKeyError(path, f"key {show(unknown[0])}: this version cannot honour it")

@@ -14,13 +14,13 @@ from ..store.descriptors import write_all
 from ..store.durable import Replacement, sync_folder
 from ..store.errors import Path, show
 from ..store.format import TensorInfo, encode_header, plan_layout
+from ..store.journal import ENDING, commit, held, unfinished
+from ..store.shards import INDEX, Checkpoint, Shard, folder_of, is_sharded, opened
 from ..store.tensors import memory
 from . import kernels
 from .applying import Applied, check_forms, mismatch
 from .errors import BaseMismatchError, LinkedShardError, OtherTensorsError
 from .format import Entry, Patch
-from .journal import ENDING, commit, held, unfinished
-from .sources import INDEX, Checkpoint, Shard, folder_of, is_sharded, opened
 
 
 def apply_files(target: Path, patch: Patch, verify: str, out: Path | None) -> Applied:

@@ -32,6 +32,7 @@ from .errors import (
     show,
 )
 
+FORMAT_KEY, PATCH_KEY = "taps.format", "taps.patch"  # by these a file of ours is told, and of which kind it is
 FORMAT = (1, 2)  # the newest that is read; what each minor adds stands in metadata.py
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536

@@ -37,7 +37,7 @@ from typing import Any
 
 from . import older, strict_json
 from .errors import DigestError, FormatVersionError, KindError, LimitError, MetadataError, Path, UnknownKeyError, show
-from .format import FORMAT, MAX_ENTRIES, MAX_ENTRY_TOKENS, check_name
+from .format import FORMAT, FORMAT_KEY, MAX_ENTRIES, MAX_ENTRY_TOKENS, PATCH_KEY, check_name
 from .table import Claim, PartEntry, check_names, check_parts, claims_of, is_strings
 
 INCOMPLETE = "a file of format 1.0 does not list parts without tensors: load it into its model, and save the task there"
@@ -89,7 +89,7 @@ class Metadata:
         if not self.complete:
             raise MetadataError(path, INCOMPLETE)
         strings = dict(self.extra)
-        strings["taps.format"] = f"{FORMAT[0]}.{_MINOR_OF_KIND[self.kind]}"
+        strings[FORMAT_KEY] = f"{FORMAT[0]}.{_MINOR_OF_KIND[self.kind]}"
         strings["taps.kind"] = self.kind
         if self.method:
             strings["taps.method"] = strict_json.dumps(self.method)
@@ -179,9 +179,9 @@ def is_state(strings: Mapping[str, str]) -> bool:
 
 def check_version(strings: Mapping[str, str], *, path: Path) -> None:
     """Raises FormatVersionError unless `taps.format` is there and has our major version."""
-    text = strings.get("taps.format")
+    text = strings.get(FORMAT_KEY)
     if text is None:
-        kind = "a patch (taps patch inspect)" if "taps.patch" in strings else "another safetensors file"
+        kind = "a patch (taps patch inspect)" if PATCH_KEY in strings else "another safetensors file"
         raise FormatVersionError(path, f"__metadata__ has no 'taps.format': not a task file, but {kind}")
     match = _VERSION.fullmatch(text)
     if match is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from taps_ext import ConfigError, FullConfig, JointTapsConfig, LoraConfig, TapsConfig, TapsError, TaskModel, store
 from taps_ext.files import task as task_file
-from taps_ext.patch import sources
+from taps_ext.store import shards as sharding
 from taps_ext.store.errors import (
     BadPathError,
     HeaderError,
@@ -244,8 +244,8 @@ def test_of_a_checkpoint_one_tensor_is_in_memory(fraction, tmp_path, monkeypatch
     torch.manual_seed(0)
     base = deep()
     tuned = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in base.state_dict().items()}
-    index, alive, read = shards(tmp_path / "tuned", tuned), Alive(), sources.Shard.read
-    monkeypatch.setattr(sources.Shard, "read", lambda self, info: alive.watch(read(self, info)))
+    index, alive, read = shards(tmp_path / "tuned", tuned), Alive(), sharding.Shard.read
+    monkeypatch.setattr(sharding.Shard, "read", lambda self, info: alive.watch(read(self, info)))
     model_of(base).extract_file("t", index, tmp_path / "t.taps", top_fraction=fraction)
     total = sum(tensor.nbytes for tensor in tuned.values())
     assert alive.read == total and alive.largest == 32 * 32 * 4
@@ -444,7 +444,7 @@ def test_a_bad_out_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch) -> 
     def read(*args: object, **words: object) -> Tensor:
         raise AssertionError("nothing is read")
 
-    monkeypatch.setattr(sources.Shard, "read", read)
+    monkeypatch.setattr(sharding.Shard, "read", read)
     monkeypatch.setattr(store.io, "_read_tensor", read)
     monkeypatch.setattr(task_file, "base_fingerprint", read)
     for out, error, problem in (

@@ -20,8 +20,9 @@ from stages import THOROUGH
 from torch import Tensor
 
 from taps_ext import ConfigError, TaskFileError, patch, store
-from taps_ext.patch import journal, rewriting
+from taps_ext.patch import rewriting
 from taps_ext.patch.errors import AlreadyAppliedError, BaseMismatchError, LinkedShardError, OtherTensorsError
+from taps_ext.store import journal
 from taps_ext.store.durable import Replacement
 from taps_ext.store.errors import (
     DtypeMismatchError,

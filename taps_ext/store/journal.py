@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from ..store import strict_json
-from ..store.descriptors import open_regular, read_all, write_all
-from ..store.durable import Replacement, replacing, sweep, sync_folder
-from ..store.errors import HeaderError, MissingFileError, NotRegularFileError
+from . import strict_json
+from .descriptors import open_regular, read_all, write_all
+from .durable import Replacement, replacing, sweep, sync_folder
+from .errors import HeaderError, MissingFileError, NotRegularFileError
 
 try:
     import fcntl
@@ -21,7 +21,7 @@ except ImportError:  # Windows: two writers at once are then the caller's to avo
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL = ".taps-patch.journal"
-ENDING = ".shard"  # of temporary files that a journal may name: `store` sweeps its own alone
+ENDING = ".shard"  # of temporary files that a journal may name, which `durable.sweep` leaves alone
 
 
 @contextmanager
