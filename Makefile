@@ -22,7 +22,7 @@
 #   make fraction      does a task learn the same from sampled score gradients (four hours, after the bases of make
 #                      transfer), resumable; make fraction-table prints it
 #   make compare-study methods beside each other on the bases and data of ../shared/data, joint training, BoRA's prior
-#                      (five hours), resumable; then a quiet machine's seconds of a step; make compare-table prints it
+#                      (three hours), resumable; then a quiet machine's seconds of a step; make compare-table prints it
 #   make task-files    retrains the eight task files on which storage is measured (twenty minutes), prints their digests
 #   make codecs        what each codec makes of the files of make task-files (five minutes), docs/codecs.png
 #   make storage       packing, files and patches beside memcpy, bare reads and plain torch (four minutes, a quiet
