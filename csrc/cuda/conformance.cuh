@@ -23,6 +23,7 @@ enum Conformance : unsigned {
   kPairs,
   kNamedBarrier,
   kRounding,
+  kSums,
   kWords,
   kConformanceChecks
 };
@@ -201,6 +202,21 @@ TAPS_DEVICE bool check_rounding() {
   return good;
 }
 
+// Pairs added at once: the bits of the fp32 sum rounded, whatever the signs and the exponents (NaN aside).
+template <class T>
+TAPS_DEVICE bool check_sums() {
+  bool good = true;
+  for (uint32_t i = 0; i < 512; ++i) {
+    const uint32_t at = i * nthreads() + tid();
+    const uint32_t x = at * 2654435761u, y = (at ^ 0x9e3779b9u) * 2246822519u;
+    const auto half = [](uint32_t both, int shift) { return to_f32(T{static_cast<uint16_t>(both >> shift)}); };
+    const float low = half(x, 0) + half(y, 0), high = half(x, 16) + half(y, 16);
+    if (low != low || high != high) continue;
+    good = good && add2<T>(x, y) == pack<T>(low, high);
+  }
+  return all_lanes(good);
+}
+
 // 16 bytes of global memory, doubles in words, bits counted, and the grid, of one block.
 TAPS_DEVICE bool check_words(const float* source) {
   const Vec16 v = gld16_once(source + 4 * tid());
@@ -226,6 +242,7 @@ TAPS_DEVICE void conformance(const float* source, unsigned* good) {
                                             check_pairs(),
                                             check_named_barrier(),
                                             check_rounding(),
+                                            check_sums<bf16>() && check_sums<f16>(),
                                             check_words(source)};
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
     if (!results[i]) good[i] = 0;

@@ -61,15 +61,24 @@ template <class S, class T, class W, class D, bool kBackward>
 struct Activation {
   using Tile = S;
   using A = Straight<S, T>;
-  using B = Gated<S, T, W, D, kBackward>;
-  using Loop = Ring<S, T, A, B>;
+  template <bool kOpen>
+  using B = Gated<S, T, W, D, kBackward, kOpen>;
+  using Loop = Ring<S, T, A, B<true>>;
+  using Closed = Ring<S, T, A, B<false>>;
+  static_assert(Closed::kShared <= Loop::kShared, "a block has what the open loop needs");
+
   static TAPS_DEVICE void run(const LinearProduct& p) {
     const int64_t columns = kBackward ? p.inputs : p.outputs, depth = kBackward ? p.outputs : p.inputs;
     const Place<S> place(p.rows);
     const int64_t begin = bid_y() * p.depth_of_split, end = begin + p.depth_of_split;
+    const int64_t last = end < depth ? end : depth;
+    const A left(kBackward ? p.dy : p.x, place.row, p.rows);
     float sum[S::kM][S::kN][4] = {};
-    Loop::multiply(sum, A(kBackward ? p.dy : p.x, place.row, p.rows),
-                   B(p.weight, p.delta, is_open(p.gate), place.column, columns), begin, end < depth ? end : depth);
+    if (is_open(p.gate)) {  // asked once: inside the loop every register of B would ask
+      Loop::multiply(sum, left, B<true>(p.weight, p.delta, place.column, columns), begin, last);
+    } else {
+      Closed::multiply(sum, left, B<false>(p.weight, p.delta, place.column, columns), begin, last);
+    }
     write<S, T>(sum, p, place, p.rows, columns);
   }
 };

@@ -16,6 +16,8 @@ struct Side {
 
   TAPS_DEVICE Side(const Matrix& matrix, int64_t first, int64_t end) : stream(matrix, first, end) {}
   TAPS_DEVICE void seek(int64_t depth) { stream.seek(depth); }
+  TAPS_DEVICE bool whole() const { return stream.whole(); }
+  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) { stream.fetch_whole(as<T>(stage, 0)); }
   TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) { stream.fetch(as<T>(stage, 0), depth); }
 };
 
@@ -71,6 +73,34 @@ struct Turned : Side<S, T, S::kDepth, S::kRows, true> {
 
 // --- right operands ----------------------------------------------------------------------------------------------
 
+// The 16-bit elements of a warp's columns from depth k on as an mma takes them, of a tile stored as [columns, depth] or
+// with kTurned as [depth, columns].
+template <class S, int kStride, bool kTurned, class E>
+TAPS_DEVICE void load_columns(uint32_t (&b)[S::kN][2], sh<E> tile, unsigned k) {
+  if constexpr (S::kN % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < S::kN; j += 2) {
+      const unsigned first = S::column() + 8 * j;
+      uint32_t both[4];
+      if constexpr (kTurned) {
+        ldsm_x4_t(both, tile, (k + lane() % 16) * kStride + first + lane() / 16 * 8);
+      } else {
+        ldsm_x4(both, tile, (first + lane() / 16 * 8 + lane() % 8) * kStride + k + lane() / 8 % 2 * 8);
+      }
+      b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
+    }
+  } else {
+    static_assert(!kTurned, "turned operands: two tiles of columns to one ldmatrix");
+#pragma unroll
+    for (int j = 0; j < S::kN; ++j) {
+      const unsigned at = (S::column() + 8 * j + lane() / 4) * kStride + k + lane() % 4 * 2;
+      const Two<E> low = ld2(tile, at), high = ld2(tile, at + 8);
+      b[j][0] = low.x.bits | static_cast<uint32_t>(low.y.bits) << 16;
+      b[j][1] = high.x.bits | static_cast<uint32_t>(high.y.bits) << 16;
+    }
+  }
+}
+
 // B as it lies: [depth, columns].
 template <class S, class T>
 struct Plain : Side<S, T, S::kDepth, S::kColumns, true> {
@@ -81,18 +111,15 @@ struct Plain : Side<S, T, S::kDepth, S::kColumns, true> {
 
   TAPS_DEVICE void fragments(uint32_t (&b)[S::kN][2], sh<unsigned char> stage, unsigned k) const {
     const sh<T> tile = as<T>(stage, 0);
+    if constexpr (sizeof(T) == 2) {
+      load_columns<S, kStride, true>(b, tile, k);
+    } else {
 #pragma unroll
-    for (int j = 0; j < S::kN; j += 2) {
-      const unsigned first = S::column() + 8 * j;
-      if constexpr (sizeof(T) == 2) {
-        uint32_t both[4];
-        ldsm_x4_t(both, tile, (k + lane() % 16) * kStride + first + lane() / 16 * 8);
-        b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
-      } else {
+      for (int j = 0; j < S::kN; ++j) {
 #pragma unroll
-        for (unsigned e = 0; e < 4; ++e) {
-          const unsigned at = (k + lane() % 4 + e % 2 * 4) * kStride + first + e / 2 * 8 + lane() / 4;
-          b[j + e / 2][e % 2] = to_tf32(ld(tile, at));
+        for (unsigned half = 0; half < 2; ++half) {
+          const unsigned at = (k + lane() % 4 + half * 4) * kStride + S::column() + 8 * j + lane() / 4;
+          b[j][half] = to_tf32(ld(tile, at));
         }
       }
     }
@@ -100,69 +127,87 @@ struct Plain : Side<S, T, S::kDepth, S::kColumns, true> {
 };
 
 // B = W_t: stored as [columns, depth], or with kTurned as [depth, columns]. W has type W, Delta type D. A closed gate
-// reads no byte of Delta; where W already has the type T its bits go through as they are.
-template <class S, class T, class W, class D, bool kTurned>
+// (kOpen is false) fetches no byte of Delta; where W already has the type T its bits go through as they are.
+template <class S, class T, class W, class D, bool kTurned, bool kOpen>
 struct Gated {
   static constexpr int kAlong = kTurned ? S::kDepth : S::kColumns, kAcross = kTurned ? S::kColumns : S::kDepth;
   static constexpr int kStrideW = stride_of<T, W>(kAcross, kTurned), kStrideD = stride_of<T, D>(kAcross, kTurned);
   static constexpr unsigned kBytesW = kAlong * kStrideW * sizeof(W);
-  static constexpr unsigned kBytes = kBytesW + kAlong * kStrideD * sizeof(D);
+  static constexpr unsigned kBytes = kBytesW + (kOpen ? kAlong * kStrideD * sizeof(D) : 0);
   Stream<S, W, kAlong, kAcross, kStrideW, kTurned> weight;
   Stream<S, D, kAlong, kAcross, kStrideD, kTurned> delta;
-  bool open;
 
-  TAPS_DEVICE Gated(const Matrix& w, const Matrix& d, bool open, int64_t column, int64_t column_end)
-      : weight(w, column, column_end), delta(d, column, column_end), open(open) {}
+  TAPS_DEVICE Gated(const Matrix& w, const Matrix& d, int64_t column, int64_t column_end)
+      : weight(w, column, column_end), delta(d, column, column_end) {}
 
   TAPS_DEVICE void seek(int64_t depth) {
     weight.seek(depth);
-    delta.seek(depth);
+    if constexpr (kOpen) delta.seek(depth);
+  }
+  TAPS_DEVICE bool whole() const { return weight.whole() && (!kOpen || delta.whole()); }
+  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {
+    weight.fetch_whole(as<W>(stage, 0));
+    if constexpr (kOpen) delta.fetch_whole(as<D>(stage, kBytesW));
   }
   TAPS_DEVICE void fetch(sh<unsigned char> stage, int depth) {
     weight.fetch(as<W>(stage, 0), depth);
-    if (open) delta.fetch(as<D>(stage, kBytesW), depth);
+    if constexpr (kOpen) delta.fetch(as<D>(stage, kBytesW), depth);
   }
 
-  // A register of B: element (k, column) of the stage, and for 16-bit types the next one along the depth.
-  TAPS_DEVICE uint32_t element(sh<W> w, sh<D> d, unsigned k, unsigned column) const {
-    const unsigned at_w = kTurned ? k * kStrideW + column : column * kStrideW + k;
-    const unsigned at_d = kTurned ? k * kStrideD + column : column * kStrideD + k;
-    if constexpr (sizeof(T) == 4) {
-      return to_tf32(open ? to_f32(ld(w, at_w)) + to_f32(ld(d, at_d)) : to_f32(ld(w, at_w)));
+  // Element (k, column) of a stage; for 16-bit T with the next one along the depth.
+  template <int kStride, class E>
+  static TAPS_DEVICE float one(sh<E> tile, unsigned k, unsigned column) {
+    return to_f32(ld(tile, kTurned ? k * kStride + column : column * kStride + k));
+  }
+  template <int kStride, class E>
+  static TAPS_DEVICE Two<float> two(sh<E> tile, unsigned k, unsigned column) {
+    if constexpr (kTurned) {
+      return {one<kStride>(tile, k, column), one<kStride>(tile, k + 1, column)};
     } else {
-      Two<W> own;
-      if constexpr (kTurned) {
-        own = {ld(w, at_w), ld(w, at_w + kStrideW)};
-      } else {
-        own = ld2(w, at_w);
-      }
-      if (!open) {
-        if constexpr (sizeof(W) == 2) {
-          return own.x.bits | static_cast<uint32_t>(own.y.bits) << 16;
-        } else {
-          return pack<T>(own.x, own.y);
-        }
-      }
-      Two<D> change;
-      if constexpr (kTurned) {
-        change = {ld(d, at_d), ld(d, at_d + kStrideD)};
-      } else {
-        change = ld2(d, at_d);
-      }
-      return pack<T>(to_f32(own.x) + to_f32(change.x), to_f32(own.y) + to_f32(change.y));
+      const Two<E> both = ld2(tile, column * kStride + k);
+      return {to_f32(both.x), to_f32(both.y)};
     }
   }
 
   TAPS_DEVICE void fragments(uint32_t (&b)[S::kN][2], sh<unsigned char> stage, unsigned k) const {
-    constexpr unsigned kHalf = kMmaDepth<T> / 2;
     const sh<W> w = as<W>(stage, 0);
     const sh<D> d = as<D>(stage, kBytesW);
-    const unsigned inner = k + lane() % 4 * (sizeof(T) == 2 ? 2 : 1);
+    if constexpr (sizeof(W) == 2) load_columns<S, kStrideW, kTurned>(b, w, k);
+    if constexpr (sizeof(W) == 2 && !kOpen) return;
+    if constexpr (kOpen && sizeof(W) == 2 && sizeof(D) == 2) {
+      uint32_t change[S::kN][2];
+      load_columns<S, kStrideD, kTurned>(change, d, k);
 #pragma unroll
-    for (int j = 0; j < S::kN; ++j) {
-      const unsigned own = S::column() + 8 * j + lane() / 4;
-      b[j][0] = element(w, d, inner, own);
-      b[j][1] = element(w, d, inner + kHalf, own);
+      for (int j = 0; j < S::kN; ++j) {
+        b[j][0] = add2<T>(b[j][0], change[j][0]);
+        b[j][1] = add2<T>(b[j][1], change[j][1]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < S::kN; ++j) {
+#pragma unroll
+        for (unsigned half = 0; half < 2; ++half) {
+          const unsigned column = S::column() + 8 * j + lane() / 4;
+          if constexpr (sizeof(T) == 4) {
+            const unsigned at = k + lane() % 4 + half * 4;
+            const float own = one<kStrideW>(w, at, column);
+            b[j][half] = to_tf32(kOpen ? own + one<kStrideD>(d, at, column) : own);
+          } else {
+            const unsigned at = k + lane() % 4 * 2 + half * 8;
+            Two<float> sum;
+            if constexpr (sizeof(W) == 2) {
+              sum = {to_f32(T{static_cast<uint16_t>(b[j][half])}), to_f32(T{static_cast<uint16_t>(b[j][half] >> 16)})};
+            } else {
+              sum = two<kStrideW>(w, at, column);
+            }
+            if constexpr (kOpen) {
+              const Two<float> change = two<kStrideD>(d, at, column);
+              sum = {sum.x + change.x, sum.y + change.y};
+            }
+            b[j][half] = pack<T>(sum.x, sum.y);
+          }
+        }
+      }
     }
   }
 };

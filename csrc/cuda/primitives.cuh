@@ -80,6 +80,26 @@ TAPS_DEVICE uint32_t pack<f16>(float low, float high) {
   const __half2 both = __floats2half2_rn(low, high);
   return __half_as_ushort(__low2half(both)) | static_cast<uint32_t>(__half_as_ushort(__high2half(both))) << 16;
 }
+// The sums of two pairs, each rounded once. It is the fp32 sum rounded, too: rounding twice is harmless where the wider
+// type has 2 p + 2 bits (Figueroa 1995), and fp32's 24 are that for p = 11 and for p = 8.
+template <class T>
+TAPS_DEVICE uint32_t add2(uint32_t x, uint32_t y);
+template <>
+TAPS_DEVICE uint32_t add2<bf16>(uint32_t x, uint32_t y) {
+  uint32_t sum;
+#if __CUDA_ARCH__ >= 900
+  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(0x3f803f80u), "r"(y));  // by 1
+#endif
+  return sum;
+}
+template <>
+TAPS_DEVICE uint32_t add2<f16>(uint32_t x, uint32_t y) {
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+  return sum;
+}
 TAPS_DEVICE unsigned popcount(uint32_t bits) { return static_cast<unsigned>(__popc(bits)); }
 TAPS_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 TAPS_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }

@@ -57,7 +57,7 @@ struct View {
 // What a thread fetches of an operand, stage after stage: kAlong rows of kAcross elements, zero outside the matrix. The
 // depth runs across the rows, or with kTurned down them. Pieces of 16 or 4 bytes go by cp.async, single elements (rows
 // that begin at odd 16-bit elements) through registers. Whole stages of pieces of 16 bytes, which is nearly all of
-// them, take a way of a few instructions: few rows leave no more time than that.
+// them, take a way of a few instructions (fetch_whole): few rows leave no more time than that.
 template <class S, class E, int kAlong, int kAcross, int kStride, bool kTurned>
 class Stream {
  public:
@@ -76,11 +76,24 @@ class Stream {
     if (data_) next_ += kTurned ? depth * ld_ : depth;
   }
 
+  // Whether stages that are wholly there can be fetched by fetch_whole. Turned, that is where the other side is, too.
+  TAPS_DEVICE bool whole() const { return piece_ == 16 && (!kTurned || left_ == kAcross); }
+  TAPS_DEVICE void fetch_whole(sh<E> tile) {
+    using Mine = Share<16>;
+    const int row = Mine::row(), column = Mine::column();
+#pragma unroll
+    for (int pass = 0; pass < Mine::kPasses; ++pass) {
+      const int r = row + pass * Mine::kPass;
+      if (Mine::idle(r)) break;
+      cp_async<16>(tile, static_cast<unsigned>(r * kStride + column), next_ + pass * Mine::kPass * ld_,
+                   kTurned || r < left_ ? 16u : 0u);
+    }
+    next_ += kTurned ? kDepth * ld_ : kDepth;
+  }
+
   // The next stage, of which `depth` is left.
   TAPS_DEVICE void fetch(sh<E> tile, int depth) {
-    if (piece_ == 16 && depth == kDepth) {
-      whole(tile);
-    } else if (piece_ == 16) {
+    if (piece_ == 16) {
       pieces<16>(tile, depth);
     } else if (piece_ == 4) {
       pieces<4>(tile, depth);
@@ -105,19 +118,6 @@ class Stream {
     static TAPS_DEVICE bool idle(int row) { return kAlong % kPass != 0 && row >= kAlong; }
     static TAPS_DEVICE int count(int left) { return left >= kPiece ? kPiece : (left > 0 ? left : 0); }
   };
-
-  TAPS_DEVICE void whole(sh<E> tile) const {
-    using Mine = Share<16>;
-    const int row = Mine::row(), column = Mine::column();
-    const int count = kTurned ? Mine::count(left_ - column) : Mine::kPiece;
-#pragma unroll
-    for (int pass = 0; pass < Mine::kPasses; ++pass) {
-      const int r = row + pass * Mine::kPass;
-      if (Mine::idle(r)) break;
-      const unsigned bytes = kTurned || r < left_ ? static_cast<unsigned>(count * sizeof(E)) : 0u;
-      cp_async<16>(tile, static_cast<unsigned>(r * kStride + column), next_ + pass * Mine::kPass * ld_, bytes);
-    }
-  }
 
   template <int kBytes>
   TAPS_DEVICE void pieces(sh<E> tile, int depth) const {

@@ -23,11 +23,16 @@ struct Ring {
 
   // sum = A B over the depths [begin, end); with slices, in the threads of the first.
   static TAPS_DEVICE void multiply(float (&sum)[S::kM][S::kN][4], A a, B b, int64_t begin, int64_t end) {
+    // One question a step, the same for all threads, sends nearly all stages the short way.
+    const int whole = a.whole() && b.whole() && end > begin ? static_cast<int>((end - begin) / S::kDepth) : 0;
     const int steps = end > begin ? static_cast<int>((end - begin + S::kDepth - 1) / S::kDepth) : 0;
     const int last = static_cast<int>(end - begin - static_cast<int64_t>(steps - 1) * S::kDepth);  // depth of the last
     const auto stage = [](int index) { return as<unsigned char>(arena(), static_cast<unsigned>(index) * kBytesStage); };
     const auto load = [&](int step, int into) {
-      if (step < steps) {
+      if (step < whole) {
+        a.fetch_whole(stage(into));
+        b.fetch_whole(as<unsigned char>(stage(into), kBytesA));
+      } else if (step < steps) {
         const int depth = step + 1 == steps ? last : S::kDepth;
         a.fetch(stage(into), depth);
         b.fetch(as<unsigned char>(stage(into), kBytesA), depth);

@@ -33,7 +33,7 @@ class Mistake(NamedTuple):
 
 
 WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
-READS = ("ldsm_x4", "ld(w", "ld(d", "ld2(w", "ld2(d")
+READS = ("ldsm_x4", "ld(tile", "ld2(tile")
 WAIT, SYNC = "«cp_wait<kStages - 2>(); → {}»\n", "«block_sync(); → {}»  // what everyone fetched"
 
 MISTAKES = {
@@ -61,10 +61,18 @@ MISTAKES = {
         "«(kTurned ? left_ : depth) → (kTurned ? left_ : depth) + 1» - column", f"{BEYOND}|{WRONG}"
     ),
     "rows of whole stages, one too many": Mistake("kTurned || «r < left_ → r <= left_»", BEYOND),
-    "columns of whole stages, one too many": Mistake("Mine::count(«left_ → left_ + 1» - column)", f"{BEYOND}|{WRONG}"),
-    "a short stage taken for a whole one": Mistake("piece_ == 16 && «depth == kDepth → true»", f"{BEYOND}|{WRONG}"),
+    "columns at the edge taken for whole ones": Mistake("!kTurned || «left_ == kAcross → true»", f"{BEYOND}|{WRONG}"),
+    "a short stage taken for a whole one": Mistake(
+        "end > begin ? static_cast<int>((«end - begin → end - begin + S::kDepth - 1») / S::kDepth) : 0",
+        f"{BEYOND}|{WRONG}",
+    ),
     "a stage skipped": Mistake(
-        "next_ += «kTurned ? kDepth * ld_ : kDepth → kTurned ? kDepth * ld_ : kDepth + 8»;", f"{BEYOND}|{WRONG}"
+        "(tile, depth);\n    }\n    next_ += «kTurned ? kDepth * ld_ : kDepth → kTurned ? kDepth * ld_ : kDepth + 8»;",
+        f"{BEYOND}|{WRONG}",
+    ),
+    "a whole stage skipped": Mistake(
+        "? 16u : 0u);\n    }\n    next_ += «kTurned ? kDepth * ld_ : kDepth → kTurned ? kDepth * ld_ : kDepth + 8»;",
+        f"{BEYOND}|{WRONG}",
     ),
     "rows off 16 bytes": Mistake(
         "(sizeof(T) == 2 ? «8 → 4» : 4))", r"misaligned at ([\w.]+):(\d+)", ("cp_async<", "ldsm_x4"), constant=True
@@ -79,7 +87,12 @@ MISTAKES = {
     ),
     "both slices take the same depth": Mistake("«S::slice() → 0» * kPart + within", WRONG),
     # --- fragments
-    "half a fragment beside": Mistake("inner + «kHalf → kHalf / 2»", WRONG),
+    "half a fragment beside": Mistake("lane() % 4 * 2 + half * «8 → 4»;", WRONG),
+    "halves of columns exchanged": Mistake(
+        "first + «lane() / 16 * 8 → lane() / 8 % 2 * 8» + lane() % 8) * kStride + k + "
+        "«lane() / 8 % 2 * 8 → lane() / 16 * 8»",
+        WRONG,
+    ),
     "wrong rows for ldmatrix": Mistake("first + «lane() % 16 → lane() % 8») * kStride", WRONG),
     "turned halves exchanged": Mistake(
         "(k + «lane() / 16 * 8 → lane() / 8 % 2 * 8» + lane() % 8) * kStride + first + "
@@ -87,12 +100,14 @@ MISTAKES = {
         WRONG,
     ),
     "columns exchanged": Mistake("b[j][1] = «both[1] → both[2]», b[j + 1][0] = «both[2] → both[1]»", WRONG),
-    "neighbours along the wrong side": Mistake("ld(d, at_d + «kStrideD → 1»)", WRONG),
-    "closed, but Delta is read": Mistake("if («open → true») delta.fetch", "SEGV|null pointer"),
-    "gate forgotten": Mistake("if («!open → open») {", f"{WRONG}|uninitialised"),
+    "neighbours along the wrong side": Mistake("one<kStride>(tile, «k + 1 → k», column)", WRONG),
+    "closed, but Delta is read": Mistake("if («is_open(p.gate) → true») {  // asked", f"{WRONG}|SEGV|null pointer"),
+    "half of a fragment without Delta": Mistake("b[j][1] = «add2<T>(b[j][1], change[j][1]) → b[j][1]»;", WRONG),
     # --- the products, and what leaves
     "rows of x, one too many": Mistake("p.x, place.row, «p.rows → p.rows + 1»)", BEYOND),
-    "rows of the weight, one too many": Mistake("place.column, «columns → columns + 1»)", BEYOND),
+    "rows of the weight, one too many": Mistake(
+        "B<true>(p.weight, p.delta, place.column, «columns → columns + 1»)", BEYOND
+    ),
     "depth of the input gradient, one too many": Mistake("kBackward ? «p.outputs → p.outputs + 1» : p.inputs;", BEYOND),
     "rows of the weight gradient's depth, one too many": Mistake("0, «p.rows → p.rows + 1»)", BEYOND),
     "rows of the result, one too many": Mistake("if («r >= rows → r > rows»)", BEYOND),

@@ -14,12 +14,12 @@ using Narrow = Shape<16, 32, 32, 1, 2, 4, 2>;
 }  // namespace
 
 TAPS_CASE(forward) {
-  const Problem problems[] = {{33, 31, 130}, {32, 64, 96}, {5, 33, 65}, {17, 40, 160}};
+  const Problem problems[] = {{33, 31, 130}, {32, 64, 96}, {5, 33, 65}, {17, 40, 160}, {9, 35, 72}};
   for (Problem problem : problems) {
     for (uint64_t seed = 0; seed < 3; ++seed) {
       problem.seed = seed;
       problem.gate = Known::kOpen, problem.bias = true;
-      problem.padding = problem.m == 5 ? 3 : problem.m == 17 ? 8 : 0;
+      problem.padding = problem.m == 5 ? 3 : problem.m == 17 || problem.m == 9 ? 8 : 0;
       problem.splits = problem.m == 5 ? 2 : 1;
       std::string wrong = check<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
       problem.gate = Known::kClosed, problem.bias = false;

@@ -153,6 +153,13 @@ inline uint32_t to_tf32(float x) {
   return (bits + 0x1000u) & ~0x1fffu;
 }
 
+// The device rounds once, which is the same: see primitives.cuh.
+template <class T>
+uint32_t add2(uint32_t x, uint32_t y) {
+  const auto half = [](uint32_t both, int shift) { return to_f32(T{static_cast<uint16_t>(both >> shift)}); };
+  return pack<T>(half(x, 0) + half(y, 0), half(x, 16) + half(y, 16));
+}
+
 // --- memory
 
 template <class T>
