@@ -1,0 +1,308 @@
+"""The products of a gated linear layer as nvcc emits them, run on the CPU (tests/helpers/ptx.py).
+
+Random shapes, types, alignments, splits and gates against whole numbers, which every order of sums gives exactly; and
+changes of that text, each of which is found.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ptx
+import pytest
+from host_build import CSRC, HOST, compiled, run
+from stages import SEED, THOROUGH, made_once
+from torch.utils.cpp_extension import include_paths
+
+NVCC = shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: there is no PTX to run")
+ARCHITECTURES = ("compute_80", "compute_90a")
+TYPES = [("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32"), ("bf16", "f32", "f32")]
+TYPES += [("f16", "f16", "f16"), ("f16", "f16", "f32"), ("f16", "f32", "f32")]
+CODES = {"f32": 0, "bf16": 2, "f16": 3}  # Dtype
+KINDS = ("forward", "input", "weight")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Architecture -> linear.cu as PTX."""
+
+    def make(folder: Path) -> None:
+        includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", *include_paths())]
+        options = ["-ptx", "-std=c++20", "-O3", "--expt-relaxed-constexpr", *includes]
+        running = [
+            subprocess.Popen(
+                [str(NVCC), *options, f"-arch={name}", str(CSRC / "cuda/linear.cu"), "-o", str(folder / f"{name}.ptx")]
+            )
+            for name in ARCHITECTURES
+        ]
+        assert [one.wait(600) for one in running] == [0] * len(running)
+
+    folder = made_once(tmp_path_factory, "ptx", make)
+    return {name: (folder / f"{name}.ptx").read_text(encoding="utf-8") for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Where the fields of the arguments are."""
+
+    def make(folder: Path) -> None:
+        compiled("-std=c++17", f"-I{CSRC}", HOST / "layout.cpp", "-o", folder / "layout")
+        (folder / "layout.txt").write_text(run(folder / "layout"), encoding="utf-8")
+
+    lines = (made_once(tmp_path_factory, "layout", make) / "layout.txt").read_text(encoding="utf-8").splitlines()
+    return {name: int(at) for name, at in (line.split() for line in lines)}
+
+
+@cache
+def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
+    """(kind, type, weight's, Delta's, few rows) -> kernel and shared memory; ("add", type) -> the one of splits."""
+    found: dict[tuple[Any, ...], tuple[ptx.Kernel, int]] = {}
+    parsed = ptx.parse(text)
+    names = subprocess.run(["c++filt"], input="\n".join(parsed), capture_output=True, text=True, check=True).stdout
+    short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
+    for kernel, name in zip(parsed.values(), names.splitlines(), strict=True):
+        shared = int(match[1]) if (match := re.search(r"(\d+)u>\(", name)) else 0
+        types = [short[one] for one in re.findall(r", (taps::dev::b?f16|float)(?=[,>])", name)]
+        if "WeightGradient" in name:
+            found["weight", types[0], types[1]] = kernel, shared
+        elif "Activation" in name:
+            kind = "input" if re.search(r", true>, \d+u>\(", name) else "forward"
+            found[(kind, *types, "Shape<16," in name)] = kernel, shared
+        else:
+            (one,) = re.findall(r"add_splits<taps::dev::(b?f16)>", name)
+            found["add", one] = kernel, 0
+    return found
+
+
+@dataclass
+class Problem:
+    """A product. `offset`: elements that a matrix begins behind 16 bytes; `padding`: columns between its rows."""
+
+    kind: str
+    types: tuple[str, str, str]
+    rows: int
+    outputs: int
+    inputs: int
+    open: bool = True
+    on_device: bool = False
+    splits: int = 1
+    offset: int = 0
+    padding: int = 0
+    bias: bool = False
+
+
+def stored(values: Any, kind: str) -> Any:
+    return {"bf16": ptx.float_to_bf16, "f16": ptx.float_to_f16, "f32": lambda x: x.astype(np.float32)}[kind](
+        np.asarray(values, np.float32)
+    )
+
+
+def number(bits: Any, kind: str) -> Any:
+    if kind == "bf16":
+        return ptx.bf16_to_float(bits).astype(np.float64)
+    return (bits.view(np.float16) if kind == "f16" else bits).astype(np.float64)
+
+
+class Case:
+    """A problem in memory whose surroundings are NaN, and what comes of it."""
+
+    def __init__(self, problem: Problem, layout: dict[str, int], chance: np.random.Generator) -> None:
+        self.problem, self.layout, self.chance = problem, layout, chance
+        self.memory = ptx.Memory(1 << 22, ptx.GLOBAL_BASE, "global")
+        self.arguments = bytearray(layout["LinearProduct"])
+
+    def field(self, name: str, form: str, *values: Any) -> None:
+        struct.pack_into("<" + form, self.arguments, self.layout[f"LinearProduct.{name}"], *values)
+
+    def matrix(self, name: str, rows: int, columns: int, kind: str) -> Any:
+        """Whole numbers, in an allocation of exactly their size."""
+        p, values = self.problem, self.chance.integers(-8, 9, (rows, columns)).astype(np.float64)
+        ld = columns + p.padding
+        filled = stored(np.full((rows, ld), np.nan), kind)
+        filled[:, :columns] = stored(values, kind)
+        flat = filled.reshape(-1)[: (rows - 1) * ld + columns]
+        at = self.memory.put(flat, offset=p.offset * flat.itemsize)
+        self.field(name, "Qq", at, ld) if name != "bias" else self.field(name, "Q", at)
+        return values
+
+    def wrong(self, kernels: dict[tuple[Any, ...], tuple[ptx.Kernel, int]]) -> str:
+        """What is wrong with the result; "" for nothing. Raises Fault."""
+        p = self.problem
+        compute, of_weight, of_delta = p.types
+        m, n, k = p.rows, p.outputs, p.inputs
+        for name, value in (("rows", m), ("outputs", n), ("inputs", k)):
+            self.field(name, "q", value)
+        x, dy = self.matrix("x", m, k, compute), self.matrix("dy", m, n, compute)
+        weight, delta = self.matrix("weight", n, k, of_weight), self.matrix("delta", n, k, of_delta)
+        bias = self.matrix("bias", 1, n, compute)[0] if p.bias and p.kind == "forward" else 0.0
+        for name, kind in (("compute", compute), ("weight_dtype", of_weight), ("delta_dtype", of_delta)):
+            self.field(name, "B", CODES[kind])
+        self.field("gate.open", "?", p.open)
+        self.field("gate.threshold", "d", 0.1)
+        if p.on_device:
+            self.field("gate.score", "Q", self.memory.put(np.array([0.2 if p.open else 0.05], np.float32)))
+        if not p.open and not p.on_device:
+            self.field("delta", "Qq", 0, 0)  # nothing may read it
+        rows, columns = (n, k) if p.kind == "weight" else (m, n if p.kind == "forward" else k)
+        depth = {"forward": k, "input": n, "weight": m}[p.kind]
+        of_result = of_delta if p.kind == "weight" else compute
+        result = self.memory.reserve(
+            rows * columns * np.dtype(np.float32 if of_result == "f32" else np.uint16).itemsize
+        )
+        self.field("result", "Q", result)
+        self.field("ld_result", "q", columns)
+        few = m <= 16 and p.kind == "forward"
+        tile_rows, tile_columns, tile_depth = (16, 32, 64) if few else (64, 64, 32)
+        tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+        scores = p.kind == "weight" and (p.open or p.on_device)
+        memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * p.splits * rows * columns)
+        self.field("memory", "Q", memory)
+        self.field("scale", "d", 2.0)
+        if scores:
+            self.field("score_gradient", "Q", self.memory.reserve(4))
+        self.field("splits", "i", p.splits)
+        per_split = -(-depth // (tile_depth * p.splits)) * tile_depth
+        self.field("depth_of_split", "q", depth if p.kind == "weight" else per_split)
+        key = ("weight", compute, of_delta) if p.kind == "weight" else (p.kind, *p.types, few)
+        kernel, shared = kernels[key]
+        threads = 128 if p.kind == "weight" else 256
+        for split in range(p.splits):
+            for tile in range(tiles):
+                place, grid = (tile, split), (tiles, p.splits)
+                ptx.Block(kernel, self.memory, bytes(self.arguments), threads, place, grid, shared).run()
+        if p.splits > 1:
+            adding, blocks = kernels["add", compute][0], -(-rows * columns // 256)
+            arguments = bytes(self.arguments) + struct.pack("<2q", rows, columns)
+            for block in range(blocks):
+                ptx.Block(adding, self.memory, arguments, 256, (block, 0), (blocks, 1), 0).run()
+        used = number(stored(weight + (delta if p.open else 0.0), compute), compute)
+        gradient = dy.T @ x
+        want = {
+            "forward": lambda: x @ used.T + bias,
+            "input": lambda: dy @ used,
+            "weight": lambda: 2.0 * gradient if p.open else 0.0 * gradient,
+        }[p.kind]()
+        raw = self.memory.get(result, np.float32 if of_result == "f32" else np.uint16, rows * columns)
+        got = number(raw, of_result).reshape(rows, columns)
+        bad = got != number(stored(want, of_result), of_result)
+        if bad.any():
+            place = tuple(int(i) for i in np.argwhere(bad)[0])
+            return f"{int(bad.sum())} of {bad.size} wrong, at {place} expected {want[place]}, got {got[place]}"
+        if scores:
+            dot, right = float(self.memory.get(memory, np.float64, tiles).sum()), float((gradient * delta).sum())
+            return "" if dot == right else f"<G, Delta>: expected {right}, got {dot}"
+        return ""
+
+
+def random_problem(chance: random.Random) -> Problem:
+    kind = chance.choice(KINDS)
+    return Problem(
+        kind=kind,
+        types=chance.choice(TYPES),
+        rows=chance.choice((1, 2, 7, 16, 17, 33, 64, 65)),
+        outputs=chance.choice((1, 2, 8, 31, 32, 33, 64, 66, 97)),
+        inputs=chance.choice((1, 2, 8, 30, 64, 65, 72, 130, 257, 320, 520)),
+        open=chance.random() < 0.75,
+        on_device=chance.random() < 0.5,
+        splits=1 if kind == "weight" else chance.choice((1, 1, 2, 3)),
+        offset=chance.choice((0, 0, 0, 8, 1, 2, 4)),
+        padding=chance.choice((0, 0, 8, 1, 2)),
+        bias=chance.random() < 0.5,
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_products(architecture, texts, layout, record_property) -> None:
+    """Each kernel in turn, so that none is left out."""
+    chance, loaded = random.Random(f"{SEED} ptx"), kernels(texts[architecture])
+    numbers = np.random.default_rng(int(SEED))
+    record_property("drawn", f"ptx by seed {SEED}")
+    assert len(loaded) == 24
+    for round_ in range(12 if THOROUGH else 1):
+        waiting = {key for key in loaded if key[0] != "add"}
+        tries = 0
+        while waiting:
+            problem = random_problem(chance)
+            few = problem.rows <= 16 and problem.kind == "forward"
+            weight = problem.kind == "weight"
+            key = ("weight", problem.types[0], problem.types[2]) if weight else (problem.kind, *problem.types, few)
+            tries += 1
+            if key not in waiting:
+                continue
+            waiting.discard(key)
+            try:
+                wrong = Case(problem, layout, numbers).wrong(loaded)
+            except ptx.Fault as fault:
+                wrong = str(fault)
+            assert not wrong, f"{problem}, round {round_}: {wrong}"
+
+
+# A piece of the text, its change, and the products that show it.
+DEEP = Problem("forward", ("bf16", "bf16", "bf16"), 40, 64, 320)
+FEW = Problem("forward", ("bf16", "bf16", "f32"), 9, 64, 520)
+SHORT = Problem("forward", ("bf16", "bf16", "bf16"), 40, 33, 72, padding=8)
+BACK = Problem("input", ("f16", "f16", "f16"), 40, 70, 64)
+GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
+CHANGES: dict[str, tuple[str, str, Problem]] = {
+    "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),
+    "registers of A exchanged": (r"(mma\.sync\S+\s+\{[^}]*\}, \{%\w+, )(%\w+), (%\w+)(, %\w+\})", r"\1\3, \2\4", DEEP),
+    "registers of B exchanged": (r"(mma\.sync\S+\s+\{[^}]*\}, \{[^}]*\}, \{)(%\w+), (%\w+)\}", r"\1\3, \2}", DEEP),
+    "not transposed": (r"\.x4\.trans\.", ".x4.", BACK),
+    "transposed": (r"\.x4\.shared", ".x4.trans.shared", DEEP),
+    "the rest of a piece is read, not zero": (r"(cp\.async\.cg\S+ \[\S+\], \[\S+\], 16), %\w+;", r"\1;", SHORT),
+    "another block": (r"%ctaid\.x", "%ctaid.y", Problem("forward", ("bf16", "bf16", "bf16"), 40, 130, 64)),
+    "Delta subtracted by halves": (r"add\.rn\.bf16x2 (%\w+), (%\w+), (%\w+);", r"xor.b32 \1, \2, \3;", DEEP),
+    "no barrier, and threads that part": (r"bar\.sync 	0;", "bar.sync 	1;", DEEP),
+    "a wider store": (r"st\.global\.u16", "st.global.u32", SHORT),
+    "the high half first": (r"cvt\.rn\.bf16x2\.f32 (%\w+), (%\w+), (%\w+);", r"cvt.rn.bf16x2.f32 \1, \3, \2;", FEW),
+    "lanes add their own": (r"shfl\.sync\.bfly", "shfl.sync.idx", GRADIENT),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_text_is_found(name: str, texts, layout) -> None:
+    """The product is right with the text as it is, and wrong or a fault with the change."""
+    pattern, change, problem = CHANGES[name]
+    text = texts["compute_90a"]
+    changed, count = re.subn(pattern, change, text)
+    assert count > 0, "the change finds no place"
+    assert Case(problem, layout, np.random.default_rng(1)).wrong(kernels(text)) == ""
+    try:
+        wrong = Case(problem, layout, np.random.default_rng(1)).wrong(kernels(changed))
+    except ptx.Fault as fault:
+        wrong = str(fault)
+    assert wrong, "the product is as before"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_pairs_are_added_as_fp32_sums_are_rounded(kind: str) -> None:
+    """Twice rounded is once rounded where the wider type has 2 p + 2 bits: all signs, a sample of all exponents."""
+    chance = np.random.default_rng(int(SEED))
+    x, y = (chance.integers(0, 1 << 16, 1 << 20).astype(np.uint16) for _ in range(2))
+    near = (x ^ chance.integers(0, 1 << 12, len(x)).astype(np.uint16)).astype(np.uint16)  # exponents close by
+    for other in (y, near):
+        with np.errstate(all="ignore"):
+            single = (number(x, kind).astype(np.float32) + number(other, kind).astype(np.float32)).astype(np.float32)
+            twice = stored(single, kind)
+            exact = number(x, kind) + number(other, kind)  # in fp64, whose 53 bits hold all that matters
+            away = np.abs(number(twice, kind) - exact)
+            step = np.uint16(1)
+            beside = [np.abs(number((twice + step).astype(np.uint16), kind) - exact)]
+            beside.append(np.abs(number((twice - step).astype(np.uint16), kind) - exact))
+        finite = (
+            np.isfinite(number(twice, kind)) & np.isfinite(beside[0]) & np.isfinite(beside[1]) & (twice & 0x7FFF != 0)
+        )
+        assert finite.mean() > 0.5
+        nearest = (away <= beside[0]) & (away <= beside[1])
+        tie = (away == beside[0]) | (away == beside[1])
+        assert (nearest & (~tie | (twice % 2 == 0)))[finite].all()
