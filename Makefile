@@ -102,7 +102,12 @@ FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/
 test: lint
 	$(PYTEST) --durations=10
 
-kernels: build
+# Counts the instructions of the kernels' loops; where it cannot be had, the test that asks for it says so and is skipped.
+$(VENV)/.disassembler: $(VENV)/.created
+	-$(PIP) install --quiet nvidia-cuda-nvdisasm
+	touch $@
+
+kernels: build $(VENV)/.disassembler
 	TAPS_THOROUGH=1 $(PYTEST) tests/kernels --durations=10
 
 sanitize: build

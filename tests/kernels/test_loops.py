@@ -1,0 +1,72 @@
+"""Instructions of the products' main loops, counted in what ptxas makes of them (tools/loop_table.py): none grows."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from host_build import CSRC, ROOT
+from torch.utils.cpp_extension import include_paths
+
+NVCC = shutil.which("nvcc")
+WHEEL = importlib.util.find_spec("nvidia")  # of the package index: nvidia-cuda-nvdisasm
+FOLDERS = list(WHEEL.submodule_search_locations or []) if WHEEL else []
+FOUND = [path for folder in FOLDERS for path in Path(folder).glob("*/bin/nvdisasm")]
+NVDISASM = shutil.which("nvdisasm") or (str(FOUND[0]) if FOUND else None)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(NVCC is None, reason="nvcc was not found: there is no machine code to count"),
+    pytest.mark.skipif(NVDISASM is None, reason="nvdisasm was not found: pip install nvidia-cuda-nvdisasm"),
+]
+# (rows of the tile, W, Delta, of the input gradient) -> instructions a warp and step, gate open and closed.
+MOST = {
+    (64, "half", "half", False): (71, 55),
+    (64, "half", "float", False): (117, 55),
+    (64, "float", "float", False): (103, 71),
+    (16, "half", "half", False): (69, 56),
+    (16, "half", "float", False): (88, 53),
+    (16, "float", "float", False): (79, 58),
+    (64, "half", "half", True): (77, 58),
+    (64, "half", "float", True): (125, 57),
+    (64, "float", "float", True): (121, 80),
+}
+MOST_WEIGHT = 79  # of the weight's gradient, whose sixteen mma are of two steps of the others
+
+
+def loop_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loop_table", ROOT / "tools/loop_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["loop_table"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_main_loops_do_not_grow(tmp_path: Path) -> None:
+    """On sm_90a; sm_80 has up to ten instructions less."""
+    tool, cubin = loop_table(), tmp_path / "linear.cubin"
+    includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", *include_paths())]
+    options = ["-cubin", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", *includes]
+    subprocess.run([str(NVCC), *options, str(CSRC / "cuda/linear.cu"), "-o", str(cubin)], check=True, timeout=600)
+    functions = tool.functions(tool.disassembled(cubin, str(NVDISASM)))
+    names = subprocess.run(["c++filt"], input="\n".join(functions), capture_output=True, text=True, check=True).stdout
+    counted = set()
+    for (function, blocks), name in zip(functions.items(), names.splitlines(), strict=True):
+        loops = [loop.instructions for loop in tool.loops(function, blocks)]
+        if "WeightGradient" in name:
+            assert len(loops) == 1 and loops[0] <= MOST_WEIGHT, (name, loops)
+            continue
+        if "Activation" not in name:
+            continue
+        rows = int(re.findall(r"Shape<(\d+),", name)[0])
+        _, *types = re.findall(r", (?:taps::dev::)?(b?f16|float)(?=[,>])", name)
+        key = (rows, *("float" if one == "float" else "half" for one in types), ", true>, " in name)
+        assert len(loops) == 2 and loops[0] <= MOST[key][0] and loops[1] <= MOST[key][1], (name, loops, MOST[key])
+        counted.add(key)
+    assert counted == MOST.keys()
