@@ -8,69 +8,42 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ptx
 import pytest
-from host_build import CSRC, HOST, compiled, run
-from stages import SEED, THOROUGH, made_once
-from torch.utils.cpp_extension import include_paths
+from ptx_files import CODES, Arguments, demangled, layout_of, needs_nvcc, number, stored, text_of
+from stages import SEED, THOROUGH
 
-NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: there is no PTX to run")
+pytestmark = needs_nvcc
 ARCHITECTURES = ("compute_80", "compute_90a")
 TYPES = [("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32"), ("bf16", "f32", "f32")]
 TYPES += [("f16", "f16", "f16"), ("f16", "f16", "f32"), ("f16", "f32", "f32")]
-CODES = {"f32": 0, "bf16": 2, "f16": 3}  # Dtype
 KINDS = ("forward", "input", "weight")
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Architecture -> linear.cu as PTX."""
-
-    def make(folder: Path) -> None:
-        includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", *include_paths())]
-        options = ["-ptx", "-std=c++20", "-O3", "--expt-relaxed-constexpr", *includes]
-        running = [
-            subprocess.Popen(
-                [str(NVCC), *options, f"-arch={name}", str(CSRC / "cuda/linear.cu"), "-o", str(folder / f"{name}.ptx")]
-            )
-            for name in ARCHITECTURES
-        ]
-        assert [one.wait(600) for one in running] == [0] * len(running)
-
-    folder = made_once(tmp_path_factory, "ptx", make)
-    return {name: (folder / f"{name}.ptx").read_text(encoding="utf-8") for name in ARCHITECTURES}
+    return {name: text_of(tmp_path_factory, "linear", name) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="session")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Where the fields of the arguments are."""
-
-    def make(folder: Path) -> None:
-        compiled("-std=c++17", f"-I{CSRC}", HOST / "layout.cpp", "-o", folder / "layout")
-        (folder / "layout.txt").write_text(run(folder / "layout"), encoding="utf-8")
-
-    lines = (made_once(tmp_path_factory, "layout", make) / "layout.txt").read_text(encoding="utf-8").splitlines()
-    return {name: int(at) for name, at in (line.split() for line in lines)}
+    return layout_of(tmp_path_factory)
 
 
 @cache
 def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
     """(kind, type, weight's, Delta's, few rows) -> kernel and shared memory; ("add", type) -> the one of splits."""
     found: dict[tuple[Any, ...], tuple[ptx.Kernel, int]] = {}
-    parsed = ptx.parse(text)
-    names = subprocess.run(["c++filt"], input="\n".join(parsed), capture_output=True, text=True, check=True).stdout
     short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
-    for kernel, name in zip(parsed.values(), names.splitlines(), strict=True):
+    for name, kernel in demangled(ptx.parse(text)).items():
         shared = int(match[1]) if (match := re.search(r"(\d+)u>\(", name)) else 0
         types = [short[one] for one in re.findall(r", (taps::dev::b?f16|float)(?=[,>])", name)]
         if "WeightGradient" in name:
@@ -101,28 +74,14 @@ class Problem:
     bias: bool = False
 
 
-def stored(values: Any, kind: str) -> Any:
-    return {"bf16": ptx.float_to_bf16, "f16": ptx.float_to_f16, "f32": lambda x: x.astype(np.float32)}[kind](
-        np.asarray(values, np.float32)
-    )
-
-
-def number(bits: Any, kind: str) -> Any:
-    if kind == "bf16":
-        return ptx.bf16_to_float(bits).astype(np.float64)
-    return (bits.view(np.float16) if kind == "f16" else bits).astype(np.float64)
-
-
 class Case:
     """A problem in memory whose surroundings are NaN, and what comes of it."""
 
     def __init__(self, problem: Problem, layout: dict[str, int], chance: np.random.Generator) -> None:
-        self.problem, self.layout, self.chance = problem, layout, chance
+        self.problem, self.chance = problem, chance
         self.memory = ptx.Memory(1 << 22, ptx.GLOBAL_BASE, "global")
-        self.arguments = bytearray(layout["LinearProduct"])
-
-    def field(self, name: str, form: str, *values: Any) -> None:
-        struct.pack_into("<" + form, self.arguments, self.layout[f"LinearProduct.{name}"], *values)
+        self.arguments = Arguments(layout, "LinearProduct")
+        self.field = self.arguments.set
 
     def matrix(self, name: str, rows: int, columns: int, kind: str) -> Any:
         """Whole numbers, in an allocation of exactly their size."""
@@ -179,10 +138,10 @@ class Case:
         for split in range(p.splits):
             for tile in range(tiles):
                 place, grid = (tile, split), (tiles, p.splits)
-                ptx.Block(kernel, self.memory, bytes(self.arguments), threads, place, grid, shared).run()
+                ptx.Block(kernel, self.memory, bytes(self.arguments.bytes), threads, place, grid, shared).run()
         if p.splits > 1:
             adding, blocks = kernels["add", compute][0], -(-rows * columns // 256)
-            arguments = bytes(self.arguments) + struct.pack("<2q", rows, columns)
+            arguments = bytes(self.arguments.bytes) + struct.pack("<2q", rows, columns)
             for block in range(blocks):
                 ptx.Block(adding, self.memory, arguments, 256, (block, 0), (blocks, 1), 0).run()
         used = number(stored(weight + (delta if p.open else 0.0), compute), compute)

@@ -6,6 +6,17 @@
 
 #define TAPS_FIELD(type, field) std::printf(#type "." #field " %zu\n", offsetof(taps::type, field))
 
+#define TAPS_REBUILD(type)        \
+  TAPS_FIELD(type, out);          \
+  TAPS_FIELD(type, weight);       \
+  TAPS_FIELD(type, out_dtype);    \
+  TAPS_FIELD(type, weight_dtype); \
+  TAPS_FIELD(type, delta_dtype);  \
+  TAPS_FIELD(type, scale);        \
+  TAPS_FIELD(type, gate.open);    \
+  TAPS_FIELD(type, gate.score);   \
+  TAPS_FIELD(type, gate.threshold)
+
 int main() {
   std::printf("LinearProduct %zu\n", sizeof(taps::LinearProduct));
   TAPS_FIELD(LinearProduct, rows);
@@ -31,4 +42,37 @@ int main() {
   TAPS_FIELD(LinearProduct, memory);
   TAPS_FIELD(LinearProduct, splits);
   TAPS_FIELD(LinearProduct, depth_of_split);
+
+  std::printf("Reconstruct %zu\n", sizeof(taps::Reconstruct));
+  TAPS_REBUILD(Reconstruct);
+  TAPS_FIELD(Reconstruct, delta);
+  TAPS_FIELD(Reconstruct, walk.numel);
+  TAPS_FIELD(Reconstruct, walk.ndim);
+  TAPS_FIELD(Reconstruct, walk.sizes);
+  TAPS_FIELD(Reconstruct, walk.strides);
+
+  std::printf("Unpack %zu\n", sizeof(taps::Unpack));
+  TAPS_REBUILD(Unpack);
+  TAPS_FIELD(Unpack, delta.codec);
+  TAPS_FIELD(Unpack, delta.codes);
+  TAPS_FIELD(Unpack, delta.values);
+  TAPS_FIELD(Unpack, delta.rows);
+  TAPS_FIELD(Unpack, delta.columns);
+  TAPS_FIELD(Unpack, delta.kept);
+  TAPS_FIELD(Unpack, chunk);
+  TAPS_FIELD(Unpack, counts);
+
+  std::printf("Dot %zu\n", sizeof(taps::Dot));
+  TAPS_FIELD(Dot, walk.numel);
+  TAPS_FIELD(Dot, walk.ndim);
+  TAPS_FIELD(Dot, walk.sizes);
+  TAPS_FIELD(Dot, walk.strides);
+  TAPS_FIELD(Dot, a);
+  TAPS_FIELD(Dot, b);
+  TAPS_FIELD(Dot, a_dtype);
+  TAPS_FIELD(Dot, b_dtype);
+  TAPS_FIELD(Dot, scale);
+  TAPS_FIELD(Dot, partials);
+  TAPS_FIELD(Dot, result);
+  TAPS_FIELD(Dot, result_dtype);
 }
