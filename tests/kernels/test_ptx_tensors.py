@@ -141,6 +141,32 @@ def test_reconstruct(reconstruct, layout, record_property) -> None:
         )
 
 
+def test_foreach(reconstruct, layout, record_property) -> None:
+    """Tensors of a list by one launch, a block to each piece of 16,384 elements."""
+    record_property("drawn", f"ptx of foreach by seed {SEED}")
+    chance, numbers = random.Random(f"{SEED} foreach"), np.random.default_rng(int(SEED))
+    memory, arguments = ptx.Memory(1 << 22, ptx.GLOBAL_BASE, "global"), Arguments(layout, "ForeachReconstruct")
+    found, end = [], 0
+    for index, count in enumerate((1, 130, 16384, 16385, 40000)):
+        item = Arguments(layout, "Rebuild")
+        kinds = [chance.choice(("f32", "bf16", "f16")) for _ in range(2)]
+        weight, weight_number = values(numbers, count, kinds[0])
+        delta, delta_number = values(numbers, count, kinds[1])
+        at, kind, opened, scale = rebuild(item, memory, chance, count, {"weight": weight, "weight_kind": kinds[0]})
+        item.set("delta", "Q", memory.put(delta))
+        item.set("delta_dtype", "B", CODES[kinds[1]])
+        end += -(-count // 16384)
+        size = layout["Rebuild"]
+        arguments.bytes[index * size : (index + 1) * size] = item.bytes
+        struct.pack_into("<q", arguments.bytes, layout["ForeachReconstruct.numel"] + 8 * index, count)
+        struct.pack_into("<i", arguments.bytes, layout["ForeachReconstruct.end"] + 4 * index, end)
+        found.append((at, count, kind, expected(weight_number, delta_number if opened else None, kind, scale)))
+    arguments.set("count", "i", len(found))
+    launch(reconstruct["foreach_chunks<float"], memory, bytes(arguments.bytes), end)
+    for at, count, kind, want in found:
+        assert memory.get(at, HELD[kind], count).tobytes() == want.tobytes(), (count, kind)
+
+
 @pytest.mark.parametrize("codec", ORDER)
 def test_unpack(codec: str, unpacks, layout, record_property) -> None:
     record_property("drawn", f"ptx of unpack by seed {SEED}")

@@ -51,6 +51,15 @@ int main() {
   TAPS_FIELD(Reconstruct, walk.sizes);
   TAPS_FIELD(Reconstruct, walk.strides);
 
+  std::printf("Rebuild %zu\n", sizeof(taps::Rebuild));
+  TAPS_REBUILD(Rebuild);
+  TAPS_FIELD(Rebuild, delta);
+  std::printf("ForeachReconstruct %zu\n", sizeof(taps::ForeachReconstruct));
+  TAPS_FIELD(ForeachReconstruct, items);
+  TAPS_FIELD(ForeachReconstruct, numel);
+  TAPS_FIELD(ForeachReconstruct, end);
+  TAPS_FIELD(ForeachReconstruct, count);
+
   std::printf("Unpack %zu\n", sizeof(taps::Unpack));
   TAPS_REBUILD(Unpack);
   TAPS_FIELD(Unpack, delta.codec);
