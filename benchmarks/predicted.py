@@ -1,0 +1,160 @@
+"""What the CUDA kernels should take on a GPU that nobody has at hand: from bytes, operations and counted instructions.
+
+    python benchmarks/predicted.py linear            # 1 to 512 rows of a 4096 x 4096 layer (--outputs, --inputs)
+    python benchmarks/predicted.py resnet50          # each convolution at 1, 8 and 64 images; or mobilenet_v2
+
+Predicted, all of it: nothing here was measured on a GPU. The device is an H200: 132 multiprocessors at 1.98 GHz, 4.3 TB/s
+from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
+
+A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
+tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
+multiprocessor. A split depth adds a kernel and its partial sums. A rebuild moves W, Delta and W_t, then the stock product
+runs from W_t. Convolutions are taken as the product of their pixels, as the design of a fused one has it; there is none
+on CUDA yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+CLOCK, MULTIPROCESSORS = 1.98e9, 132
+MEMORY, L2, STOCK = 4.3e12, 5.5e12, 550e12  # bytes, bytes and operations a second
+LAUNCH, SECOND = 2.5e-6, 3e-6  # a kernel; the one that adds splits
+WARPS = 8  # of a block
+# Rows of a tile up to which it serves -> columns, depth of a step, instructions a warp and step, clocks of its latency.
+TILES = {16: (32, 64, {2: 69, 4: 88}, 230), 64: (64, 32, {2: 71, 4: 117}, 300)}
+FEW = 16
+
+
+@dataclass(frozen=True)
+class Product:
+    """A gated layer as a product: rows, outputs, inputs, bytes of a number of Delta (W and x are bf16).
+
+    `read` is how many numbers its input has, where the product's rows share them.
+    """
+
+    name: str
+    rows: int
+    outputs: int
+    inputs: int
+    delta: int = 2
+    read: int | None = None
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.rows * self.weights
+
+    @property
+    def activations(self) -> int:
+        read = self.rows * self.inputs if self.read is None else self.read
+        return 2 * (read + self.rows * self.outputs)
+
+
+def split(tiles: int, steps: int, weight_bytes: float, elements: int) -> int:
+    """How often `plan` (csrc/cuda/linear.cuh) splits the depth."""
+    best, found = math.inf, 1
+    for splits in range(1, 17):
+        if steps < 4 * splits and splits > 1:
+            break
+        waves = -(-tiles * splits // MULTIPROCESSORS)
+        busy = tiles * splits / (waves * MULTIPROCESSORS)
+        cost = weight_bytes / busy + (1e7 + 8.0 * splits * elements if splits > 1 else 0.0)
+        if cost < best:
+            best, found = cost, splits
+    return found
+
+
+def fused(p: Product) -> float:
+    """Seconds of the fused product."""
+    tile_rows = FEW if p.rows <= FEW else 64
+    columns, depth, instructions, latency = TILES[tile_rows]
+    tiles, steps = -(-p.rows // tile_rows) * -(-p.outputs // columns), -(-p.inputs // depth)
+    weight_bytes = p.weights * (2 + p.delta)
+    splits = split(tiles, steps, weight_bytes, p.rows * p.outputs)
+    blocks, each = tiles * splits, -(-steps // splits)
+    stage = depth * (2 * tile_rows + columns * (2 + p.delta))
+    waves = -(-blocks // MULTIPROCESSORS)
+    clocks = max(each * waves * WARPS * instructions[p.delta] / 4, each * latency * waves / min(2, waves))
+    moved = weight_bytes + p.activations
+    seconds = max(moved / MEMORY, blocks * each * stage / L2, clocks / CLOCK) + LAUNCH
+    return seconds + (SECOND + 8.0 * splits * p.rows * p.outputs / L2 if splits > 1 else 0.0)
+
+
+def stock(p: Product, weight_bytes: float) -> float:
+    """Seconds of torch's product with a weight of so many bytes that are still to come from memory."""
+    return max((weight_bytes + p.activations) / MEMORY, p.operations / STOCK) + LAUNCH
+
+
+def rebuilt(p: Product) -> float:
+    """Seconds of a rebuild and the stock product; of W_t what fits is still in L2 (50 MB)."""
+    written = 2 * p.weights
+    return (p.weights * (2 + p.delta) + written) / MEMORY + LAUNCH + stock(p, max(0, written - 50e6))
+
+
+def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
+    """Each convolution as the product of its pixels; grouped ones have no such product."""
+    import torch
+    import torchvision
+    from torch import nn
+
+    with torch.device("meta"):
+        net = torchvision.models.get_model(model)
+        found: list[Product] = []
+
+        def note(name: str, module: nn.Conv2d) -> None:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                pixels = output.shape[0] * output.shape[2] * output.shape[3]
+                depth = module.weight[0].numel()
+                found.append(Product(name, pixels, module.out_channels, depth, delta, inputs[0].numel()))
+
+            module.register_forward_hook(hook)
+
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d) and module.groups == 1:
+                note(name, module)
+        net.eval()(torch.empty(images, 3, 224, 224))
+    yield from found
+
+
+def row(p: Product, first: str) -> str:
+    ours, other, merged = fused(p), rebuilt(p), stock(p, 2 * p.weights)
+    limit = (p.weights * (2 + p.delta) + p.activations) / MEMORY
+    better = "fused" if ours <= other else "rebuild"
+    cells = (f"{1e6 * value:.1f}" for value in (limit, ours, other, merged))
+    return f"| {first} | {' | '.join(cells)} | {better} |"
+
+
+HEAD = "| {} | limit | fused | rebuild | merged | chosen |\n|---|---|---|---|---|---|"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["linear", "resnet50", "mobilenet_v2"])
+    parser.add_argument("--outputs", type=int, default=4096)
+    parser.add_argument("--inputs", type=int, default=4096)
+    parser.add_argument("--delta", type=int, choices=[2, 4], default=2, help="bytes of a number of Delta")
+    args = parser.parse_args()
+    print("predicted microseconds, not measured\n")
+    if args.what == "linear":
+        print(HEAD.format("rows"))
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+            print(row(Product("", rows, args.outputs, args.inputs, args.delta), str(rows)))
+        return
+    for images in (1, 8, 64):
+        print(HEAD.format(f"{args.what}, images: {images}"))
+        products = list(convolutions(args.what, images, args.delta))
+        for p in products:
+            print(row(p, p.name))
+        total = [1e6 * sum(map(of, products)) for of in (fused, rebuilt, lambda p: min(fused(p), rebuilt(p)))]
+        print(f"\nall: fused {total[0]:.0f}, rebuild {total[1]:.0f}, the better of each {total[2]:.0f}\n")
+
+
+if __name__ == "__main__":
+    main()
