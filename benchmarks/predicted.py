@@ -3,14 +3,14 @@
     python benchmarks/predicted.py linear            # 1 to 512 rows of a 4096 x 4096 layer (--outputs, --inputs)
     python benchmarks/predicted.py resnet50          # each convolution at 1, 8 and 64 images; or mobilenet_v2
 
-Predicted, all of it: nothing here was measured on a GPU. The device is an H200: 132 multiprocessors at 1.98 GHz, 4.3 TB/s
-from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
+Predicted, all of it: nothing here was measured on a GPU. The device is an H200: 132 multiprocessors at 1.98 GHz, 4.3
+TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
 
 A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
 tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
-multiprocessor. A split depth adds a kernel and its partial sums. A rebuild moves W, Delta and W_t, then the stock product
-runs from W_t. Convolutions are taken as the product of their pixels, as the design of a fused one has it; there is none
-on CUDA yet.
+multiprocessor. A split depth adds a kernel and its partial sums. A rebuild moves W, Delta and W_t, then the stock
+product runs from W_t. Convolutions are taken as the product of their pixels, as the design of a fused one has it;
+there is none on CUDA yet.
 """
 
 from __future__ import annotations
