@@ -339,7 +339,7 @@ def comparisons(results: Path) -> dict[str, Comparison]:
             test=mean,
             half=half,
             val=statistics.fmean(run["val"] for run in runs),
-            parameters=runs[0]["parameters"],
+            parameters=round(statistics.fmean(run["parameters"] for run in runs)),
             trained=runs[0]["trained"],
             bytes=round(statistics.fmean(run["bytes"] for run in runs)),
             share=statistics.fmean(run["share"] for run in runs),
@@ -416,6 +416,10 @@ def claims(found: By) -> list[str]:
         for other in ("probe", "scale-bias", "depthwise", "lora:8", "rcm", "full"):
             line(f"TAPS above {other}", place, "taps", other)
     for place in places:
+        for other in ("lora:8", "full"):
+            line(f"RCM above {other}", place, "rcm", other)
+        for other in ("scale-bias", "depthwise", "lora:8", "full"):
+            line(f"a fifth of the weights at the bottom above {other}", place, "separate:bottom=0.2", other)
         line("selective LoRA above LoRA", place, "selective-lora:8", "lora:8")
         line("RCM's response initialisation above none", place, "rcm:start=response", "rcm")
     return lines
@@ -425,9 +429,9 @@ def joint_table(results: Path) -> list[str]:
     """Joint beside incremental training."""
     lines = [
         "| training | " + " | ".join(TASKS["resnet"]) + " | mean | above incremental | "
-        "values stored | shared | files | peak | s an epoch |"
+        "values stored | shared | files | peak | s an epoch | s in all |"
     ]
-    lines.append("|---" * 11 + "|")
+    lines.append("|---" * 12 + "|")
     runs = [r for r in read(results) if r["part"] == "joint" and r["test"] is not None]
     runs = [r for r in runs if r["epochs"] == epochs_of(r["base"], r["task"])]
     means = {t: {r["seed"]: {"test": statistics.fmean(r["test"])} for r in runs if r["method"] == t} for t in JOINT}
@@ -438,15 +442,15 @@ def joint_table(results: Path) -> list[str]:
         above = paired(means[name], means["incremental"])
         tasks = [interval(100 * r["test"][i] for r in chosen) for i in range(3)]
         mean = interval(100 * statistics.fmean(r["test"]) for r in chosen)
+        seconds = statistics.fmean(r["cpu_seconds"] for r in chosen)
         passes = 2 * LONGER if name == "lean" else LONGER
         cells = [number(value) for value in (*tasks, mean)]
         cells.append("" if name == "incremental" or not above else number(interval(above)))
         cells += [f"{statistics.fmean(r['parameters'] for r in chosen):,.0f}", f"{chosen[0]['shared']:,}"]
         cells += [f"{statistics.fmean(r['bytes'] for r in chosen) / 1e6:.2f} MB"]
         cells += [f"{statistics.fmean(r['peak_bytes'] for r in chosen) / 1e6:.0f} MB"]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {statistics.fmean(r['cpu_seconds'] for r in chosen) / passes:.1f} |"
-        )
+        label = "incremental (TAPS)" if name == "incremental" else name
+        lines.append(f"| {label} | {' | '.join(cells)} | {seconds / passes:.1f} | {seconds:.0f} |")
     return lines
 
 
