@@ -58,7 +58,7 @@ class Row:
         tests: the test split's first metric, one for each seed. test, half: their mean and the half-width of its 95 %
             interval (nan for one seed). val: the mean on the validation split.
         lr: the rate that did best on the validation split, of as many as every method had.
-        parameters: values that the task adds. trained: those with a gradient. bytes: of its file.
+        parameters: values that the task adds. trained: those with a gradient. bytes: of its file; means over the seeds.
         share: of the gated weights that are open.
         step: seconds of the run, its validation among them, over its batches, on the machine as it was.
         peak: predicted bytes of a training step, or None where that cannot be predicted.
@@ -318,7 +318,12 @@ class _Grid:
         done = [result for result in results if isinstance(result, Result)]
         if not done:
             return "missing"
-        key, facts = next(iter(known.metrics)), self.facts[_Run(method, task, lr, 0)]
+        key = next(iter(known.metrics))
+        ended = [seed for seed, result in enumerate(results) if isinstance(result, Result)]
+        facts = [self.facts[_Run(method, task, lr, seed)] for seed in ended]  # gates open otherwise for each
+        sizes = {
+            name: round(sum(one[name] for one in facts) / len(facts)) for name in ("parameters", "trained", "bytes")
+        }
         mean, half = interval(result.test[key] for result in done)
         return Row(
             method=method,
@@ -330,7 +335,10 @@ class _Grid:
             val=sum(result.val[key] for result in done) / len(done),
             share=sum(result.share for result in done) / len(done),
             converged="diverged" not in results and sum(_rise(known, r) for r in done) / len(done) <= RISING,
-            **facts,
+            step=sum(one["step"] for one in facts) / len(facts),
+            peak=facts[0]["peak"],
+            added=facts[0]["added"],
+            **sizes,
         )
 
     def train(self, run: _Run, *, test: bool) -> Result | str:
