@@ -104,8 +104,7 @@ test: lint
 
 # Counts the instructions of the kernels' loops; where it cannot be had, the test that asks for it says so and is skipped.
 $(VENV)/.disassembler: $(VENV)/.created
-	-$(PIP) install --quiet nvidia-cuda-nvdisasm
-	touch $@
+	-$(PIP) install --quiet nvidia-cuda-nvdisasm && touch $@
 
 kernels: build $(VENV)/.disassembler
 	TAPS_THOROUGH=1 $(PYTEST) tests/kernels --durations=10

@@ -57,15 +57,15 @@ def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except pickle.UnpicklingError as error:  # torch's own words lead to running the file's code
-        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        got = "other objects" if found is None else show(found.group(1))
-        raise ConfigError(
-            f"checkpoint: {path}: expected tensors by name alone, which torch.save(model.state_dict(), ...) writes, "
-            f"got {got}, whose code is not run here"
-        ) from None
     except Exception as error:  # a file of anything else makes the reader of pickles raise whatever it meets
-        reason = " ".join(str(error).split())[:200]
+        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found is not None:  # torch's words lead to running its code
+            raise ConfigError(
+                f"checkpoint: {path}: expected tensors by name alone, which torch.save(model.state_dict(), ...) "
+                f"writes, got {show(found.group(1))}, whose code is not run here"
+            ) from None
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = "other bytes" if refused else " ".join(str(error).split())[:200]
         raise ConfigError(f"checkpoint: {path}: expected a file of tensors by torch.save, got {reason}") from None
     known = (
         sorted(k for k, v in content.items() if isinstance(k, str) and isinstance(v, dict))

@@ -29,7 +29,8 @@ def find_function(path: str) -> Callable[..., Any]:
     if not module_name:
         raise SourceError(f"python:{path}: expected python:MODULE.FUNCTION")
     try:
-        if importlib.util.find_spec(module_name.partition(".")[0]) is None and (here := os.getcwd()) not in sys.path:
+        top, here = module_name.partition(".")[0], os.getcwd()
+        if top not in sys.modules and importlib.util.find_spec(top) is None and here not in sys.path:
             sys.path.append(here)
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:

@@ -100,7 +100,7 @@ MISTAKES = {
         WRONG,
     ),
     "columns exchanged": Mistake("b[j][1] = «both[1] → both[2]», b[j + 1][0] = «both[2] → both[1]»", WRONG),
-    "neighbours along the wrong side": Mistake("one<kStride>(tile, «k + 1 → k», column)", WRONG),
+    "an element taken for its neighbour": Mistake("one<kStride>(tile, «k + 1 → k», column)", WRONG),
     "closed, but Delta is read": Mistake("if («is_open(p.gate) → true») {  // asked", f"{WRONG}|SEGV|null pointer"),
     "half of a fragment without Delta": Mistake("b[j][1] = «add2<T>(b[j][1], change[j][1]) → b[j][1]»;", WRONG),
     # --- the products, and what leaves

@@ -17,7 +17,8 @@ from stages import made_once
 from torch.utils.cpp_extension import include_paths
 
 NVCC = shutil.which("nvcc")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: there is no PTX to run")
+MISSING = [name for name in ("nvcc", "c++filt") if shutil.which(name) is None]
+needs_nvcc = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)}: not found, and so no PTX to run")
 CODES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3}  # Dtype
 HELD = {"f32": np.float32, "f64": np.float64, "bf16": np.uint16, "f16": np.uint16}
 

@@ -15,9 +15,11 @@ def compiled(where: str, guard: str, opcode: str, operands: list[str]) -> Run:
     """What runs an instruction. Branches and barriers are the block's own."""
     head, *parts = opcode.split(".")
     if head in ("bra", "ret", "exit", "bar"):
+        if guard and head != "bra":
+            raise Fault(f"{where}: @{guard} {opcode}: not run here")
         return lambda block, mask: None
     make = INSTRUCTIONS.get(head)
-    if make is None:
+    if make is None or not {*parts} <= TYPES.keys() | MODIFIERS.get(head, {"rn"}):
         raise Fault(f"{where}: {opcode}: no such instruction here")
     run = make(parts, operands)
     if not guard:
@@ -27,7 +29,8 @@ def compiled(where: str, guard: str, opcode: str, operands: list[str]) -> Run:
         taken = block.value(guard.lstrip("!"), "pred") ^ guard.startswith("!")
         both = taken if mask is None else taken & mask
         if both.any():
-            run(block, None if both.all() else both)
+            block.mask = None if both.all() else both
+            run(block, block.mask)
 
     return guarded
 
@@ -72,10 +75,18 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _setp(parts: list[str], operands: list[str]) -> Run:
+    if len(parts) != 2 or parts[0] not in _COMPARE or len(operands) != 3:
+        raise Fault(f"setp.{'.'.join(parts)} {', '.join(operands)}: not run here")
     compare, kind = _COMPARE[parts[0]], parts[-1]
-    return lambda block, mask: block.put(
-        operands[0], compare(block.value(operands[1], kind), block.value(operands[2], kind)), mask
-    )
+
+    def run(block: Block, mask: Array | None) -> None:
+        first, second = block.value(operands[1], kind), block.value(operands[2], kind)
+        found = compare(first, second)
+        if kind[0] == "f":  # ordered: false where one is NaN
+            found = found & ~np.isnan(first) & ~np.isnan(second)
+        block.put(operands[0], found, mask)
+
+    return run
 
 
 def _selp(parts: list[str], operands: list[str]) -> Run:
@@ -205,6 +216,8 @@ def _rest(a: Any, b: Any) -> Any:
 
 def _cvt(parts: list[str], operands: list[str]) -> Run:
     to, source = parts[-2:]
+    if source[0] == "f" and to[0] in "us":
+        raise Fault(f"cvt.{'.'.join(parts)}: not run here")
 
     def run(block: Block, mask: Array | None) -> None:
         if to in ("bf16x2", "f16x2"):
@@ -446,11 +459,28 @@ def _popc(parts: list[str], operands: list[str]) -> Run:
     return run
 
 
+# What may stand in an opcode beside types; with any other the result would be another one.
+MODIFIERS: dict[str, set[str]] = {
+    "mul": {"rn", "lo", "wide"},
+    "mad": {"lo"},
+    "add": {"rn", "f16x2", "bf16x2"},
+    "fma": {"rn", "f16x2", "bf16x2"},
+    "cvt": {"rn", "f16x2", "bf16x2", "bf16"},
+    "cvta": {"to", "global"},
+    "ld": {"global", "shared", "param", "cs", "v2", "v4"},
+    "st": {"global", "shared", "v2", "v4"},
+    "cp": {"async", "cg", "ca", "shared", "global", "commit_group", "wait_group"},
+    "setp": {"eq", "ne", "lt", "le", "gt", "ge"},
+    "ldmatrix": {"sync", "aligned", "m8n8", "x4", "trans", "shared"},
+    "mma": {"sync", "aligned", "m16n8k16", "row", "col", "bf16"},
+    "shfl": {"sync", "bfly", "down", "idx"},
+    "vote": {"sync", "ballot"},
+}
 INSTRUCTIONS: dict[str, Callable[[list[str], list[str]], Run]] = {
     "mov": _mov, "cvta": lambda parts, operands: _mov(["u64"], operands), "ld": _ld, "st": _st, "cp": _cp, "cvt": _cvt,
     "add": _add, "sub": elementwise(np.subtract), "mul": _mul, "fma": _fma, "div": elementwise(_divided),
-    "mad": elementwise(lambda a, b, c: a * b + c), "rem": elementwise(_rest), "min": elementwise(np.minimum),
-    "max": elementwise(np.maximum), "neg": elementwise(np.negative), "not": elementwise(np.invert),
+    "mad": elementwise(lambda a, b, c: a * b + c), "rem": elementwise(_rest), "min": elementwise(np.fmin),
+    "max": elementwise(np.fmax), "neg": elementwise(np.negative), "not": elementwise(np.invert),
     "and": elementwise(np.bitwise_and), "or": elementwise(np.bitwise_or), "xor": elementwise(np.bitwise_xor),
     "shl": _shifted(True), "shr": _shifted(False), "setp": _setp, "selp": _selp, "bfi": _bfi, "popc": _popc,
     "ldmatrix": _ldmatrix, "mma": _mma, "shfl": _shfl, "vote": _vote,

@@ -16,6 +16,7 @@ TYPES: dict[str, Any] = {
 }  # fmt: skip
 STORED = {"pred": np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WARP, PARAM_BASE, GLOBAL_BASE = 32, 1 << 20, 1 << 32
+MOST_STEPS = 1 << 20  # of a block: kernels of these tests take some thousands
 
 
 class Fault(Exception):
@@ -136,7 +137,8 @@ class Block:
             n: np.zeros(threads, STORED["pred"] if t is np.bool_ else STORED[np.dtype(t).itemsize])
             for n, t in kernel.registers.items()
         }
-        self.known = dict.fromkeys(kernel.registers, False)
+        self.known: dict[str, Any] = {}  # registers that were written: True, or for which threads
+        self.mask: Array | None = None  # the threads that the instruction is for
         lanes = np.arange(threads, dtype=np.uint32)
         same = {
             "%ctaid.x": place[0],
@@ -174,7 +176,9 @@ class Block:
 
     def _step(self, mask: Array | None) -> None:
         index = self.all_at
-        self.steps += 1
+        self.steps, self.mask = self.steps + 1, mask
+        if self.steps > MOST_STEPS:
+            raise Fault(f"{self.kernel.name}: more than {MOST_STEPS} instructions")
         guard, opcode, operands = self.kernel.code[index]
         try:
             if opcode.startswith("bra"):
@@ -237,7 +241,8 @@ class Block:
         """An operand as the instruction's type reads it."""
         dtype = TYPES[kind]
         if operand in self.registers:
-            if not self.known[operand]:
+            known = self.known.get(operand, False)
+            if known is not True and not np.all(known if self.mask is None else known & self.mask == self.mask):
                 raise Fault(f"{operand} is read before it was written")
             stored = self.registers[operand]
             if dtype is np.bool_:
@@ -253,7 +258,9 @@ class Block:
     def constant(self, operand: str, dtype: Any) -> Any:
         if operand.startswith(("0f", "0d")):
             bits = np.array(int(operand[2:], 16), np.uint32 if operand[1] == "f" else np.uint64)
-            return bits.view(np.float32 if operand[1] == "f" else np.float64).astype(dtype)
+            if np.dtype(dtype).itemsize != bits.itemsize:
+                raise Fault(f"{operand} for a {np.dtype(dtype)}")
+            return bits.view(dtype)
         if operand == self.kernel.shared:
             return np.array(0, dtype)
         if operand in self.kernel.parameters:
@@ -287,7 +294,8 @@ class Block:
             register[:] = values
         else:
             np.copyto(register, values, where=mask)
-        self.known[operand] = True
+            mask = mask | self.known.get(operand, False)
+        self.known[operand] = True if mask is None or mask.all() else mask
 
     def address(self, operand: str, mask: Array | None) -> Array:
         """Of "[base+offset]", for the threads of the mask."""

@@ -30,7 +30,7 @@ MOST = {
     (64, "half", "float", False): (117, 55),
     (64, "float", "float", False): (103, 71),
     (16, "half", "half", False): (69, 56),
-    (16, "half", "float", False): (88, 53),
+    (16, "half", "float", False): (88, 51),
     (16, "float", "float", False): (79, 58),
     (64, "half", "half", True): (77, 58),
     (64, "half", "float", True): (125, 57),

@@ -77,10 +77,13 @@ def rebuild(
         arguments.set("weight", "Q", memory.put(held["weight"], offset=offset * held["weight"].itemsize))
         arguments.set("weight_dtype", "B", CODES[of_weight])
     opened, scale = chance.random() < 0.75, chance.choice((1.0, 1.0, 0.37))
-    arguments.set("gate.open", "?", opened)
+    on_device = chance.random() < 0.5
+    arguments.set("gate.open", "?", opened != on_device)  # of two that contradict each other the score counts
     arguments.set("gate.threshold", "d", 0.1)
-    if chance.random() < 0.5:
-        arguments.set("gate.score", "Q", memory.put(np.array([0.2 if opened else 0.05], np.float32)))
+    if on_device:
+        kind_of_score = chance.choice(("f32", "f64"))
+        arguments.set("gate.score", "Q", memory.put(np.array([0.2 if opened else 0.05], HELD[kind_of_score])))
+        arguments.set("gate.score_dtype", "B", CODES[kind_of_score])
     arguments.set("scale", "d", scale)
     return at, kind, opened, scale
 
@@ -222,8 +225,12 @@ def test_dot(dots, layout, record_property) -> None:
         memory, arguments = ptx.Memory(1 << 20, ptx.GLOBAL_BASE, "global"), Arguments(layout, "Dot")
         kinds = [chance.choice(("f32", "bf16", "f16", "f64")) for _ in range(2)]
         a, b = (numbers.integers(-8, 9, (rows, columns)).astype(np.float64) for _ in range(2))
+        vectors = True
         for name, of, kind in (("a", a, kinds[0]), ("b", b.T if turned else b, kinds[1])):
-            arguments.set(name, "Q", memory.put(stored(np.ascontiguousarray(of), kind)))
+            held = stored(np.ascontiguousarray(of), kind)
+            at = memory.put(held, offset=held.itemsize * chance.choice((0, 0, 1)))
+            vectors = vectors and at % 16 == 0
+            arguments.set(name, "Q", at)
             arguments.set(f"{name}_dtype", "B", CODES[kind])
         arguments.set("walk.numel", "q", count)
         arguments.set("walk.ndim", "i", 2 if turned else 1)
@@ -239,7 +246,7 @@ def test_dot(dots, layout, record_property) -> None:
             launch(dots["dot_strided"], memory, bytes(arguments.bytes) + tail, chunks)
         else:
             kernel = "dot_flat<double" if "f64" in kinds else "dot_flat<float"
-            launch(dots[kernel], memory, bytes(arguments.bytes) + b"\1", chunks)
+            launch(dots[kernel], memory, bytes(arguments.bytes) + bytes([vectors]), chunks)
         finish = struct.pack("<QqdQB", partials, chunks, 0.5, result, CODES["f32"])
         launch(dots["dot_finish"], memory, finish, 1)
         got = float(memory.get(result, np.float32, 1)[0])

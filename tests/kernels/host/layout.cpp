@@ -6,15 +6,16 @@
 
 #define TAPS_FIELD(type, field) std::printf(#type "." #field " %zu\n", offsetof(taps::type, field))
 
-#define TAPS_REBUILD(type)        \
-  TAPS_FIELD(type, out);          \
-  TAPS_FIELD(type, weight);       \
-  TAPS_FIELD(type, out_dtype);    \
-  TAPS_FIELD(type, weight_dtype); \
-  TAPS_FIELD(type, delta_dtype);  \
-  TAPS_FIELD(type, scale);        \
-  TAPS_FIELD(type, gate.open);    \
-  TAPS_FIELD(type, gate.score);   \
+#define TAPS_REBUILD(type)            \
+  TAPS_FIELD(type, out);              \
+  TAPS_FIELD(type, weight);           \
+  TAPS_FIELD(type, out_dtype);        \
+  TAPS_FIELD(type, weight_dtype);     \
+  TAPS_FIELD(type, delta_dtype);      \
+  TAPS_FIELD(type, scale);            \
+  TAPS_FIELD(type, gate.open);        \
+  TAPS_FIELD(type, gate.score);       \
+  TAPS_FIELD(type, gate.score_dtype); \
   TAPS_FIELD(type, gate.threshold)
 
 int main() {
