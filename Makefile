@@ -32,6 +32,7 @@
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
+#                      (HALF=A, then HALF=B: four minutes each; PREBUILT=1: with the extension that is there)
 #                      (STAGE="tests memcheck" reruns some, STAGE=rest what has not passed, GPU_SECONDS=540 is its
 #                      time limit, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)
@@ -204,7 +205,8 @@ memory: build
 GPU_SECONDS := 540
 GPU_OUT ?= $(if $(filter 1,$(REHEARSE)),build/gpu-rehearsal,benchmarks/results/gpu)
 gpu:
-	code=0; $(PYTHON) tools/gpu.py --out $(GPU_OUT) --seconds $(GPU_SECONDS) $(if $(STAGE),--stage $(STAGE)) \
+	code=0; $(PYTHON) tools/gpu.py --out $(GPU_OUT) $(if $(HALF),--half $(HALF),--seconds $(GPU_SECONDS)) \
+	  $(if $(filter 1,$(PREBUILT)),--prebuilt) $(if $(STAGE),--stage $(STAGE)) \
 	  $(if $(filter 1,$(REHEARSE)),--rehearse) || code=$$?; test $$code = 2 || rm -f $(VENV)/.built; exit $$code
 
 # --- wheels -------------------------------------------------------------------------------------

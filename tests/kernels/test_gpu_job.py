@@ -28,7 +28,7 @@ def python(code: str) -> list[str]:
 
 
 def run(job, monkeypatch, tmp_path, stages, *options: str) -> tuple[int, dict]:
-    monkeypatch.setattr(job, "stages", lambda out, capability: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(job, "stages", lambda out, capability, prebuilt: [job.Stage(*stage) for stage in stages])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *options])
     code = job.main()
     return code, json.loads((tmp_path / "gpu.json").read_text())
@@ -36,7 +36,7 @@ def run(job, monkeypatch, tmp_path, stages, *options: str) -> tuple[int, dict]:
 
 def test_a_late_failure_loses_nothing(job, monkeypatch, tmp_path, capsys) -> None:
     junit = '<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>'
-    write = f"open(r'{tmp_path / 'cuda-tests.xml'}', 'w').write('''{junit}'''); raise SystemExit(1)"
+    write = f"open(r'{tmp_path / 'tests.xml'}', 'w').write('''{junit}'''); raise SystemExit(1)"
     seen = f"import json; print(len(json.load(open(r'{tmp_path / 'gpu.json'}'))['stages']))"
     # What a stage has started must end with it: a grandchild that would hold the device.
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
@@ -69,7 +69,7 @@ def test_nothing_runs_after_a_failed_build(job, monkeypatch, tmp_path) -> None:
 
 def test_tests_that_all_skip_have_not_passed(job, monkeypatch, tmp_path) -> None:
     junit = '<testsuites><testsuite tests="2" failures="0" errors="0" skipped="2"/></testsuites>'
-    write = f"open(r'{tmp_path / 'cuda-tests.xml'}', 'w').write('''{junit}''')"
+    write = f"open(r'{tmp_path / 'tests.xml'}', 'w').write('''{junit}''')"
     _, report = run(job, monkeypatch, tmp_path, [("tests", python(write), 60)])
     assert report["stages"][0]["status"] == "skipped"
 
@@ -142,12 +142,28 @@ def test_without_a_device(job, monkeypatch, tmp_path, capsys) -> None:
     """Refused; rehearsed, what needs one is skipped and says why."""
     monkeypatch.setattr(job, "facts", lambda: {"device": False, "torch": "2.11.0"})
     stages = [("build", python(""), 60, False), ("conformance", python("raise SystemExit(1)"), 60)]
-    monkeypatch.setattr(job, "stages", lambda out, capability: [job.Stage(*stage) for stage in stages])
+    monkeypatch.setattr(job, "stages", lambda out, capability, prebuilt: [job.Stage(*stage) for stage in stages])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     assert job.main() == 2 and "no CUDA device here" in capsys.readouterr().err
     code, report = run(job, monkeypatch, tmp_path, stages, "--rehearse")
     assert code == 0 and [r["status"] for r in report["stages"]] == ["passed", "skipped"]
     assert report["stages"][1]["why"] == "no CUDA device"
+
+
+def test_halves(job, monkeypatch, tmp_path) -> None:
+    """B goes on with A's results, in a later run; each has its own time."""
+    stages = [
+        ("build", python("print('a')"), 60, False, False, "A"),
+        ("tests-models", python("print('b')"), 60),
+        ("bench", python("print('short')"), 60, True, False, "A"),
+    ]
+    _, report = run(job, monkeypatch, tmp_path, stages, "--half", "A")
+    assert [r["stage"] for r in report["stages"]] == ["build", "bench"]
+    _, report = run(job, monkeypatch, tmp_path, stages, "--half", "B")
+    assert [r["stage"] for r in report["stages"]] == ["build", "bench", "tests-models"]
+    monkeypatch.setattr(job, "HALF_SECONDS", 0.0)
+    _, report = run(job, monkeypatch, tmp_path, stages, "--half", "B")
+    assert report["stages"][-1]["status"] == "not reached"
 
 
 def test_the_package_is_found(job, monkeypatch, tmp_path) -> None:
@@ -166,6 +182,10 @@ def test_the_real_stages(job, tmp_path) -> None:
     assert "-arch=sm_80" in job.stages(tmp_path, "80")[1].command
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names) and names[0] == "build" and names.index("conformance") < names.index("tests")
+    halves = [stage.half for stage in stages]
+    assert halves == sorted(halves) and {"tests", "bench-linear-short"} <= {s.name for s in stages if s.half == "A"}
+    assert all("initcheck" not in stage.command or "conformance" in stage.name for stage in stages)
+    assert "-c" in job.stages(tmp_path, "90", prebuilt=True)[0].command
     for stage in stages:
         for word in stage.command:
             if word.endswith((".py", ".cu")):
