@@ -35,8 +35,8 @@ def compiled(where: str, guard: str, opcode: str, operands: list[str]) -> Run:
     return guarded
 
 
-def elementwise(function: Callable[..., Any], *, result: str | None = None) -> Callable[[list[str], list[str]], Run]:
-    """d = function(a, ...), all of the instruction's last type (the result of `result`, where given)."""
+def elementwise(function: Callable[..., Any]) -> Callable[[list[str], list[str]], Run]:
+    """d = function(a, ...), all of the instruction's last type."""
 
     def make(parts: list[str], operands: list[str]) -> Run:
         kind = parts[-1]
@@ -44,7 +44,7 @@ def elementwise(function: Callable[..., Any], *, result: str | None = None) -> C
         def run(block: Block, mask: Array | None) -> None:
             with np.errstate(all="ignore"):
                 found = function(*(block.value(one, kind) for one in operands[1:]))
-            block.put(operands[0], np.asarray(found).astype(TYPES[result or kind], copy=False), mask)
+            block.put(operands[0], np.asarray(found).astype(TYPES[kind], copy=False), mask)
 
         return run
 

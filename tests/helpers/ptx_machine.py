@@ -212,7 +212,7 @@ class Block:
         if not guard:
             self._go(to if mask is None else np.full(self.threads, to), mask)
             return
-        taken = self.value(guard.lstrip("!"), "pred", mask) ^ guard.startswith("!")
+        taken = self.value(guard.lstrip("!"), "pred") ^ guard.startswith("!")
         if mask is None and taken.all():
             self._go(to, mask)
         elif mask is None and not taken.any():
@@ -237,7 +237,7 @@ class Block:
 
     # --- operands
 
-    def value(self, operand: str, kind: str, mask: Array | None = None) -> Any:
+    def value(self, operand: str, kind: str) -> Any:
         """An operand as the instruction's type reads it."""
         dtype = TYPES[kind]
         if operand in self.registers:

@@ -18,6 +18,12 @@
   TAPS_FIELD(type, gate.score_dtype); \
   TAPS_FIELD(type, gate.threshold)
 
+#define TAPS_WALK(type)         \
+  TAPS_FIELD(type, walk.numel); \
+  TAPS_FIELD(type, walk.ndim);  \
+  TAPS_FIELD(type, walk.sizes); \
+  TAPS_FIELD(type, walk.strides)
+
 int main() {
   std::printf("LinearProduct %zu\n", sizeof(taps::LinearProduct));
   TAPS_FIELD(LinearProduct, rows);
@@ -47,10 +53,7 @@ int main() {
   std::printf("Reconstruct %zu\n", sizeof(taps::Reconstruct));
   TAPS_REBUILD(Reconstruct);
   TAPS_FIELD(Reconstruct, delta);
-  TAPS_FIELD(Reconstruct, walk.numel);
-  TAPS_FIELD(Reconstruct, walk.ndim);
-  TAPS_FIELD(Reconstruct, walk.sizes);
-  TAPS_FIELD(Reconstruct, walk.strides);
+  TAPS_WALK(Reconstruct);
 
   std::printf("Rebuild %zu\n", sizeof(taps::Rebuild));
   TAPS_REBUILD(Rebuild);
@@ -73,10 +76,7 @@ int main() {
   TAPS_FIELD(Unpack, counts);
 
   std::printf("Dot %zu\n", sizeof(taps::Dot));
-  TAPS_FIELD(Dot, walk.numel);
-  TAPS_FIELD(Dot, walk.ndim);
-  TAPS_FIELD(Dot, walk.sizes);
-  TAPS_FIELD(Dot, walk.strides);
+  TAPS_WALK(Dot);
   TAPS_FIELD(Dot, a);
   TAPS_FIELD(Dot, b);
   TAPS_FIELD(Dot, a_dtype);
