@@ -58,13 +58,13 @@ def _torch_file(path: str, key: str | None) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # a file of anything else makes the reader of pickles raise whatever it meets
-        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and found is not None:  # torch's words lead to running its code
+        refused = isinstance(error, pickle.UnpicklingError)
+        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)) if refused else None
+        if found is not None:  # torch's own words lead to running the file's code
             raise ConfigError(
                 f"checkpoint: {path}: expected tensors by name alone, which torch.save(model.state_dict(), ...) "
                 f"writes, got {show(found.group(1))}, whose code is not run here"
             ) from None
-        refused = isinstance(error, pickle.UnpicklingError)
         reason = "other bytes" if refused else " ".join(str(error).split())[:200]
         raise ConfigError(f"checkpoint: {path}: expected a file of tensors by torch.save, got {reason}") from None
     known = (
