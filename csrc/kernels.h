@@ -65,15 +65,54 @@ inline int64_t unpack_chunk(const PackedDelta& delta) {
   return (tiles + kMostUnpackChunks - 1) / kMostUnpackChunks * kUnpackTile;
 }
 
-// Of several tensors by one launch, each dense and of one layout: a kernel takes 4 KB of arguments.
+constexpr int64_t kDotChunk = 16384;  // elements to a partial sum
+
+// Of many tensors by one launch, each dense and of one layout: what a kernel of CUDA 13 takes as arguments is 32 KB.
+constexpr int kMostTensors = 256;
 struct ForeachReconstruct {
-  static constexpr int kMost = 40;
-  Rebuild items[kMost];
-  int64_t numel[kMost];
-  int32_t end[kMost];  // of each item's blocks; the launch sets them
+  Rebuild items[kMostTensors];
+  int64_t numel[kMostTensors];
+  int32_t end[kMostTensors];  // of each item's blocks; the launch sets them
   int count = 0;
 };
-static_assert(sizeof(ForeachReconstruct) <= 4096, "the arguments of a kernel");
+static_assert(sizeof(ForeachReconstruct) <= 32764, "the arguments of a kernel");
+
+// From G, the gradient of a W_t, to those of its Delta and its score:
+//
+//     delta_gradient = gate ? gradient : 0, in Delta's type      score_gradient = <gradient, delta>, also where closed
+//
+// Either result may be null. `delta_gradient` may be `gradient` itself, of one type.
+struct Settle {
+  void* delta_gradient = nullptr;
+  void* score_gradient = nullptr;
+  const void* gradient = nullptr;
+  const void* delta = nullptr;  // null where no score is asked for
+  Dtype gradient_dtype = Dtype::kFloat32, delta_dtype = Dtype::kFloat32, score_dtype = Dtype::kFloat32;
+  Gate gate;
+
+  bool in_double() const { return gradient_dtype == Dtype::kFloat64 || delta_dtype == Dtype::kFloat64; }
+};
+
+struct ForeachSettle {
+  Settle items[kMostTensors];
+  int64_t numel[kMostTensors];
+  int32_t end[kMostTensors];
+  int count = 0;
+  double* partials = nullptr;  // chunks() doubles on the same device
+
+  int64_t chunks() const {
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += (numel[i] + kDotChunk - 1) / kDotChunk;
+    return total;
+  }
+  bool scores() const {
+    for (int i = 0; i < count; ++i) {
+      if (items[i].score_gradient) return true;
+    }
+    return false;
+  }
+};
+static_assert(sizeof(ForeachSettle) <= 32764, "the arguments of a kernel");
 
 // result = scale * sum(a * b), products and sums in fp64. The order is fixed by the sizes alone:
 // chunks of kDotChunk elements, whose sums are added in sequence.
@@ -88,8 +127,6 @@ struct Dot {
   void* result = nullptr;
   Dtype result_dtype = Dtype::kFloat32;
 };
-
-constexpr int64_t kDotChunk = 16384;
 
 // How many partial sums a dot has. Strided walks group whole innermost rows instead.
 inline int64_t dot_rows_per_chunk(const Walk<2>& walk) {
@@ -167,7 +204,9 @@ void conv2d(const Convolution& args);
 #if defined(TAPS_WITH_CUDA) || defined(TAPS_WITH_TWIN)
 namespace cuda {
 void reconstruct(const Reconstruct& args, int device, void* stream);
-void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);  // all of them in fp64, or none
+// Of these all items are in fp64, or none.
+void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);
+void foreach_settle(ForeachSettle args, int device, void* stream);
 void unpack(const Unpack& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "core/choose.h"
+#include "core/device.h"
 #include "core/python.h"
 #include "core/weight.h"
 #include "core/workspace.h"
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &taps::cpu::isa, "The instruction set that the CPU kernels use.");
   m.def("isas", &taps::cpu::isas, "The ones that this machine can run, best first.");
   m.attr("most_places") = taps::kMostPlaces;
+  m.attr("twin") = taps::cuda::kTwin;
   m.def(
       "force_isa", [](std::optional<std::string> name) { taps::cpu::force_isa(name.value_or("")); }, py::arg("name"),
       "Use this instruction set; None returns to the best one. For tests.");

@@ -42,10 +42,15 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   m.def(
       "reconstruct(Tensor(a!) out, Tensor weight, Tensor? delta, Tensor? score, bool? gate, "
       "float threshold) -> ()");
-  // The same for many tensors, on a GPU by one launch for 40 of them; gates hold 1, 0, or -1 where the score is read.
+  // The same for many tensors, on a GPU by one launch for 256 of them; gates hold 1, 0, or -1 where the score is read.
   m.def(
       "foreach_reconstruct(Tensor(a!)[] outs, Tensor[] weights, Tensor?[] deltas, Tensor?[] scores, int[] gates, "
       "float threshold) -> ()");
+  // From the gradients G of many W_t: delta_gradients <- g * G, score_gradients <- <G, Delta>, also where closed; a
+  // result that is not asked for is empty, and a Delta's may be its G itself. On a GPU by two launches for 256 of them.
+  m.def(
+      "foreach_settle(Tensor(a!)[] delta_gradients, Tensor(b!)[] score_gradients, Tensor[] gradients, Tensor[] deltas, "
+      "Tensor?[] scores, int[] gates, float threshold) -> ()");
   // out <- round(W + g * Delta) of a packed Delta, without a tensor of it: `codes` are its bits or codes, `values` what
   // the bits stand for, or scales. On a CPU a bitmap must have as many bits as there are values; on a GPU, which is not
   // waited for, bits beyond the values stand for zeros.
@@ -102,6 +107,7 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
   STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                            \
     m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                     \
     m.impl("foreach_reconstruct", TORCH_BOX(&taps::foreach_reconstruct));     \
+    m.impl("foreach_settle", TORCH_BOX(&taps::foreach_settle));               \
     m.impl("unpack", TORCH_BOX(&taps::unpack));                               \
     m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                   \
     m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward)); \

@@ -14,6 +14,10 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
                          const std::vector<OptionalTensor>& deltas, const std::vector<OptionalTensor>& scores,
                          const Ints& gates, double threshold);
 
+void foreach_settle(const std::vector<Tensor>& delta_gradients, const std::vector<Tensor>& score_gradients,
+                    const std::vector<Tensor>& gradients, const std::vector<Tensor>& deltas,
+                    const std::vector<OptionalTensor>& scores, const Ints& gates, double threshold);
+
 void unpack(const Tensor& out, const Tensor& weight, const Tensor& codes, const Tensor& values,
             const std::string& codec, const OptionalTensor& score, std::optional<bool> gate, double threshold);
 

@@ -12,6 +12,7 @@ OPERATORS = (
     *(
         "reconstruct",
         "foreach_reconstruct",
+        "foreach_settle",
         "unpack",
         "encode",
         "packed_linear",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import stages
 import torch
 from fused import C, instructions
 
 from taps_ext.cli import main
+from taps_ext.model import gathering
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -30,6 +33,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _settings() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TAPS_GATHER=1: forwards make the weights of all layers at once, as on a GPU."""
+    if os.environ.get("TAPS_GATHER"):
+        monkeypatch.setattr(gathering, "forced", True)
 
 
 @pytest.fixture(params=C.isas() if C is not None else [])

@@ -22,6 +22,7 @@ inline void* current_stream(int) { absent(); }
 #ifndef TAPS_WITH_TWIN
 inline void reconstruct(const Reconstruct&, int, void*) { absent(); }
 inline void foreach_reconstruct(const ForeachReconstruct&, int, void*) { absent(); }
+inline void foreach_settle(const ForeachSettle&, int, void*) { absent(); }
 inline void unpack(const Unpack&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }

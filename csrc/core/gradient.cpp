@@ -53,10 +53,7 @@ WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder) {
   WeightGrads grads;
   if (side.want_score) {
     grads.score = dot_like(*w.score, gradient, *w.delta, side.scale);
-    // Inf and NaN survive products and sums, so a finite result proves a finite delta for free.
-    if (w.known_closed() && !w.delta->place.cuda && !finite_score(grads.score->data_ptr(), w.score->dtype)) {
-      expect_finite_delta(w);
-    }
+    if (w.known_closed()) expect_finite_score(w, describe(*grads.score, "score gradient"));
   }
   Gate all;
   all.open = true;
@@ -82,6 +79,11 @@ WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder) {
 
 Tensor dot_like(const Described& score, const Described& a, const Described& b, double scale) {
   Tensor result = empty_like(score);
+  dot_into(describe(result, "score gradient"), a, b, scale);
+  return result;
+}
+
+void dot_into(const Described& result, const Described& a, const Described& b, double scale) {
   Dot args;
   args.walk = make_walk<2>(a.sizes, {a.strides, b.strides});
   args.a = args.walk.numel ? a.data() : nullptr;
@@ -89,8 +91,8 @@ Tensor dot_like(const Described& score, const Described& a, const Described& b, 
   args.a_dtype = a.dtype;
   args.b_dtype = b.dtype;
   args.scale = scale;
-  args.result = result.data_ptr();
-  args.result_dtype = score.dtype;
+  args.result = result.data();
+  args.result_dtype = result.dtype;
   const int64_t chunks = dot_chunks(args.walk);
   if (cuda::runs(a.place.cuda)) {
     const int64_t size = chunks, stride = 1;
@@ -102,7 +104,11 @@ Tensor dot_like(const Described& score, const Described& a, const Described& b, 
     args.partials = partials.data();
     cpu::dot(args);
   }
-  return result;
+}
+
+// Inf and NaN survive products and sums, so a finite result proves a finite delta for free.
+void expect_finite_score(const GatedWeight& w, const Described& gradient) {
+  if (!w.delta->place.cuda && !finite_score(gradient.data(), gradient.dtype)) expect_finite_delta(w);
 }
 
 void expect_finite_delta(const GatedWeight& w) {

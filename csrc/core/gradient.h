@@ -30,6 +30,12 @@ WeightGrads settle(const WeightSide& side, const Tensor& g, Holder holder);
 // scale * <a, b> as a tensor like the score. Differing layouts are walked, never copied.
 Tensor dot_like(const Described& score, const Described& a, const Described& b, double scale);
 
+// The same into a score that is there.
+void dot_into(const Described& result, const Described& a, const Described& b, double scale);
+
+// Raises where the score's gradient of a closed layer is not finite because its delta is not. CPU only.
+void expect_finite_score(const GatedWeight& w, const Described& gradient);
+
 // Raises where the delta of a closed layer holds Inf or NaN: its score would be lost. CPU only; on a GPU the look would
 // synchronise, and a NaN score is caught where the gates are read.
 void expect_finite_delta(const GatedWeight& w);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "cuda/foreach.cuh"
 #include "cuda/gate.cuh"
 
 namespace taps::dev {
@@ -62,27 +63,16 @@ TAPS_DEVICE void reconstruct_strided(const Reconstruct& args) {
   }
 }
 
-constexpr int64_t kForeachChunk = 16384;  // elements to a block
-
-// One block to a chunk of a tensor, tensor after tensor.
+// One block to a chunk of a tensor.
 template <class T>
 TAPS_DEVICE void foreach_reconstruct(const ForeachReconstruct& args) {
-  const auto block = static_cast<int32_t>(bid_x());
-  int item = 0, last = args.count - 1;  // the first one whose blocks end after this
-  while (item < last) {
-    const int middle = (item + last) / 2;
-    if (block < args.end[middle]) {
-      last = middle;
-    } else {
-      item = middle + 1;
-    }
-  }
-  const int64_t begin = (block - (item > 0 ? args.end[item - 1] : 0)) * kForeachChunk, left = args.numel[item] - begin;
-  const Rebuild& one = args.items[item];
-  rebuild<T>(one, takes_vectors(one), begin, begin + (left < kForeachChunk ? left : kForeachChunk), tid(), nthreads());
+  const Chunk chunk = chunk_of(args);
+  const Rebuild& one = args.items[chunk.item];
+  rebuild<T>(one, takes_vectors(one), chunk.begin, chunk.end, tid(), nthreads());
 }
 
-// --- grids, on the host --------------------------------------------------------------------------------------------
+// --- the grid, on the host
+// --------------------------------------------------------------------------------------------
 
 // Blocks of 256 threads: eight are all that a multiprocessor holds; more would only queue.
 inline unsigned reconstruct_blocks(const Reconstruct& args, int multiprocessors) {
@@ -91,16 +81,6 @@ inline unsigned reconstruct_blocks(const Reconstruct& args, int multiprocessors)
   const int64_t wanted = (args.walk.numel + per_block - 1) / per_block;
   const int64_t limit = 8 * static_cast<int64_t>(multiprocessors);
   return static_cast<unsigned>(wanted < limit ? wanted : limit);
-}
-
-// Sets where each item's blocks end; returns how many there are.
-inline unsigned plan_foreach(ForeachReconstruct& args) {
-  int32_t blocks = 0;
-  for (int i = 0; i < args.count; ++i) {
-    blocks += static_cast<int32_t>((args.numel[i] + kForeachChunk - 1) / kForeachChunk);
-    args.end[i] = blocks;
-  }
-  return static_cast<unsigned>(blocks);
 }
 
 }  // namespace taps::dev

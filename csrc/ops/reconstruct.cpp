@@ -1,6 +1,5 @@
 // W_t = round(W + g * Delta) into a tensor, or into many of them by few launches.
-#include <algorithm>
-
+#include "core/apart.h"
 #include "core/device.h"
 #include "core/weight.h"
 #include "ops.h"
@@ -12,25 +11,6 @@ struct Item {
   Described out;
   GatedWeight w;
 };
-
-// The bytes from a tensor's first element to the end of its last, gaps included; none without elements.
-struct Reach {
-  const char* begin;
-  const char* end;
-
-  explicit Reach(const Described& tensor)
-      : begin(static_cast<const char*>(tensor.data())),
-        end(begin + reach(tensor.sizes, tensor.strides) * size_of(tensor.dtype)) {}
-  bool meets(const Reach& other) const { return begin < other.end && other.begin < end; }
-};
-
-bool same_elements(const Described& a, const Described& b) {
-  if (a.data() != b.data() || a.dtype != b.dtype) return false;
-  for (size_t dim = 0; dim < a.sizes.size(); ++dim) {
-    if (a.sizes[dim] > 1 && a.strides[dim] != b.strides[dim]) return false;
-  }
-  return true;
-}
 
 // Every operand that a kernel reads, with its name.
 template <class Each>
@@ -64,43 +44,15 @@ void run(const Item& item) {
   reconstruct_into(item.out, &item.w.weight, item.w.delta ? &*item.w.delta : nullptr, item.w.gate);
 }
 
-// Raises where an item may write what another one reads or writes: they run in no order.
 void expect_apart(const std::vector<Item>& items) {
-  struct Out : Reach {
-    size_t item;
-  };
-  const auto refuse = [](const std::string& name, size_t item, size_t writer) {
-    fail(name, "[", item, "]: expected memory that no other item writes, got some of outs[", writer, "]'s");
-  };
-  std::vector<Out> outs;
+  std::vector<Named> outs, read;
   for (size_t i = 0; i < items.size(); ++i) {
-    const Reach reach(items[i].out);
-    if (reach.begin != reach.end) outs.push_back({reach, i});
-  }
-  std::sort(outs.begin(), outs.end(), [](const Out& a, const Out& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < outs.size(); ++i) {
-    if (outs[i].meets(outs[i - 1])) refuse("outs", outs[i].item, outs[i - 1].item);
-  }
-  // They are apart, so that the last to begin before an operand ends is the last that may meet it.
-  for (size_t i = 0; i < items.size(); ++i) {
+    outs.push_back({Reach(items[i].out), "outs", i});
     for_operands(items[i].w, [&](const Described& operand, const char* name) {
-      const Reach reach(operand);
-      auto out = std::lower_bound(outs.begin(), outs.end(), reach.end,
-                                  [](const Out& one, const char* end) { return one.begin < end; });
-      while (out != outs.begin() && (--out)->meets(reach)) {
-        if (out->item != i) refuse(std::string(name) + "s", i, out->item);
-      }
+      read.push_back({Reach(operand), std::string(name) + "s", i});
     });
   }
-}
-
-// In lists of optional tensors torch leaves negated views to the operator.
-std::vector<OptionalTensor> resolved(const std::vector<OptionalTensor>& tensors) {
-  std::vector<OptionalTensor> plain;
-  for (const OptionalTensor& tensor : tensors) {
-    plain.push_back(tensor ? OptionalTensor(call("aten::resolve_neg", "", *tensor)) : std::nullopt);
-  }
-  return plain;
+  expect_apart(std::move(outs), read);
 }
 
 }  // namespace
@@ -155,7 +107,7 @@ void foreach_reconstruct(const std::vector<Tensor>& outs, const std::vector<Tens
     ForeachReconstruct& batch = batches[args.in_double()];
     batch.items[batch.count] = args;
     batch.numel[batch.count] = args.walk.numel;
-    if (++batch.count == ForeachReconstruct::kMost) flush(batch);
+    if (++batch.count == kMostTensors) flush(batch);
   }
   for (ForeachReconstruct& batch : batches) flush(batch);
 }

@@ -12,6 +12,7 @@ from ..base.guard import tensors
 from ..errors import BypassedLayerError, ConfigError, TapsError
 from ..parts.sampling import Sample, batch_size
 from ..routing.frame import Call, Frame, enter, leave, sequence_number
+from .gathering import gathered
 from .state import TaskState
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
         output = model.base(*args, **kwargs)
     finally:
         leave(token)
+        if frame.ready is not None:
+            frame.ready.release()
     if remember:
         Call(model, task, frame, first, output)
     return output
@@ -48,7 +51,11 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         model._guard.note(model.base)
     bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    frame = Frame(bindings.stacks, set(), sample, bindings.bound, bindings.settings)
+    ready = gathered(bindings.gathering, sampled=sample is not None)
+    bound = bindings.bound
+    if ready is not None:
+        bound = {name: placed for name, placed in bound.items() if name not in ready}
+    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready)
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:

@@ -241,6 +241,7 @@ class Bindings(NamedTuple):
         bound: the bindings of stacks of one part, by module name.
         settings: the gates by layer, or None where the host does not know them all.
         resting: what the gates of learned layers that are closed let in.
+        gathering: layers whose W_t may be made together, by module name.
     """
 
     at: object = None
@@ -248,6 +249,7 @@ class Bindings(NamedTuple):
     bound: Mapping[str, Placed] = {}
     settings: Mapping[str, Any] | None = None
     resting: Sequence[Mapping[str, nn.Parameter | None]] = ()
+    gathering: Mapping[str, tuple[Part, nn.Module]] = {}
 
 
 class TaskState(Parts):
@@ -333,9 +335,12 @@ class TaskState(Parts):
                 part.follow()
         hosts = {name: host for name, _, _, host in (*self.hosts, *(self.family.hosts if self.family else ()))}
         made: dict[str, Placed] = {}
+        gathering: dict[str, tuple[Part, nn.Module]] = {}
         for name, stack in stacks.items():
             host = hosts.get(name)
             if host is not None and len(stack) == 1:
+                if stack[0].gate is not None:
+                    gathering[name] = stack[0], host
                 bound = stack[0].bind(host, stock=is_stock(host))
                 if bound is not None:
                     made[name] = bound, id(host)
@@ -348,6 +353,7 @@ class TaskState(Parts):
             made,
             last.settings if found == last.settings else found,
             [part.held() for _, part, gate in self.learned() if gate.known is False],
+            gathering,
         )
         return bindings
 

@@ -11,6 +11,7 @@ from .conv2d import gated_conv2d
 from .linear import gated_linear
 from .reconstruct import foreach_reconstruct_, reconstruct_
 from .weight import effective_weight, unread_weight
+from .weights import Gated, foreach_effective_weight
 
 HAS_EXTENSION: bool = _C is not None
 if HAS_EXTENSION:
@@ -18,8 +19,10 @@ if HAS_EXTENSION:
 
 __all__ = [
     "HAS_EXTENSION",
+    "Gated",
     "autocast_dtype",
     "effective_weight",
+    "foreach_effective_weight",
     "foreach_reconstruct_",
     "gated_conv2d",
     "gated_linear",

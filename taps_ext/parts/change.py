@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TapsError
+from ..ops import Gated
 from ..store.record import Record
 from . import token
 from .bind import Bound, Road
@@ -171,6 +172,10 @@ class Change(nn.Module):
     def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
         """Faster roads for a gate that the host knows over the base itself, as `Part.bind` has them; None for none.
         `bias_of`: the module with the task's own bias, or None. `general`: what they may fall back to."""
+        return None
+
+    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool) -> Gated | None:
+        """As `Part.gathers` has it."""
         return None
 
     def operations(self, input: Tensor, output: Tensor) -> int:

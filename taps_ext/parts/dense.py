@@ -13,7 +13,7 @@ from . import bind, sampling
 from .bind import Bound, Road
 from .change import Change, register_change
 from .gate import Gate
-from .host import Op, base_weight, resting_weight
+from .host import Op, base_weight, resting_weight, weight_name
 from .sampling import Sample
 
 
@@ -66,6 +66,24 @@ class Dense(Change):
 
     def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
         return bind.dense(host, gate, self, bias_of, general)
+
+    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool) -> ops.Gated | None:
+        """A closed layer is W itself, whose gradient is formed for its score: where all of the batch is taken, and not
+        in fp16, where sums over all pixels leave the type's range, and their infinity times a zero of Delta is NaN."""
+        weight, delta = host._parameters.get(weight_name(host)), self._parameters.get("delta")
+        closed = gate.known is False
+        if weight is None or delta is None or weight.requires_grad or self._forward_pre_hooks or self._forward_hooks:
+            return None
+        if not (gate.learns or (delta.requires_grad and not closed)):
+            return None
+        dtype = ops.autocast_dtype(weight)
+        if closed and (sampled or torch.float16 in (dtype, weight.dtype)):
+            return None
+        if closed:
+            weight, dtype = resting_weight(host, weight, weight), None
+        return ops.Gated(
+            weight, delta, gate.score if gate.learns or gate.known is None else None, gate.known, gate.threshold, dtype
+        )
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
         """The weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..errors import GateError, TapsError
+from ..ops import Gated
 from ..store.errors import GateRecordError
 from ..store.record import Record
 from . import bind, reads
@@ -139,6 +140,10 @@ class Layer(Part):
 
     def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
         change = self.change
+        if below.ready is not None:
+            with contextlib.suppress(RuntimeError, TypeError):
+                return stock_forward(below.host, input, below.ready, bias)
+            below = below._replace(ready=None)  # says what is wrong as it does by itself
         if change is None or (below.parts and self.gate.shut):
             return below.product(input, bias)
         hooked = change._forward_pre_hooks or change._forward_hooks  # its own; global ones see base modules alone
@@ -146,6 +151,8 @@ class Layer(Part):
         return made
 
     def weight_over(self, below: Below) -> Tensor:
+        if below.ready is not None and below.ready.dtype == base_weight(below.host).dtype:  # what is read is not cast
+            return below.ready
         return below.weight() if self.change is None else self.change.weight_over(below.weight(), self.gate)
 
     def bias_over(self, below: Below) -> Tensor | None:
@@ -153,6 +160,10 @@ class Layer(Part):
         return bias if bias is None or self.change is None else self.change.bias_over(bias, self.gate)
 
     def run_over(self, op: Op, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
+        if below.ready is not None:
+            with contextlib.suppress(RuntimeError, TypeError):
+                return op.stock(input, below.ready, bias, *op.geometry)
+            below = below._replace(ready=None)
         if self.change is None:
             return super().run_over(op, below, input, bias)
         weight = below.resting(input) if self.gate.known is False else below.weight()
@@ -188,6 +199,9 @@ class Layer(Part):
 
     def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
         return read(self, below, key, enter, fused=fused)
+
+    def gathers(self, host: nn.Module, *, sampled: bool) -> Gated | None:
+        return None if self.change is None else self.change.gathers(host, self.gate, sampled=sampled)
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
         weight, gate, change = base_weight(host), self.gate, self.change

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from ..errors import TapsError, UnsupportedModuleError
+from ..ops import Gated
 from ..store.record import Record, not_finite
 from .bind import Bound
 from .gate import Gate
@@ -37,11 +38,13 @@ class Below(NamedTuple):
         host: the base's module.
         parts: the parts between, the lowest first.
         sample: what closed layers estimate their score gradients from; None is everything.
+        ready: the W_t of the part above, in the type of the product, where it was made together with others.
     """
 
     host: nn.Module
     parts: tuple[Part, ...] = ()
     sample: Sample | None = None
+    ready: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
@@ -52,7 +55,7 @@ class Below(NamedTuple):
     @property
     def under(self) -> Below:
         """What its uppermost part stands on."""
-        return self._replace(parts=self.parts[:-1])
+        return self._replace(parts=self.parts[:-1], ready=None)
 
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Its product with `input`, of a stock linear or convolution layer, and another bias."""
@@ -180,6 +183,12 @@ class Part(nn.Module):
         Args:
             stock: the host is a linear or convolution layer with the stock forward, whose bindings are called with
                 (host, input, sample); all others with what the module's forward is called with.
+        """
+        return None
+
+    def gathers(self, host: nn.Module, *, sampled: bool) -> Gated | None:
+        """Its W_t over the base itself, where a forward with gradients may make it together with those of others;
+        None where it makes its own, or learns nothing. `sampled`: closed layers learn from a part of the batch.
         """
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..model import TaskModel
+from ..model.gathering import together
 from ..parts.host import base_weight
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
@@ -125,7 +126,12 @@ def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> in
     if step.state is None:
         return 0
     training, largest = step.phase == "train", 0
+    apart: Collection[str] = ()  # what is made together is counted where it is made
+    if training:
+        apart = together(step.state.catch_up().gathering, sampled=step.state.config.samples)
     for name, part, _ in step.state.gated():
+        if name in apart:
+            continue
         host, running = step.model.base.get_submodule(name), step.state.installed.get(name, part)
         for dtype, rows in calls.get(name, ()):
             largest = max(largest, running.scratch(host, dtype, rows, training=training))

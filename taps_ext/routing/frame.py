@@ -22,6 +22,7 @@ from ..errors import GateError, TapsError
 from ..parts import Part
 from ..parts.bind import Bound
 from ..parts.sampling import Sample
+from .ready import Ready
 
 # A part's binding and the `id` of the module that it was made for, which a copy in that one's place has not. No more
 # than that: graphs hold frames, and are to hold no base.
@@ -34,13 +35,14 @@ Stacks = Mapping[str, tuple[Part, ...]]
 
 class Frame(NamedTuple):
     """One forward: stacks and their bindings by module name, where entered modules are noted, the sample that closed
-    layers learn from, and the gates where the host knows them all."""
+    layers learn from, the gates where the host knows them all, and weights that were made before the base runs."""
 
     stacks: Stacks
     entered: set[str]
     sample: Sample | None = None
     bound: Mapping[str, Placed] = {}
     settings: Mapping[str, tuple[Any, ...]] | None = None
+    ready: Ready | None = None
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
-from ..errors import TapsError, UnsupportedModuleError
+from ..errors import UnsupportedModuleError
 from ..parts import token
 from ..parts.host import (
     GATED_TYPES,
@@ -33,6 +33,7 @@ from ..parts.host import (
 )
 from ..parts.part import Below, forward_of
 from .frame import Frame, current, in_backward, running
+from .ready import misplaced
 
 # Set while a module's own train() runs, whose settings are not its user's.
 _own_code: ContextVar[bool] = ContextVar("taps_ext_own_code", default=False)
@@ -60,6 +61,14 @@ def _set_by_user() -> bool:
 def _stack(module: nn.Module, frame: Frame | None) -> tuple[Any, ...]:
     """The parts that the running task has over a routed module, the lowest first."""
     return () if frame is None else frame.stacks.get(module.__dict__.get("_taps_name", ""), ())
+
+
+def _below(module: nn.Module, frame: Frame, stack: tuple[Any, ...]) -> Below:
+    """What the uppermost part of a module's stack stands on in this forward."""
+    made = None
+    if frame.ready is not None and not is_compiling():
+        made = frame.ready.of(module.__dict__["_taps_name"], module, stack[-1])
+    return Below(module, stack[:-1], frame.sample, made)
 
 
 class _Routed(nn.Module):
@@ -113,7 +122,7 @@ class _Routed(nn.Module):
             return bound[torch.is_grad_enabled()](*args, **kwargs)
         stack = frame.stacks.get(name)
         if stack and not stack[-1].runs_host:
-            return forward_of(stack[-1])(Below(self, stack[:-1], frame.sample), *args, **kwargs)
+            return forward_of(stack[-1])(_below(self, frame, stack), *args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -147,8 +156,7 @@ def _read(key: str, module: nn.Module) -> Any:
     if not stack or frame is None:
         return held(module, key)
     enter = functools.partial(_enter, module, frame)
-    below = Below(module, stack[:-1], frame.sample)
-    found = stack[-1].reads(below, key, enter, fused="_taps_fused" in module.__dict__)
+    found = stack[-1].reads(_below(module, frame, stack), key, enter, fused="_taps_fused" in module.__dict__)
     return held(module, key) if found is NotImplemented else found
 
 
@@ -235,7 +243,7 @@ class _RoutedLayer(_Readable):
             frame.entered.add(name)
         stack = _stack(self, frame)
         if stack and frame is not None:
-            return forward_of(stack[-1])(Below(self, stack[:-1], frame.sample), input)
+            return forward_of(stack[-1])(_below(self, frame, stack), input)
         weight = resting_weight(self, held(self, "weight"), input)
         return stock_forward(self, input, weight, held(self, "bias"))
 
@@ -300,13 +308,6 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
 def is_stock(module: nn.Module) -> bool:
     """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
     return isinstance(module, _RoutedLayer)
-
-
-def misplaced(name: str) -> TapsError:
-    return TapsError(
-        f"{name}: another module has taken its place in the base since the task was added, which does not "
-        "know the task; change the base before it is adapted"
-    )
 
 
 def is_routed(module: nn.Module) -> bool:

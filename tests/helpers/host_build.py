@@ -27,6 +27,8 @@ KERNEL_HEADERS = (
     "reconstruct.cuh",
     "unpack.cuh",
     "dot.cuh",
+    "foreach.cuh",
+    "settle.cuh",
     "gate.cuh",
 )
 

@@ -183,7 +183,7 @@ MISTAKES = {
         "{{«low_of(first) → high_of(first)», «high_of(first) → low_of(first)»,", WRONG
     ),
     "the next tensor's block": Mistake("«block < args.end[middle] → block <= args.end[middle]»", f"{WRONG}|{BEYOND}"),
-    "a tensor's first chunk": Mistake("«item > 0 ? args.end[item - 1] : 0 → 0»", f"{WRONG}|{BEYOND}"),
+    "a tensor's first chunk": Mistake("(block - («item > 0 ? args.end[item - 1] : 0 → 0»))", f"{WRONG}|{BEYOND}"),
     "a chunk beyond its tensor": Mistake("«left < kForeachChunk ? left : kForeachChunk → kForeachChunk»", BEYOND),
     "the innermost size for all": Mistake(
         "index /= «walk.sizes[dim] → walk.sizes[walk.ndim - 1]»", f"{WRONG}|{BEYOND}"
@@ -193,7 +193,20 @@ MISTAKES = {
         "load_one<T>(args.weight, args.weight_dtype, at[1])»",
         "SEGV|null pointer",
     ),
-    "sums of more chunks than threads": Mistake("«i < count → i < nthreads()»; i += nthreads()) sum", WRONG),
+    "a closed layer's G leaves": Mistake("i, «open ? gradient : T(0) → gradient»);", WRONG),
+    "a vector of a closed layer's G leaves": Mistake("= «open ? gradient[k] : T(0) → gradient[k]»;", WRONG),
+    "an open layer's G is not read": Mistake("reads = «dot || open → dot»;", WRONG),
+    "the score of a closed layer forgotten": Mistake("«if (!dot) return; → if (!dot || !open) return;»", WRONG),
+    "products of the tail forgotten": Mistake("if («dot → false») sum += static_cast<double>(gradient) *", WRONG),
+    "an element of a tensor too many": Mistake("«i < chunk.end → i <= chunk.end»; i += nthreads()", BEYOND),
+    "another tensor's chunks added": Mistake("first = «item > 0 ? args.end[item - 1] : 0 → 0»;", WRONG),
+    "chunks added up to the last tensor": Mistake("«args.end[item] - first → args.end[args.count - 1] - first»", WRONG),
+    "vectors where Delta's gradient is misaligned": Mistake(
+        "&& «aligned(one.delta_gradient) → true»", r"misaligned at ([\w.]+):(\d+)", ("gst16",)
+    ),
+    "sums of more chunks than threads": Mistake(
+        "«i < count → i < nthreads()»; i += nthreads()) sum", f"{BEYOND}|{WRONG}"
+    ),
     "rows of a chunk beyond the end": Mistake(
         "begin + «(left < per_chunk ? left : per_chunk) → per_chunk»", f"{BEYOND}|{WRONG}"
     ),

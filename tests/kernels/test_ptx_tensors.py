@@ -54,6 +54,11 @@ def dots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ptx.Kernel
 
 
 @pytest.fixture(scope="session")
+def settles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ptx.Kernel, int]]:
+    return loaded(tmp_path_factory, "settle")
+
+
+@pytest.fixture(scope="session")
 def unpacks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ptx.Kernel, int]]:
     return loaded(tmp_path_factory, "unpack")
 
@@ -251,3 +256,61 @@ def test_dot(dots, layout, record_property) -> None:
         launch(dots["dot_finish"], memory, finish, 1)
         got = float(memory.get(result, np.float32, 1)[0])
         assert got == 0.5 * float((a * b).sum()), (rows, columns, kinds, turned)
+
+
+def test_settle(settles, layout, record_property) -> None:
+    """From gradients of W_t to those of Deltas and scores: whole numbers, so that the order of sums shows in nothing."""
+    record_property("drawn", f"ptx of settle by seed {SEED}")
+    chance, numbers = random.Random(f"{SEED} settle"), np.random.default_rng(int(SEED))
+    for double in (False, True):
+        memory, arguments = ptx.Memory(1 << 22, ptx.GLOBAL_BASE, "global"), Arguments(layout, "ForeachSettle")
+        kinds = ("f32", "bf16", "f16") if not double else ("f64",)
+        found, end = [], 0
+        for index, count in enumerate((1, 130, 16384, 16385, 40000, 77, 8)):
+            item, offset = Arguments(layout, "Settle"), chance.choice((0, 0, 1))
+            kind, delta_kind = chance.choice(kinds), chance.choice(kinds)
+            gradient, delta = (numbers.integers(-8, 9, count).astype(np.float64) for _ in range(2))
+            opened, want_delta = index % 3 != 1, index != 5
+            want_score = index != 2
+            if opened or want_score:
+                held = stored(gradient, kind)
+            else:
+                held = (
+                    np.full(count, -1, np.int64).view(np.float64) if kind == "f64" else stored(gradient * np.nan, kind)
+                )
+            item.set("gradient", "Q", memory.put(held, offset=held.itemsize * offset))
+            item.set("gradient_dtype", "B", CODES[kind])
+            item.set("delta_dtype", "B", CODES[delta_kind])
+            size_of = np.dtype(HELD.get(delta_kind, np.float64)).itemsize
+            to = memory.reserve(count * size_of, offset=size_of * chance.choice((0, 0, 1)))
+            if want_delta:
+                item.set("delta_gradient", "Q", to)
+            score_kind = chance.choice(("f32", "f64"))
+            score_to = memory.reserve(8)
+            if want_score:
+                of_delta = stored(delta, delta_kind)
+                item.set("delta", "Q", memory.put(of_delta, offset=of_delta.itemsize * offset))
+                item.set("score_gradient", "Q", score_to)
+                item.set("score_dtype", "B", CODES[score_kind])
+            on_device = chance.random() < 0.5
+            item.set("gate.open", "?", opened != on_device)
+            item.set("gate.threshold", "d", 0.1)
+            if on_device:
+                item.set("gate.score", "Q", memory.put(np.array([0.2 if opened else 0.05], np.float32)))
+                item.set("gate.score_dtype", "B", CODES["f32"])
+            end += -(-count // 16384)
+            size = layout["Settle"]
+            arguments.bytes[index * size : (index + 1) * size] = item.bytes
+            struct.pack_into("<q", arguments.bytes, layout["ForeachSettle.numel"] + 8 * index, count)
+            struct.pack_into("<i", arguments.bytes, layout["ForeachSettle.end"] + 4 * index, end)
+            want = stored(gradient if opened else np.zeros(count), delta_kind)
+            found.append((to if want_delta else None, delta_kind, want))
+            found.append((score_to if want_score else None, score_kind, stored([(gradient * delta).sum()], score_kind)))
+        arguments.set("count", "i", len(found) // 2)
+        arguments.set("partials", "Q", memory.reserve(8 * end))
+        launch(settles[f"settle_chunks<{'double' if double else 'float'}"], memory, bytes(arguments.bytes), end)
+        launch(settles["settle_scores"], memory, bytes(arguments.bytes), len(found) // 2)
+        for at, kind, want in found:
+            if at is not None:
+                got = memory.get(at, HELD.get(kind, np.float64), len(want))
+                assert got.tobytes() == np.ascontiguousarray(want).tobytes(), (kind, len(want))

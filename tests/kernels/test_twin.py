@@ -15,7 +15,7 @@ from stages import THOROUGH, drawn
 PROGRAMS = {
     "misuse": (None, None),
     "conformance": (None, None),
-    "elementwise": (390, 390),
+    "elementwise": (464, 464),
     "unpack": (710, 710),
     "linear": (376, 5616),
     "linear_weight": (423, 1944),

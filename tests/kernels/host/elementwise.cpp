@@ -92,11 +92,25 @@ TAPS_CASE(rebuilt_from_rows_apart) {
 // Chunks of 16,384 elements: tensors of less, of one, of more, of none, and as many as fit.
 TAPS_CASE(many_rebuilt_at_once) {
   const std::vector<std::vector<int64_t>> lists = {
-      {5}, {16384, 16383, 16385, 1}, {40000, 0, 3, 33000, 0}, {0}, std::vector<int64_t>(ForeachReconstruct::kMost, 67)};
+      {5}, {16384, 16383, 16385, 1}, {40000, 0, 3, 33000, 0}, {0}, std::vector<int64_t>(taps::kMostTensors, 67)};
   for (const std::vector<int64_t>& counts : lists) {
     for (const bool in_double : {false, true}) {
       ++problems;
       if (std::string wrong = check_foreach(counts, in_double, counts.size() % 3); !wrong.empty()) return wrong;
+    }
+  }
+  return "";
+}
+
+TAPS_CASE(many_settled_at_once) {
+  const std::vector<std::vector<int64_t>> lists = {
+      {5}, {16384, 16383, 16385, 1}, {40000, 3, 33000, 9, 2049}, std::vector<int64_t>(taps::kMostTensors, 67)};
+  for (const std::vector<int64_t>& counts : lists) {
+    for (uint64_t seed = 0; seed < (counts.size() > 9 ? 1 : 12); ++seed) {
+      for (const bool in_double : {false, true}) {
+        ++problems;
+        if (std::string wrong = check_settle(counts, in_double, seed); !wrong.empty()) return wrong;
+      }
     }
   }
   return "";

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cuda/dot.cuh"
 #include "cuda/reconstruct.cuh"
+#include "cuda/settle.cuh"
 
 namespace host {
 
@@ -18,8 +19,10 @@ using taps::Dot;
 using taps::Dtype;
 using taps::flat_walk;
 using taps::ForeachReconstruct;
+using taps::ForeachSettle;
 using taps::Rebuild;
 using taps::Reconstruct;
+using taps::Settle;
 
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16};
 
@@ -239,6 +242,88 @@ inline std::string check_dot(Dtype first, Dtype second, int64_t rows, int64_t co
   const double bound = 2.5 * size * static_cast<double>(2 * rows * columns + 2) * 0x1p-53;
   if (std::fabs(result - 2.5 * want) <= bound) return "";
   return "expected " + std::to_string(2.5 * want) + ", got " + std::to_string(result);
+}
+
+// One of many that are settled: G and Delta of these types, what is asked for, the gate.
+struct Settled {
+  std::mt19937 random;
+  Array gradient, delta, delta_gradient;
+  std::vector<double> before;  // G, which may be written over
+  double score_gradient = std::numeric_limits<double>::quiet_NaN();
+  float narrow_gradient = std::numeric_limits<float>::quiet_NaN();
+  float score;
+  Settle args;
+  bool open, in_place, narrow;
+
+  Settled(Dtype gradient_dtype, Dtype delta_dtype, int64_t count, int64_t offset, How how, bool want_delta,
+          bool want_score, bool in_place, bool narrow)
+      : random(static_cast<unsigned>(count + offset)),
+        gradient(gradient_dtype, count, offset),
+        delta(delta_dtype, count, offset),
+        delta_gradient(delta_dtype, count, count % 4 == 1 ? 1 - offset : offset),
+        score(how == How::kReadOpen ? 0.2f : 0.05f),
+        open(how == How::kOpen || how == How::kReadOpen),
+        in_place(in_place),
+        narrow(narrow) {
+    if (open || want_score) gradient.draw(random);  // else NaN, which must not be seen
+    if (want_score) delta.draw(random), args.delta = delta.data;
+    for (int64_t i = 0; i < count; ++i) before.push_back(gradient[i]);
+    args.gradient = gradient.data, args.gradient_dtype = gradient_dtype, args.delta_dtype = delta_dtype;
+    if (want_delta) args.delta_gradient = in_place ? gradient.data : delta_gradient.data;
+    if (want_score) args.score_gradient = narrow ? static_cast<void*>(&narrow_gradient) : &score_gradient;
+    args.score_dtype = narrow ? Dtype::kFloat32 : Dtype::kFloat64;
+    args.gate.open = how == How::kOpen, args.gate.threshold = 0.1;
+    if (how == How::kReadClosed || how == How::kReadOpen) args.gate.score = &score;
+  }
+
+  std::string differs() const {
+    const Array& result = in_place ? gradient : delta_gradient;
+    double want = 0.0, size = 0.0;
+    for (int64_t i = 0; i < gradient.count; ++i) {
+      const double g = before[static_cast<std::size_t>(i)];
+      // A G that is wider than fp32 narrows to 16 bits through fp32, as everywhere.
+      if (args.delta_gradient && !result.same(i, open ? g : 0.0))
+        return "expected g * G, got " + std::to_string(result[i]);
+      if (args.score_gradient) want += g * delta[i], size += std::fabs(g * delta[i]);
+    }
+    if (!args.score_gradient) return "";
+    const double got = narrow ? narrow_gradient : score_gradient;
+    // Products and sums err as in check_dot; a score in fp32 is rounded once more.
+    const double bound =
+        size * static_cast<double>(2 * gradient.count + 2) * 0x1p-53 + (narrow ? std::fabs(want) * 0x1p-24 : 0.0);
+    return std::fabs(got - want) <= bound ? "" : "expected " + std::to_string(want) + ", got " + std::to_string(got);
+  }
+};
+
+// Items of the given sizes; types, offsets, gates and what is asked for in turn.
+inline std::string check_settle(const std::vector<int64_t>& counts, bool in_double, uint64_t seed) {
+  std::vector<std::unique_ptr<Settled>> items;
+  ForeachSettle batch;
+  for (const int64_t count : counts) {
+    const std::size_t i = items.size() + seed;
+    const Dtype delta = in_double ? Dtype::kFloat64 : kDtypes[i % 3 == 0 ? 0 : i % 3 + 1];
+    const bool in_place = i % 5 == 2;
+    const Dtype gradient = in_place ? delta : kDtypes[i % 4 == 1 && !in_double ? 0 : i % 4];
+    items.push_back(std::make_unique<Settled>(gradient, delta, count, static_cast<int64_t>(i % 7 == 3),
+                                              static_cast<How>(i % 4), i % 6 != 1, i % 6 != 4, in_place, i % 2 == 0));
+    batch.items[batch.count] = items.back()->args;
+    batch.numel[batch.count++] = count;
+  }
+  const unsigned blocks = plan_foreach(batch);
+  std::vector<double> partials(blocks, std::numeric_limits<double>::quiet_NaN());
+  if (static_cast<int64_t>(blocks) != batch.chunks()) return "expected a block to a chunk";
+  batch.partials = partials.data();
+  std::string wrong = none(twin::launch(
+      {blocks}, kThreads, kDotShared, [&] { in_double ? foreach_settle<double>(batch) : foreach_settle<float>(batch); },
+      seed));
+  if (wrong.empty())
+    wrong = none(
+        twin::launch({static_cast<unsigned>(batch.count)}, kThreads, kDotShared, [&] { foreach_finish(batch); }, seed));
+  for (std::size_t i = 0; i < items.size() && wrong.empty(); ++i) {
+    wrong = items[i]->differs();
+    if (!wrong.empty()) wrong += " (item " + std::to_string(i) + ")";
+  }
+  return wrong;
 }
 
 // A score is compared in its own precision, as torch does: 0.7 rounded to fp32 is less than 0.7, and open. NaN is

@@ -5,6 +5,7 @@
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/reconstruct.cuh"
+#include "cuda/settle.cuh"
 #include "cuda/unpack.cuh"
 
 namespace taps::cuda {
@@ -73,6 +74,23 @@ void foreach_reconstruct(ForeachReconstruct args, int, void*) {
       dev::foreach_reconstruct<float>(args);
     }
   });
+}
+
+void foreach_settle(ForeachSettle args, int, void*) {
+  const unsigned blocks = dev::plan_foreach(args);
+  if (args.count == 0) return;
+  const bool in_double = args.items[0].in_double();
+  if (blocks > 0) {
+    run({blocks}, kThreads, kDotShared, [&] {
+      if (in_double) {
+        dev::foreach_settle<double>(args);
+      } else {
+        dev::foreach_settle<float>(args);
+      }
+    });
+  }
+  if (!args.scores()) return;
+  run({static_cast<unsigned>(args.count)}, kThreads, kDotShared, [&] { dev::foreach_finish(args); });
 }
 
 void unpack(const Unpack& args, int, void*) {

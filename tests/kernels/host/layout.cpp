@@ -64,6 +64,25 @@ int main() {
   TAPS_FIELD(ForeachReconstruct, end);
   TAPS_FIELD(ForeachReconstruct, count);
 
+  std::printf("Settle %zu\n", sizeof(taps::Settle));
+  TAPS_FIELD(Settle, delta_gradient);
+  TAPS_FIELD(Settle, score_gradient);
+  TAPS_FIELD(Settle, gradient);
+  TAPS_FIELD(Settle, delta);
+  TAPS_FIELD(Settle, gradient_dtype);
+  TAPS_FIELD(Settle, delta_dtype);
+  TAPS_FIELD(Settle, score_dtype);
+  TAPS_FIELD(Settle, gate.open);
+  TAPS_FIELD(Settle, gate.score);
+  TAPS_FIELD(Settle, gate.score_dtype);
+  TAPS_FIELD(Settle, gate.threshold);
+  std::printf("ForeachSettle %zu\n", sizeof(taps::ForeachSettle));
+  TAPS_FIELD(ForeachSettle, items);
+  TAPS_FIELD(ForeachSettle, numel);
+  TAPS_FIELD(ForeachSettle, end);
+  TAPS_FIELD(ForeachSettle, count);
+  TAPS_FIELD(ForeachSettle, partials);
+
   std::printf("Unpack %zu\n", sizeof(taps::Unpack));
   TAPS_REBUILD(Unpack);
   TAPS_FIELD(Unpack, delta.codec);
