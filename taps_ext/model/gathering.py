@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops, reference
 from ..parts import Part
+from ..parts.bind import Made, Road
 from ..parts.host import base_weight
+from ..routing.frame import Placed
 from ..routing.ready import Ready
 
-Layers = Mapping[str, tuple[Part, nn.Module]]
+Layers = Mapping[str, tuple[Part, nn.Module, Made | None]]
 
 # For tests and measurements: None leaves it to the device.
 forced: bool | None = None
@@ -35,19 +37,31 @@ def together(layers: Layers, *, sampled: bool) -> dict[str, tuple[ops.Gated, int
     if not layers or not _pays(next(iter(layers.values()))[1]):
         return {}
     found = {}
-    for name, (part, host) in layers.items():
+    for name, (part, host, _) in layers.items():
         gated = part.gathers(host, sampled=sampled)
         if gated is not None:
             found[name] = gated, id(host)
     return found
 
 
-def gathered(layers: Layers, *, sampled: bool) -> Ready | None:
-    """Their W_t; None where there are none to be made together, or this is no such forward."""
+def gathered(
+    layers: Layers, bound: Mapping[str, Placed], *, sampled: bool
+) -> tuple[Ready | None, Mapping[str, Placed]]:
+    """Their W_t, and bindings that use them; None where none are to be made together, or this is no such forward."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or reference.may_be_transformed():
-        return None
+        return None, bound
     found = together(layers, sampled=sampled)
     if not found:
-        return None
-    made = ops.foreach_effective_weight([gated for gated, _ in found.values()])
-    return Ready({name: (weight, host) for (name, (_, host)), weight in zip(found.items(), made, strict=True)})
+        return None, bound
+    weights = ops.foreach_effective_weight([gated for gated, _ in found.values()])
+    made, own = {}, dict(bound)
+    for (name, (_, host)), weight in zip(found.items(), weights, strict=True):
+        made[name] = weight, host
+        before, road = own.pop(name, None), layers[name][2]
+        if before is not None and road is not None:
+            own[name] = (before[0][0], _with(road, weight)), host
+    return Ready(made, own), own
+
+
+def _with(road: Made, weight: Tensor) -> Road:
+    return lambda host, input, sample: road(host, input, weight)

@@ -51,10 +51,7 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         model._guard.note(model.base)
     bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    ready = gathered(bindings.gathering, sampled=sample is not None)
-    bound = bindings.bound
-    if ready is not None:
-        bound = {name: placed for name, placed in bound.items() if name not in ready}
+    ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
     frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready)
     if model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)

@@ -17,6 +17,7 @@ from ..base.scan import in_order
 from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
+from ..parts.bind import Made
 from ..parts.host import base_bias, base_weight
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
@@ -241,7 +242,8 @@ class Bindings(NamedTuple):
         bound: the bindings of stacks of one part, by module name.
         settings: the gates by layer, or None where the host does not know them all.
         resting: what the gates of learned layers that are closed let in.
-        gathering: layers whose W_t may be made together, by module name.
+        gathering: layers whose W_t may be made together, by module name: with their modules, and their products with
+            a W_t that is there.
     """
 
     at: object = None
@@ -249,7 +251,7 @@ class Bindings(NamedTuple):
     bound: Mapping[str, Placed] = {}
     settings: Mapping[str, Any] | None = None
     resting: Sequence[Mapping[str, nn.Parameter | None]] = ()
-    gathering: Mapping[str, tuple[Part, nn.Module]] = {}
+    gathering: Mapping[str, tuple[Part, nn.Module, Made | None]] = {}
 
 
 class TaskState(Parts):
@@ -335,12 +337,12 @@ class TaskState(Parts):
                 part.follow()
         hosts = {name: host for name, _, _, host in (*self.hosts, *(self.family.hosts if self.family else ()))}
         made: dict[str, Placed] = {}
-        gathering: dict[str, tuple[Part, nn.Module]] = {}
+        gathering: dict[str, tuple[Part, nn.Module, Made | None]] = {}
         for name, stack in stacks.items():
             host = hosts.get(name)
             if host is not None and len(stack) == 1:
                 if stack[0].gate is not None:
-                    gathering[name] = stack[0], host
+                    gathering[name] = stack[0], host, stack[0].bind_made(host) if is_stock(host) else None
                 bound = stack[0].bind(host, stock=is_stock(host))
                 if bound is not None:
                     made[name] = bound, id(host)

@@ -40,10 +40,11 @@ def foreach_effective_weight(layers: Sequence[Gated]) -> list[Tensor]:
     Raises:
         RuntimeError: as :func:`taps_ext.ops.foreach_reconstruct_`; a weight that requires gradients.
     """
-    for index, layer in enumerate(layers):
-        if layer.weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"layers[{index}].weight: expected a frozen weight, got one that requires gradients")
-    if C is None or any(reference.transformed(*layer[:3]) for layer in layers):
+    if torch.is_grad_enabled():
+        for index, layer in enumerate(layers):
+            if layer.weight.requires_grad:
+                raise RuntimeError(f"layers[{index}].weight: expected a frozen one, got one that requires gradients")
+    if C is None or (reference.may_be_transformed() and any(reference.transformed(*layer[:3]) for layer in layers)):
         return [
             reference.reconstruct(
                 layer.weight,
@@ -56,8 +57,11 @@ def foreach_effective_weight(layers: Sequence[Gated]) -> list[Tensor]:
             )
             for layer in layers
         ]
-    tensors = (tensor for layer in layers for tensor in layer[:3])
-    facts = [Fact(layer.gate, layer.threshold, layer.dtype or layer.weight.dtype) for layer in layers]
+    facts: list[Fact] = []
+    tensors: list[Tensor | None] = []
+    for weight, delta, score, gate, threshold, dtype in layers:
+        facts.append(Fact(gate, -1 if gate is None else int(gate), threshold, dtype or weight.dtype))
+        tensors += (weight, delta, score)
     return list(_Together.apply(facts, *tensors)) if layers else []
 
 
@@ -65,12 +69,9 @@ class Fact(NamedTuple):
     """What is known of a layer beside its tensors. `known`: the gate as the operators take it in lists."""
 
     gate: bool | None
+    known: int
     threshold: float
     dtype: torch.dtype
-
-    @property
-    def known(self) -> int:
-        return -1 if self.gate is None else int(self.gate)
 
 
 class _Together(torch.autograd.Function):
@@ -126,7 +127,9 @@ class _Lists:
         self.found: dict[float, tuple[list[Any], ...]] = {}
 
     def add(self, threshold: float, *entries: Any) -> None:
-        columns = self.found.setdefault(threshold, tuple([] for _ in range(self.width)))
+        columns = self.found.get(threshold)
+        if columns is None:
+            columns = self.found[threshold] = tuple([] for _ in range(self.width))
         for column, entry in zip(columns, entries, strict=True):
             column.append(entry)
 

@@ -23,6 +23,7 @@ from .sampling import Sample
 
 Road = Callable[..., Any]
 Bound = tuple[Road, Road]
+Made = Callable[[nn.Module, Tensor, Tensor], Any]
 
 
 def _stock(host: Any) -> tuple[Road, tuple[Any, ...]] | None:
@@ -77,6 +78,23 @@ def whole(host: nn.Module, weight_of: Callable[[], Tensor], bias_of: Any, genera
         return stock(input, weight, bias, *geometry)
 
     return without, with_gradients
+
+
+def made(host: nn.Module, bias_of: Any, general: Road) -> Made | None:
+    """The stock product on a W_t that is there already, as (host, input, W_t)."""
+    known = _stock(host)
+    if known is None:
+        return None
+    stock, geometry = known
+
+    def run(host: Any, input: Tensor, weight: Tensor) -> Any:
+        try:
+            return stock(input, weight, (bias_of or host)._parameters["bias"], *geometry)
+        except (KeyError, RuntimeError, TypeError):
+            pass
+        return general(host, input, None)  # says what is wrong as it does by itself
+
+    return run
 
 
 def dense(host: nn.Module, gate: Gate, change: Any, bias_of: Any, general: Road) -> Bound | None:

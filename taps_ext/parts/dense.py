@@ -71,19 +71,19 @@ class Dense(Change):
         """A closed layer is W itself, whose gradient is formed for its score: where all of the batch is taken, and not
         in fp16, where sums over all pixels leave the type's range, and their infinity times a zero of Delta is NaN."""
         weight, delta = host._parameters.get(weight_name(host)), self._parameters.get("delta")
-        closed = gate.known is False
+        known, score = gate.known, gate.score
+        learns, closed = score is not None and score.requires_grad, known is False
         if weight is None or delta is None or weight.requires_grad or self._forward_pre_hooks or self._forward_hooks:
             return None
-        if not (gate.learns or (delta.requires_grad and not closed)):
+        if not (learns or (delta.requires_grad and not closed)):
             return None
-        dtype = ops.autocast_dtype(weight)
+        dtype = ops.autocast_dtype(weight) if torch._C._is_any_autocast_enabled() else None
         if closed and (sampled or torch.float16 in (dtype, weight.dtype)):
             return None
-        if closed:
-            weight, dtype = resting_weight(host, weight, weight), None
-        return ops.Gated(
-            weight, delta, gate.score if gate.learns or gate.known is None else None, gate.known, gate.threshold, dtype
-        )
+        below: Tensor = weight
+        if closed and dtype is not None:
+            below, dtype = resting_weight(host, weight, weight), None
+        return ops.Gated(below, delta, score if learns or known is None else None, known, gate.threshold, dtype)
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
         """The weight that is rebuilt, or whose gradient is formed, outside of the results; or what is packed."""

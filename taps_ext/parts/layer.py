@@ -16,7 +16,7 @@ from ..ops import Gated
 from ..store.errors import GateRecordError
 from ..store.record import Record
 from . import bind, reads
-from .bind import Bound, Road
+from .bind import Bound, Made, Road
 from .change import Change, change_kinds, kind_of
 from .dense import Dense, Whole
 from .gate import Gate
@@ -30,13 +30,19 @@ def _autocast() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-def bound(part: Part, host: nn.Module, roads: Callable[[nn.Module, Road], Bound | None]) -> Bound:
-    """The bindings that `roads` makes for a part over a stock layer, or the general road alone."""
+def general(part: Part) -> Road:
+    """The road that is right everywhere over a stock layer."""
 
-    def general(host: nn.Module, input: Tensor, sample: Sample | None) -> Any:
+    def run(host: nn.Module, input: Tensor, sample: Sample | None) -> Any:
         return forward_of(part)(Below(host, (), sample), input)
 
-    return roads(host, general) or (general, general)
+    return run
+
+
+def bound(part: Part, host: nn.Module, roads: Callable[[nn.Module, Road], Bound | None]) -> Bound:
+    """The bindings that `roads` makes for a part over a stock layer, or the general road alone."""
+    road = general(part)
+    return roads(host, road) or (road, road)
 
 
 def read(part: Part, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
@@ -202,6 +208,9 @@ class Layer(Part):
 
     def gathers(self, host: nn.Module, *, sampled: bool) -> Gated | None:
         return None if self.change is None else self.change.gathers(host, self.gate, sampled=sampled)
+
+    def bind_made(self, host: nn.Module) -> Made | None:
+        return bind.made(host, None if self.bias is None else self, general(self))
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
         weight, gate, change = base_weight(host), self.gate, self.change

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import TapsError, UnsupportedModuleError
 from ..ops import Gated
 from ..store.record import Record, not_finite
-from .bind import Bound
+from .bind import Bound, Made
 from .gate import Gate
 from .host import Op, base_bias, base_weight, original_class, resting_weight, stock_forward
 from .packing import Encoded, Packed
@@ -190,6 +190,11 @@ class Part(nn.Module):
         """Its W_t over the base itself, where a forward with gradients may make it together with those of others;
         None where it makes its own, or learns nothing. `sampled`: closed layers learn from a part of the batch.
         """
+        return None
+
+    def bind_made(self, host: nn.Module) -> Made | None:
+        """Its product at a stock host with a W_t that was made together with others; None to go the way of
+        :meth:`forward`."""
         return None
 
     def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,14 @@ class Ready:
 
     Args:
         made: the tensors, and the `id` of the module that each was made for.
+        bound: what else of the forward holds them.
 
     They are held until the forward ends; after that the graph holds each one until its layer's backward has run.
     """
 
-    def __init__(self, made: Mapping[str, tuple[Tensor, int]]) -> None:
+    def __init__(self, made: Mapping[str, tuple[Tensor, int]], bound: MutableMapping[str, Any]) -> None:
         self._made: dict[str, tuple[Tensor | None, int]] = dict(made)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._made
+        self._bound = bound
 
     def of(self, name: str, module: nn.Module, part: Part) -> Tensor | None:
         """The W_t of a module under `part`, or None where the part is to make its own.
@@ -63,4 +63,5 @@ class Ready:
 
     def release(self) -> None:
         """The forward is over."""
+        self._bound.clear()
         self._made = {name: (None, host) for name, (_, host) in self._made.items()}

@@ -259,7 +259,7 @@ def test_dot(dots, layout, record_property) -> None:
 
 
 def test_settle(settles, layout, record_property) -> None:
-    """From gradients of W_t to those of Deltas and scores: whole numbers, so that the order of sums shows in nothing."""
+    """From gradients of W_t to those of Deltas and scores. Whole numbers: the order of sums shows in nothing."""
     record_property("drawn", f"ptx of settle by seed {SEED}")
     chance, numbers = random.Random(f"{SEED} settle"), np.random.default_rng(int(SEED))
     for double in (False, True):

@@ -13,9 +13,11 @@ from torch import nn
 
 import taps_ext
 from taps_ext import TapsConfig, TaskModel
+from taps_ext.model import gathering
 
 PACKAGE = str(Path(taps_ext.__file__).parent)
 MOST_CALLS, MOST_FILES = 8, 4
+MOST_TOGETHER = 16  # where a training forward makes the weights of all layers at once
 
 
 def own_calls(run: Callable[[], object]) -> Counter[tuple[str, str]]:
@@ -80,6 +82,27 @@ def test_calls_for_one_more_layer(kind: str, is_open: bool, training: bool) -> N
     more = found[1] - found[0]
     assert sum(more.values()) <= MOST_CALLS and len({file for file, _ in more}) <= MOST_FILES, more
     assert any(name == "_backward" for _, name in more) == (training and kind != "norm")
+
+
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "closed"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_calls_for_one_more_layer_of_many_at_once(kind: str, is_open: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "forced", True)
+    found = []
+    for layers in (4, 5):
+        model, x = model_of(layers, kind, is_open)
+        model.train()
+
+        def run(model: TaskModel = model, x: torch.Tensor = x) -> None:
+            model.zero_grad(set_to_none=True)
+            with torch.autograd.set_multithreading_enabled(False):
+                model(x).sum().backward()
+
+        run()
+        run()
+        found.append(own_calls(run))
+    more = found[1] - found[0]
+    assert sum(more.values()) <= MOST_TOGETHER, more
 
 
 def test_nothing_is_asked_of_all_layers_at_every_forward() -> None:
