@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -155,7 +156,37 @@ def gate_penalty(parts: Mapping[str, Part], lam: float, kind: str = "layer") -> 
     if not scores:
         return None
     stacked = torch.stack(scores)
-    return reference.sparsity_loss(stacked, stacked.new_tensor(penalty_weights(gates, kind)), float(lam))
+    weights = penalty_weights(gates, kind)
+    if torch.compiler.is_compiling() or reference.may_be_transformed():
+        return reference.sparsity_loss(stacked, stacked.new_tensor(weights), float(lam))
+    penalty: Tensor = _Penalty.apply(stacked, float(lam) / len(scores), None if kind == "layer" else weights)
+    return penalty
+
+
+@functools.lru_cache(maxsize=64)
+def _on(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On its device: a copy at each step would wait for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+class _Penalty(torch.autograd.Function):
+    """:func:`taps_ext.reference.sparsity_loss` in three launches: the signs, the value, and in backward their product
+    with its gradient. What they are added to counts for nothing, or is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, share: float, weights: list[float] | None) -> Tensor:
+        signs = scores.sign()
+        if weights is not None:
+            signs.mul_(_on(tuple(weights), scores.device, scores.dtype))
+        ctx.share = share
+        ctx.save_for_backward(signs)
+        return torch.addmv(scores.new_empty(1), scores[None], signs, beta=0, alpha=share).squeeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (signs,) = ctx.saved_tensors
+        zeros = _on((0.0,) * len(signs), signs.device, signs.dtype)
+        return torch.addcmul(zeros, signs, gradient, value=ctx.share), None, None
 
 
 def sample_size(fraction: float, batch: int) -> int:

@@ -442,7 +442,8 @@ class TaskModel(nn.Module):
         terms = [term for state in self._states_for(chosen) if (term := state.sparsity_loss()) is not None]
         if not terms:
             return torch.zeros([], device=next(self.parameters()).device)
-        return scale * torch.stack(terms).sum()
+        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        return total if scale == 1.0 else scale * total
 
     def drop_closed_gradients(self, tasks: Iterable[str] | str | None = None) -> None:
         """Set gradients of closed Deltas to None before an optimizer step.

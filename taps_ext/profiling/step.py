@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import ConfigError, TapsError
 from ..methods.base import one_of
 from ..model import TaskModel
+from ..train.gradients import add_gradients
 from ..train.state import restore, snapshot
+from ..train.stepper import on_cuda
 from ..train.task import predictions
 
 PHASES = ("train", "infer")
@@ -78,7 +80,8 @@ class Step:
             if not groups:
                 raise ConfigError(f"task: {task!r} has nothing to train")
             known: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-            self.optimizer = known[optimizer](groups, **({"momentum": 0.9} if optimizer == "sgd" else {}))
+            settings = {"momentum": 0.9} if optimizer == "sgd" else {}
+            self.optimizer = known[optimizer](groups, fused=on_cuda(groups), **settings)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -154,7 +157,7 @@ class Step:
             with mark("taps:backward"):
                 loss.backward()
                 if (penalty := self.model.sparsity_loss(self.task)).requires_grad:
-                    penalty.backward()
+                    add_gradients(penalty, [p for g in self.optimizer.param_groups for p in g["params"]])
                 del loss, penalty
             with mark("taps:optimizer"):
                 self.optimizer.step()

@@ -243,7 +243,7 @@ class JointRun:
         if progress.epoch >= config.warmup_epochs and not self.shared_first:
             penalty = self.model.sparsity_loss(name)
             if penalty.requires_grad:
-                self.stepper.backward(penalty)
+                self.stepper.add(penalty)
         return value, weight
 
     def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:

@@ -218,7 +218,7 @@ class Run:
             total += loss.detach().double() * weights[index]
         penalty = 0.0 if progress.epoch < config.warmup_epochs or progress.held else progress.pressure
         if samples and penalty and (sparsity := self.model.sparsity_loss(self.name, penalty)).requires_grad:
-            self.stepper.backward(sparsity)
+            self.stepper.add(sparsity)
         return total, samples
 
     def _loss(self, inputs: Any, targets: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import ConfigError
 from .config import TrainConfig
+from .gradients import add_gradients
 from .packing import pack, unpack
 from .precision import Scaler
 
@@ -84,9 +85,15 @@ def make_optimizer(groups: Groups, config: TrainConfig, own: Own) -> torch.optim
         return optimizer
     for group in groups:
         group["base_lr"] = group["lr"]
+    fused = on_cuda(groups)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas)
-    return torch.optim.SGD(groups, momentum=config.momentum)
+        return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
+    return torch.optim.SGD(groups, momentum=config.momentum, fused=fused)
+
+
+def on_cuda(groups: Groups) -> bool | None:
+    """True where torch's fused steps are worth it, one launch for each group of parameters; None leaves it to torch."""
+    return True if all(p.is_cuda and p.is_floating_point() for g in groups for p in g["params"]) else None
 
 
 def _warn_of_idle(optimizer: torch.optim.Optimizer) -> None:
@@ -172,6 +179,10 @@ class Stepper:
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scaled(loss).backward()
+
+    def add(self, penalty: Tensor) -> None:
+        """The gradients of a penalty, on top of those of the loss."""
+        add_gradients(self.scaler.scaled(penalty), self.parameters)
 
     def clip(self) -> None:
         """As `TrainConfig.clip_norm` says."""
