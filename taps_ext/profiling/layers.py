@@ -16,7 +16,7 @@ from .. import ops
 from ..parts import Gate
 from ..parts.part import Part
 from ..parts.sampling import batch_size
-from ..routing.frame import sequence_number
+from ..routing.frame import current, sequence_number
 from .step import Step
 
 PREFIX = "taps:layer:"
@@ -29,7 +29,8 @@ class Layer:
 
     Attributes:
         layer: its name. gate: "open", "closed", or "device" where the host does not know.
-        path: "stock", "rebuild" or "fused"; what forward did with the weight. "read" where its forward was not called
+        path: "stock", "rebuild" or "fused"; what forward did with the weight. "together" where it was made with those
+            of other layers before the base ran, which is no layer's own time. "read" where its forward was not called
             because other code reads the weight: such a layer's work is not measured.
         calls: in one step. operations, moved: of all calls, forward and backward: floating-point operations, and the
             bytes that have to be read and written at least once.
@@ -96,6 +97,9 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
             marks.pop().__exit__(None, None, None)
             if extension is not None:
                 row.path = extension.taken_path() or "stock"
+            frame = current()
+            if frame is not None and frame.ready is not None and name in frame.ready:
+                row.path = "together"
             row.gate = gate_of(gate)
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if inputs and isinstance(output, Tensor):  # nn.MultiheadAttention gives a tuple: not measured

@@ -69,13 +69,13 @@ class Profile:
     def table(self) -> str:
         """Plain text: a line for each layer, the totals, and the memory's parts."""
         width = max([5, *(len(row.layer) for row in self.rows)])
-        lines = [f"{'layer':<{width}}  gate    path     forward ms  backward ms     MFLOP        MB  % of limit"]
+        lines = [f"{'layer':<{width}}  gate    path      forward ms  backward ms     MFLOP        MB  % of limit"]
         for row in self.rows:
             if row.path == "read":
                 lines.append(f"{row.layer:<{width}}  {row.gate:<6}  read by other code: not measured")
                 continue
             lines.append(
-                f"{row.layer:<{width}}  {row.gate:<6}  {row.path:<7} {1e3 * row.forward:11.3f} "
+                f"{row.layer:<{width}}  {row.gate:<6}  {row.path:<8} {1e3 * row.forward:11.3f} "
                 f"{1e3 * row.backward:12.3f} {row.operations / 1e6:9.1f} {row.moved / 1e6:9.2f} {100 * row.share:11.1f}"
             )
         rate, speed = self.machine.rate / 1e9, self.machine.bandwidth / 1e9

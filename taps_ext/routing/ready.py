@@ -38,6 +38,9 @@ class Ready:
         self._made: dict[str, tuple[Tensor | None, int]] = dict(made)
         self._bound = bound
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._made
+
     def of(self, name: str, module: nn.Module, part: Part) -> Tensor | None:
         """The W_t of a module under `part`, or None where the part is to make its own.
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 spec = importlib.util.spec_from_file_location("taps_ext._C", sys.argv[1])
 assert spec is not None and spec.loader is not None
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
 from tolerance import assert_close  # noqa: E402
 
-from taps_ext import gated_linear, ops, reference  # noqa: E402
+from taps_ext import TapsConfig, TaskModel, gated_linear, ops, reference  # noqa: E402
 from taps_ext.ops.codec import CODECS  # noqa: E402
 from taps_ext.ops.unpack import packed_weight, unpacked  # noqa: E402
 
@@ -110,6 +111,71 @@ def rebuilt() -> int:
     return len(outs)
 
 
+def settled() -> int:
+    """Many W_t at once, and their gradients: to the bit, whatever the types, gates and layouts."""
+    cases = 0
+    for out, weight, delta in itertools.product([F32, BF16, F16, torch.float64], repeat=3):
+        layers, gradients = [], []
+        for shape, (gate, value), turned in itertools.product(
+            [(5, 7), (130, 129), (4, 3, 3, 3)], ((True, 0.05), (False, 0.15), (None, 0.15), (None, 0.05)), (False, True)
+        ):
+            w, d = draw(*shape, dtype=weight), draw(*shape, dtype=delta)
+            grad = draw(*shape, dtype=out)
+            if turned:  # as a product may lay out its gradient
+                grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+            score = torch.tensor(value, dtype=torch.float64 if torch.float64 in (out, weight, delta) else F32)
+            layers.append(ops.Gated(w, d.requires_grad_(), score.requires_grad_(), gate, 0.1, out))
+            gradients.append(grad)
+        made = ops.foreach_effective_weight(layers)
+        torch.autograd.backward(made, [g.clone() for g in gradients])
+        for got, layer, grad in zip(made, layers, gradients, strict=True):
+            w, d, score, gate = layer.weight, layer.delta.detach(), layer.score.detach(), layer.gate
+            is_open = score.item() >= 0.1 if gate is None else gate
+            kind = torch.float64 if torch.float64 in (out, weight, delta) else F32
+            assert torch.equal(got, (w.to(kind) + d.to(kind) if is_open else w).to(out))
+            if layer.delta.grad is not None:
+                assert torch.equal(layer.delta.grad, grad.to(kind).to(delta) if is_open else torch.zeros_like(d))
+            else:
+                assert gate is False
+            products = grad.double() * d.double()
+            bound = products.abs().sum() * (2 * products.numel() + 2) * 2**-53
+            bound += products.sum().abs() * 2**-24 * (score.dtype == F32)
+            assert (layer.score.grad.double() - products.sum()).abs() <= bound
+            cases += 1
+    return cases
+
+
+def trained() -> int:
+    """A model's step: no launch but those for all layers together."""
+    found: dict[str, int] = {}
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "taps_ext":
+                found[func.overloadpacket.__name__] = found.get(func.overloadpacket.__name__, 0) + 1
+            return func(*args, **(kwargs or {}))
+
+    for layers in (2, 7):
+        base = torch.nn.Sequential(
+            *(m for _ in range(layers) for m in (torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.ReLU())),
+            torch.nn.Flatten(),
+            torch.nn.Linear(64, 8),
+            torch.nn.Linear(8, 3),
+        )
+        model = TaskModel(base, TapsConfig(lam=0.5))
+        model.add_task("t")
+        model.set_task("t")
+        with torch.no_grad():
+            for index, (_, _, gate) in enumerate(model.state("t").gated()):
+                gate.score.fill_(0.05 if index == 1 else 0.15)
+        model.train()
+        found.clear()
+        with Operators():
+            model(torch.randn(2, 4, 4, 4)).square().sum().backward()
+        assert found == {"foreach_reconstruct": 1, "foreach_settle": 1}, found
+    return 2
+
+
 def packed() -> int:
     """W_t of packed Deltas, in every type, row-major and not: to the bit the codec's own Delta, added and rounded."""
     cases = 0
@@ -165,7 +231,7 @@ def main() -> None:
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
         layer((rows,), k, 8, BF16, F32, True)
         cases += 1
-    cases += rebuilt() + packed()
+    cases += rebuilt() + packed() + settled() + trained()
     _C.force_path("rebuild")  # torch's products, and gradients selected, scaled and multiplied with Delta
     for (dtype, delta), gate in itertools.product([*types, (F32, F32), (torch.float64, torch.float64)], GATES):
         layer((3, 5), 40, 24, dtype, delta, gate)
