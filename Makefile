@@ -6,7 +6,7 @@
 #   make kernels       the kernels' own tests at length: every program on the twin, every planted mistake, the products
 #                      of one instruction set with sanitizers (drawn by TAPS_SEED), many hostile calls of the operators
 #   make sanitize      what is left of them for a longer wait: the products of the other instruction sets, and every
-#                      shape on the twin, with sanitizers (about half an hour)
+#                      shape on the twin, with sanitizers, and proofs that no threads of a kernel race (about 40 minutes)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests (an hour): ten million inputs to each loop over packed data, with
@@ -110,7 +110,11 @@ $(VENV)/.disassembler: $(VENV)/.created
 kernels: build $(VENV)/.disassembler
 	TAPS_THOROUGH=1 $(PYTEST) tests/kernels --durations=10
 
-sanitize: build
+# Proves that threads do not race; where it cannot be had, the tests that ask for it say so and are skipped.
+$(VENV)/.verifier: $(VENV)/.created
+	-$(PIP) install --quiet sentryward==0.1.1 && touch $@
+
+sanitize: build $(VENV)/.verifier
 	TAPS_THOROUGH=1 $(PYTEST) tests/kernels -m sanitize --durations=10
 
 fuzz: build

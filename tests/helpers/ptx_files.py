@@ -7,7 +7,7 @@ import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ptx
@@ -15,6 +15,8 @@ import pytest
 from host_build import CSRC, HOST, compiled, run
 from stages import made_once
 from torch.utils.cpp_extension import include_paths
+
+T = TypeVar("T")
 
 NVCC = shutil.which("nvcc")
 MISSING = [name for name in ("nvcc", "c++filt") if shutil.which(name) is None]
@@ -35,7 +37,7 @@ def text_of(factory: pytest.TempPathFactory, name: str, architecture: str) -> st
     return (made_once(factory, f"ptx-{name}-{architecture}", make) / "text").read_text(encoding="utf-8")
 
 
-def demangled(kernels: Mapping[str, ptx.Kernel]) -> dict[str, ptx.Kernel]:
+def demangled(kernels: Mapping[str, T]) -> dict[str, T]:
     """The same by the names that C++ gave them."""
     said = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
     return dict(zip(said.splitlines(), kernels.values(), strict=True))
