@@ -81,13 +81,16 @@ static_assert(sizeof(ForeachReconstruct) <= 32764, "the arguments of a kernel");
 //
 //     delta_gradient = gate ? gradient : 0, in Delta's type      score_gradient = <gradient, delta>, also where closed
 //
-// Either result may be null. `delta_gradient` may be `gradient` itself, of one type.
+// Either result may be null. `delta_gradient` may be `gradient` itself, of one type. `outer` and `inner`, where they
+// are not 0: G lies in memory as [rows, inner, outer] and the others as [rows, outer, inner], as G of an input with
+// channels last does beside a contiguous weight.
 struct Settle {
   void* delta_gradient = nullptr;
   void* score_gradient = nullptr;
   const void* gradient = nullptr;
   const void* delta = nullptr;  // null where no score is asked for
   Dtype gradient_dtype = Dtype::kFloat32, delta_dtype = Dtype::kFloat32, score_dtype = Dtype::kFloat32;
+  uint32_t outer = 0, inner = 0;
   Gate gate;
 
   bool in_double() const { return gradient_dtype == Dtype::kFloat64 || delta_dtype == Dtype::kFloat64; }

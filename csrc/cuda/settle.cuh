@@ -10,7 +10,15 @@
 namespace taps::dev {
 
 TAPS_BOTH inline bool takes_vectors(const Settle& one) {
-  return aligned(one.gradient) && aligned(one.delta) && aligned(one.delta_gradient);
+  return one.outer == 0 && aligned(one.gradient) && aligned(one.delta) && aligned(one.delta_gradient);
+}
+
+// Where G's element is that belongs to Delta's element `at`.
+TAPS_DEVICE int64_t place_of_gradient(const Settle& one, int64_t at) {
+  if (one.outer == 0) return at;
+  const int64_t row = static_cast<int64_t>(one.outer) * one.inner, first = at / row * row;
+  const auto within = static_cast<uint32_t>(at - first);
+  return first + static_cast<int64_t>(within % one.inner) * one.outer + within / one.inner;
 }
 
 // T is what is computed in. Where the gate is closed G is read for the score alone, and Delta's gradient is zero.
@@ -41,8 +49,8 @@ TAPS_DEVICE void foreach_settle(const ForeachSettle& args) {
     }
     done = chunk.begin + whole * kVector;
   }
-  for (int64_t i = done + tid(); i < chunk.end; i += nthreads()) {  // tail, or misaligned operands
-    const T gradient = reads ? load_one<T>(one.gradient, one.gradient_dtype, i) : T(0);
+  for (int64_t i = done + tid(); i < chunk.end; i += nthreads()) {  // tail, or operands that lie differently
+    const T gradient = reads ? load_one<T>(one.gradient, one.gradient_dtype, place_of_gradient(one, i)) : T(0);
     if (dot) sum += static_cast<double>(gradient) * static_cast<double>(load_one<T>(one.delta, one.delta_dtype, i));
     if (one.delta_gradient) store_one(one.delta_gradient, one.delta_dtype, i, open ? gradient : T(0));
   }

@@ -1,4 +1,6 @@
 // From the gradients of many W_t to those of their Deltas and scores, by few launches.
+#include <limits>
+
 #include "core/apart.h"
 #include "core/device.h"
 #include "core/weight.h"
@@ -56,9 +58,29 @@ void expect_apart(const std::vector<Item>& items) {
   expect_apart(std::move(written), read);
 }
 
-bool flat(const Item& item) {
-  const Described& out = item.delta_gradient ? *item.delta_gradient : item.gradient;
-  return make_walk<3>(item.gradient.sizes, {out.strides, item.gradient.strides, item.w.delta->strides}).flat();
+// How an item lies: all alike; or G with the last two of its dimensions, as Delta's memory has them, exchanged; or
+// neither.
+struct Layout {
+  bool known = false;
+  uint32_t outer = 0, inner = 0;
+};
+
+Layout layout_of(const Item& item) {
+  const Described& out = item.delta_gradient ? *item.delta_gradient : *item.w.delta;
+  const Walk<3> walk = make_walk<3>(item.gradient.sizes, {item.w.delta->strides, out.strides, item.gradient.strides});
+  if (walk.flat()) return {true};
+  const int last = walk.ndim - 1;
+  if (walk.ndim != 2 && walk.ndim != 3) return {};
+  const int64_t outer = walk.sizes[last - 1], inner = walk.sizes[last], row = outer * inner;
+  if (row > std::numeric_limits<int32_t>::max()) return {};
+  for (int k = 0; k < 3; ++k) {
+    const bool turned = k == 2;
+    if (walk.ndim == 3 && walk.strides[k][0] != row) return {};
+    if (walk.strides[k][last - 1] != (turned ? 1 : inner) || walk.strides[k][last] != (turned ? outer : 1)) return {};
+  }
+  // Exchanged elements are read by other threads than those that write them.
+  if (item.delta_gradient && item.delta_gradient->data() == item.gradient.data()) return {};
+  return {true, static_cast<uint32_t>(outer), static_cast<uint32_t>(inner)};
 }
 
 // One tensor by itself: on the CPU, and where its operands lie differently.
@@ -70,8 +92,10 @@ void settle_alone(const Item& item) {
   if (item.delta_gradient) reconstruct_into(*item.delta_gradient, nullptr, &item.gradient, item.w.gate);
 }
 
-Settle settlement(const Item& item) {
+Settle settlement(const Item& item, const Layout& layout) {
   Settle args;
+  args.outer = layout.outer;
+  args.inner = layout.inner;
   if (item.delta_gradient) args.delta_gradient = item.delta_gradient->data();
   args.gradient = item.gradient.data();
   args.gradient_dtype = item.gradient.dtype;
@@ -125,7 +149,9 @@ void foreach_settle(const std::vector<Tensor>& delta_gradients, const std::vecto
   Place place;
   for (const Item& item : items) {
     if (!item.delta_gradient && !item.score_gradient) continue;
-    if (!cuda::runs(item.gradient.place.cuda) || !flat(item)) {
+    const bool on_device = cuda::runs(item.gradient.place.cuda);
+    const Layout layout = on_device ? layout_of(item) : Layout{};
+    if (!layout.known) {
       settle_alone(item);
       continue;
     }
@@ -133,7 +159,7 @@ void foreach_settle(const std::vector<Tensor>& delta_gradients, const std::vecto
       for (ForeachSettle& batch : batches) launch(batch, place);
       place = item.gradient.place;
     }
-    const Settle args = settlement(item);
+    const Settle args = settlement(item, layout);
     ForeachSettle& batch = batches[args.in_double()];
     batch.items[batch.count] = args;
     batch.numel[batch.count] = item.gradient.numel();

@@ -199,6 +199,8 @@ MISTAKES = {
     "the score of a closed layer forgotten": Mistake("«if (!dot) return; → if (!dot || !open) return;»", WRONG),
     "products of the tail forgotten": Mistake("if («dot → false») sum += static_cast<double>(gradient) *", WRONG),
     "an element of a tensor too many": Mistake("«i < chunk.end → i <= chunk.end»; i += nthreads()", BEYOND),
+    "a turned gradient read as it lies": Mistake("if («one.outer == 0 → true») return at;", WRONG),
+    "a turned gradient's rows taken for one": Mistake("first = «at / row * row → 0»;", f"{WRONG}|{BEYOND}"),
     "another tensor's chunks added": Mistake("first = «item > 0 ? args.end[item - 1] : 0 → 0»;", WRONG),
     "chunks added up to the last tensor": Mistake("«args.end[item] - first → args.end[args.count - 1] - first»", WRONG),
     "vectors where Delta's gradient is misaligned": Mistake(

@@ -117,12 +117,14 @@ def settled() -> int:
     for out, weight, delta in itertools.product([F32, BF16, F16, torch.float64], repeat=3):
         layers, gradients = [], []
         for shape, (gate, value), turned in itertools.product(
-            [(5, 7), (130, 129), (4, 3, 3, 3)], ((True, 0.05), (False, 0.15), (None, 0.15), (None, 0.05)), (False, True)
+            [(5, 7), (130, 129), (4, 3, 3, 3)], ((True, 0.05), (False, 0.15), (None, 0.15), (None, 0.05)), (0, 1, 2)
         ):
             w, d = draw(*shape, dtype=weight), draw(*shape, dtype=delta)
             grad = draw(*shape, dtype=out)
-            if turned:  # as a product may lay out its gradient
+            if turned == 1:
                 grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+            elif turned == 2 and len(shape) == 4:  # as cuDNN lays out the gradient of an input with channels last
+                grad = grad.contiguous(memory_format=torch.channels_last)
             score = torch.tensor(value, dtype=torch.float64 if torch.float64 in (out, weight, delta) else F32)
             layers.append(ops.Gated(w, d.requires_grad_(), score.requires_grad_(), gate, 0.1, out))
             gradients.append(grad)

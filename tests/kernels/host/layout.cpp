@@ -72,6 +72,8 @@ int main() {
   TAPS_FIELD(Settle, gradient_dtype);
   TAPS_FIELD(Settle, delta_dtype);
   TAPS_FIELD(Settle, score_dtype);
+  TAPS_FIELD(Settle, outer);
+  TAPS_FIELD(Settle, inner);
   TAPS_FIELD(Settle, gate.open);
   TAPS_FIELD(Settle, gate.score);
   TAPS_FIELD(Settle, gate.score_dtype);

@@ -90,7 +90,8 @@ TAPS_CASE(elementwise) {
   if (wrong.empty()) wrong = check_flat(Dtype::kFloat64, Dtype::kFloat64, Dtype::kFloat64, 9, 0, How::kOpen, 0.1);
   if (wrong.empty()) wrong = check_gates();
   if (wrong.empty()) wrong = check_foreach({16384, 5, 0, 16391, 8}, false, 1);
-  for (uint64_t seed = 0; seed < 12 && wrong.empty(); ++seed) wrong = check_settle({16391, 29, 8, 3, 16385}, seed % 2, seed);
+  for (uint64_t seed = 0; seed < 12 && wrong.empty(); ++seed)
+    wrong = check_settle({16391, 29, 8, 3, 16385}, seed % 2, seed);
   return wrong;
 }
 
