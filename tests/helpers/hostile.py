@@ -105,6 +105,28 @@ class Call:
             lists[self.chance.choice(list(lists))].pop()
         self.name, self.arguments = "foreach_reconstruct", {**lists, "threshold": 0.1}
 
+    def foreach_settle(self) -> None:
+        names = ("delta_gradient", "score_gradient", "gradient", "delta", "score")
+        lists: dict[str, list[Any]] = {f"{key}s": [] for key in names}
+        gates = []
+        for _ in range(self.chance.randrange(4)):
+            shape = [self.size() for _ in range(self.chance.randrange(1, 5))]
+            parts = self.parts(shape)
+            gradient, delta, score = parts["weight"], parts["delta"], parts["score"]
+            out = self.tensor(shape, delta.dtype)
+            if self.chance.random() < 0.3:
+                out = self.chance.choice([gradient, delta, out[:0], self.reach_into(gradient, shape)])
+            of_score = score.clone() if self.chance.random() < 0.7 else score[:0]
+            one = dict(zip(names, (out, of_score, gradient, delta, score), strict=True))
+            if self.chance.random() < 0.5:
+                self.harm(one, list(names))
+            for key in names:
+                lists[f"{key}s"].append(one[key])
+            gates.append({True: 1, False: 0, None: -1}[parts["gate"]])
+        if gates and self.chance.random() < 0.2:
+            lists[self.chance.choice(list(lists))].pop()
+        self.name, self.arguments = "foreach_settle", {**lists, "gates": gates, "threshold": 0.1}
+
     def unpack(self) -> None:
         shape = [self.size() for _ in range(self.chance.randrange(1, 5))]
         parts = self.parts(shape)
@@ -304,6 +326,7 @@ class Call:
         kinds: list[Callable[[], None]] = [
             self.reconstruct,
             self.foreach_reconstruct,
+            self.foreach_settle,
             self.unpack,
             self.packed_linear,
             lambda: self.linear(False),
