@@ -26,13 +26,11 @@ class Pixels {
         down_(static_cast<int>(p.dilation[0])),
         across_(static_cast<int>(p.dilation[1])),
         places_w_(static_cast<int>(p.kernel[1])) {
-    const int64_t row = first + this->row();
-    const bool there = row < p.rows;
-    const unsigned pixel = there ? static_cast<unsigned>(row) : 0;
+    const auto pixel = static_cast<unsigned>(first + row());
     const auto rows = static_cast<unsigned>(p.result_size[0]), columns = static_cast<unsigned>(p.result_size[1]);
     const unsigned line = pixel / columns, n = line / rows;
     image_ += n * p.x_strides[0];
-    height_ = there ? static_cast<unsigned>(p.size[0]) : 0;  // behind the last pixel no position is inside
+    height_ = first + row() < p.rows ? static_cast<unsigned>(p.size[0]) : 0;  // or no position is inside
     h_ = static_cast<int>(line % rows) * static_cast<int>(p.stride[0]) - static_cast<int>(p.padding[0]);
     w_ = static_cast<int>(pixel % columns) * static_cast<int>(p.stride[1]) - static_cast<int>(p.padding[1]);
     end_ = w_ + places_w_ * across_;
