@@ -94,11 +94,13 @@ def convolution(
     padding: int = 0,
     dilation: int = 1,
     laid: str = "last",
+    formats: tuple[torch.memory_format, torch.memory_format] = (torch.channels_last,) * 2,
     path: str | None = "fused",
 ) -> None:
     """A forward on that path, or any, by the operator and straight from Python, against float64.
 
-    `laid`: x with channels last, with those of another image between its pixels, or as torch has it by itself.
+    `laid`: x with channels last, with those of another image between its pixels, or as torch has it by itself;
+    `formats`: of W and Delta.
     """
     dtype, of_weight, of_delta = kinds
     x = draw(*image, dtype=dtype)
@@ -107,7 +109,8 @@ def convolution(
         x = draw(b, c + 16, h, w_, dtype=dtype).contiguous(memory_format=torch.channels_last)[:, 8 : c + 8]
     elif laid == "last" and len(image) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    w, d = (draw(*kernel, dtype=kind).contiguous(memory_format=torch.channels_last) for kind in (of_weight, of_delta))
+    w, d = (draw(*kernel, dtype=kind) for kind in (of_weight, of_delta))
+    w, d = (t.contiguous(memory_format=form) for t, form in zip((w, d), formats, strict=True))
     bias = draw(2 * kernel[0], dtype=dtype)[::2]
     geometry = [step] * 2, [padding] * 2, [dilation] * 2, 1
     for value in (0.05, 0.15) if gate is None else (0.15,):
@@ -162,14 +165,17 @@ def convolutions() -> int:
     ]
     for one in unfit:
         no_convolution(*one)
+    last, rows = torch.channels_last, torch.contiguous_format
     no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, laid="itself")
+    no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, formats=(rows, rows))
+    no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, formats=(last, rows))
     # Left to itself, it finds its way by the CPU's rules.
     _C.force_path(None)
     for side, one in itertools.product((8, 9), [*unfit, (kinds[0], (1, 16, 8, 8), (8, 16, 3, 3), True)]):
         types, (batch, channels, *_), kernel, gate = one
         convolution(types, (batch, channels, side, side + 1), kernel, gate, padding=1, path=None)
         cases += 1
-    return cases + len(unfit) + 1
+    return cases + len(unfit) + 3
 
 
 def rebuilt() -> int:
