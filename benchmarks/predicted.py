@@ -9,8 +9,9 @@ TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock 
 A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
 tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
 multiprocessor. A split depth adds a kernel and its partial sums. A rebuild moves W, Delta and W_t, then the stock
-product runs from W_t. Convolutions are taken as the product of their pixels, as the design of a fused one has it;
-there is none on CUDA yet.
+product runs from W_t. A convolution is the product of its pixels, with the loop of csrc/cuda/pixels.cuh, or under a
+kernel of one place that goes from pixel to pixel the linear layer's; those whose channels make no pieces of 16 bytes
+are rebuilt in any case.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ LAUNCH, SECOND = 2.5e-6, 3e-6  # a kernel; the one that adds splits
 WARPS = 8  # of a block
 # Rows of a tile up to which it serves -> columns, depth of a step, instructions a warp and step, clocks of its latency.
 TILES = {16: (32, 64, {2: 69, 4: 88}, 230), 64: (64, 32, {2: 71, 4: 117}, 300)}
+PIXELS = {16: {2: 83, 4: 108}, 64: {2: 92, 4: 141}}  # instructions where the rows are pixels under several places
 FEW = 16
+MOST_PIXELS, MOST_INPUTS = 256, 512  # that choose() fuses of a convolution (csrc/core/choose.h, "shallow")
 
 
 @dataclass(frozen=True)
 class Product:
     """A gated layer as a product: rows, outputs, inputs, bytes of a number of Delta (W and x are bf16).
 
-    `read` is how many numbers its input has, where the product's rows share them.
+    `read` is how many numbers its input has, where the product's rows share them. `pixels`: a convolution that is no
+    linear layer; `fits`: the kernels know it.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Product:
     inputs: int
     delta: int = 2
     read: int | None = None
+    pixels: bool = False
+    fits: bool = True
 
     @property
     def weights(self) -> int:
@@ -75,6 +81,8 @@ def fused(p: Product) -> float:
     """Seconds of the fused product."""
     tile_rows = FEW if p.rows <= FEW else 64
     columns, depth, instructions, latency = TILES[tile_rows]
+    if p.pixels:
+        instructions = PIXELS[tile_rows]
     tiles, steps = -(-p.rows // tile_rows) * -(-p.outputs // columns), -(-p.inputs // depth)
     weight_bytes = p.weights * (2 + p.delta)
     splits = split(tiles, steps, weight_bytes, p.rows * p.outputs)
@@ -98,6 +106,16 @@ def rebuilt(p: Product) -> float:
     return (p.weights * (2 + p.delta) + written) / MEMORY + LAUNCH + stock(p, max(0, written - 50e6))
 
 
+def chosen(p: Product) -> float:
+    """Seconds of the path that choose() takes for a convolution."""
+    return fused(p) if p.fits and p.rows <= MOST_PIXELS and p.inputs <= MOST_INPUTS else rebuilt(p)
+
+
+def better(p: Product) -> float:
+    """Seconds of the path that should be the faster one."""
+    return min(fused(p), rebuilt(p)) if p.fits else rebuilt(p)
+
+
 def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
     """Each convolution as the product of its pixels; grouped ones have no such product."""
     import torch
@@ -112,7 +130,10 @@ def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 pixels = output.shape[0] * output.shape[2] * output.shape[3]
                 depth = module.weight[0].numel()
-                found.append(Product(name, pixels, module.out_channels, depth, delta, inputs[0].numel()))
+                linear = depth == module.in_channels and module.stride == (1, 1) and module.padding == (0, 0)
+                fits = module.in_channels % (2 if linear else 8) == 0
+                read = inputs[0].numel()
+                found.append(Product(name, pixels, module.out_channels, depth, delta, read, not linear, fits))
 
             module.register_forward_hook(hook)
 
@@ -126,12 +147,12 @@ def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
 def row(p: Product, first: str) -> str:
     ours, other, merged = fused(p), rebuilt(p), stock(p, 2 * p.weights)
     limit = (p.weights * (2 + p.delta) + p.activations) / MEMORY
-    better = "fused" if ours <= other else "rebuild"
+    faster = "fused" if p.fits and ours <= other else "rebuild"
     cells = (f"{1e6 * value:.1f}" for value in (limit, ours, other, merged))
-    return f"| {first} | {' | '.join(cells)} | {better} |"
+    return f"| {first} | {' | '.join(cells)} | {faster} |"
 
 
-HEAD = "| {} | limit | fused | rebuild | merged | chosen |\n|---|---|---|---|---|---|"
+HEAD = "| {} | limit | fused | rebuild | merged | faster |\n|---|---|---|---|---|---|"
 
 
 def main() -> None:
@@ -152,8 +173,8 @@ def main() -> None:
         products = list(convolutions(args.what, images, args.delta))
         for p in products:
             print(row(p, p.name))
-        total = [1e6 * sum(map(of, products)) for of in (fused, rebuilt, lambda p: min(fused(p), rebuilt(p)))]
-        print(f"\nall: fused {total[0]:.0f}, rebuild {total[1]:.0f}, the better of each {total[2]:.0f}\n")
+        total = [1e6 * sum(map(of, products)) for of in (rebuilt, better, chosen)]
+        print(f"\nall: rebuild {total[0]:.0f}, the better of each {total[1]:.0f}, as chosen {total[2]:.0f}\n")
 
 
 if __name__ == "__main__":

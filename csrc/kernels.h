@@ -183,7 +183,7 @@ struct LinearProduct {
 struct Convolution : LinearProduct {
   int64_t channels = 0;
   int64_t size[2] = {}, kernel[2] = {}, stride[2] = {}, padding[2] = {}, dilation[2] = {}, result_size[2] = {};
-  int64_t x_strides[4] = {}, result_strides[4] = {};  // of B, C, H, W
+  int64_t x_strides[4] = {}, result_strides[4] = {};  // of B, C, H, W; tiles write whole rows, ld_result apart
   bool channels_inside = false;                       // a weight's row is kH, kW, C instead of C, kH, kW
 };
 constexpr int64_t kMostPlaces = 64;  // kH * kW
@@ -215,6 +215,9 @@ void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);
 void linear(Product product, LinearProduct args, int device, void* stream);
+// The same types; pixels of whole pieces of 16 bytes, W and Delta in rows of kH, kW, C, the result [rows, outputs].
+int64_t conv2d_bytes(const Convolution& args, int device);
+void conv2d(Convolution args, int device, void* stream);
 }  // namespace cuda
 #endif
 

@@ -74,7 +74,9 @@ py::dict told(const taps::Rule& rule) {
   facts["least_outputs"] = rule.least_outputs;
   facts["least_rows"] = rule.least_rows;
   facts["most_rows"] = most(rule.most_rows);
+  facts["least_places"] = rule.least_places;
   facts["most_places"] = most(rule.most_places);
+  facts["most_inputs"] = most(rule.most_inputs);
   facts["least_weights"] = rule.least_weights;
   facts["least_work"] = rule.least_work;
   return facts;

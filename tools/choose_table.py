@@ -32,8 +32,8 @@ base's weight. M are the rows of the product (of a convolution the pixels of its
 "weights" are N x K, "work" is M x N x K, "places" those of a convolution's kernel. A bound marked **predicted** was not
 measured yet; `taps bench` marks the paths that were picked by one.
 
-| where | torch's product | kernels | M | N | weights | work | places | evidence |
-|---|---|---|---|---|---|---|---|---|
+| where | torch's product | kernels | M | N | K | weights | work | places | evidence |
+|---|---|---|---|---|---|---|---|---|---|
 """
 STOCKS = {
     "usual": "usual",
@@ -42,6 +42,7 @@ STOCKS = {
     "matrix unit": "on a matrix unit",
     "unmatched": "16 bits, no such instructions here",
 }
+MOST = ("rows", "inputs", "places")
 WIDTHS = {"narrow": "up to 8 lanes", "wide": "16 lanes", "pairs": "pairs of bf16"}
 
 
@@ -60,7 +61,7 @@ def bounds(least: int, most: float) -> str:
 
 
 def row(rule: dict[str, Any], titles: dict[str, str]) -> str:
-    most_rows, most_places = (math.inf if rule[name] is None else rule[name] for name in ("most_rows", "most_places"))
+    most = {name: math.inf if rule[f"most_{name}"] is None else rule[f"most_{name}"] for name in MOST}
     where = ("CUDA" if rule["cuda"] else "CPU") + (", the weight's gradient" if rule["of"] == "gradient" else "")
     title = titles[rule["key"]]
     link = f"[{title.partition(': ')[2]}](#{anchor(title)})" + (", **predicted**" if rule["predicted"] else "")
@@ -68,11 +69,12 @@ def row(rule: dict[str, Any], titles: dict[str, str]) -> str:
         where,
         ", ".join(STOCKS[name] for name in rule["stocks"]),
         "" if len(rule["widths"]) == len(WIDTHS) else ", ".join(WIDTHS[name] for name in rule["widths"]),
-        bounds(rule["least_rows"], most_rows),
+        bounds(rule["least_rows"], most["rows"]),
         bounds(rule["least_outputs"], math.inf),
+        bounds(0, most["inputs"]),
         bounds(rule["least_weights"], math.inf),
         bounds(rule["least_work"], math.inf),
-        bounds(0, most_places),
+        "none" if most["places"] == 0 else bounds(rule["least_places"], most["places"]),
         link,
     ]
     return f"| {' | '.join(cells)} |"

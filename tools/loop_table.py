@@ -3,8 +3,9 @@
     python tools/loop_table.py build/linear.cubin          # of one or more cubins; needs nvdisasm
 
 A step is one stage of the ring (csrc/cuda/tile.cuh). Counted is the way of nearly all of them: every mma of the loop,
-the fetches of a whole stage, and of all such ways through the loop the shortest. Where gates are open and where they
-are closed there is a loop each; the longer one is the open one.
+the fetches of a whole stage in pieces of 16 bytes by a warp that fetches of every operand, and of all such ways through
+the loop the shortest. Where gates are open and where they are closed there is a loop each; the longer one is the open
+one.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Block:
     mnemonics: list[str]
     next: list[int]
 
-    def count(self, mnemonic: str) -> int:
-        return sum(name.split(".")[0] == mnemonic for name in self.mnemonics)
+    def count(self, mnemonic: str, modifier: str = "") -> int:
+        return sum(name.split(".")[0] == mnemonic and modifier in name for name in self.mnemonics)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,11 @@ def _way(function: str, blocks: list[Block], head: int, end: int, body: frozense
 
     @cache
     def ways(index: int) -> frozenset[tuple[int, int, int]]:
+        """Instructions, mma and copies to the end; ways with copies of other pieces are none of them."""
         block = blocks[index]
         own = len(block.mnemonics), block.count("HMMA"), block.count("LDGSTS")
+        if own[2] > block.count("LDGSTS", ".128"):
+            return frozenset()
         if index == end:
             return frozenset([own])
         found = {
@@ -147,11 +151,10 @@ def _way(function: str, blocks: list[Block], head: int, end: int, body: frozense
 
     if not (found := ways(head)):
         return None
-    most = max(mma for _, mma, _ in found)
-    fetching = [one for one in found if one[1] == most and one[2] > 0]
-    if not fetching:
+    mma, copies = max((mma, copies) for _, mma, copies in found)
+    if copies == 0:
         return None
-    return Loop(function, *min(fetching))
+    return Loop(function, *min(one for one in found if one[1:] == (mma, copies)))
 
 
 def main() -> None:

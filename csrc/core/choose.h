@@ -11,7 +11,7 @@
 namespace taps {
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp, csrc/cpu/tiles.cpp).
+// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh and conv2d.cuh, csrc/cpu/few_rows.cpp and tiles.cpp).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op.
 enum class Path { kStock, kRebuild, kFused };
 
@@ -58,6 +58,7 @@ struct Rule {
   bool cuda;
   uint8_t stocks, widths;                                                                  // the sum of those it is for
   long long least_outputs, least_rows, most_rows, most_places, least_weights, least_work;  // work: rows * weights
+  long long least_places = 0, most_inputs = std::numeric_limits<long long>::max();
 
   constexpr bool is_for(const Problem& p, Of what) const {
     if (of != what || cuda != p.cuda) return false;
@@ -65,8 +66,9 @@ struct Rule {
   }
   constexpr bool holds(const Problem& p) const {
     const long long weights = p.outputs * p.inputs;
-    return p.outputs >= least_outputs && p.rows >= least_rows && p.rows <= most_rows && p.places <= most_places &&
-           weights >= least_weights && p.rows * weights >= least_work;
+    return p.outputs >= least_outputs && p.rows >= least_rows && p.rows <= most_rows && p.places >= least_places &&
+           p.places <= most_places && p.inputs <= most_inputs && weights >= least_weights &&
+           p.rows * weights >= least_work;
   }
 };
 
@@ -82,8 +84,9 @@ constexpr bool kCpu = false, kCuda = true;
 // The CPU's need sixteen outputs, a panel (evidence "outputs").
 constexpr Rule kTable[] = {
     // evidence, mark, of, where, torch's product, width: outputs from, rows from, to, places to, weights from, work
-    // from
-    {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
+    // from, and where there are such bounds places from, inputs to
+    {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, 0, 0, 0},
+    {"shallow", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 256, kAll, 0, 0, 1, 512},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 256, kAll, 3 << 17, 0},
     {"large", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 512, kAll, 1 << 21, 0},

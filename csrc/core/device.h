@@ -27,6 +27,8 @@ inline void unpack(const Unpack&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
+inline int64_t conv2d_bytes(const Convolution&, int) { absent(); }
+inline void conv2d(const Convolution&, int, void*) { absent(); }
 #endif
 
 #endif

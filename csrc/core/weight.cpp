@@ -141,11 +141,19 @@ bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute) {
   return delta == Dtype::kFloat32 || (delta == compute && weight == compute);
 }
 
+bool tiles_fuse(Dtype weight, Dtype delta, Dtype compute) {
+  if (size_of(compute) != 2 || (weight != compute && weight != Dtype::kFloat32)) return false;
+  return delta == Dtype::kFloat32 || (delta == compute && weight == compute);
+}
+
+bool in_words(const void* data, int64_t step, Dtype dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 4 == 0 && step * size_of(dtype) % 4 == 0;
+}
+
 bool in_rows(const Described& matrix) {
-  const auto address = reinterpret_cast<uintptr_t>(matrix.data());
-  const int64_t step = matrix.sizes[0] > 1 ? matrix.strides[0] * size_of(matrix.dtype) : 0;
+  const int64_t step = matrix.sizes[0] > 1 ? matrix.strides[0] : 0;
   if (matrix.ndim() != 2 || (matrix.strides[1] != 1 && matrix.sizes[1] != 1) || step < 0) return false;
-  return !on_tiles(matrix.place) || (address % 4 == 0 && step % 4 == 0);
+  return !on_tiles(matrix.place) || in_words(matrix.data(), step, matrix.dtype);
 }
 
 Matrix matrix_of(const Described& matrix) {

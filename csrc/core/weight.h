@@ -52,6 +52,8 @@ Tensor layer_weight(const GatedWeight& w, Dtype compute, Path path, Scratch& scr
 
 bool on_tiles(Place place);                                // tile kernels run there (csrc/cuda), not the CPU's own
 bool cpu_fuses(Dtype weight, Dtype delta, Dtype compute);  // the CPU's forward knows these types
+bool tiles_fuse(Dtype weight, Dtype delta, Dtype compute);
+bool in_words(const void* data, int64_t step, Dtype dtype);  // rows so many elements apart, for tiles to read
 bool in_rows(const Described& matrix);  // elements of a row are next to each other; for tiles, to be read in words
 
 Matrix matrix_of(const Described& matrix);

@@ -29,4 +29,7 @@ int multiprocessors(int device);
 // result = scale * the sum of `count` values, in a fixed order.
 void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype, cudaStream_t stream);
 
+// The product [rows, columns] of the partial sums that its splits left in `memory`, and its bias.
+void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns, cudaStream_t stream);
+
 }  // namespace taps::cuda

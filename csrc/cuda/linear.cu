@@ -1,6 +1,6 @@
-// Launches of the gated linear layer's three products (linear.cuh): the type instances, shared memory, grids.
-#include "cuda/device.cuh"
+// Launches of the gated linear layer's three products (linear.cuh): the type instances and grids.
 #include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/linear.cuh"
 
 namespace taps::cuda {
@@ -10,47 +10,29 @@ using dev::bf16;
 using dev::f16;
 using dev::kThreads;
 
-// Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills. The shared memory is in
-// the kernel's name, for tools/ptxas_table.py.
-template <class Body, unsigned kShared>
-__global__ void __launch_bounds__(Body::Tile::kThreads, 2) product(LinearProduct args) {
-  Body::run(args);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_splits(LinearProduct args, int64_t rows, int64_t columns) {
   dev::add_splits<T>(args, rows, columns);
-}
-
-template <class Body>
-void launch(const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
-  constexpr unsigned kShared = Body::Loop::kShared;
-  // Once for each device: the attribute belongs to the context.
-  static thread_local int prepared = -1;
-  int device = 0;
-  check(cudaGetDevice(&device), "current device");
-  if (kShared > 48 * 1024 && prepared != device) {
-    check(cudaFuncSetAttribute(product<Body, kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(kShared)),
-          "shared memory of a gated product");
-    prepared = device;
-  }
-  product<Body, kShared><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, kShared, stream>>>(args);
-  check(cudaGetLastError(), "gated product");
 }
 
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
   dev::with_instance<T>(kind, args,
                         [&](auto instance) { launch<typename decltype(instance)::type>(args, grid, stream); });
-  if (grid.splits == 1) return;
-  const int64_t columns = kind == Product::kForward ? args.outputs : args.inputs;
-  const int64_t blocks = (args.rows * columns + kThreads - 1) / kThreads;
-  add_splits<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args, args.rows, columns);
-  check(cudaGetLastError(), "sum over the splits");
+  if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs, stream);
 }
 
 }  // namespace
+
+void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((rows * columns + kThreads - 1) / kThreads);
+  if (args.compute == Dtype::kBFloat16) {
+    add_splits<bf16><<<blocks, kThreads, 0, stream>>>(args, rows, columns);
+  } else {
+    add_splits<f16><<<blocks, kThreads, 0, stream>>>(args, rows, columns);
+  }
+  check(cudaGetLastError(), "sum over the splits");
+}
 
 int64_t linear_bytes(Product kind, const LinearProduct& args, int device) {
   return dev::plan(kind, args, multiprocessors(device)).bytes;

@@ -56,23 +56,20 @@ TAPS_DEVICE void add_splits(const LinearProduct& p, int64_t rows, int64_t column
   static_cast<T*>(p.result)[at / columns * p.ld_result + c] = from_f32<T>(sum);
 }
 
-// y = x W_t^T + bias, or with kBackward dx = dy W_t.
-template <class S, class T, class W, class D, bool kBackward>
-struct Activation {
+// Any left operand times W_t^T, or with kTurned times W_t: this block's part of the depth, and what leaves.
+template <class S, class T, class W, class D, class A, bool kTurned>
+struct TimesWeight {
   using Tile = S;
-  using A = Straight<S, T>;
   template <bool kOpen>
-  using B = Gated<S, T, W, D, kBackward, kOpen>;
+  using B = Gated<S, T, W, D, kTurned, kOpen>;
   using Loop = Ring<S, T, A, B<true>>;
   using Closed = Ring<S, T, A, B<false>>;
   static_assert(Closed::kShared <= Loop::kShared, "a block has what the open loop needs");
 
-  static TAPS_DEVICE void run(const LinearProduct& p) {
-    const int64_t columns = kBackward ? p.inputs : p.outputs, depth = kBackward ? p.outputs : p.inputs;
-    const Place<S> place(p.rows);
+  static TAPS_DEVICE void run(const LinearProduct& p, const A& left, const Place<S>& place, int64_t columns,
+                              int64_t depth) {
     const int64_t begin = bid_y() * p.depth_of_split, end = begin + p.depth_of_split;
     const int64_t last = end < depth ? end : depth;
-    const A left(kBackward ? p.dy : p.x, place.row, p.rows);
     float sum[S::kM][S::kN][4] = {};
     if (is_open(p.gate)) {  // asked once: inside the loop every register of B would ask
       Loop::multiply(sum, left, B<true>(p.weight, p.delta, place.column, columns), begin, last);
@@ -80,6 +77,17 @@ struct Activation {
       Closed::multiply(sum, left, B<false>(p.weight, p.delta, place.column, columns), begin, last);
     }
     write<S, T>(sum, p, place, p.rows, columns);
+  }
+};
+
+// y = x W_t^T + bias, or with kBackward dx = dy W_t.
+template <class S, class T, class W, class D, bool kBackward>
+struct Activation : TimesWeight<S, T, W, D, Straight<S, T>, kBackward> {
+  static TAPS_DEVICE void run(const LinearProduct& p) {
+    const int64_t columns = kBackward ? p.inputs : p.outputs, depth = kBackward ? p.outputs : p.inputs;
+    const Place<S> place(p.rows);
+    const Straight<S, T> left(kBackward ? p.dy : p.x, place.row, p.rows);
+    TimesWeight<S, T, W, D, Straight<S, T>, kBackward>::run(p, left, place, columns, depth);
   }
 };
 template <class S, class T, class W, class D>
@@ -185,21 +193,25 @@ void with_activation(Product product, const LinearProduct& p, const Launch& laun
     launch(Instance<Forward<MoreRows, T, W, D>>());
   }
 }
+// Calls `each` with a value of W's type and one of Delta's.
+template <class T, class Each>
+void with_types(const LinearProduct& p, const Each& each) {
+  if (p.weight_dtype == Dtype::kFloat32) {
+    each(float(), float());
+  } else if (p.delta_dtype == Dtype::kFloat32) {
+    each(T(), float());
+  } else {
+    each(T(), T());
+  }
+}
 template <class T, class Launch>
 void with_instance(Product product, const LinearProduct& p, const Launch& launch) {
-  const bool wide_delta = p.delta_dtype == Dtype::kFloat32, wide_weight = p.weight_dtype == Dtype::kFloat32;
-  if (product == Product::kWeightGradient) {
-    if (wide_delta) {
-      launch(Instance<WeightGradient<WeightTile, T, float>>());
-    } else {
-      launch(Instance<WeightGradient<WeightTile, T, T>>());
-    }
-  } else if (wide_weight) {
-    with_activation<T, float, float>(product, p, launch);
-  } else if (wide_delta) {
-    with_activation<T, T, float>(product, p, launch);
+  if (product != Product::kWeightGradient) {
+    with_types<T>(p, [&](auto w, auto d) { with_activation<T, decltype(w), decltype(d)>(product, p, launch); });
+  } else if (p.delta_dtype == Dtype::kFloat32) {
+    launch(Instance<WeightGradient<WeightTile, T, float>>());
   } else {
-    with_activation<T, T, T>(product, p, launch);
+    launch(Instance<WeightGradient<WeightTile, T, T>>());
   }
 }
 

@@ -23,6 +23,23 @@ struct Side {
 
 // --- left operands -----------------------------------------------------------------------------------------------
 
+// The elements of a warp's rows from depth k on as an mma takes them, of a tile stored as [rows, depth].
+template <class S, int kStride, class T>
+TAPS_DEVICE void load_rows(uint32_t (&a)[S::kM][4], sh<T> tile, unsigned k) {
+#pragma unroll
+  for (int i = 0; i < S::kM; ++i) {
+    const unsigned first = S::row() + 16 * i;
+    if constexpr (sizeof(T) == 2) {
+      ldsm_x4(a[i], tile, (first + lane() % 16) * kStride + k + lane() / 16 * 8);
+    } else {
+#pragma unroll
+      for (unsigned e = 0; e < 4; ++e) {
+        a[i][e] = to_tf32(ld(tile, (first + lane() / 4 + e % 2 * 8) * kStride + k + lane() % 4 + e / 2 * 4));
+      }
+    }
+  }
+}
+
 // A as it lies: [rows, depth].
 template <class S, class T>
 struct Straight : Side<S, T, S::kRows, S::kDepth, false> {
@@ -31,19 +48,7 @@ struct Straight : Side<S, T, S::kRows, S::kDepth, false> {
   using Base::kStride;
 
   TAPS_DEVICE void fragments(uint32_t (&a)[S::kM][4], sh<unsigned char> stage, unsigned k) const {
-    const sh<T> tile = as<T>(stage, 0);
-#pragma unroll
-    for (int i = 0; i < S::kM; ++i) {
-      const unsigned first = S::row() + 16 * i;
-      if constexpr (sizeof(T) == 2) {
-        ldsm_x4(a[i], tile, (first + lane() % 16) * kStride + k + lane() / 16 * 8);
-      } else {
-#pragma unroll
-        for (unsigned e = 0; e < 4; ++e) {
-          a[i][e] = to_tf32(ld(tile, (first + lane() / 4 + e % 2 * 8) * kStride + k + lane() % 4 + e / 2 * 4));
-        }
-      }
-    }
+    load_rows<S, kStride>(a, as<T>(stage, 0), k);
   }
 };
 

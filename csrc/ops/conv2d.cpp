@@ -1,9 +1,10 @@
 // y = conv2d(x, W_t) + b and its gradients, the same on every device: arguments are checked once, choose() picks, and
-// torch's own convolutions (cuDNN, oneDNN) run on W or on W_t in the workspace, or, on the CPU and without gradients,
-// kernels that make W_t on its way.
+// torch's own convolutions (cuDNN, oneDNN) run on W or on W_t in the workspace, or kernels that make W_t on its way: on
+// CUDA for channels_last in 16 bits, on the CPU without gradients.
 #include <algorithm>
 #include <limits>
 
+#include "core/device.h"
 #include "core/python.h"
 #include "core/weight.h"
 #include "ops.h"
@@ -144,29 +145,114 @@ Tensor score_gradient(const GatedWeight& w, const Tensor& x, const Tensor& dy, c
   return dot_like(*w.score, describe(moved, "conv2d(input, delta)"), describe(dy, "grad_output"), scale);
 }
 
-// --- the CPU's fused kernel ----------------------------------------------------------------------
+// --- the fused kernels ---------------------------------------------------------------------------
+
+// Whether elements are next to each other in these dimensions, the innermost first.
+bool ordered(Span sizes, Span strides, std::initializer_list<size_t> dims) {
+  int64_t step = 1;
+  for (const size_t dim : dims) {
+    if (sizes[dim] != 1 && strides[dim] != step) return false;
+    step *= sizes[dim];
+  }
+  return true;
+}
+
+bool has_rows(const Described& weight, std::initializer_list<size_t> dims) {
+  return ordered(weight.sizes, weight.strides, dims) && (weight.sizes[0] == 1 || weight.strides[0] >= 0);
+}
 
 // The order of a weight's row, C, kH, kW (false) or kH, kW, C (true), where its elements are next to each other.
 std::optional<bool> channels_inside(const Described& weight) {
-  const auto ordered = [&](std::array<size_t, 3> dims) {
-    int64_t step = 1;
-    for (const size_t dim : dims) {
-      if (weight.sizes[dim] != 1 && weight.strides[dim] != step) return false;
-      step *= weight.sizes[dim];
-    }
-    return weight.sizes[0] == 1 || weight.strides[0] >= 0;
-  };
-  if (ordered({3, 2, 1})) return false;
-  if (ordered({1, 3, 2})) return true;
+  if (has_rows(weight, {3, 2, 1})) return false;
+  if (has_rows(weight, {1, 3, 2})) return true;
   return std::nullopt;
 }
 
-bool fusable(const GatedWeight& w, const Described& x, const Geometry& geometry, bool training) {
-  if (on_tiles(w.weight.place) || training || w.known_closed() || geometry.groups != 1) return false;
+// Elements from one index of the image to the next; the only one may have any stride.
+int64_t step_of(const Described& x, int64_t from_last) {
+  const int64_t dim = x.ndim() - from_last;
+  return dim >= 0 && x.sizes[dim] > 1 ? x.strides[dim] : 0;
+}
+
+// Elements from one pixel to the next where all of x lies as a matrix [pixels, channels] of rows read in words.
+std::optional<int64_t> pixel_step(const Described& x) {
+  const int64_t channels = x.ndim() - 3;
+  if (x.sizes[channels] != 1 && x.strides[channels] != 1) return std::nullopt;
+  int64_t step = 0, span = 0;  // of the pixels; of one index of the dimension to the left
+  for (const int64_t from_last : {1, 2, 4}) {
+    const int64_t dim = x.ndim() - from_last;
+    if (dim < 0 || x.sizes[dim] == 1) continue;
+    if (span == 0) step = span = x.strides[dim];
+    if (x.strides[dim] != span || span <= 0) return std::nullopt;
+    span *= x.sizes[dim];
+  }
+  return in_words(x.data(), step, x.dtype) ? std::optional<int64_t>(step) : std::nullopt;
+}
+
+// How the tile kernels take a convolution: as the linear layer of its pixels, under a kernel of one place that goes
+// from pixel to pixel, or as pixels that see several (csrc/cuda/pixels.cuh).
+enum class Tiled { kNot, kLinear, kPixels };
+
+Tiled tiled(const Described& weight, const Described& x, const Geometry& geometry) {
+  const Span kernel = weight.sizes;
+  const bool one = kernel[2] * kernel[3] == 1 && geometry.stride == Ints{1, 1} && geometry.padding == Ints{0, 0};
+  if (one && pixel_step(x)) return Tiled::kLinear;
+  constexpr int64_t kFar = int64_t{1} << 24;  // what a thread adds up of these stays below 2^31
+  for (size_t axis = 0; axis < 2; ++axis) {
+    const int64_t most = std::max({geometry.stride[axis], geometry.padding[axis], geometry.dilation[axis]});
+    if (std::max(most, x.sizes[x.ndim() - 2 + axis]) > kFar) return Tiled::kNot;
+  }
+  const int64_t piece = 16 / size_of(x.dtype);
+  if (kernel[1] % piece != 0 || step_of(x, 3) != 1 || reinterpret_cast<uintptr_t>(x.data()) % 16 != 0) {
+    return Tiled::kNot;
+  }
+  for (const int64_t from_last : {1, 2, 4}) {
+    const int64_t step = step_of(x, from_last);
+    if (step % piece != 0 || (from_last < 4 && step > kMost)) return Tiled::kNot;
+  }
+  return Tiled::kPixels;
+}
+
+bool fusable_on_tiles(const GatedWeight& w, const Described& x, const Geometry& geometry, const Images& result) {
+  if (!tiles_fuse(w.weight.dtype, w.delta->dtype, x.dtype)) return false;
+  for (const Described* rows : {&w.weight, &*w.delta}) {
+    const int64_t step = rows->sizes[0] > 1 ? rows->strides[0] : 0;
+    if (!has_rows(*rows, {1, 3, 2}) || !in_words(rows->data(), step, rows->dtype)) return false;
+  }
+  const Span sizes(result.sizes.data(), 4), strides(result.strides.data(), 4);
+  const int64_t pixels = result.pixels().value_or(kMost), inputs = w.weight.numel() / w.weight.sizes[0];
+  if (std::max(pixels, inputs) > kMost / 2 || !ordered(sizes, strides, {1, 3, 2, 0})) return false;
+  return tiled(w.weight, x, geometry) != Tiled::kNot;
+}
+
+bool fusable(const GatedWeight& w, const Described& x, const Geometry& geometry, const Images& result, bool training) {
+  if (w.known_closed() || geometry.groups != 1) return false;
   const Span kernel = w.weight.sizes;
   if (x.numel() == 0 || w.weight.numel() == 0 || kernel[2] * kernel[3] > kMostPlaces) return false;
+  if (on_tiles(w.weight.place)) return fusable_on_tiles(w, x, geometry, result);
   const std::optional<bool> order = channels_inside(w.weight);
-  return cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
+  return !training && cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
+}
+
+// The result lies in pixels.
+void run_on_tiles(Convolution& args, const Described& weight, const Described& x, const Geometry& geometry) {
+  args.ld_result = args.outputs;
+  const bool linear = tiled(weight, x, geometry) == Tiled::kLinear;
+  if (linear) {
+    args.x.ld = *pixel_step(x);
+  } else {
+    for (const int64_t from_last : {1, 2, 3, 4}) args.x_strides[4 - from_last] = step_of(x, from_last);
+  }
+  void* const stream = stream_of(x.place);
+  const int32_t device = x.place.index;
+  const int64_t bytes = linear ? cuda::linear_bytes(Product::kForward, args, device) : cuda::conv2d_bytes(args, device);
+  const Lease memory(x.place.cuda, device, static_cast<size_t>(bytes));
+  args.memory = memory.data();
+  if (linear) {
+    cuda::linear(Product::kForward, args, device, stream);
+  } else {
+    cuda::conv2d(args, device, stream);
+  }
 }
 
 // The bias is dense or none.
@@ -196,6 +282,7 @@ void fused_forward(const GatedWeight& w, const Described& x, const void* bias, c
   args.bias = bias;
   args.result = y;
   set_weight(args, w, x.dtype);
+  if (on_tiles(x.place)) return run_on_tiles(args, w.weight, x, geometry);
   const Lease memory(false, 0, static_cast<size_t>(cpu::conv2d_bytes(args)));
   args.memory = memory.data();
   cpu::conv2d(args);
@@ -220,7 +307,7 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
          ", got shape ", shape_string(x.sizes), " for a weight of shape ", shape_string(w.weight.sizes));
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, g, training));
+  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, g, result, training));
   if (path == Path::kFused) {
     const size_t from = x.ndim() == 3;
     const Tensor y = empty_strided(Span(result.sizes.data() + from, 4 - from),
@@ -373,7 +460,7 @@ py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle paddi
   const Images result = convolved(w.weight, x, geometry);
   const std::optional<int64_t> pixels = result.pixels();
   if (result.empty() || !pixels) return py::none();
-  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, geometry, call.training));
+  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, geometry, result, call.training));
   if (path != Path::kFused) {
     const py::object weight = weight_of(layer, *operands, path);
     if (weight.is_none()) return weight;

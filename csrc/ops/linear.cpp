@@ -103,12 +103,8 @@ bool fusable(Product product, const GatedWeight& w, Dtype compute, bool training
     return product == Product::kForward && !training && !w.known_closed() &&
            cpu_fuses(w.weight.dtype, w.delta->dtype, compute) && in_rows(*w.delta);
   }
-  if (!sixteen_bit(compute)) return false;
-  const Dtype weight = w.weight.dtype;
-  if (weight != compute && weight != Dtype::kFloat32) return false;
-  if (w.known_closed()) return true;
-  const Dtype delta = w.delta->dtype;
-  return in_rows(*w.delta) && (delta == Dtype::kFloat32 || (delta == compute && weight == compute));
+  if (w.known_closed()) return tiles_fuse(w.weight.dtype, Dtype::kFloat32, compute);
+  return in_rows(*w.delta) && tiles_fuse(w.weight.dtype, w.delta->dtype, compute);
 }
 
 bool fusable_activation(const Described& matrix) { return matrix.numel() > 0 && in_rows(matrix); }

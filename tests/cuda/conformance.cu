@@ -1,6 +1,6 @@
 // The first program to run on a GPU: the conformance checks that the twin passes on the CPU, then the three products of
-// the tile loop on shapes off its grid, in numbers whose sums are exact. Prints what failed; the exit code is the
-// number of failures.
+// the tile loop and convolutions on shapes off its grid, in numbers whose sums are exact. Prints what failed; the exit
+// code is the number of failures.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/conformance.cuh"
+#include "cuda/conv2d.cuh"
 #include "cuda/linear.cuh"
 
 using namespace taps::dev;  // NOLINT
@@ -16,8 +17,8 @@ using namespace taps;       // NOLINT
 namespace {
 
 __global__ void conform(const float* source, unsigned* good) { conformance(source, good); }
-template <class Body>
-__global__ void __launch_bounds__(Body::Tile::kThreads) product(LinearProduct args) {
+template <class Body, class Args>
+__global__ void __launch_bounds__(Body::Tile::kThreads) product(Args args) {
   Body::run(args);
 }
 template <class T>
@@ -80,14 +81,15 @@ void fill(Both<T>& both, unsigned salt) {
   both.up();
 }
 
-template <class Body>
-void launch(const LinearProduct& args, int64_t rows, int64_t columns) {
+template <class Body, class Args>
+void launch(const Args& args, int64_t rows, int64_t columns) {
   using S = typename Body::Tile;
   constexpr int kShared = static_cast<int>(Body::Loop::kShared);
-  must(cudaFuncSetAttribute(product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "shared memory");
+  must(cudaFuncSetAttribute(product<Body, Args>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+       "shared memory");
   const auto tiles =
       static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
-  product<Body><<<dim3(tiles, static_cast<unsigned>(args.splits)), S::kThreads, kShared>>>(args);
+  product<Body, Args><<<dim3(tiles, static_cast<unsigned>(args.splits)), S::kThreads, kShared>>>(args);
   must(cudaGetLastError(), "launch");
 }
 
@@ -168,6 +170,74 @@ int failures_of(const char* name) {
   return failures;
 }
 
+// A convolution of [images, side, side + 1, channels] with W of T and Delta of D against whole numbers.
+template <class T, class D>
+bool convolves(int64_t images, int64_t side, int64_t channels, int64_t outputs, int64_t kernel, int64_t step,
+               int64_t padding, int64_t dilation, int splits) {
+  Convolution args;
+  args.outputs = outputs, args.channels = channels, args.inputs = kernel * kernel * channels, args.rows = images;
+  for (int axis = 0; axis < 2; ++axis) {
+    args.size[axis] = side + axis, args.kernel[axis] = kernel, args.stride[axis] = step;
+    args.padding[axis] = padding, args.dilation[axis] = dilation;
+    args.result_size[axis] = (args.size[axis] + 2 * padding - dilation * (kernel - 1) - 1) / step + 1;
+    args.rows *= args.result_size[axis];
+  }
+  const int64_t height = args.size[0], width = args.size[1], lines = args.result_size[0], columns = args.result_size[1];
+  Both<T> x(images * height * width * channels), w(outputs * args.inputs), out(args.rows * outputs);
+  Both<D> d(outputs * args.inputs);
+  Both<float> memory(splits * args.rows * outputs);
+  fill(x, 1), fill(w, 3), fill(d, 4);
+  args.x.data = x.device, args.x_strides[0] = height * width * channels, args.x_strides[1] = 1;
+  args.x_strides[2] = width * channels, args.x_strides[3] = channels;
+  args.weight = {w.device, args.inputs}, args.delta = {d.device, args.inputs}, args.gate.open = true;
+  args.result = out.device, args.ld_result = outputs, args.memory = memory.device, args.splits = splits;
+  args.depth_of_split = (args.inputs + 64 * splits - 1) / (64 * splits) * 64;
+  if (args.rows <= kFewRows) {
+    launch<Convolved<FewRows, T, T, D>>(args, args.rows, outputs);
+  } else {
+    launch<Convolved<MoreRows, T, T, D>>(args, args.rows, outputs);
+  }
+  const auto blocks = static_cast<unsigned>((args.rows * outputs + 255) / 256);
+  if (splits > 1) sum_of_splits<T><<<blocks, 256>>>(args, args.rows, outputs);
+  must(cudaDeviceSynchronize(), "convolution");
+  out.down();
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t n = row / (lines * columns), top = row / columns % lines * step - padding;
+    const int64_t left = row % columns * step - padding;
+    for (int64_t o = 0; o < outputs; ++o) {
+      double want = 0.0;
+      for (int64_t i = 0; i < args.inputs; ++i) {
+        const int64_t h = top + i / channels / kernel * dilation, v = left + i / channels % kernel * dilation;
+        if (h < 0 || h >= height || v < 0 || v >= width) continue;
+        want += number(x.host[((n * height + h) * width + v) * channels + i % channels]) *
+                (number(w.host[o * args.inputs + i]) + number(d.host[o * args.inputs + i]));
+      }
+      const double got = number(out.host[row * outputs + o]);
+      if (got == number(rounded<T>(want))) continue;
+      std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)row, (long long)o, want, got);
+      return false;
+    }
+  }
+  return true;
+}
+
+template <class T, class D>
+int failures_of_convolutions(const char* name) {
+  // Images, side, channels, outputs, kernel, stride, padding, dilation.
+  constexpr int64_t kCases[][8] = {{1, 4, 64, 65, 3, 1, 1, 1}, {3, 7, 40, 33, 3, 1, 1, 1}, {2, 9, 8, 70, 5, 2, 2, 1},
+                                   {2, 6, 72, 9, 1, 2, 0, 1},  {1, 8, 24, 31, 3, 1, 3, 2}, {5, 2, 16, 64, 2, 1, 1, 3}};
+  int failures = 0;
+  for (const auto& [images, side, channels, outputs, kernel, step, padding, dilation] : kCases) {
+    for (const int splits : {1, 3}) {
+      if (convolves<T, D>(images, side, channels, outputs, kernel, step, padding, dilation, splits)) continue;
+      std::printf("%s: convolution of %lld x %lld, %lld x %lld, %d splits failed\n", name, (long long)images,
+                  (long long)channels, (long long)kernel, (long long)kernel, splits);
+      ++failures;
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -187,6 +257,8 @@ int main() {
   failures += failures_of<bf16, float>("bf16, Delta fp32");
   failures += failures_of<f16, f16>("f16");
   failures += failures_of<float, float>("tf32");
+  failures += failures_of_convolutions<bf16, bf16>("bf16");
+  failures += failures_of_convolutions<f16, float>("f16, Delta fp32");
   std::printf("%d failures\n", failures);
   return failures > 90 ? 90 : failures;
 }

@@ -142,6 +142,28 @@ def test_conv2d(name, dtype, gate, layout) -> None:
     compare_gradients(got, want, dtype, gate, bounds)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate", [g for g in GATES if g.id != "closed"])
+@pytest.mark.parametrize("name", ["1x1", "3x3", "stride", "odd"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_fused_conv2d(images, name, gate, dtype, path) -> None:
+    """The forward, laid out as torch would; Delta in the compute type and in fp32."""
+    arguments = dict(CONVS[name])
+    shape = arguments.pop("shape")
+    for wide in (dtype, torch.float32):
+        host = [draw(images, 16, 4, 5, dtype=dtype), draw(*shape, dtype=dtype), draw(*shape, dtype=wide)]
+        host = [t.to(memory_format=torch.channels_last) for t in host]
+        score, bias = torch.tensor(0.15), draw(shape[0], dtype=dtype)
+        path("fused")
+        output = gated_conv2d(*[t.cuda() for t in (*host, score, bias)], **arguments, gate=gate)
+        assert ops._C.taken_path() == "fused"
+        path(None)
+        wt = host[1].double() + host[2].double()
+        want = F.conv2d(host[0].double(), wt, bias.double(), **arguments)
+        assert_close(output.cpu(), want, dtype, wt[0].numel() + 1, host[0], wt)
+        assert output.stride() == F.conv2d(host[0].cuda(), host[1].cuda(), **arguments).stride()
+
+
 def test_closed_is_the_stock_op_to_the_bit() -> None:
     x, w, b = (draw(*s, dtype=torch.bfloat16).cuda() for s in ((64, 256), (128, 256), (128,)))
     delta = torch.full((128, 256), float("nan"), device="cuda")

@@ -22,6 +22,8 @@ KERNEL_HEADERS = (
     "operands.cuh",
     "tile.cuh",
     "linear.cuh",
+    "pixels.cuh",
+    "conv2d.cuh",
     "elements.cuh",
     "block.cuh",
     "reconstruct.cuh",

@@ -148,6 +148,31 @@ MISTAKES = {
         "dot += «static_cast<double>(first) * to_f32(change[at].x) → first * to_f32(change[at].x)»;", "expected|FAILED"
     ),
     "splits added from the last": Mistake("partial[«split → (p.splits - 1 - split)» * rows * columns + at]", WRONG),
+    # --- the pixels of a convolution
+    "pixels, one too many": Mistake("«first + row() < p.rows → first + row() <= p.rows» ?", BEYOND),
+    "lines of the result for its columns": Mistake("static_cast<int>(line % «rows → columns»)", f"{BEYOND}|{WRONG}"),
+    "the first image for all": Mistake("image_ += «n → 0» * p.x_strides[0];", WRONG),
+    "the stride across for that down": Mistake("static_cast<int>(«p.stride[0] → p.stride[1]»)", f"{BEYOND}|{WRONG}"),
+    "the padding across for that down": Mistake("static_cast<int>(«p.padding[0] → p.padding[1]»)", WRONG),
+    "a line of the image too many": Mistake(
+        "«static_cast<unsigned>(h_) < height_ → static_cast<unsigned>(h_) <= height_»", f"{BEYOND}|{WRONG}"
+    ),
+    "a column of the image too many": Mistake(
+        "«static_cast<unsigned>(w_) < width_ → static_cast<unsigned>(w_) <= width_»", f"{BEYOND}|{WRONG}"
+    ),
+    "lines above the image": Mistake(
+        "inside_ = «static_cast<unsigned>(h_) < height_ → h_ < static_cast<int>(height_)»", f"{BEYOND}|{WRONG}"
+    ),
+    "a place of the kernel too late": Mistake("if («c_ < channels_ → c_ <= channels_») return;", f"{BEYOND}|{WRONG}"),
+    "one place of the kernel a stage": Mistake("} while («c_ >= channels_ → false»);", f"{BEYOND}|{WRONG}"),
+    "a line of the kernel without an end": Mistake("if («w_ == end_ → false») w_", WRONG),
+    "the dilation across for that down": Mistake("across_, h_ += «down_ → across_»;", WRONG),
+    "a split begins at the first place": Mistake("place = «at / channels_ → 0»;", WRONG),
+    "a split begins at the first channel": Mistake("c_ = «at % channels_ → 0»;", WRONG),
+    "behind the last place of the kernel": Mistake("inside_ && «column() < depth → true»", WRONG),
+    "more threads than pieces": Mistake("«row() >= S::kRows → false»;", r"(?:race|out of range) at|expected .*, got"),
+    "the first tile's pixels for all": Mistake("left(p, «place.row → 0»);", WRONG),
+    "the depth of one place": Mistake("p.outputs, «p.inputs → p.channels»);", WRONG),
     # --- the gate
     "the threshold not in the score's precision": Mistake(
         "«*static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold) → "

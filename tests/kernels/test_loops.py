@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from host_build import CSRC, ROOT
@@ -36,6 +37,15 @@ MOST = {
     (64, "half", "float", True): (125, 57),
     (64, "float", "float", True): (121, 80),
 }
+# The same of a convolution, while its pixels stay under one place of the kernel.
+MOST_CONVOLVED = {
+    (64, "half", "half"): (92, 68),
+    (64, "half", "float"): (141, 68),
+    (64, "float", "float"): (115, 82),
+    (16, "half", "half"): (83, 71),
+    (16, "half", "float"): (108, 71),
+    (16, "float", "float"): (92, 63),
+}
 MOST_WEIGHT = 79  # of the weight's gradient, whose sixteen mma are of two steps of the others
 
 
@@ -48,25 +58,46 @@ def loop_table() -> ModuleType:
     return module
 
 
-def test_main_loops_do_not_grow(tmp_path: Path) -> None:
-    """On sm_90a; sm_80 has up to ten instructions less."""
-    tool, cubin = loop_table(), tmp_path / "linear.cubin"
+def counted(folder: Path, file: str) -> dict[str, list[int]]:
+    """Kernel of csrc/cuda/FILE.cu by its C++ name -> instructions of its loops on sm_90a, longest first."""
+    tool, cubin = loop_table(), folder / f"{file}.cubin"
     includes = [f"-I{path}" for path in (CSRC, CSRC / "cuda", *include_paths())]
     options = ["-cubin", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", *includes]
-    subprocess.run([str(NVCC), *options, str(CSRC / "cuda/linear.cu"), "-o", str(cubin)], check=True, timeout=600)
+    subprocess.run([str(NVCC), *options, str(CSRC / f"cuda/{file}.cu"), "-o", str(cubin)], check=True, timeout=600)
     functions = tool.functions(tool.disassembled(cubin, str(NVDISASM)))
     names = subprocess.run(["c++filt"], input="\n".join(functions), capture_output=True, text=True, check=True).stdout
-    counted = set()
-    for (function, blocks), name in zip(functions.items(), names.splitlines(), strict=True):
-        loops = [loop.instructions for loop in tool.loops(function, blocks)]
+    return {
+        name: [loop.instructions for loop in tool.loops(function, blocks)]
+        for (function, blocks), name in zip(functions.items(), names.splitlines(), strict=True)
+    }
+
+
+def key_of(name: str) -> tuple[Any, ...]:
+    """Rows of the tile, W, Delta."""
+    rows = int(re.findall(r"Shape<(\d+),", name)[0])
+    _, *types = re.findall(r", (?:taps::dev::)?(b?f16|float)(?=[,>])", name)
+    return (rows, *("float" if one == "float" else "half" for one in types))
+
+
+def test_main_loops_do_not_grow(tmp_path: Path) -> None:
+    """On sm_90a; sm_80 has up to ten instructions less."""
+    found = set()
+    for name, loops in counted(tmp_path, "linear").items():
         if "WeightGradient" in name:
             assert len(loops) == 1 and loops[0] <= MOST_WEIGHT, (name, loops)
             continue
         if "Activation" not in name:
             continue
-        rows = int(re.findall(r"Shape<(\d+),", name)[0])
-        _, *types = re.findall(r", (?:taps::dev::)?(b?f16|float)(?=[,>])", name)
-        key = (rows, *("float" if one == "float" else "half" for one in types), ", true>, " in name)
+        key = (*key_of(name), ", true>, " in name)
         assert len(loops) == 2 and loops[0] <= MOST[key][0] and loops[1] <= MOST[key][1], (name, loops, MOST[key])
-        counted.add(key)
-    assert counted == MOST.keys()
+        found.add(key)
+    assert found == MOST.keys()
+
+
+def test_loops_of_convolutions_do_not_grow(tmp_path: Path) -> None:
+    found = set()
+    for name, loops in counted(tmp_path, "conv2d").items():
+        most = MOST_CONVOLVED[key_of(name)]
+        assert len(loops) == 2 and loops[0] <= most[0] and loops[1] <= most[1], (name, loops, most)
+        found.add(key_of(name))
+    assert found == MOST_CONVOLVED.keys()

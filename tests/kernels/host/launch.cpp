@@ -2,6 +2,7 @@
 // the CPU (TAPS_TWIN). A finding is an error.
 #include <stdexcept>
 
+#include "cuda/conv2d.cuh"
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/reconstruct.cuh"
@@ -25,16 +26,32 @@ void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<
                            found[0].text);
 }
 
+template <class Body, class Args>
+void launch(const Args& args, const dev::Grid& grid) {
+  run({grid.tiles, grid.splits}, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
+}
+
+void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns) {
+  const auto blocks = static_cast<unsigned>((rows * columns + kThreads - 1) / kThreads);
+  run({blocks}, kThreads, 0, [&] {
+    if (args.compute == Dtype::kBFloat16) {
+      dev::add_splits<bf16>(args, rows, columns);
+    } else {
+      dev::add_splits<f16>(args, rows, columns);
+    }
+  });
+}
+
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
-  dev::with_instance<T>(kind, args, [&](auto instance) {
-    using Body = typename decltype(instance)::type;
-    run({grid.tiles, grid.splits}, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
-  });
-  if (grid.splits == 1) return;
-  const int64_t columns = kind == Product::kForward ? args.outputs : args.inputs;
-  const auto blocks = static_cast<unsigned>((args.rows * columns + kThreads - 1) / kThreads);
-  run({blocks}, kThreads, 0, [&] { dev::add_splits<T>(args, args.rows, columns); });
+  dev::with_instance<T>(kind, args, [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
+  if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs);
+}
+
+template <class T>
+void launch_convolution(const Convolution& args, const dev::Grid& grid) {
+  dev::with_convolution<T>(args, [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
+  if (grid.splits > 1) sum_splits(args, args.rows, args.outputs);
 }
 
 void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype) {
@@ -150,6 +167,21 @@ void linear(Product kind, LinearProduct args, int, void*) {
   }
   if (kind == Product::kWeightGradient && args.score_gradient) {
     add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype);
+  }
+}
+
+int64_t conv2d_bytes(const Convolution& args, int) {
+  return dev::plan(Product::kForward, args, kMultiprocessors).bytes;
+}
+
+void conv2d(Convolution args, int, void*) {
+  const dev::Grid grid = dev::plan(Product::kForward, args, kMultiprocessors);
+  args.splits = static_cast<int>(grid.splits);
+  args.depth_of_split = grid.depth_of_split;
+  if (args.compute == Dtype::kBFloat16) {
+    launch_convolution<bf16>(args, grid);
+  } else {
+    launch_convolution<f16>(args, grid);
   }
 }
 

@@ -12,6 +12,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
 from tolerance import assert_close  # noqa: E402
 
-from taps_ext import TapsConfig, TaskModel, gated_linear, ops, reference  # noqa: E402
+from taps_ext import TapsConfig, TaskModel, gated_conv2d, gated_linear, ops, reference  # noqa: E402
 from taps_ext.ops.codec import CODECS  # noqa: E402
 from taps_ext.ops.unpack import packed_weight, unpacked  # noqa: E402
 
@@ -82,6 +83,100 @@ def layouts(offset: int, padding: int, kind: torch.dtype) -> None:
     assert_close(found[1], 2 * g, F32, 15, 2 * grad, x)
     assert_close(found[2], 2 * (g * d.double()).sum(), F32, 15, 2 * grad, x, d, outer=40 * 96)
     assert_close(found[3], grad.double().sum((0, 1)), BF16, 30, grad)
+
+
+def convolution(
+    kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
+    image: tuple[int, ...],
+    kernel: tuple[int, ...],
+    gate: bool | None,
+    *,
+    step: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    laid: str = "last",
+    formats: tuple[torch.memory_format, torch.memory_format] = (torch.channels_last,) * 2,
+    path: str | None = "fused",
+) -> None:
+    """A forward on that path, or any, by the operator and straight from Python, against float64.
+
+    `laid`: x with channels last, with those of another image between its pixels, or as torch has it by itself;
+    `formats`: of W and Delta.
+    """
+    dtype, of_weight, of_delta = kinds
+    x = draw(*image, dtype=dtype)
+    if laid == "apart":  # views of images with more channels
+        b, c, h, w_ = image
+        x = draw(b, c + 16, h, w_, dtype=dtype).contiguous(memory_format=torch.channels_last)[:, 8 : c + 8]
+    elif laid == "last" and len(image) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    w, d = (draw(*kernel, dtype=kind) for kind in (of_weight, of_delta))
+    w, d = (t.contiguous(memory_format=form) for t, form in zip((w, d), formats, strict=True))
+    bias = draw(2 * kernel[0], dtype=dtype)[::2]
+    geometry = [step] * 2, [padding] * 2, [dilation] * 2, 1
+    for value in (0.05, 0.15) if gate is None else (0.15,):
+        score = torch.tensor(value, dtype=F32)
+        is_open = value >= 0.1 if gate is None else gate
+        wt = w.double() + (d.double() if is_open else 0)
+        want = torch.nn.functional.conv2d(x.double(), wt, bias.double(), *geometry)
+        y = OPS.gated_conv2d(x, w, d, score, bias, *geometry, gate, 0.1)
+        taken = _C.taken_path()
+        assert path in (None, taken), (kinds, image, kernel, gate, taken)
+        assert_close(y, want, dtype, w[0].numel() + 1, x, wt)
+        assert y.stride() == torch.nn.functional.conv2d(x, w.to(dtype), bias, *geometry).stride()
+        with torch.autocast("cpu", dtype, enabled=dtype != of_weight):
+            again = gated_conv2d(x, w, d, score, bias, *geometry, gate=gate)
+        assert torch.equal(again, y) and again.stride() == y.stride()
+
+
+def no_convolution(*args: Any, **kwargs: Any) -> None:
+    try:
+        convolution(*args, **kwargs)
+    except RuntimeError as error:
+        assert "fused is forced, but this layer cannot be" in str(error), error
+    else:
+        raise AssertionError(f"expected a refusal: {args}, {kwargs}")
+
+
+def convolutions() -> int:
+    """Fused forwards: types and gates; kernels, strides, paddings and layouts; what does not fit, and many pixels."""
+    kinds = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F32), (F16, F16, F16), (BF16, F32, F32), (F16, F32, F32)]
+    cases = 0
+    _C.force_path("fused")
+    for types, gate in itertools.product(kinds, (True, None)):
+        convolution(types, (2, 24, 5, 4), (18, 24, 3, 3), gate, padding=1)
+        convolution(types, (2, 30, 3, 4), (9, 30, 1, 1), gate)  # a linear layer: no pieces of 16 bytes
+        cases += 2
+    geometries = [{"step": 2, "padding": 2}, {"padding": 3, "dilation": 2}, {"step": 3}]
+    for kernel, geometry, laid in itertools.product([(3, 3), (1, 1), (2, 5)], geometries, ("last", "apart")):
+        convolution(kinds[1], (2, 40, 7, 9), (12, 40, *kernel), None, laid=laid, **geometry)
+        cases += 1
+    convolution(kinds[0], (2, 16, 4, 4), (8, 16, 1, 1), True, laid="apart")  # pixels apart, a linear layer
+    convolution(kinds[0], (5, 16, 1, 1), (8, 16, 1, 1), True, laid="itself")
+    convolution(kinds[0], (1, 512, 3, 3), (20, 512, 3, 3), True, padding=1)  # deep: split
+    convolution(kinds[0], (16, 1, 1), (8, 16, 1, 1), True, laid="itself")  # one image, without a batch
+    cases += 4
+    unfit: list[tuple] = [
+        (kinds[0], (1, 16, 8, 8), (8, 16, 3, 3), False),  # a closed gate is torch's
+        (kinds[0], (1, 12, 4, 4), (8, 12, 3, 3), True),  # no whole pieces
+        (kinds[0], (1, 7, 4, 4), (8, 7, 1, 1), True),  # pixels at odd elements
+        ((BF16, BF16, F16), (1, 16, 4, 4), (8, 16, 3, 3), True),
+        ((F32, F32, F32), (1, 16, 4, 4), (8, 16, 3, 3), True),
+        (kinds[0], (1, 16, 9, 9), (8, 16, 9, 9), True),  # more places than kMostPlaces
+    ]
+    for one in unfit:
+        no_convolution(*one)
+    last, rows = torch.channels_last, torch.contiguous_format
+    no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, laid="itself")
+    no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, formats=(rows, rows))
+    no_convolution(kinds[0], (1, 16, 4, 4), (8, 16, 3, 3), True, formats=(last, rows))
+    # Left to itself, it finds its way by the CPU's rules.
+    _C.force_path(None)
+    for side, one in itertools.product((8, 9), [*unfit, (kinds[0], (1, 16, 8, 8), (8, 16, 3, 3), True)]):
+        types, (batch, channels, *_), kernel, gate = one
+        convolution(types, (batch, channels, side, side + 1), kernel, gate, padding=1, path=None)
+        cases += 1
+    return cases + len(unfit) + 3
 
 
 def rebuilt() -> int:
@@ -233,7 +328,7 @@ def main() -> None:
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
         layer((rows,), k, 8, BF16, F32, True)
         cases += 1
-    cases += rebuilt() + packed() + settled() + trained()
+    cases += rebuilt() + packed() + settled() + trained() + convolutions()
     _C.force_path("rebuild")  # torch's products, and gradients selected, scaled and multiplied with Delta
     for (dtype, delta), gate in itertools.product([*types, (F32, F32), (torch.float64, torch.float64)], GATES):
         layer((3, 5), 40, 24, dtype, delta, gate)

@@ -50,6 +50,16 @@ int main() {
   TAPS_FIELD(LinearProduct, splits);
   TAPS_FIELD(LinearProduct, depth_of_split);
 
+  std::printf("Convolution %zu\n", sizeof(taps::Convolution));  // its product's fields come first
+  TAPS_FIELD(Convolution, channels);
+  TAPS_FIELD(Convolution, size);
+  TAPS_FIELD(Convolution, kernel);
+  TAPS_FIELD(Convolution, stride);
+  TAPS_FIELD(Convolution, padding);
+  TAPS_FIELD(Convolution, dilation);
+  TAPS_FIELD(Convolution, result_size);
+  TAPS_FIELD(Convolution, x_strides);
+
   std::printf("Reconstruct %zu\n", sizeof(taps::Reconstruct));
   TAPS_REBUILD(Reconstruct);
   TAPS_FIELD(Reconstruct, delta);

@@ -141,8 +141,8 @@ struct Tensors {
 };
 
 // Runs a product as linear.cu launches it.
-template <class Body, class T>
-std::vector<twin::Finding> launch(Product kind, const Problem& s, LinearProduct& args, std::vector<float>& memory) {
+template <class Body, class T, class Args>
+std::vector<twin::Finding> launch(Product kind, const Problem& s, Args& args, std::vector<float>& memory) {
   using S = typename Body::Tile;
   Grid grid = plan(kind, args, s.multiprocessors);
   const bool weight_gradient = kind == Product::kWeightGradient;

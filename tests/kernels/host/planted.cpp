@@ -1,5 +1,6 @@
 // A few cases of small tiles, to be compiled against csrc/cuda with a mistake planted in it: the test that does so
 // expects a finding or a wrong result, and this program to pass without one.
+#include "conv2d_case.h"
 #include "elementwise_case.h"
 #include "linear_case.h"
 #include "unpack_case.h"
@@ -10,6 +11,7 @@ namespace {
 
 using Small = Shape<32, 32, 32, 1, 2, 3>;
 using Narrow = Shape<16, 32, 32, 1, 2, 4, 2>;
+using Square = Shape<32, 32, 32, 2, 2, 3>;  // a piece of x for each thread
 
 }  // namespace
 
@@ -72,6 +74,23 @@ TAPS_CASE(weight_gradient) {
     problem.gate = Known::kClosed;
     if (wrong.empty()) wrong = check_weight<WeightGradient<Small, bf16, float>, bf16, float>(problem);
     if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+TAPS_CASE(convolution) {
+  const Geometry apart{{2, 3}, {2, 1}, {0, 1}, {1, 2}}, padded{{3, 2}, {1, 2}, {2, 1}, {2, 1}};
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    // The last line of the first is seen by nobody; tiles of several images; less than a stage to a place.
+    Image images[] = {{2, 8, 5, 4, 31, apart}, {2, 16, 5, 6, 33, padded}, {1, 40, 3, 7, 9, padded}};
+    for (Image& image : images) {
+      image.seed = seed, image.bias = true;
+      image.splits = image.channels == 40 ? 2 : 1;
+      std::string wrong = check_convolution<Convolved<Square, bf16, bf16, float>, bf16, bf16, float>(image);
+      image.splits = 3, image.gate = Known::kRead;
+      if (wrong.empty()) wrong = check_convolution<Convolved<Narrow, bf16, bf16, bf16>, bf16, bf16, bf16>(image);
+      if (!wrong.empty()) return wrong;
+    }
   }
   return "";
 }

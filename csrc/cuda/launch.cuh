@@ -1,0 +1,35 @@
+// How a tile kernel is launched, with the shared memory that its loop needs.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/linear.cuh"
+
+namespace taps::cuda {
+namespace {
+
+// Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills. The shared memory is in
+// the kernel's name, for tools/ptxas_table.py.
+template <class Args, class Body, unsigned kShared>
+__global__ void __launch_bounds__(Body::Tile::kThreads, 2) product(Args args) {
+  Body::run(args);
+}
+
+template <class Body, class Args>
+void launch(const Args& args, const dev::Grid& grid, cudaStream_t stream) {
+  constexpr unsigned kShared = Body::Loop::kShared;
+  // Once for each device: the attribute belongs to the context.
+  static thread_local int prepared = -1;
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  if (kShared > 48 * 1024 && prepared != device) {
+    check(cudaFuncSetAttribute(product<Args, Body, kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(kShared)),
+          "shared memory of a gated product");
+    prepared = device;
+  }
+  product<Args, Body, kShared><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, kShared, stream>>>(args);
+  check(cudaGetLastError(), "gated product");
+}
+
+}  // namespace
+}  // namespace taps::cuda
