@@ -66,7 +66,7 @@ py::dict told(const taps::Rule& rule) {
   py::dict facts;
   facts["key"] = rule.key;
   facts["predicted"] = rule.mark == taps::Mark::kPredicted;
-  facts["of"] = rule.of == taps::Of::kGradient ? "gradient" : "product";
+  facts["of"] = rule.of == taps::Of::kGradient ? "gradient" : rule.of == taps::Of::kDepthwise ? "depthwise" : "product";
   facts["cuda"] = rule.cuda;
   facts["stocks"] = named(rule.stocks, kStocks);
   facts["widths"] = named(rule.widths, kWidths);

@@ -42,6 +42,7 @@ STOCKS = {
     "matrix unit": "on a matrix unit",
     "unmatched": "16 bits, no such instructions here",
 }
+KINDS = {"product": "", "gradient": ", the weight's gradient", "depthwise": ", depthwise convolutions"}
 WIDTHS = {"narrow": "up to 8 lanes", "wide": "16 lanes", "pairs": "pairs of bf16"}
 
 
@@ -61,7 +62,7 @@ def bounds(least: int, most: float) -> str:
 
 def row(rule: dict[str, Any], titles: dict[str, str]) -> str:
     most_rows, most_places = (math.inf if rule[name] is None else rule[name] for name in ("most_rows", "most_places"))
-    where = ("CUDA" if rule["cuda"] else "CPU") + (", the weight's gradient" if rule["of"] == "gradient" else "")
+    where = ("CUDA" if rule["cuda"] else "CPU") + KINDS[rule["of"]]
     title = titles[rule["key"]]
     link = f"[{title.partition(': ')[2]}](#{anchor(title)})" + (", **predicted**" if rule["predicted"] else "")
     cells = [

@@ -33,6 +33,7 @@ struct Problem {
   bool open = false;       // as far as the host knows; an unknown gate counts as open
   bool same_dtype = true;  // the weight already has the compute type
   bool fusable = false;    // the fused kernels know its types and layout
+  bool depthwise = false;  // of a depthwise convolution: N are the channels, K the places of its kernel
   bool narrow = false;     // 16 bits
   Stock stock = Stock::kUsual;
   bool wide = false;      // the CPU's kernels have sixteen lanes
@@ -48,7 +49,8 @@ struct Problem {
 
 // A measurement replaces a prediction, never the reverse.
 enum class Mark : uint8_t { kMeasured, kPredicted };
-enum class Of : uint8_t { kProduct, kGradient };  // a product with W_t; the weight's gradient
+// A product with W_t; the weight's gradient; either of a depthwise convolution, which has kernels of its own.
+enum class Of : uint8_t { kProduct, kGradient, kDepthwise };
 
 // A layer is fused where one of these fits: what kind of product it is, and within which bounds.
 struct Rule {
@@ -60,7 +62,7 @@ struct Rule {
   long long least_outputs, least_rows, most_rows, most_places, least_weights, least_work;  // work: rows * weights
 
   constexpr bool is_for(const Problem& p, Of what) const {
-    if (of != what || cuda != p.cuda) return false;
+    if (of != (p.depthwise ? Of::kDepthwise : what) || cuda != p.cuda) return false;
     return cuda || ((stocks & static_cast<uint8_t>(p.torchs())) && (widths & static_cast<uint8_t>(p.width())));
   }
   constexpr bool holds(const Problem& p) const {
@@ -74,7 +76,7 @@ namespace rules {
 
 constexpr long long kAll = std::numeric_limits<long long>::max();
 constexpr auto kMeasured = Mark::kMeasured, kPredicted = Mark::kPredicted;
-constexpr auto kProduct = Of::kProduct, kGradient = Of::kGradient;
+constexpr auto kProduct = Of::kProduct, kGradient = Of::kGradient, kDepthwise = Of::kDepthwise;
 constexpr uint8_t kUsual = 1, kHalved = 2, kEmulated = 4, kUnit = 8, kOther = 16;  // as Stock
 constexpr uint8_t kNarrow = 1, kWide = 2, kPairs = 4, kAny = 7;                    // as Width
 constexpr bool kCpu = false, kCuda = true;
@@ -85,6 +87,7 @@ constexpr Rule kTable[] = {
     // from
     {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
+    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, kAll, 25, 0, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 256, kAll, 3 << 17, 0},
     {"large", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 512, kAll, 1 << 21, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual | kHalved, kWide, 16, 0, 256, kAll, 1 << 18, 0},

@@ -26,6 +26,8 @@ inline void unpack(const Unpack&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
+inline int64_t depthwise_bytes(Product, const Depthwise&, int) { absent(); }
+inline void depthwise(Product, const Depthwise&, int, void*) { absent(); }
 #endif
 
 #endif

@@ -144,6 +144,10 @@ TAPS_DEVICE Vec16 gld16_once(const void* p) {
   const uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
+TAPS_DEVICE Vec16 gld16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
 TAPS_DEVICE void gst16(void* p, Vec16 value) { *static_cast<Vec16*>(p) = value; }
 
 // 16 or 4 bytes (both sides aligned to that) from global to shared memory, of which the first `bytes` are read and

@@ -2,6 +2,7 @@
 // the CPU (TAPS_TWIN). A finding is an error.
 #include <stdexcept>
 
+#include "cuda/depthwise.cuh"
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/reconstruct.cuh"
@@ -132,6 +133,32 @@ void linear(Product kind, LinearProduct args, int, void*) {
   }
   if (kind == Product::kWeightGradient && args.score_gradient) {
     add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype);
+  }
+}
+
+int64_t depthwise_bytes(Product product, const Depthwise& args, int) {
+  return dev::plan(product, args, kMultiprocessors).bytes;
+}
+
+void depthwise(Product product, Depthwise args, int, void*) {
+  const dev::DepthwiseGrid grid = dev::plan(product, args, kMultiprocessors);
+  dev::set_grid(args, grid);
+  const auto launch = [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    run({grid.groups, grid.splits}, kThreads, Body::kShared, [&] { Body::run(args); });
+  };
+  if (args.compute == Dtype::kBFloat16) {
+    dev::with_depthwise<bf16>(product, args, launch);
+  } else if (args.compute == Dtype::kFloat16) {
+    dev::with_depthwise<f16>(product, args, launch);
+  } else {
+    dev::with_depthwise<float>(product, args, launch);
+  }
+  if (product != Product::kWeightGradient) return;
+  const auto blocks = static_cast<unsigned>(dev::settling_blocks(args));
+  run({blocks}, kThreads, dev::kSettleShared, [&] { dev::settle_depthwise(args); });
+  if (args.score_gradient) {
+    add_up(static_cast<const double*>(args.memory), blocks, args.scale, args.score_gradient, args.score_dtype);
   }
 }
 
