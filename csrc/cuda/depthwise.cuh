@@ -53,7 +53,7 @@ TAPS_DEVICE void spread(const Vec16& v, float (&to)[kChannels<T>]) {
     if constexpr (sizeof(T) == 4) {
       to[i] = float_of(v.word[i]);
     } else {
-      to[i] = to_f32(T{static_cast<uint16_t>(v.word[i / 2] >> (i % 2 * 16))});
+      to[i] = to_f32(T{static_cast<uint16_t>(v.word[i / 2] >> 16 * (i % 2))});
     }
   }
 }
@@ -81,15 +81,30 @@ TAPS_DEVICE void store_channels(T* to, const float (&from)[kChannels<T>], int le
 
 // --- where a thread works ------------------------------------------------------------------------------------------
 
-// Strips are counted along rows, then down images, then through the batch.
-struct Strip {
-  int image, row, first;  // its first pixel; the input gradient's may begin before its row
+// Every `step`th strip of the block's, which are counted along rows, then down images, then through the batch. To go on
+// is to carry: a division takes as long as a row of the kernel.
+struct Strips {
+  int index, end, step, of_row, rows;
+  int column, row, image;
+  int columns_on, rows_on, images_on;
 
-  TAPS_DEVICE Strip(int index, int of_row, int rows, int pixels) {
-    const int line = index / of_row;
-    first = (index - line * of_row) * pixels;
-    image = line / rows;
-    row = line - image * rows;
+  // `first`: of the thread's; `of_row`, `rows`: strips of a row, rows of an image.
+  TAPS_DEVICE Strips(const Depthwise& p, unsigned first, unsigned step, int of_row, int rows)
+      : step(static_cast<int>(step)), of_row(of_row), rows(rows) {
+    const int all = static_cast<int>(p.batch) * rows * of_row, count = static_cast<int>(p.depth_of_split);
+    const int begin = static_cast<int>(bid_y()) * count;
+    end = all - begin < count ? all : begin + count;
+    index = begin + static_cast<int>(first);
+    row = index / of_row, column = index - row * of_row;
+    image = row / rows, row -= image * rows;
+    rows_on = this->step / of_row, columns_on = this->step - rows_on * of_row;
+    images_on = rows_on / rows, rows_on -= images_on * rows;
+  }
+  TAPS_DEVICE bool there() const { return index < end; }
+  TAPS_DEVICE void next() {
+    index += step, column += columns_on, row += rows_on, image += images_on;
+    if (column >= of_row) column -= of_row, ++row;
+    if (row >= rows) row -= rows, ++image;
   }
 };
 
@@ -105,9 +120,10 @@ struct Lane {
 
 // --- y and dx ------------------------------------------------------------------------------------------------------
 
-// y of x, or with `kBackward` dx of dy. K: of the kernel, both ways; S: the stride along rows. The block makes W_t
-// once, rounded as a rebuild rounds it; a thread keeps all of a 3x3 kernel in registers, of larger ones a row at a
-// time. Sums are in fp32, over rows of the kernel, then over columns of what is read.
+// y of x, or with `kBackward` dx of dy. K: of the kernel, both ways; S: the stride along rows. The block makes W_t of
+// its channels once, rounded as a rebuild rounds it, and keeps it in shared memory; a thread has one row of it in
+// registers, because all of it beside the sums leaves too few. Sums are in fp32, over rows of the kernel, then over
+// columns of what is read.
 template <class T, int K, int S, bool kBackward>
 struct DepthwiseActivation {
   static constexpr int kVector = kChannels<T>, kGroup = static_cast<int>(kGroupBytes / sizeof(T));
@@ -160,13 +176,8 @@ struct DepthwiseActivation {
     const int channels = static_cast<int>(p.outputs);
     const int before = kBackward ? p.padding[1] % S : 0;  // pixels of a row's first strip that are none
     const int of_row = (to_size[1] + before + kPixels - 1) / kPixels;
-    const int all = static_cast<int>(p.batch) * to_size[0] * of_row;
-    const int begin = static_cast<int>(bid_y() * p.depth_of_split), count = static_cast<int>(p.depth_of_split);
-    const int end = all - begin < count ? all : begin + count, step = static_cast<int>(nthreads() / vectors);
-
-    for (int index = begin + static_cast<int>(tid() / vectors); index < end; index += step) {
-      const Strip strip(index, of_row, to_size[0], kPixels);
-      const int first = strip.first - before;
+    for (Strips strip(p, tid() / vectors, nthreads() / vectors, of_row, to_size[0]); strip.there(); strip.next()) {
+      const int first = strip.column * kPixels - before;
       const int column = kBackward ? (first + p.padding[1]) / S - (K - 1) / S : first * S - p.padding[1];
       float sum[kPixels][kVector] = {};
 #pragma unroll 1
@@ -175,7 +186,7 @@ struct DepthwiseActivation {
         if constexpr (kBackward) {
           const int under = strip.row + p.padding[0] - r;
           row = under / p.stride[0];
-          if (under < 0 || row * p.stride[0] != under) continue;
+          if (row * p.stride[0] != under) continue;  // between two of them
         }
         if (row < 0 || row >= from_size[0]) continue;
         Vec16 of_row_taps[K];
@@ -260,18 +271,14 @@ struct DepthwiseWeight {
   template <bool kWhole>
   static TAPS_DEVICE void strips(const Depthwise& p, float (&sum)[K][kVector]) {
     const unsigned vectors = static_cast<unsigned>(p.vectors), rest = tid() / vectors;
-    const int r = static_cast<int>(rest % K), first = static_cast<int>(rest / K);
-    const int step = static_cast<int>(nthreads() / (vectors * K));
+    const unsigned lanes = nthreads() / (vectors * K);
+    const int r = static_cast<int>(rest % K);
     const Lane lane(p, tid() % vectors, kVector);
-    if (lane.left <= 0 || first >= step) return;  // threads left over
+    if (lane.left <= 0 || rest / K >= lanes) return;  // threads left over
     const int channels = static_cast<int>(p.outputs);
     const int of_row = (p.result_size[1] + kPixels - 1) / kPixels;
-    const int all = static_cast<int>(p.batch) * p.result_size[0] * of_row;
-    const int begin = static_cast<int>(bid_y() * p.depth_of_split), count = static_cast<int>(p.depth_of_split);
-    const int end = all - begin < count ? all : begin + count;
-
-    for (int index = begin + first; index < end; index += step) {
-      const Strip strip(index, of_row, p.result_size[0], kPixels);
+    for (Strips strip(p, rest / K, lanes, of_row, p.result_size[0]); strip.there(); strip.next()) {
+      const int first = strip.column * kPixels;
       const int row = strip.row * p.stride[0] - p.padding[0] + r;
       if (row < 0 || row >= p.size[0]) continue;
       const int64_t line = static_cast<int64_t>(strip.image) * p.result_size[0] + strip.row;
@@ -282,12 +289,12 @@ struct DepthwiseWeight {
       Vec16 dy[kPixels] = {};
 #pragma unroll
       for (int pixel = 0; pixel < kPixels; ++pixel) {
-        const int at = strip.first + pixel;
+        const int at = first + pixel;
         if (at < p.result_size[1]) dy[pixel] = load_channels<T, kWhole>(of_dy + at * channels, lane.left);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const int at = strip.first * S - p.padding[1] + j;
+        const int at = first * S - p.padding[1] + j;
         Vec16 v{};
         if (at >= 0 && at < p.size[1]) v = load_channels<T, kWhole>(of_x + at * channels, lane.left);
         float x[kVector];

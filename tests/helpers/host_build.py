@@ -26,6 +26,7 @@ KERNEL_HEADERS = (
     "block.cuh",
     "reconstruct.cuh",
     "unpack.cuh",
+    "depthwise.cuh",
     "dot.cuh",
     "gate.cuh",
 )

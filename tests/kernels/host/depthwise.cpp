@@ -57,7 +57,7 @@ TAPS_CASE(fp32) { return shapes<float, float, float>(); }
 TAPS_CASE(every_gate_and_split) {
   for (const Product product : {Product::kForward, Product::kInputGradient, Product::kWeightGradient}) {
     for (const auto& [gate, score] : kGates) {
-      for (const int splits : {1, 2, 5}) {
+      for (const int splits : {1, 2, 5, 40}) {
         Images s{2, 24, 7, 10, 3, 1, 1, 1, 1};
         s.gate = gate, s.score = score, s.splits = splits;
         std::string wrong = product == Product::kWeightGradient ? check_depthwise_weight<bf16, float>(s)
@@ -65,6 +65,20 @@ TAPS_CASE(every_gate_and_split) {
         if (!wrong.empty()) return wrong;
       }
     }
+  }
+  return "";
+}
+
+// Threads that take several strips: what they carry from one to the next.
+TAPS_CASE(many_strips_of_a_thread) {
+  for (const Kernel& kernel : kKernels) {
+    const int padding = kernel.size / 2;
+    Images s{5, 64, 7, 9, kernel.size, kernel.stride_h, kernel.stride_w, padding, padding};
+    s.splits = 1;
+    std::string wrong = check_depthwise<bf16, bf16, bf16>(Product::kForward, s);
+    if (wrong.empty()) wrong = check_depthwise<float, float, float>(Product::kInputGradient, s);
+    if (wrong.empty()) wrong = check_depthwise_weight<bf16, bf16>(s);
+    if (!wrong.empty()) return wrong;
   }
   return "";
 }

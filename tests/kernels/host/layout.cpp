@@ -50,6 +50,37 @@ int main() {
   TAPS_FIELD(LinearProduct, splits);
   TAPS_FIELD(LinearProduct, depth_of_split);
 
+  std::printf("Depthwise %zu\n", sizeof(taps::Depthwise));
+  TAPS_FIELD(Depthwise, rows);
+  TAPS_FIELD(Depthwise, outputs);
+  TAPS_FIELD(Depthwise, inputs);
+  TAPS_FIELD(Depthwise, x);
+  TAPS_FIELD(Depthwise, dy);
+  TAPS_FIELD(Depthwise, weight);
+  TAPS_FIELD(Depthwise, delta);
+  TAPS_FIELD(Depthwise, bias);
+  TAPS_FIELD(Depthwise, result);
+  TAPS_FIELD(Depthwise, ld_result);
+  TAPS_FIELD(Depthwise, compute);
+  TAPS_FIELD(Depthwise, weight_dtype);
+  TAPS_FIELD(Depthwise, delta_dtype);
+  TAPS_FIELD(Depthwise, gate.open);
+  TAPS_FIELD(Depthwise, gate.score);
+  TAPS_FIELD(Depthwise, gate.score_dtype);
+  TAPS_FIELD(Depthwise, gate.threshold);
+  TAPS_FIELD(Depthwise, scale);
+  TAPS_FIELD(Depthwise, score_gradient);
+  TAPS_FIELD(Depthwise, memory);
+  TAPS_FIELD(Depthwise, splits);
+  TAPS_FIELD(Depthwise, depth_of_split);
+  TAPS_FIELD(Depthwise, batch);
+  TAPS_FIELD(Depthwise, kernel);
+  TAPS_FIELD(Depthwise, size);
+  TAPS_FIELD(Depthwise, result_size);
+  TAPS_FIELD(Depthwise, stride);
+  TAPS_FIELD(Depthwise, padding);
+  TAPS_FIELD(Depthwise, vectors);
+
   std::printf("Reconstruct %zu\n", sizeof(taps::Reconstruct));
   TAPS_REBUILD(Reconstruct);
   TAPS_FIELD(Reconstruct, delta);
