@@ -87,7 +87,8 @@ constexpr Rule kTable[] = {
     // from
     {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
-    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, kAll, 25, 0, 0},
+    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, kAll, 9, 0, 0},
+    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, 2048, 49, 0, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 256, kAll, 3 << 17, 0},
     {"large", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 512, kAll, 1 << 21, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual | kHalved, kWide, 16, 0, 256, kAll, 1 << 18, 0},

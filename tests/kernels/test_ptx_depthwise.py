@@ -1,4 +1,4 @@
-"""The depthwise convolution's kernels as nvcc emits them, run on the CPU (tests/helpers/ptx.py), against whole numbers."""
+"""The depthwise convolution as nvcc emits it, run on the CPU (tests/helpers/ptx.py), against whole numbers."""
 
 from __future__ import annotations
 
