@@ -386,7 +386,8 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   }
 
   const bool depthwise = takes_depthwise(w, compute, g);
-  const bool depthwise_input = depthwise && in_pixels(dy) && (!input || in_pixels(describe(*input, "input")));
+  // Where torch would lay out dL/dx in pixels, too: as the input, if all of it is there.
+  const bool depthwise_input = depthwise && in_pixels(dy) && (!input || rows || in_pixels(describe(*input, "input")));
   const int64_t pixels = dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1);
   const Path path = path_for(w, compute, pixels, depthwise_input, depthwise_input);
   // A closed delta's gradient is a plain zero; without it and without dW nobody needs G, but beside dL/dx the score of

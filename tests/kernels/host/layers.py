@@ -152,6 +152,10 @@ def depthwise_operators(of_weight: torch.dtype) -> None:
             assert_close(its_score, 2 * (exact[1] * d.double()).sum(), F32, pixels, 2 * grad, x, d, outer=d.numel())
     alone = found([True, False, False], None, None, 1.0)
     assert_close(alone[0], exact[0], BF16, 9, grad, wt)
+    # Samples that were picked are in planes, and nothing to dL/dx.
+    sampled = (grad, x[:1].contiguous(), *backward[1:], None, 0.1, *geometry)
+    some = OPS.gated_conv2d_backward(*sampled, [True, False, False, False, False], torch.tensor([1]), 1.0)
+    assert torch.equal(some[0], alone[0])
     # G for dW is torch's, whatever makes dL/dx.
     operands = (grad, x, *backward[1:], None, 0.1, *geometry)
     both = OPS.gated_conv2d_backward(*operands, [True, True, False, False, True], None, 1.0)
