@@ -11,7 +11,8 @@
 namespace taps {
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh, csrc/cpu/few_rows.cpp, csrc/cpu/tiles.cpp).
+// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh, csrc/cuda/depthwise.cuh, csrc/cpu/few_rows.cpp,
+// csrc/cpu/tiles.cpp).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op.
 enum class Path { kStock, kRebuild, kFused };
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import re
 import struct
@@ -14,12 +16,13 @@ import ptx
 import pytest
 import torch
 from ptx_files import CODES, HELD, Arguments, demangled, layout_of, needs_nvcc, number, stored, text_of
-from stages import SEED, THOROUGH
+from stages import SEED, THOROUGH, drawn
 
 pytestmark = needs_nvcc
 THREADS, SHARED_OF_SETTLE = 256, 1088
 PRODUCTS = ("forward", "input", "weight")
 KERNELS = [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)]  # size, stride along rows
+INSTANCES = [*itertools.product(PRODUCTS, KERNELS)]
 TYPES = [("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32"), ("bf16", "f32", "f32"), ("f16", "f16", "f32")]
 TYPES += [("f16", "f32", "f16"), ("f32", "f32", "f32")]
 
@@ -79,7 +82,7 @@ class Problem:
         return height, width
 
 
-def drawn(chance: random.Random, product: str, kernel: tuple[int, int], types: tuple[str, str, str]) -> Problem:
+def problem(chance: random.Random, product: str, kernel: tuple[int, int], types: tuple[str, str, str]) -> Problem:
     size, stride = kernel
     padding = chance.randrange(size), chance.randrange(size)
     height, width = (chance.randint(max(1, size - 2 * pad), 11) for pad in padding)
@@ -211,13 +214,55 @@ def test_every_kernel_is_there(text) -> None:
     assert found["settle",][1] == SHARED_OF_SETTLE
 
 
+CASES = {f"{product}-{size}x{size}-{step}": (product, (size, step)) for product, (size, step) in INSTANCES}
+SAMPLE = drawn("depthwise PTX", [*CASES], 6)
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel[0]}x{kernel[0]}-{kernel[1]}")
+@pytest.mark.parametrize(
+    "product, kernel",
+    [
+        pytest.param(*case, id=name, marks=() if name in SAMPLE else pytest.mark.thorough)
+        for name, case in CASES.items()
+    ],
+)
 def test_whole_numbers(product: str, kernel: tuple[int, int], text, layout, record_property) -> None:
     record_property("drawn", f"ptx of depthwise by seed {SEED}")
     chance, numbers = random.Random(f"{SEED} {product} {kernel}"), np.random.default_rng(int(SEED))
     kinds = TYPES if THOROUGH else chance.sample(TYPES, 1)
     for types in kinds:
-        p = drawn(chance, product, kernel, types)
+        p = problem(chance, product, kernel, types)
         assert not (said := wrong(p, layout, text, numbers)), (said, p)
+
+
+# What becomes of every such instruction of the text; the results of some problem then differ, or it is a fault.
+CHANGES = {
+    "words of a vector exchanged as they are read": (
+        r"(ld\.global\.v4\.u32 \t\{%r\d+, )(%r\d+)(, )(%r\d+)",
+        r"\1\4\3\2",
+    ),
+    "words of a vector exchanged as they are written": (
+        r"(st\.global\.v4\.u32 \[%rd\d+\], \{)(%r\d+)(, )(%r\d+)",
+        r"\1\4\3\2",
+    ),
+    "halves of a word exchanged": (r"(cvt\.rn\.bf16x2\.f32 %r\d+, )(%f\d+)(, )(%f\d+)", r"\1\4\3\2"),
+    "Delta not added": (r"add\.f32 (\t%f\d+, %f\d+), %f\d+;", r"add.f32 \1, 0f00000000;"),
+    "another block's pixels": (r"%ctaid\.y", "%ctaid.x"),
+    "sums of one product alone": (r"fma\.rn\.f32 (\t%f\d+, %f\d+, %f\d+), %f\d+;", r"fma.rn.f32 \1, 0f00000000;"),
+}
+
+
+CHANGED = drawn("changes of the depthwise PTX", [*CHANGES], 1)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in CHANGED else pytest.mark.thorough) for name in CHANGES]
+)
+def test_changes_are_found(name: str, text, layout) -> None:
+    pattern, by = CHANGES[name]
+    changed, count = re.subn(pattern, by, text)
+    assert count > 0
+    p = Problem("forward", ("bf16", "bf16", "f32"), 2, 24, (5, 9), 3, (1, 1), (1, 1), vectors=2, splits=2)
+    assert not wrong(p, layout, text, np.random.default_rng(1))
+    with contextlib.suppress(ptx.Fault):
+        assert wrong(p, layout, changed, np.random.default_rng(1))
