@@ -2,6 +2,7 @@
 
     python benchmarks/predicted.py linear            # 1 to 512 rows of a 4096 x 4096 layer (--outputs, --inputs)
     python benchmarks/predicted.py resnet50          # each convolution at 1, 8 and 64 images; or mobilenet_v2
+    python benchmarks/predicted.py depthwise         # the depthwise ones of mobilenet_v2 (--model), and their gradients
 
 Predicted, all of it: nothing here was measured on a GPU. The device is an H200: 132 multiprocessors at 1.98 GHz, 4.3
 TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
@@ -12,6 +13,10 @@ multiprocessor. A split depth adds a kernel and its partial sums. A rebuild move
 product runs from W_t. A convolution is the product of its pixels, with the loop of csrc/cuda/pixels.cuh, or under a
 kernel of one place that goes from pixel to pixel the linear layer's; those whose channels make no pieces of 16 bytes
 are rebuilt in any case.
+
+A depthwise convolution takes the longer of its bytes and its instructions, counted in the machine code for sm_90a of
+the way inside an image. cuDNN's is given its bytes as well, or its multiplications alone at full rate: better than it
+is known to be. Behind its weight gradient come three kernels, <G, Delta> in two and g * G; the fused one has two more.
 """
 
 from __future__ import annotations
@@ -116,6 +121,85 @@ def better(p: Product) -> float:
     return min(fused(p), rebuilt(p)) if p.fits else rebuilt(p)
 
 
+# Kernel, stride -> instructions of a warp for a pixel of its 32 vectors of 8 channels: forward and weight gradient, of
+# the result; input gradient, of the input.
+DEPTHWISE = {
+    (3, 1): (236, 242, 255),
+    (3, 2): (289, 102, 300),
+    (5, 1): (518, 532, 560),
+    (5, 2): (760, 187, 634),
+    (7, 1): (1040, 1072, 1264),
+}
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """A depthwise convolution in bf16: channels, kernel, stride, pixels of its input and of its result."""
+
+    name: str
+    channels: int
+    kernel: int
+    stride: int
+    inputs: int
+    results: int
+
+    @property
+    def bytes(self) -> float:
+        return 2.0 * self.channels * (self.inputs + self.results)
+
+    def fused(self, product: int) -> float:
+        """Seconds of a product, 0 to 2 as DEPTHWISE lists them."""
+        pixels = self.inputs if product == 1 else self.results
+        instructions = pixels * -(-self.channels // 8) / 32 * DEPTHWISE[self.kernel, self.stride][product]
+        seconds = max(self.bytes / MEMORY, instructions / (4 * MULTIPROCESSORS * CLOCK)) + LAUNCH
+        return seconds + (SECOND + LAUNCH if product == 2 else 0.0)
+
+    def stock(self) -> float:
+        """Seconds of any of them by cuDNN, at best."""
+        products = self.results * self.channels * self.kernel**2
+        return max(self.bytes / MEMORY, products / (128 * MULTIPROCESSORS * CLOCK)) + LAUNCH
+
+    def rebuilt(self, product: int) -> float:
+        """Seconds with a rebuild before it, or with <G, Delta> behind it; weights are small beside a launch."""
+        return self.stock() + (3 * LAUNCH if product == 2 else LAUNCH)
+
+
+def depthwise(model: str, images: int) -> list[Depthwise]:
+    import torch
+    import torchvision
+    from torch import nn
+
+    found: list[Depthwise] = []
+    with torch.device("meta"):
+        net = torchvision.models.get_model(model).eval()
+
+        def note(name: str, module: nn.Conv2d) -> None:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                pixels = (one.numel() // module.in_channels for one in (inputs[0], output))
+                found.append(Depthwise(name, module.in_channels, module.kernel_size[0], module.stride[0], *pixels))
+
+            module.register_forward_hook(hook)
+
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
+                note(name, module)
+        net(torch.empty(images, 3, 224, 224))
+    return found
+
+
+def print_depthwise(model: str) -> None:
+    print(f"| {model}, us | images | limit | fused | rebuilt layer by layer | at once |\n|---|---|---|---|---|---|")
+    for images in (1, 8, 64):
+        layers = depthwise(model, images)
+        for product, name in enumerate(("forward", "input gradient", "weight gradient")):
+            limit = sum(one.bytes / MEMORY for one in layers)
+            ours, other = (sum(way(one, product) for one in layers) for way in (Depthwise.fused, Depthwise.rebuilt))
+            # One rebuild for all layers, or three kernels for all their gradients.
+            once = sum(one.stock() for one in layers) + (3 * LAUNCH if product == 2 else LAUNCH)
+            cells = " | ".join(f"{1e6 * value:.0f}" for value in (limit, ours, other, once))
+            print(f"| {name} | {images} | {cells} |")
+
+
 def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
     """Each convolution as the product of its pixels; grouped ones have no such product."""
     import torch
@@ -157,12 +241,16 @@ HEAD = "| {} | limit | fused | rebuild | merged | faster |\n|---|---|---|---|---
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["linear", "resnet50", "mobilenet_v2"])
+    parser.add_argument("what", choices=["linear", "resnet50", "mobilenet_v2", "depthwise"])
     parser.add_argument("--outputs", type=int, default=4096)
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--delta", type=int, choices=[2, 4], default=2, help="bytes of a number of Delta")
+    parser.add_argument("--model", default="mobilenet_v2", help="of depthwise: of torchvision")
     args = parser.parse_args()
     print("predicted microseconds, not measured\n")
+    if args.what == "depthwise":
+        print_depthwise(args.model)
+        return
     if args.what == "linear":
         print(HEAD.format("rows"))
         for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):

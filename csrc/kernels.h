@@ -188,6 +188,17 @@ struct Convolution : LinearProduct {
 };
 constexpr int64_t kMostPlaces = 64;  // kH * kW
 
+// One of the three products of a depthwise convolution, fused with W_t: a linear layer for each channel, whose
+// `outputs` are the channels and whose `inputs` are those under the kernel. `rows`: pixels of y. x, dy and results of
+// their shapes are [B, H, W, C], dense; weight, delta and Delta's gradient [C, kernel, kernel], channels `ld` apart.
+struct Depthwise : LinearProduct {
+  int64_t batch = 0;
+  int32_t kernel = 3;                                                              // both ways: 3, 5 or 7
+  int32_t size[2] = {}, result_size[2] = {}, stride[2] = {1, 1}, padding[2] = {};  // [h, w]; stride[1] of 1 or 2
+  int32_t vectors = 1;                                                             // the launch sets it
+};
+constexpr int64_t kMostDepthwise = int64_t{1} << 28;  // pixels of x or of y, padding, rows and columns
+
 enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
 
 namespace cpu {
@@ -218,6 +229,9 @@ void linear(Product product, LinearProduct args, int device, void* stream);
 // The same types; pixels of whole pieces of 16 bytes, W and Delta in rows of kH, kW, C, the result [rows, outputs].
 int64_t conv2d_bytes(const Convolution& args, int device);
 void conv2d(Convolution args, int device, void* stream);
+// bf16, fp16 and fp32, with W and Delta each in that type or in fp32.
+int64_t depthwise_bytes(Product product, const Depthwise& args, int device);
+void depthwise(Product product, Depthwise args, int device, void* stream);
 }  // namespace cuda
 #endif
 

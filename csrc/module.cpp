@@ -67,7 +67,7 @@ py::dict told(const taps::Rule& rule) {
   py::dict facts;
   facts["key"] = rule.key;
   facts["predicted"] = rule.mark == taps::Mark::kPredicted;
-  facts["of"] = rule.of == taps::Of::kGradient ? "gradient" : "product";
+  facts["of"] = rule.of == taps::Of::kGradient ? "gradient" : rule.of == taps::Of::kDepthwise ? "depthwise" : "product";
   facts["cuda"] = rule.cuda;
   facts["stocks"] = named(rule.stocks, kStocks);
   facts["widths"] = named(rule.widths, kWidths);
@@ -126,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
       "choose",
       [](bool open, bool same_dtype, long long rows, long long outputs, long long inputs, bool cuda, bool fusable,
          bool narrow, long long places, std::optional<std::string> stock, std::optional<bool> wide,
-         std::optional<bool> pairs) {
+         std::optional<bool> pairs, bool depthwise) {
         taps::Problem problem;
         problem.cuda = cuda;
         problem.open = open;
@@ -139,11 +139,13 @@ PYBIND11_MODULE(_C, m) {
         problem.rows = rows;
         problem.outputs = outputs;
         problem.inputs = inputs;
+        problem.depthwise = depthwise;
         return std::string(taps::name_of(taps::checked_path(problem)));
       },
       py::kw_only(), py::arg("open"), py::arg("same_dtype") = true, py::arg("rows") = 0, py::arg("outputs") = 0,
       py::arg("inputs") = 0, py::arg("cuda") = false, py::arg("fusable") = false, py::arg("narrow") = false,
       py::arg("places") = 0, py::arg("stock") = py::none(), py::arg("wide") = py::none(), py::arg("pairs") = py::none(),
+      py::arg("depthwise") = false,
       "The path that a layer with these facts takes: 'stock', 'rebuild' or 'fused'; what choose.h wants to know of the "
       "machine is this one's, or what `stock`, `wide` and `pairs` say.");
   m.def(

@@ -43,6 +43,7 @@ STOCKS = {
     "unmatched": "16 bits, no such instructions here",
 }
 MOST = ("rows", "inputs", "places")
+KINDS = {"product": "", "gradient": ", the weight's gradient", "depthwise": ", depthwise convolutions"}
 WIDTHS = {"narrow": "up to 8 lanes", "wide": "16 lanes", "pairs": "pairs of bf16"}
 
 
@@ -62,7 +63,7 @@ def bounds(least: int, most: float) -> str:
 
 def row(rule: dict[str, Any], titles: dict[str, str]) -> str:
     most = {name: math.inf if rule[f"most_{name}"] is None else rule[f"most_{name}"] for name in MOST}
-    where = ("CUDA" if rule["cuda"] else "CPU") + (", the weight's gradient" if rule["of"] == "gradient" else "")
+    where = ("CUDA" if rule["cuda"] else "CPU") + KINDS[rule["of"]]
     title = titles[rule["key"]]
     link = f"[{title.partition(': ')[2]}](#{anchor(title)})" + (", **predicted**" if rule["predicted"] else "")
     cells = [

@@ -11,7 +11,8 @@
 namespace taps {
 
 // kStock: the layer's own weight through torch's op; a closed gate costs the base layer.
-// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh and conv2d.cuh, csrc/cpu/few_rows.cpp and tiles.cpp).
+// kFused: W_t in registers and L1 alone (csrc/cuda/linear.cuh, conv2d.cuh and depthwise.cuh, csrc/cpu/few_rows.cpp and
+// tiles.cpp).
 // kRebuild: W_t (or the cast weight) into the workspace, then torch's op.
 enum class Path { kStock, kRebuild, kFused };
 
@@ -33,6 +34,7 @@ struct Problem {
   bool open = false;       // as far as the host knows; an unknown gate counts as open
   bool same_dtype = true;  // the weight already has the compute type
   bool fusable = false;    // the fused kernels know its types and layout
+  bool depthwise = false;  // of a depthwise convolution: N are the channels, K the places of its kernel
   bool narrow = false;     // 16 bits
   Stock stock = Stock::kUsual;
   bool wide = false;      // the CPU's kernels have sixteen lanes
@@ -48,7 +50,8 @@ struct Problem {
 
 // A measurement replaces a prediction, never the reverse.
 enum class Mark : uint8_t { kMeasured, kPredicted };
-enum class Of : uint8_t { kProduct, kGradient };  // a product with W_t; the weight's gradient
+// A product with W_t; the weight's gradient; either of a depthwise convolution, which has kernels of its own.
+enum class Of : uint8_t { kProduct, kGradient, kDepthwise };
 
 // A layer is fused where one of these fits: what kind of product it is, and within which bounds.
 struct Rule {
@@ -61,7 +64,7 @@ struct Rule {
   long long least_places = 0, most_inputs = std::numeric_limits<long long>::max();
 
   constexpr bool is_for(const Problem& p, Of what) const {
-    if (of != what || cuda != p.cuda) return false;
+    if (of != (p.depthwise ? Of::kDepthwise : what) || cuda != p.cuda) return false;
     return cuda || ((stocks & static_cast<uint8_t>(p.torchs())) && (widths & static_cast<uint8_t>(p.width())));
   }
   constexpr bool holds(const Problem& p) const {
@@ -76,7 +79,7 @@ namespace rules {
 
 constexpr long long kAll = std::numeric_limits<long long>::max();
 constexpr auto kMeasured = Mark::kMeasured, kPredicted = Mark::kPredicted;
-constexpr auto kProduct = Of::kProduct, kGradient = Of::kGradient;
+constexpr auto kProduct = Of::kProduct, kGradient = Of::kGradient, kDepthwise = Of::kDepthwise;
 constexpr uint8_t kUsual = 1, kHalved = 2, kEmulated = 4, kUnit = 8, kOther = 16;  // as Stock
 constexpr uint8_t kNarrow = 1, kWide = 2, kPairs = 4, kAny = 7;                    // as Width
 constexpr bool kCpu = false, kCuda = true;
@@ -88,6 +91,8 @@ constexpr Rule kTable[] = {
     {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, 0, 0, 0},
     {"shallow", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 256, kAll, 0, 0, 1, 512},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
+    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, kAll, 9, 0, 0},
+    {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, 2048, 49, 0, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 256, kAll, 3 << 17, 0},
     {"large", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 512, kAll, 1 << 21, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual | kHalved, kWide, 16, 0, 256, kAll, 1 << 18, 0},

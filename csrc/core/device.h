@@ -29,6 +29,8 @@ inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
 inline int64_t conv2d_bytes(const Convolution&, int) { absent(); }
 inline void conv2d(const Convolution&, int, void*) { absent(); }
+inline int64_t depthwise_bytes(Product, const Depthwise&, int) { absent(); }
+inline void depthwise(Product, const Depthwise&, int, void*) { absent(); }
 #endif
 
 #endif

@@ -93,12 +93,15 @@ Problem problem_of(const GatedWeight& w, Dtype compute, int64_t rows, bool known
 
 }  // namespace
 
-Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known) {
-  return chosen_path(problem_of(w, compute, rows, known));
+Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known, bool depthwise) {
+  Problem problem = problem_of(w, compute, rows, known);
+  problem.depthwise = depthwise;
+  return chosen_path(problem);
 }
 
-Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known) {
+Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known, bool depthwise) {
   Problem problem = problem_of(w, compute, rows, known);
+  problem.depthwise = depthwise;
   problem.cuda = cuda::runs(problem.cuda);  // these kernels run there alone
   return chosen_gradient_path(problem);
 }

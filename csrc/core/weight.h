@@ -27,9 +27,10 @@ OptionalTensor checked_bias(const OptionalTensor& bias, const Described& weight,
 // What the choice depends on of a product's type and kind, on this machine.
 void set_product(Problem& problem, Dtype compute, int64_t places);
 
-// `known`: the fused kernels know the types, and the layout as far as it was looked at.
-Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known = false);
-Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known);
+// `known`: the fused kernels know the types, and the layout as far as it was looked at. `depthwise`: the kernels are
+// those of depthwise convolutions.
+Path path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known = false, bool depthwise = false);
+Path gradient_path_for(const GatedWeight& w, Dtype compute, int64_t rows, bool known, bool depthwise = false);
 
 // Whether so many rows are fused where types and layout allow it.
 bool may_fuse(const GatedWeight& w, Dtype compute, int64_t rows);

@@ -144,7 +144,16 @@ TAPS_DEVICE Vec16 gld16_once(const void* p) {
   const uint4 v = __ldcs(static_cast<const uint4*>(p));
   return {{v.x, v.y, v.z, v.w}};
 }
-TAPS_DEVICE void gst16(void* p, Vec16 value) { *static_cast<Vec16*>(p) = value; }
+TAPS_DEVICE Vec16 gld16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+// In assembly, because nvcc takes a store of four words apart where it stands in a larger kernel.
+TAPS_DEVICE void gst16(void* p, Vec16 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(value.word[0]),
+               "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
 
 // 16 or 4 bytes (both sides aligned to that) from global to shared memory, of which the first `bytes` are read and
 // the rest are zero. They land when the thread has waited for their group; others see them after a barrier.

@@ -288,6 +288,115 @@ void fused_forward(const GatedWeight& w, const Described& x, const void* bias, c
   cpu::conv2d(args);
 }
 
+// --- depthwise convolutions on tiles -------------------------------------------------------------
+
+// Whether the kernels of csrc/cuda/depthwise.cuh know the types and layout of the weight, and the geometry.
+bool takes_depthwise(const GatedWeight& w, Dtype compute, const Geometry& g) {
+  const Span kernel = w.weight.sizes;
+  if (!on_tiles(w.weight.place) || g.groups != kernel[0] || kernel[1] != 1 || kernel[2] != kernel[3]) return false;
+  if (kernel[3] != 3 && kernel[3] != 5 && (kernel[3] != 7 || g.stride[1] != 1)) return false;
+  for (size_t axis = 0; axis < 2; ++axis) {
+    if (g.stride[axis] > 2 || g.dilation[axis] != 1 || g.padding[axis] > kMostDepthwise) return false;
+  }
+  const auto known = [&](const Described& operand) {  // rows of kH * kW elements
+    return (operand.dtype == compute || operand.dtype == Dtype::kFloat32) && channels_inside(operand) == false;
+  };
+  return compute != Dtype::kFloat64 && known(w.weight) && (!w.delta || known(*w.delta));
+}
+
+Ints pixel_strides(Span sizes) { return {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]}; }
+
+// [B, H, W, C] in memory without gaps, and few enough pixels to be counted in 32 bits.
+bool in_pixels(Span sizes, Span strides) {
+  if (sizes.size() != 4) return false;
+  const Ints dense = pixel_strides(sizes);
+  int64_t numel = 1;
+  for (size_t dim = 0; dim < 4; ++dim) {
+    if (sizes[dim] < 1 || (sizes[dim] != 1 && strides[dim] != dense[dim])) return false;
+    if (__builtin_mul_overflow(numel, sizes[dim], &numel)) return false;
+  }
+  return numel / sizes[1] <= kMostDepthwise && sizes[1] * sizes[3] <= kMostDepthwise;
+}
+bool in_pixels(const Described& image) { return in_pixels(image.sizes, image.strides); }
+
+// `size` and `result_size`: of x and of y, [B, C, H, W].
+Depthwise depthwise_of(const GatedWeight& w, Dtype compute, const Geometry& g, Span size, Span result_size) {
+  Depthwise args;
+  args.batch = size[0];
+  args.rows = result_size[0] * result_size[2] * result_size[3];
+  args.outputs = size[1];
+  args.kernel = static_cast<int32_t>(w.weight.sizes[3]);
+  args.inputs = w.weight.sizes[2] * w.weight.sizes[3];
+  for (size_t axis = 0; axis < 2; ++axis) {
+    args.size[axis] = static_cast<int32_t>(size[2 + axis]);
+    args.result_size[axis] = static_cast<int32_t>(result_size[2 + axis]);
+    args.stride[axis] = static_cast<int32_t>(g.stride[axis]);
+    args.padding[axis] = static_cast<int32_t>(g.padding[axis]);
+  }
+  set_weight(args, w, compute);
+  return args;
+}
+
+void run(Product product, Depthwise& args, Place place) {
+  const auto bytes = static_cast<size_t>(cuda::depthwise_bytes(product, args, place.index));
+  const Lease memory(place.cuda, place.index, bytes);
+  args.memory = memory.data();
+  cuda::depthwise(product, args, place.index, stream_of(place));
+}
+
+Tensor depthwise_forward(const GatedWeight& w, const Described& x, const OptionalTensor& bias, const Geometry& g,
+                         const Images& result) {
+  const Span sizes(result.sizes.data(), 4);
+  const Tensor y = empty_strided(sizes, Span(result.strides.data(), 4), x.dtype, x.place);
+  Depthwise args = depthwise_of(w, x.dtype, g, x.sizes, sizes);
+  const OptionalTensor dense_bias = dense(bias);
+  args.x.data = x.data();
+  args.bias = data_of(dense_bias);
+  args.result = y.data_ptr();
+  run(Product::kForward, args, x.place);
+  return y;
+}
+
+Tensor depthwise_input_gradient(const GatedWeight& w, const Described& dy, const Geometry& g, const Ints& input_size) {
+  const Ints sizes{dy.sizes[0], dy.sizes[1], input_size[0], input_size[1]};
+  const Span size(sizes.data(), 4);
+  const Ints strides = pixel_strides(size);
+  const Tensor dx = empty_strided(size, Span(strides.data(), 4), dy.dtype, dy.place);
+  Depthwise args = depthwise_of(w, dy.dtype, g, size, dy.sizes);
+  args.dy.data = dy.data();
+  args.result = dx.data_ptr();
+  run(Product::kInputGradient, args, dy.place);
+  return dx;
+}
+
+// g * scale * G and scale * <G, Delta>, each where `side` wants it; G stays in fp32. The weight's own gradient is not
+// among them.
+WeightGrads depthwise_weight_gradient(const WeightSide& side, const Described& x, const Described& dy,
+                                      const Geometry& g) {
+  const GatedWeight& w = side.w;
+  Depthwise args = depthwise_of(w, side.compute, g, x.sizes, dy.sizes);
+  args.x.data = x.data();
+  args.dy.data = dy.data();
+  args.delta = matrix_of(*w.delta);
+  args.delta_dtype = w.delta->dtype;
+  args.scale = side.scale;
+  WeightGrads grads;
+  if (side.want_score) {
+    grads.score = empty_like(*w.score);
+    args.score_gradient = grads.score->data_ptr();
+    args.score_dtype = w.score->dtype;
+  }
+  if (side.want_delta && w.known_closed()) {
+    grads.delta = zeros_like(*w.delta);
+  } else if (side.want_delta) {
+    grads.delta = empty_like(*w.delta);
+    args.result = grads.delta->data_ptr();
+    args.ld_result = matrix_of(describe(*grads.delta, "gradient")).ld;
+  }
+  run(Product::kWeightGradient, args, x.place);
+  return grads;
+}
+
 }  // namespace
 
 Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
@@ -307,7 +416,10 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
          ", got shape ", shape_string(x.sizes), " for a weight of shape ", shape_string(w.weight.sizes));
   }
   const OptionalTensor b = checked_bias(bias, w.weight, x.dtype);
-  const Path path = path_for(w, x.dtype, *pixels, fusable(w, x, g, result, training));
+  const bool depthwise = takes_depthwise(w, x.dtype, g) && in_pixels(x) &&
+                         in_pixels(Span(result.sizes.data(), 4), Span(result.strides.data(), 4));
+  const Path path = path_for(w, x.dtype, *pixels, depthwise || fusable(w, x, g, result, training), depthwise);
+  if (path == Path::kFused && depthwise) return depthwise_forward(w, x, b, g, result);
   if (path == Path::kFused) {
     const size_t from = x.ndim() == 3;
     const Tensor y = empty_strided(Span(result.sizes.data() + from, 4 - from),
@@ -360,7 +472,11 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
     fail("input: expected a tensor, weight gradients are asked for; got None");
   }
 
-  const Path path = path_for(w, compute, dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1));
+  const bool depthwise = takes_depthwise(w, compute, g);
+  // Where torch would lay out dL/dx in pixels, too: as the input, if all of it is there.
+  const bool depthwise_input = depthwise && in_pixels(dy) && (!input || rows || in_pixels(describe(*input, "input")));
+  const int64_t pixels = dy.numel() / std::max<int64_t>(w.weight.sizes[0], 1);
+  const Path path = path_for(w, compute, pixels, depthwise_input, depthwise_input);
   // A closed delta's gradient is a plain zero; without it and without dW nobody needs G, but beside dL/dx the score of
   // a layer with few weights and many pixels is cheaper to have by it: conv(x, Delta) is as large as dL/dy, at least 64
   // times as large as G, and oneDNN makes dL/dx and G together (`taps bench --groups step` shows a model of such
@@ -370,7 +486,17 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   constexpr int64_t kLeastTimes = 64;
   const bool score_by_gradient = wanted.score && wanted.input && !w.weight.place.cuda && compute != Dtype::kFloat16 &&
                                  w.weight.numel() * kLeastTimes <= taken;
-  const bool form_gradient = wanted.weight || (wanted.delta && !w.known_closed()) || score_by_gradient;
+  const auto pick = [&] { return call("aten::index_select", "", grad_output, int64_t{0}, *rows); };
+  OptionalTensor picked;
+  if (depthwise && rows && wanted.weight_side()) picked = pick();
+  const bool fused_gradient = [&] {  // not for dW, nor for a delta's plain zero
+    if (!depthwise || wanted.weight || !(wanted.score || (wanted.delta && !w.known_closed()))) return false;
+    const Described of = describe(picked ? *picked : grad_output, "grad_output");
+    const bool known = in_pixels(of) && in_pixels(describe(*input, "input"));
+    return gradient_path_for(w, compute, of.numel() / w.weight.sizes[0], known, true) == Path::kFused;
+  }();
+  const bool form_gradient =
+      !fused_gradient && (wanted.weight || (wanted.delta && !w.known_closed()) || score_by_gradient);
   const Tensor dy4 = batched(grad_output, single);
   const OptionalTensor x4 = input ? OptionalTensor(batched(*input, single)) : std::nullopt;
   const WeightSide side{w, wanted.delta, wanted.score, wanted.weight, row_scale, compute};
@@ -378,7 +504,9 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
   Scratch scratch;
   OptionalTensor dinput, gradient, dbias;
 
-  if (wanted.input) {
+  if (wanted.input && path == Path::kFused) {
+    dinput = depthwise_input_gradient(w, dy, g, input_size);
+  } else if (wanted.input) {
     const Tensor kernel = layer_weight(w, compute, path, scratch);
     if (x4 && !rows) {
       const DataAndWeight both = convolution_backward(dy4, *x4, kernel, g, true, at_once);
@@ -395,7 +523,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
 
   WeightGrads grads;
   if (wanted.weight_side()) {
-    const Tensor dy_taken = rows ? call("aten::index_select", "", grad_output, int64_t{0}, *rows) : dy4;
+    const Tensor dy_taken = picked ? *picked : rows ? pick() : dy4;
     if (form_gradient && !gradient) {
       // Only the shape and the layout of the weight matter here.
       Tensor like = weight;
@@ -405,7 +533,9 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
       }
       gradient = convolution_backward(dy_taken, *x4, like, g, false, true).weight;
     }
-    if (gradient) {
+    if (fused_gradient) {
+      grads = depthwise_weight_gradient(side, describe(*input, "input"), describe(dy_taken, "grad_output"), g);
+    } else if (gradient) {
       grads = settle(side, *gradient, Holder::kFresh);
     } else {
       if (wanted.score) grads.score = score_gradient(w, *x4, dy_taken, g, row_scale, compute, scratch);
@@ -457,6 +587,7 @@ py::object direct_conv2d(const Layer& layer, py::handle stride, py::handle paddi
       x.sizes[1] % geometry.groups != 0 || x.sizes[1] / geometry.groups != w.weight.sizes[1]) {
     return py::none();
   }
+  if (takes_depthwise(w, x.dtype, geometry)) return py::none();  // as the operator chooses
   const Images result = convolved(w.weight, x, geometry);
   const std::optional<int64_t> pixels = result.pixels();
   if (result.empty() || !pixels) return py::none();

@@ -18,6 +18,8 @@ CONVS = {
     "same": dict(shape=(24, 16, 2, 4), padding="same"),
     "groups": dict(shape=(24, 8, 3, 3), groups=2, padding=1),
     "depthwise": dict(shape=(16, 1, 3, 3), groups=16, padding=1),
+    "depthwise, 5x5": dict(shape=(16, 1, 5, 5), groups=16, padding=2, stride=2),
+    "depthwise, 7x7": dict(shape=(16, 1, 7, 7), groups=16, padding=3),
     "odd": dict(shape=(7, 16, 3, 1)),
 }
 
@@ -128,7 +130,7 @@ def test_conv2d(name, dtype, gate, layout) -> None:
     wt = host[1].double() + (host[2].double() if is_open else 0)
     assert_close(output.cpu(), expected, dtype, wt[0].numel() + 1, host[0], wt)
     grad = draw(*output.shape, dtype=dtype)
-    output.backward(grad.cuda())
+    output.backward(grad.to(memory_format=layout).cuda())
     expected.backward(grad.double())
     places = grad[:, 0].numel()
     weight_side = (places, (grad, host[0]), 1)

@@ -28,6 +28,7 @@ KERNEL_HEADERS = (
     "block.cuh",
     "reconstruct.cuh",
     "unpack.cuh",
+    "depthwise.cuh",
     "dot.cuh",
     "foreach.cuh",
     "settle.cuh",

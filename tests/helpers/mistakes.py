@@ -280,6 +280,84 @@ MISTAKES = {
     "bits of a closed Delta": Mistake("«!is_open(args.gate) → false») return;", BEYOND),
     "weights behind the last": Mistake("args.weight && «k < eight.count → k <= eight.count»", BEYOND),
     "elements of W_t behind the last": Mistake("if («k < eight.count → k <= eight.count») store_one", BEYOND),
+    # --- the depthwise convolution
+    "taps read too early": Mistake(
+        "make_weight(p);\n    «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld16(taps", "st(taps"),
+    ),
+    "an open Delta not in the taps": Mistake("if («open → false») value +=", WRONG),
+    "a closed Delta in the taps": Mistake(
+        "bool open = «is_open(p.gate) → true»;\n    const int channels", f"{WRONG}|SEGV|null pointer"
+    ),
+    "Delta's channels as far apart as the kernel is large": Mistake(
+        "(first + channel) * «p.delta.ld → p.inputs» + tap", f"{WRONG}|{BEYOND}"
+    ),
+    "taps of a channel behind the last": Mistake("if («first + channel < p.outputs → true»)", BEYOND),
+    "bias of a channel behind the last": Mistake("p.bias && «first + i < p.outputs → true»", BEYOND),
+    "the bias of its neighbour": Mistake("(p.bias)[first + «i → (i ^ 1)»]", f"{WRONG}|{BEYOND}"),
+    "vectors of channels that fill none": Mistake(
+        "if («p.outputs % kVector == 0 → true» && aligned(p.x.data)",
+        r"misaligned at|heap-buffer-overflow|unknown-crash",
+    ),
+    "vectors of pixels off 16 bytes": Mistake(
+        "kVector == 0 && «aligned(from) && aligned(to) → true») {", r"misaligned at ([\w.]+):(\d+)", ("gld16", "gst16")
+    ),
+    "a channel too many": Mistake("if («i < left → i <= left») v.word", BEYOND),
+    "a channel of the result too many": Mistake("if («i < left → i <= left») to[i]", f"{BEYOND}|{WRONG}"),
+    "channels exchanged": Mistake("v.word[i / 2] >> 16 * («i → (i + 1)» % 2)", WRONG),
+    "strips of every split from the first": Mistake("begin = static_cast<int>(«bid_y() → 0u») * count", WRONG),
+    "strips behind the last": Mistake("end = «all - begin < count → false» ? all", f"{BEYOND}|{WRONG}"),
+    "a strip behind its row": Mistake("if («column >= of_row → column > of_row»)", f"{BEYOND}|{WRONG}"),
+    "a row behind its image": Mistake("if («row >= rows → row > rows»)", f"{BEYOND}|{WRONG}"),
+    "rows forgotten on the way": Mistake("row += «rows_on → 0», image", WRONG),
+    "images forgotten on the way": Mistake("image += «images_on → 0»;", WRONG),
+    "a row of the kernel beside": Mistake(
+        "ld16(taps, static_cast<unsigned>((«r → (K - 1 - r)» * K + s) * kGroup))", WRONG
+    ),
+    "rows between two of the stride": Mistake("if («row * p.stride[0] != under → false») continue;", WRONG),
+    "a row above the image": Mistake("if («row < 0 → row < -1» || row >= from_size[0])", f"{BEYOND}|{WRONG}"),
+    "a row below the image": Mistake("row < 0 || «row >= from_size[0] → row > from_size[0]»", f"{BEYOND}|{WRONG}"),
+    "a pixel before the row": Mistake("if («at >= 0 → at >= -1» && at < size)", f"{BEYOND}|{WRONG}"),
+    "a pixel behind the row": Mistake("if (at >= 0 && «at < size → at <= size») v", f"{BEYOND}|{WRONG}"),
+    "a result before its row": Mistake("if («at >= 0 → true» && at < to_size[1])", f"{BEYOND}|{WRONG}"),
+    "a result behind its row": Mistake("at >= 0 && «at < to_size[1] → at <= to_size[1]»", f"{BEYOND}|{WRONG}"),
+    "the padding of columns for rows": Mistake(
+        "strip.row * p.stride[0] - «p.padding[0] → p.stride[1]» + r;\n      if (row", WRONG
+    ),
+    "a row of x too many": Mistake("if (row < 0 || «row >= p.size[0] → row > p.size[0]»)", f"{BEYOND}|{WRONG}"),
+    "a pixel of dy too many": Mistake("if («at < p.result_size[1] → at <= p.result_size[1]») dy", f"{BEYOND}|{WRONG}"),
+    "a pixel of x too many": Mistake("if (at >= 0 && «at < p.size[1] → at <= p.size[1]») v", f"{BEYOND}|{WRONG}"),
+    "sums of a column over those before": Mistake(
+        "if (s > 0) «block_sync(); → ;»", r"race at ([\w.]+):(\d+)", ("st(sums", "ld(sums")
+    ),
+    "sums of a column read too early": Mistake(
+        "tid(), sum[s][i]);\n      «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("st(sums", "ld(sums"),
+    ),
+    "the last threads forgotten": Mistake("lane = 0; «lane < lanes → lane + 1 < lanes»; ++lane) total", WRONG),
+    "G of a channel behind the last": Mistake("if («channel < p.outputs → true») partial", f"{BEYOND}|{WRONG}"),
+    "one row of the kernel for all": Mistake("«of / vectors → 0» * K + s] = total", f"{BEYOND}|{WRONG}"),
+    "splits beyond the threads forgotten": Mistake(
+        "static_cast<int>(first); «split < p.splits → split < static_cast<int>(kLanes)»;", f"{WRONG}|{BEYOND}"
+    ),
+    "an element of G behind the last": Mistake("if («at < count → true») {\n#pragma", BEYOND),
+    "partial sums read too early": Mistake(
+        "st(sums, tid(), sum);\n  «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("st(sums", "ld(sums"),
+    ),
+    "products read too early": Mistake(
+        "st(dots, element, dot);\n  }\n  «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("st(dots", "ld(dots"),
+    ),
+    "closed, but G leaves": Mistake("scaled = «is_open(p.gate) → true» ?", WRONG),
+    "scale of G forgotten": Mistake("? «static_cast<float>(p.scale) * g → g» : 0.0f;", WRONG),
+    "Delta's gradient as far apart as the kernel is large": Mistake(
+        "channel * «p.ld_result → p.inputs» + tap", f"{WRONG}|{BEYOND}"
+    ),
 }
 NUMBER = {name: number for number, name in enumerate(MISTAKES, 1)}
 

@@ -102,14 +102,18 @@ def _selp(parts: list[str], operands: list[str]) -> Run:
 
 
 def _mul(parts: list[str], operands: list[str]) -> Run:
-    if parts[0] != "wide":
+    if parts[0] not in ("wide", "hi"):
         return elementwise(np.multiply)(parts, operands)
-    kind = parts[-1]
-    wide = f"{kind[0]}{2 * int(kind[1:])}"
+    kind, upper = parts[-1], parts[0] == "hi"
+    bits = int(kind[1:])
+    if 2 * bits > 64:
+        raise Fault(f"mul.{'.'.join(parts)}: not run here")
+    wide = f"{kind[0]}{2 * bits}"
 
     def run(block: Block, mask: Array | None) -> None:
         first, second = (block.value(one, kind).astype(TYPES[wide]) for one in operands[1:])
-        block.put(operands[0], first * second, mask)
+        product = first * second
+        block.put(operands[0], (product >> bits).astype(TYPES[kind]) if upper else product, mask)
 
     return run
 
@@ -461,7 +465,7 @@ def _popc(parts: list[str], operands: list[str]) -> Run:
 
 # What may stand in an opcode beside types; with any other the result would be another one.
 MODIFIERS: dict[str, set[str]] = {
-    "mul": {"rn", "lo", "wide"},
+    "mul": {"rn", "lo", "hi", "wide"},
     "mad": {"lo"},
     "add": {"rn", "f16x2", "bf16x2"},
     "fma": {"rn", "f16x2", "bf16x2"},

@@ -48,6 +48,8 @@ def test_numbers() -> None:
     assert (answers("sub.s32 %r3, 0, %r1;\nshr.s32 %r2, %r3, 40;")[1:] == 0xFFFFFFFF).all()
     assert (answers("mov.b32 %r2, 0f3F800000;") == 0x3F800000).all()
     assert (answers("bfi.b32 %r2, %r1, 255, 4, 8;") == (lanes << np.uint32(4) | 0xF)).all()
+    assert (answers("mul.hi.u32 %r2, %r1, -1;")[1:] == lanes[1:] - 1).all()  # of i * (2^32 - 1)
+    assert (answers("mul.hi.s32 %r2, %r1, -1;")[1:] == 0xFFFFFFFF).all()
     assert (answers("popc.b32 %r2, %r1;") == [bin(i).count("1") for i in range(32)]).all()
     nan = "mov.f32 %f1, 0f7FC00000;\nmov.f32 %f2, 0f3F800000;\n"
     for compare in ("eq", "ne", "lt", "le", "gt", "ge"):
@@ -80,7 +82,7 @@ def test_lanes() -> None:
         "beyond the end": ("add.s64 %rd3, %rd3, 4;\nmov.u32 %r2, 1;", "outside every allocation"),
         "misaligned": ("add.s64 %rd3, %rd3, 2;\nmov.u32 %r2, 1;", "misaligned"),
         "another rounding": ("mov.f32 %f1, 0f3F800000;\nadd.rz.f32 %f2, %f1, %f1;\nmov.b32 %r2, %f2;", "no such"),
-        "the high half of a product": ("mul.hi.u32 %r2, %r1, %r1;", "no such instruction"),
+        "the high half of a product of words of 64 bits": ("mul.hi.u64 %rd4, %rd2, %rd2;", "not run here"),
         "a comparison with a third": ("setp.lt.and.u32 %p1, %r1, 7, %p2;\nmov.u32 %r2, 1;", "no such|not run"),
         "a barrier for some": ("setp.lt.u32 %p1, %r1, 7;\n@%p1 bar.sync 0;\nmov.u32 %r2, 1;", "not run here"),
         "no end": ("$L1:\nadd.s32 %r1, %r1, 1;\nbra.uni $L1;\nmov.u32 %r2, 1;", "more than"),

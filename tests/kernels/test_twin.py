@@ -20,6 +20,7 @@ PROGRAMS = {
     "linear": (376, 5616),
     "linear_weight": (423, 1944),
     "conv2d": (375, 2733),
+    "depthwise": (615, 7527),
 }
 # `make test` runs one of them, `make kernels` each plainly with every shape and sanitized with some, and
 # `make sanitize` does so with every shape.

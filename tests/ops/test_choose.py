@@ -93,6 +93,14 @@ def test_the_decisions_are_the_same_as_before(kind) -> None:
             assert (_C.choose(open=True, fusable=True, **problem) == "fused") is was, problem
 
 
+def test_depthwise_convolutions_have_rules_of_their_own() -> None:
+    facts: dict[str, Any] = {"open": True, "cuda": True, "fusable": True, "narrow": True, "outputs": 960}
+    for places, rows, path in ((9, 10**8, "fused"), (25, 2048, "fused"), (49, 2049, "rebuild"), (81, 1, "rebuild")):
+        assert _C.choose(**facts, inputs=places, places=places, rows=rows, depthwise=True) == path
+    on_cpu = {**facts, "cuda": False}
+    assert _C.choose(**on_cpu, inputs=9, places=9, rows=49, depthwise=True) == "rebuild"
+
+
 def test_the_page_is_up_to_date() -> None:
     """docs/choose.md: `python tools/choose_table.py` writes it."""
     path = Path(__file__).parents[2] / "tools" / "choose_table.py"

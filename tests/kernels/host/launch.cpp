@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/conv2d.cuh"
+#include "cuda/depthwise.cuh"
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
 #include "cuda/reconstruct.cuh"
@@ -182,6 +183,32 @@ void conv2d(Convolution args, int, void*) {
     launch_convolution<bf16>(args, grid);
   } else {
     launch_convolution<f16>(args, grid);
+  }
+}
+
+int64_t depthwise_bytes(Product product, const Depthwise& args, int) {
+  return dev::plan(product, args, kMultiprocessors).bytes;
+}
+
+void depthwise(Product product, Depthwise args, int, void*) {
+  const dev::DepthwiseGrid grid = dev::plan(product, args, kMultiprocessors);
+  dev::set_grid(args, grid);
+  const auto launch = [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    run({grid.groups, grid.splits}, kThreads, Body::kShared, [&] { Body::run(args); });
+  };
+  if (args.compute == Dtype::kBFloat16) {
+    dev::with_depthwise<bf16>(product, args, launch);
+  } else if (args.compute == Dtype::kFloat16) {
+    dev::with_depthwise<f16>(product, args, launch);
+  } else {
+    dev::with_depthwise<float>(product, args, launch);
+  }
+  if (product != Product::kWeightGradient) return;
+  const auto blocks = static_cast<unsigned>(dev::settling_blocks(args));
+  run({blocks}, kThreads, dev::kSettleShared, [&] { dev::settle_depthwise(args); });
+  if (args.score_gradient) {
+    add_up(static_cast<const double*>(args.memory), blocks, args.scale, args.score_gradient, args.score_dtype);
   }
 }
 

@@ -179,6 +179,115 @@ def convolutions() -> int:
     return cases + len(unfit) + 3
 
 
+def depthwise(
+    shape: tuple[int, ...], kernel: int, stride: Any, padding: Any, kinds: tuple[torch.dtype, ...], gate: bool | None
+) -> None:
+    """A depthwise convolution, forward and backward through autograd. `kinds`: of x, W and Delta."""
+    dtype, of_weight, of_delta = kinds
+    channels, last = shape[1], torch.channels_last
+    for value in (0.05, 0.15):
+        score = torch.tensor(value, dtype=torch.float64 if channels % 2 else F32)
+        taps = (channels, 1, kernel, kernel)
+        host = [draw(*shape, dtype=dtype), draw(*taps, dtype=of_weight), draw(*taps, dtype=of_delta), score]
+        host.append(draw(channels, dtype=dtype))
+        got = [t.clone().requires_grad_(i != 1) for i, t in enumerate(host)]
+        got[0] = host[0].to(memory_format=last).requires_grad_()
+        want = [t.double().requires_grad_(i != 1) for i, t in enumerate(host)]
+        is_open = value >= 0.1 if gate is None else gate
+        how: dict[str, Any] = {"stride": stride, "padding": padding, "groups": channels}
+        output = gated_conv2d(*got, **how, gate=gate)
+        expected = reference.gated_conv2d(*want, **how, gate=is_open)
+        wt, places = host[1].double() + (host[2].double() if is_open else 0), kernel * kernel
+        assert output.is_contiguous(memory_format=last) and output.dtype == dtype
+        assert_close(output, expected, dtype, places + 1, host[0], wt)
+        grad = draw(*expected.shape, dtype=dtype)
+        output.backward(grad.to(memory_format=last))
+        expected.backward(grad.double())
+        assert got[0].grad is not None and got[0].grad.is_contiguous(memory_format=last)
+        pixels = grad.numel() // channels
+        bounds = {0: (places, (grad, wt), 1), 2: (pixels, (grad, host[0]), 1), 4: (pixels, (grad,), 1)}
+        bounds[3] = pixels, (grad, host[0], host[2]), channels * places
+        for i, (terms, factors, outer) in bounds.items():
+            if want[i].grad is None:
+                assert got[i].grad is None or not got[i].grad.any()
+            else:
+                assert got[i].grad.dtype == got[i].dtype
+                assert_close(got[i].grad, want[i].grad, dtype, terms, *factors, outer=outer)
+
+
+def depthwise_operators(of_weight: torch.dtype) -> None:
+    """The raw operators: weights with gaps between channels, a strided bias, no input, one result at a time."""
+    x = draw(2, 16, 9, 8, dtype=BF16).to(memory_format=torch.channels_last)
+    w = draw(16, 2, 3, 3, dtype=of_weight)[:, :1]
+    d = draw(16, 3, 3, 3, dtype=F32)[:, 1:2]
+    bias, score = draw(32, dtype=BF16)[::2], torch.tensor(0.2)
+    geometry = ([2, 1], [1, 2], [1, 1], 16)
+    wt = w.double() + d.double()
+    y = OPS.gated_conv2d(x, w, d, score, bias, *geometry, None, 0.1)
+    assert_close(y, torch.conv2d(x.double(), wt, bias.double(), *geometry), BF16, 10, x, wt)
+    grad = draw(*y.shape, dtype=BF16).to(memory_format=torch.channels_last)
+    exact = torch.ops.aten.convolution_backward(
+        grad.double(), x.double(), wt, None, *geometry[:3], False, [0, 0], 16, [True, True, False]
+    )
+    pixels = grad.numel() // 16
+    backward = [grad, [9, 8], w, d, score]
+
+    def found(
+        mask: list[bool], gate: bool | None, image: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, ...]:
+        operands = (backward[0], image, *backward[1:], gate, 0.1, *geometry)
+        return OPS.gated_conv2d_backward(*operands, [*mask, False, False], None, scale)
+
+    for (delta, of_score), gate in itertools.product(((True, False), (False, True), (True, True)), GATES):
+        _, of_delta, its_score, *_ = found([False, delta, of_score], gate, x, 2.0)
+        if delta:
+            want = 2 * exact[1] if gate is not False else torch.zeros_like(exact[1])
+            assert_close(of_delta, want, F32, pixels, 2 * grad, x)
+        if of_score:
+            assert_close(its_score, 2 * (exact[1] * d.double()).sum(), F32, pixels, 2 * grad, x, d, outer=d.numel())
+    alone = found([True, False, False], None, None, 1.0)
+    assert_close(alone[0], exact[0], BF16, 9, grad, wt)
+    # Samples that were picked are in planes, and nothing to dL/dx.
+    sampled = (grad, x[:1].contiguous(), *backward[1:], None, 0.1, *geometry)
+    some = OPS.gated_conv2d_backward(*sampled, [True, False, False, False, False], torch.tensor([1]), 1.0)
+    assert torch.equal(some[0], alone[0])
+    # G for dW is torch's, whatever makes dL/dx.
+    operands = (grad, x, *backward[1:], None, 0.1, *geometry)
+    both = OPS.gated_conv2d_backward(*operands, [True, True, False, False, True], None, 1.0)
+    assert torch.equal(both[0], alone[0])
+    assert_close(both[4], exact[1], BF16, pixels, grad, x)
+    first, second = (found([True, True, True], None, x, 1.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(first[0], alone[0])
+
+
+def depthwise_refused() -> int:
+    """What is left to the rebuild: it says so where the kernels are forced."""
+    last = torch.channels_last
+    x, w = draw(1, 8, 9, 9, dtype=BF16).to(memory_format=last), draw(8, 1, 3, 3, dtype=BF16)
+    two, far = draw(16, 1, 3, 3, dtype=BF16), draw(3, 3, 1, 8, dtype=BF16).permute(3, 2, 0, 1)
+    seven, wide = draw(8, 1, 7, 7, dtype=BF16), draw(8, 1, 3, 3, dtype=torch.float64)
+    plain = ([1, 1], [1, 1], [1, 1], 8)
+    cases: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]] = [
+        (x.contiguous(), w, w, plain),  # planes
+        (x[:, :4], w[:4], w[:4], (*plain[:3], 4)),  # pixels with gaps
+        (x, two, two, plain),  # two outputs a channel
+        (x, far, w, plain),  # channels innermost, of W and of Delta
+        (x, w, far, plain),
+        (x, w, wide, plain),
+        (x, w, w, ([1, 1], [2, 2], [2, 2], 8)),
+        (x, w, w, ([3, 3], [1, 1], [1, 1], 8)),
+        (x, seven, seven, ([2, 2], [3, 3], [1, 1], 8)),
+    ]
+    for image, weight, delta, geometry in cases:
+        try:
+            OPS.gated_conv2d(image, weight, delta, None, None, *geometry, True, 0.1)
+        except RuntimeError as error:
+            assert "fused is forced, but this layer cannot be" in str(error)
+        else:
+            raise AssertionError(f"expected a refusal of {geometry}")
+    return len(cases)
+
+
 def rebuilt() -> int:
     """W_t and many of them, in every type, by the device's kernels: to the bit torch's sum, rounded once."""
     kinds = [F32, torch.float64, BF16, F16]
@@ -305,6 +414,26 @@ def refused(x: torch.Tensor, w: torch.Tensor, d: torch.Tensor) -> None:
         raise AssertionError("expected a refusal")
 
 
+IMAGES = [  # shape, kernel, stride, padding
+    ((2, 24, 9, 11), 3, 1, 1),
+    ((1, 13, 10, 7), 3, 2, 1),
+    ((2, 8, 12, 9), 5, (1, 2), 2),
+    ((1, 40, 8, 8), 5, (2, 1), (0, 4)),
+    ((1, 16, 7, 9), 7, 1, 3),
+    ((3, 1, 5, 6), 3, 1, 0),
+]
+
+
+def depthwise_layers() -> int:
+    kinds = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F16, F16, F32), (F32, F32, F32)]
+    listed = list(itertools.product(IMAGES, kinds, GATES))
+    for image, types, gate in listed:
+        depthwise(*image, types, gate)
+    for of_weight in (BF16, F32):
+        depthwise_operators(of_weight)
+    return len(listed) + 2 + depthwise_refused()
+
+
 def main() -> None:
     torch.manual_seed(0)
     assert ops._C is _C
@@ -323,6 +452,7 @@ def main() -> None:
     refused(draw(4, 7, dtype=BF16), draw(6, 7, dtype=BF16), draw(6, 7, dtype=BF16))  # rows at odd elements
     refused(half, draw(8, 6, dtype=BF16).t(), draw(6, 8, dtype=BF16))  # columns of W far apart
     refused(draw(4, 8, dtype=F32), draw(6, 8, dtype=F32), draw(6, 8, dtype=F32))
+    cases += depthwise_layers()
     # Left to itself: few rows are fused, many are not, and neither are layers that do not fit.
     _C.force_path(None)
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):
@@ -332,6 +462,9 @@ def main() -> None:
     _C.force_path("rebuild")  # torch's products, and gradients selected, scaled and multiplied with Delta
     for (dtype, delta), gate in itertools.product([*types, (F32, F32), (torch.float64, torch.float64)], GATES):
         layer((3, 5), 40, 24, dtype, delta, gate)
+        cases += 1
+    for (dtype, delta), gate in itertools.product([(BF16, F32), (F32, F32)], GATES):
+        depthwise(*IMAGES[0], (dtype, dtype, delta), gate)
         cases += 1
     print(f"{cases} cases")
 

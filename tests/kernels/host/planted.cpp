@@ -1,6 +1,7 @@
 // A few cases of small tiles, to be compiled against csrc/cuda with a mistake planted in it: the test that does so
 // expects a finding or a wrong result, and this program to pass without one.
 #include "conv2d_case.h"
+#include "depthwise_case.h"
 #include "elementwise_case.h"
 #include "linear_case.h"
 #include "unpack_case.h"
@@ -142,6 +143,42 @@ TAPS_CASE(packed) {
     Packing p{Codec::kBitmask, 1, 5 * kUnpackTile + 3};
     p.chunk = 2 * kUnpackTile, p.share = 0.9, p.missing = missing, p.seed = 1;
     if (std::string wrong = check_unpack(p); !wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+TAPS_CASE(depthwise_activations) {
+  for (const Product product : {Product::kForward, Product::kInputGradient}) {
+    Images many{3, 64, 7, 9, 3, 1, 1, 1, 1};  // several strips to a thread
+    many.splits = 1;
+    if (std::string wrong = check_depthwise<bf16, bf16, bf16>(product, many); !wrong.empty()) return wrong;
+    Images problems[] = {{2, 24, 5, 10, 3, 1, 1, 1, 1}, {1, 13, 6, 7, 3, 2, 2, 1, 1}, {1, 8, 7, 5, 5, 1, 2, 2, 2}};
+    for (Images& s : problems) {
+      s.bias = true, s.padding = 2, s.splits = 3, s.seed = static_cast<uint64_t>(s.kernel);
+      std::string wrong = check_depthwise<bf16, bf16, float>(product, s);
+      s.gate = Known::kRead, s.score = 0.05, s.bias = false, s.splits = 0;
+      if (wrong.empty()) wrong = check_depthwise<bf16, bf16, bf16>(product, s);
+      s.gate = Known::kReadDouble, s.score = 0.2, s.offset = 1;
+      if (wrong.empty()) wrong = check_depthwise<f16, f16, float>(product, s);
+      if (!wrong.empty()) return wrong;
+    }
+  }
+  return "";
+}
+
+TAPS_CASE(depthwise_weight) {
+  Images many{3, 64, 7, 9, 3, 1, 1, 1, 1};
+  many.splits = 1;
+  if (std::string wrong = check_depthwise_weight<bf16, bf16>(many); !wrong.empty()) return wrong;
+  Images problems[] = {{2, 24, 5, 10, 3, 1, 1, 1, 1}, {1, 13, 6, 7, 3, 2, 2, 1, 1}, {1, 8, 7, 5, 5, 1, 2, 2, 2}};
+  for (Images& s : problems) {
+    s.padding = 2, s.splits = s.kernel == 3 && s.stride_w == 1 ? 40 : 3, s.scale = 2.5;
+    std::string wrong = check_depthwise_weight<bf16, float>(s);
+    s.gate = Known::kRead, s.score = 0.05, s.splits = 0;
+    if (wrong.empty()) wrong = check_depthwise_weight<bf16, bf16>(s);
+    s.offset = 1, s.gate = Known::kOpen, s.seed = 1;
+    if (wrong.empty()) wrong = check_depthwise_weight<f16, float>(s);
+    if (!wrong.empty()) return wrong;
   }
   return "";
 }

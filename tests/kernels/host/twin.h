@@ -189,6 +189,7 @@ void st16(sh<T> p, unsigned i, Vec16 value, TAPS_LINE) {
   twin::write((p + i).at, &value, 16, {file, line});
 }
 Vec16 gld16_once(const void* p, TAPS_LINE);
+inline Vec16 gld16(const void* p, TAPS_LINE) { return gld16_once(p, file, line); }
 void gst16(void* p, Vec16 value, TAPS_LINE);
 template <int kBytes, class T>
 void cp_async(sh<T> p, unsigned i, const void* source, unsigned bytes, TAPS_LINE) {
