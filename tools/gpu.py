@@ -70,7 +70,9 @@ def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) 
     there = (
         f"import torch, taps_ext._C as c; i = c.build_info(); print(i); assert '{architecture}' in str(i['cuda']), i"
     )
-    linear, reconstruct = ([python, f"benchmarks/gpu_{name}.py", "--json"] for name in ("linear", "reconstruct"))
+    linear, reconstruct, conv2d, step = (
+        [python, f"benchmarks/gpu_{name}.py", "--json"] for name in ("linear", "reconstruct", "conv2d", "step")
+    )
     found = [
         Stage("build", [python, "-c", there] if prebuilt else build, 300, device=False, half="A"),
         Stage("conformance-build", [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"], 120, False, half="A"),
@@ -78,6 +80,8 @@ def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) 
         Stage("tests", [*pytest, *SUBSET_FILES, f"--junitxml={out}/tests.xml"], 120, half="A"),
         Stage("bench-linear-short", [*linear, f"{out}/linear-short.json", "--quick"], 60, half="A"),
         Stage("bench-reconstruct", [*reconstruct, f"{out}/reconstruct.json"], 60, half="A"),
+        Stage("bench-step-short", [*step, f"{out}/step-short.json", "--quick"], 60, half="A"),
+        Stage("bench-conv2d-short", [*conv2d, f"{out}/conv2d-short.json", "--quick"], 60, half="A"),
         Stage("planted-bug", [*ours, "--tool", "memcheck", str(out / "planted")], 60),
     ]
     # Allocations of exact sizes and nothing of torch's around them. What torch's own kernels write initcheck does not
@@ -86,6 +90,8 @@ def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) 
         command = [*checked, "--tool", tool, f"{out}/conformance"]
         found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True))
     found.append(Stage("tests-models", [*pytest, MODELS, f"--junitxml={out}/tests-models.xml"], 240))
+    found.append(Stage("bench-step", [*step, f"{out}/step.json"], 120))
+    found.append(Stage("bench-conv2d", [*conv2d, f"{out}/conv2d.json"], 120))
     found.append(Stage("bench-linear", [*linear, f"{out}/linear.json"], 240))
     for tool in ("memcheck", "racecheck", "synccheck"):
         command = [*ours, "--tool", tool, *pytest, *SUBSET_FILES, "-k", SUBSET]
