@@ -38,10 +38,10 @@ struct Images {
 
 // x or dy, y or dx: [B, H, W, C].
 template <class E>
-struct Image {
+struct Picture {
   int64_t height, width, channels;
   Filled<E> pixels;
-  Image(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t offset, std::mt19937& random)
+  Picture(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t offset, std::mt19937& random)
       : height(height),
         width(width),
         channels(channels),
@@ -56,7 +56,7 @@ struct DepthwiseTensors {
   const Images& s;
   int64_t out_h, out_w, taps;
   std::mt19937 random;
-  Image<T> x, dy;
+  Picture<T> x, dy;
   Filled<T> bias;
   Filled<W> weight;
   Filled<D> delta;
