@@ -29,7 +29,7 @@ Item check_item(const Tensor& delta_gradient, const Tensor& score_gradient, cons
     if (overlaps(out.sizes, out.strides)) {
       fail("delta_gradient: expected distinct memory for every element, got strides that share some");
     }
-    if (Reach(out).meets(Reach(*item.w.delta)) ||
+    if (Reach(out).meets(Reach(*item.w.delta)) || (item.w.score && Reach(out).meets(Reach(*item.w.score))) ||
         (Reach(out).meets(Reach(item.gradient)) && !same_elements(out, item.gradient))) {
       fail("delta_gradient: expected memory of its own, or all of gradient element by element");
     }
@@ -40,6 +40,10 @@ Item check_item(const Tensor& delta_gradient, const Tensor& score_gradient, cons
     if (out.numel() != 1 || (out.dtype != Dtype::kFloat32 && out.dtype != Dtype::kFloat64)) {
       fail("score_gradient: expected one element of float32 or float64, got shape ", shape_string(out.sizes), " of ",
            to_string(out.dtype));
+    }
+    for (const Described* other : {&item.gradient, &*item.w.delta, item.w.score ? &*item.w.score : nullptr,
+                                   item.delta_gradient ? &*item.delta_gradient : nullptr}) {
+      if (other && Reach(out).meets(Reach(*other))) fail("score_gradient: expected memory of its own");
     }
   }
   return item;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import warnings
@@ -16,7 +15,9 @@ from torch import Tensor
 from .. import reference
 from ..base.scan import Scan, match
 from ..errors import ConfigError, suggestion
+from ..ops.constant import constant
 from ..parts import Dense, Gate, Layer, Part
+from ..parts.change import without_autocast
 from ..parts.host import base_bias
 from ..parts.sampling import Sample
 from .base import MethodConfig, number, one_of, register_method
@@ -163,30 +164,29 @@ def gate_penalty(parts: Mapping[str, Part], lam: float, kind: str = "layer") -> 
     return penalty
 
 
-@functools.lru_cache(maxsize=64)
-def _on(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On its device: a copy at each step would wait for the device."""
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
 class _Penalty(torch.autograd.Function):
     """:func:`taps_ext.reference.sparsity_loss` in three launches: the signs, the value, and in backward their product
-    with its gradient. What they are added to counts for nothing, or is zero."""
+    with its gradient. What products are added to counts for nothing; they are of float32 under autocast too."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: float, weights: list[float] | None) -> Tensor:
         signs = scores.sign()
         if weights is not None:
-            signs.mul_(_on(tuple(weights), scores.device, scores.dtype))
+            signs.mul_(constant(tuple(weights), scores.device, scores.dtype))
         ctx.share = share
         ctx.save_for_backward(signs)
-        return torch.addmv(scores.new_empty(1), scores[None], signs, beta=0, alpha=share).squeeze(0)
+        with without_autocast(scores):
+            return torch.addmv(scores.new_empty(1), scores[None], signs, beta=0, alpha=share).squeeze(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (signs,) = ctx.saved_tensors
-        zeros = _on((0.0,) * len(signs), signs.device, signs.dtype)
-        return torch.addcmul(zeros, signs, gradient, value=ctx.share), None, None
+        with without_autocast(signs):
+            return (
+                torch.addmv(torch.empty_like(signs), signs[:, None], gradient[None], beta=0, alpha=ctx.share),
+                None,
+                None,
+            )
 
 
 def sample_size(fraction: float, batch: int) -> int:

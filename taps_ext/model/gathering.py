@@ -36,9 +36,11 @@ def together(layers: Layers, *, sampled: bool) -> dict[str, tuple[ops.Gated, int
     """
     if not layers or not _pays(next(iter(layers.values()))[1]):
         return {}
+    casts = torch._C._is_any_autocast_enabled()
     found = {}
     for name, (part, host, _) in layers.items():
-        gated = part.gathers(host, sampled=sampled)
+        dtype = ops.autocast_dtype(base_weight(host)) if casts else None
+        gated = part.gathers(host, sampled=sampled, dtype=dtype)
         if gated is not None:
             found[name] = gated, id(host)
     return found
@@ -53,13 +55,18 @@ def gathered(
     found = together(layers, sampled=sampled)
     if not found:
         return None, bound
-    weights = ops.foreach_effective_weight([gated for gated, _ in found.values()])
     made, own = {}, dict(bound)
-    for (name, (_, host)), weight in zip(found.items(), weights, strict=True):
-        made[name] = weight, host
-        before, road = own.pop(name, None), layers[name][2]
-        if before is not None and road is not None:
-            own[name] = (before[0][0], _with(road, weight)), host
+    by_device: dict[torch.device, list[str]] = {}  # a node of backward runs on one
+    for name, (gated, _) in found.items():
+        by_device.setdefault(gated.weight.device, []).append(name)
+    for names in by_device.values():
+        weights = ops.foreach_effective_weight([found[name][0] for name in names])
+        for name, weight in zip(names, weights, strict=True):
+            gated, host = found[name]
+            made[name] = weight, gated, host
+            before, road = own.pop(name, None), layers[name][2]
+            if before is not None and road is not None:
+                own[name] = (before[0][0], _with(road, weight)), host
     return Ready(made, own), own
 
 

@@ -100,6 +100,8 @@ class _Together(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: who recomputes them does so each time
         deltas, scores = saved[: len(facts)], saved[len(facts) :]
         wanted = ctx.needs_input_grad[1:]
+        if reference.may_be_transformed() or any(map(_in_batches, gradients)):
+            return None, *_plainly(facts, gradients, deltas, scores, wanted)
         found: list[Tensor | None] = []
         lists = _Lists(6)
         for i, (fact, gradient, delta, score) in enumerate(zip(facts, gradients, deltas, scores, strict=True)):
@@ -117,6 +119,27 @@ class _Together(torch.autograd.Function):
         for threshold, columns in lists:
             torch.ops.taps_ext.foreach_settle.default(*columns, threshold)
         return None, *found
+
+
+def _in_batches(gradient: Tensor | None) -> bool:
+    """Of `autograd.grad(is_grads_batched=True)`, which the operator knows nothing of."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _plainly(facts: Any, gradients: Any, deltas: Any, scores: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The same in torch's own operators."""
+    found: list[Tensor | None] = []
+    for i, (fact, gradient, delta, score) in enumerate(zip(facts, gradients, deltas, scores, strict=True)):
+        ddelta = dscore = None
+        if gradient is not None and wanted[3 * i + 1] and fact.gate is not False:
+            ddelta = gradient.to(delta.dtype)
+            if fact.gate is None:
+                ddelta = torch.where(score >= fact.threshold, ddelta, torch.zeros_like(ddelta))
+        if gradient is not None and wanted[3 * i + 2]:
+            kind = reference.compute_dtype(gradient, delta)
+            dscore = (gradient.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+        found += (None, ddelta, dscore)
+    return found
 
 
 class _Lists:

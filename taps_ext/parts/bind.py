@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,8 +90,11 @@ def made(host: nn.Module, bias_of: Any, general: Road) -> Made | None:
 
     def run(host: Any, input: Tensor, weight: Tensor) -> Any:
         try:
-            return stock(input, weight, (bias_of or host)._parameters["bias"], *geometry)
-        except (KeyError, RuntimeError, TypeError):
+            if input.dtype == weight.dtype:
+                return stock(input, weight, (bias_of or host)._parameters["bias"], *geometry)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError):
             pass
         return general(host, input, None)  # says what is wrong as it does by itself
 

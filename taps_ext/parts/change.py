@@ -174,7 +174,7 @@ class Change(nn.Module):
         `bias_of`: the module with the task's own bias, or None. `general`: what they may fall back to."""
         return None
 
-    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool) -> Gated | None:
+    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool, dtype: torch.dtype | None) -> Gated | None:
         """As `Part.gathers` has it."""
         return None
 

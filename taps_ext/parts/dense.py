@@ -67,22 +67,28 @@ class Dense(Change):
     def bind(self, host: nn.Module, gate: Gate, bias_of: nn.Module | None, general: Road) -> Bound | None:
         return bind.dense(host, gate, self, bias_of, general)
 
-    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool) -> ops.Gated | None:
+    def gathers(self, host: nn.Module, gate: Gate, *, sampled: bool, dtype: torch.dtype | None) -> ops.Gated | None:
         """A closed layer is W itself, whose gradient is formed for its score: where all of the batch is taken, and not
-        in fp16, where sums over all pixels leave the type's range, and their infinity times a zero of Delta is NaN."""
+        in fp16, where sums over all pixels leave the type's range, and their infinity times a zero of Delta is NaN.
+
+        None where the weight that the layer will have is not known yet: a hook of others' may put another in its place
+        before the layer runs.
+        """
         weight, delta = host._parameters.get(weight_name(host)), self._parameters.get("delta")
         known, score = gate.known, gate.score
         learns, closed = score is not None and score.requires_grad, known is False
-        if weight is None or delta is None or weight.requires_grad or self._forward_pre_hooks or self._forward_hooks:
+        if type(self) is not Dense or self._forward_pre_hooks or self._forward_hooks or _watched(host):
+            return None
+        if weight is None or delta is None or weight.requires_grad or weight.device != delta.device or weight.is_meta:
             return None
         if not (learns or (delta.requires_grad and not closed)):
             return None
-        dtype = ops.autocast_dtype(weight) if torch._C._is_any_autocast_enabled() else None
         if closed and (sampled or torch.float16 in (dtype, weight.dtype)):
             return None
         below: Tensor = weight
-        if closed and dtype is not None:
-            below, dtype = resting_weight(host, weight, weight), None
+        if closed and dtype is not None and dtype != weight.dtype:
+            kept = resting_weight(host, weight, weight)
+            below = kept if kept.dtype == dtype else weight.to(dtype)
         return ops.Gated(below, delta, score if learns or known is None else None, known, gate.threshold, dtype)
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
@@ -155,6 +161,12 @@ class Whole(Change):
     def _apply(self, fn: object, recurse: bool = True) -> Whole:
         result: Whole = nn.Module._apply(self, fn, recurse)
         return result
+
+
+def _watched(host: nn.Module) -> bool:
+    """True where somebody else's code runs before the host: profilers of ours leave its weight alone."""
+    hooks = host._forward_pre_hooks.values()
+    return bool(hooks) and not all((getattr(hook, "__module__", None) or "").startswith("taps_ext.") for hook in hooks)
 
 
 def _one_layout(weight: Tensor, delta: Tensor) -> bool:

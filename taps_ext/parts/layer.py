@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from .. import ops, reference
 from ..errors import GateError, TapsError
 from ..ops import Gated
 from ..store.errors import GateRecordError
@@ -50,6 +50,20 @@ def read(part: Part, below: Below, key: str, enter: Callable[[str], None], *, fu
     if key == bias_name(below.host):
         return part.bias_over(below)
     return reads.weight(below, part, enter, fused=fused) if key == weight_name(below.host) else NotImplemented
+
+
+def _product(below: Below, product: Callable[[Tensor], Tensor], input: Tensor) -> Tensor | None:
+    """A product with the W_t that is there, or None: of inputs that are multiplied in another type than it has, and of
+    those that the layer alone has the words for."""
+    weight = below.made
+    if weight is None or not isinstance(input, Tensor) or weight.dtype != (ops.autocast_dtype(input) or input.dtype):
+        return None
+    try:
+        return product(weight)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _gate_facts(record: Record) -> dict[str, Any]:
@@ -147,8 +161,9 @@ class Layer(Part):
     def product(self, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
         change = self.change
         if below.ready is not None:
-            with contextlib.suppress(RuntimeError, TypeError):
-                return stock_forward(below.host, input, below.ready, bias)
+            product = _product(below, lambda weight: stock_forward(below.host, input, weight, bias), input)
+            if product is not None:
+                return product
             below = below._replace(ready=None)  # says what is wrong as it does by itself
         if change is None or (below.parts and self.gate.shut):
             return below.product(input, bias)
@@ -157,8 +172,9 @@ class Layer(Part):
         return made
 
     def weight_over(self, below: Below) -> Tensor:
-        if below.ready is not None and below.ready.dtype == base_weight(below.host).dtype:  # what is read is not cast
-            return below.ready
+        made = below.made
+        if made is not None and made.dtype == base_weight(below.host).dtype:  # what is read is not cast
+            return made
         return below.weight() if self.change is None else self.change.weight_over(below.weight(), self.gate)
 
     def bias_over(self, below: Below) -> Tensor | None:
@@ -167,8 +183,9 @@ class Layer(Part):
 
     def run_over(self, op: Op, below: Below, input: Tensor, bias: Tensor | None) -> Tensor:
         if below.ready is not None:
-            with contextlib.suppress(RuntimeError, TypeError):
-                return op.stock(input, below.ready, bias, *op.geometry)
+            product = _product(below, lambda weight: op.stock(input, weight, bias, *op.geometry), input)
+            if product is not None:
+                return product
             below = below._replace(ready=None)
         if self.change is None:
             return super().run_over(op, below, input, bias)
@@ -206,8 +223,11 @@ class Layer(Part):
     def reads(self, below: Below, key: str, enter: Callable[[str], None], *, fused: bool) -> Any:
         return read(self, below, key, enter, fused=fused)
 
-    def gathers(self, host: nn.Module, *, sampled: bool) -> Gated | None:
-        return None if self.change is None else self.change.gathers(host, self.gate, sampled=sampled)
+    def gathers(self, host: nn.Module, *, sampled: bool, dtype: torch.dtype | None) -> Gated | None:
+        change = self.change
+        if change is None or type(self) is not Layer or self._forward_pre_hooks or self._forward_hooks:
+            return None
+        return change.gathers(host, self.gate, sampled=sampled, dtype=dtype)
 
     def bind_made(self, host: nn.Module) -> Made | None:
         return bind.made(host, None if self.bias is None else self, general(self))

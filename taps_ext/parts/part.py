@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TapsError, UnsupportedModuleError
@@ -38,19 +39,25 @@ class Below(NamedTuple):
         host: the base's module.
         parts: the parts between, the lowest first.
         sample: what closed layers estimate their score gradients from; None is everything.
-        ready: the W_t of the part above, in the type of the product, where it was made together with others.
+        ready: gives the W_t of the part above where it was made together with others; it is asked at each use, since
+            what is made of this may outlive the forward.
     """
 
     host: nn.Module
     parts: tuple[Part, ...] = ()
     sample: Sample | None = None
-    ready: Tensor | None = None
+    ready: Callable[[], Tensor | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
         if self.parts:
             return forward_of(self.parts[-1])(self.under, *args, **kwargs)
         return original_class(self.host).forward(self.host, *args, **kwargs)
+
+    @property
+    def made(self) -> Tensor | None:
+        """The W_t of the part above, in the type of the products that the forward began with."""
+        return None if self.ready is None else self.ready()
 
     @property
     def under(self) -> Below:
@@ -186,9 +193,12 @@ class Part(nn.Module):
         """
         return None
 
-    def gathers(self, host: nn.Module, *, sampled: bool) -> Gated | None:
+    def gathers(self, host: nn.Module, *, sampled: bool, dtype: torch.dtype | None) -> Gated | None:
         """Its W_t over the base itself, where a forward with gradients may make it together with those of others;
-        None where it makes its own, or learns nothing. `sampled`: closed layers learn from a part of the batch.
+        None where it makes its own, or learns nothing.
+
+        Args:
+            sampled: closed layers learn from a part of the batch. dtype: of W_t; None is the weight's own.
         """
         return None
 

@@ -65,10 +65,10 @@ def _stack(module: nn.Module, frame: Frame | None) -> tuple[Any, ...]:
 
 def _below(module: nn.Module, frame: Frame, stack: tuple[Any, ...]) -> Below:
     """What the uppermost part of a module's stack stands on in this forward."""
-    made = None
-    if frame.ready is not None and not is_compiling():
-        made = frame.ready.of(module.__dict__["_taps_name"], module, stack[-1])
-    return Below(module, stack[:-1], frame.sample, made)
+    ready, name = frame.ready, module.__dict__["_taps_name"]
+    if ready is None or is_compiling() or name not in ready:
+        return Below(module, stack[:-1], frame.sample)
+    return Below(module, stack[:-1], frame.sample, functools.partial(ready.of, name, module, stack[-1]))
 
 
 class _Routed(nn.Module):

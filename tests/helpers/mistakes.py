@@ -307,7 +307,7 @@ MISTAKES = {
     "a channel of the result too many": Mistake("if («i < left → i <= left») to[i]", f"{BEYOND}|{WRONG}"),
     "channels exchanged": Mistake("v.word[i / 2] >> 16 * («i → (i + 1)» % 2)", WRONG),
     "strips of every split from the first": Mistake("begin = static_cast<int>(«bid_y() → 0u») * count", WRONG),
-    "strips behind the last": Mistake("end = «all - begin < count → false» ? all", f"{BEYOND}|{WRONG}"),
+    "strips behind the last": Mistake("end = «all - begin < count → false» ? all", f"{BEYOND}|{WRONG}|SEGV"),
     "a strip behind its row": Mistake("if («column >= of_row → column > of_row»)", f"{BEYOND}|{WRONG}"),
     "a row behind its image": Mistake("if («row >= rows → row > rows»)", f"{BEYOND}|{WRONG}"),
     "rows forgotten on the way": Mistake("row += «rows_on → 0», image", WRONG),
@@ -389,6 +389,27 @@ def edits(name: str) -> list[Edit]:
             found.append(Edit(files[0], begin, begin + len(old), old, new))
             begin, at = begin + len(old), part.end()
     return found
+
+
+# The cases of planted.cpp that a header's mistakes are likely found by, which run first.
+LIKELY = {
+    "pixels.cuh": "convolution",
+    "conv2d.cuh": "convolution",
+    "elements.cuh": "elementwise",
+    "reconstruct.cuh": "elementwise",
+    "foreach.cuh": "elementwise",
+    "settle.cuh": "elementwise",
+    "gate.cuh": "elementwise",
+    "dot.cuh": "products",
+    "block.cuh": "products",
+    "unpack.cuh": "packed",
+    "depthwise.cuh": "depthwise",
+}
+
+
+def first(name: str | None) -> str:
+    """The beginning of their names; "" where there is nothing to say."""
+    return "" if name is None else LIKELY.get(edits(name)[0].file, "")
 
 
 def rewritten(changes: list[tuple[Edit, str]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from host_build import CSRC, HOST, SANITIZERS, compiled, twin_runtime
-from mistakes import CHOICE, MISTAKES, NUMBER, all_planted, planted
+from mistakes import CHOICE, MISTAKES, NUMBER, all_planted, first, planted
 from stages import THOROUGH, drawn, made_once
 
 SAMPLE = drawn("planted mistakes", [*MISTAKES], 12)
@@ -44,7 +44,7 @@ def said(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "TAPS_PLANTED": str(NUMBER.get(name, 0))},
+            env={**os.environ, "TAPS_PLANTED": str(NUMBER.get(name, 0)), "TAPS_FIRST": first(name)},
         )
         return done.returncode, done.stdout + done.stderr
 

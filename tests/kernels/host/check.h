@@ -1,6 +1,7 @@
 // The least of a test runner: named cases, and failures that say what was expected.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -62,6 +63,20 @@ inline int run_all() {
   }
   std::printf("%zu cases, %d failed\n", cases().size(), failed);
   return failed == 0 ? 0 : 1;
+}
+
+// The same until one fails, those whose name begins with `first` before all others.
+inline int run_until_one_fails(const std::string& first) {
+  const auto wanted = [&](const Case& one) { return one.first.compare(0, first.size(), first) == 0; };
+  std::stable_partition(cases().begin(), cases().end(), wanted);
+  for (const auto& [name, body] : cases()) {
+    const std::string problem = body();
+    if (problem.empty()) continue;
+    std::printf("FAILED %s: %s\n1 failed\n", name.c_str(), problem.c_str());
+    return 1;
+  }
+  std::printf("%zu cases, 0 failed\n", cases().size());
+  return 0;
 }
 
 }  // namespace host
