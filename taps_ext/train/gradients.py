@@ -17,7 +17,7 @@ def add_gradients(value: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     held = [parameter for parameter in parameters if parameter.requires_grad]
     if not held:
         return
-    seed = constant((1.0,), value.device, value.dtype).expand_as(value)
+    seed = constant((1.0,), value.device, value.dtype).view_as(value)  # a scalar, or of one element
     found = torch.autograd.grad(value, held, seed, allow_unused=True)
     there: list[Tensor] = []
     more: list[Tensor] = []
