@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ptx_files import CODES, Arguments, demangled, layout_of, needs_nvcc, text_of
@@ -22,6 +23,7 @@ NAMES = {"f32": "float", "bf16": "taps::dev::bf16", "f16": "taps::dev::f16"}
 ADDRESS = 1 << 32  # of every object: only its low bits are asked for, and objects do not overlap
 CODECS = ("bitmask", "int8", "int4", "sign")  # Codec
 BF16, MIXED, WIDE = ("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32"), ("bf16", "f32", "f32")  # x, W, Delta
+FULL = ("f32", "f32", "f32")
 HALF, MIXED_HALF, WIDE_HALF = ("f16", "f16", "f16"), ("f16", "f16", "f32"), ("f16", "f32", "f32")
 TYPES, DOUBLE = (BF16, MIXED, WIDE, HALF, MIXED_HALF, WIDE_HALF), ("f64", "f64", "f64")
 
@@ -274,7 +276,218 @@ class Dot:
         return Launch(kernel, bytes(made.arguments.bytes) + tail, made.pointers, (chunks, 1), 256, shared)
 
 
-Case = Linear | Tensor | Dot
+@dataclass(frozen=True)
+class Convolved(Linear):
+    """A convolution's forward: `outputs` of a kernel over one image of whole pixels, [size, size, channels].
+
+    `rows` and `inputs` follow from these. `between`: elements between the channels of two pixels.
+    """
+
+    channels: int = 0
+    size: int = 0
+    kernel: int = 3
+    stride: int = 1
+    images: int = 1
+    dilation: int = 1
+    between: int = 0
+    file = "conv2d"
+
+    def __str__(self) -> str:
+        place = f"{self.images}x{self.size}x{self.size}-{self.kernel}x{self.kernel}"
+        place += f"-stride{self.stride}" if self.stride > 1 else ""
+        place += f"-dilation{self.dilation}" if self.dilation > 1 else ""
+        place += f"-between{self.between}" if self.between else ""
+        return f"conv2d-{super().__str__()}-{place}"
+
+    @property
+    def pattern(self) -> str:
+        compute, weight, delta = (NAMES[one] for one in self.types)
+        return rf"Convolved<taps::dev::Shape<{16 if self.few else 64},.*>, {compute}, {weight}, {delta}>"
+
+    def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
+        one = super().launch({**layout, "LinearProduct": layout["Convolution"]}, kernel, shared)
+        made, step = Arguments(layout, "Convolution"), self.channels + self.between
+        made.bytes = bytearray(one.arguments)  # a convolution begins with its product
+        made.set("channels", "q", self.channels)
+        made.set("x_strides", "4q", self.size * self.size * step, 1, self.size * step, step)
+        pixels = result_size(self.size, self.kernel, self.stride, self.dilation)
+        assert self.rows == self.images * pixels**2 and self.inputs == self.kernel**2 * self.channels
+        for name, value in (
+            ("size", self.size),
+            ("kernel", self.kernel),
+            ("stride", self.stride),
+            ("padding", self.kernel // 2),
+            ("dilation", self.dilation),
+            ("result_size", pixels),
+        ):
+            made.set(name, "2q", value, value)
+        return replace(one, arguments=bytes(made.bytes))
+
+
+def result_size(size: int, kernel: int, stride: int, dilation: int = 1) -> int:
+    """Pixels of a result, with a padding of half a kernel."""
+    return (size + 2 * (kernel // 2) - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def convolved(
+    types: tuple[str, str, str], channels: int, size: int, outputs: int, *, kernel: int = 3, **more: Any
+) -> Convolved:
+    pixels = result_size(size, kernel, more.get("stride", 1), more.get("dilation", 1))
+    rows, inputs = more.get("images", 1) * pixels**2, kernel**2 * channels
+    return Convolved("forward", types, rows, outputs, inputs, channels=channels, size=size, kernel=kernel, **more)
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """A product of a depthwise convolution, or "settle" for the second pass of its weight's gradient.
+
+    `offset`: elements that images begin behind 16 bytes, so that no vectors are read.
+    """
+
+    kind: str
+    types: tuple[str, str, str]
+    channels: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    images: int = 2
+    vectors: int = 2
+    splits: int = 2
+    opened: bool = True
+    offset: int = 0
+    architecture: str = "compute_90a"
+    file = "depthwise"
+    guess = False
+
+    def __str__(self) -> str:
+        words = ["depthwise", self.kind, self.types[0], self.types[2], f"{self.kernel}x{self.kernel}"]
+        words += [f"stride{self.stride}", f"{self.images}x{self.size}x{self.size}x{self.channels}"]
+        words += [f"vectors{self.vectors}", f"splits{self.splits}"]
+        words += ([] if self.opened else ["closed"]) + ([f"offset{self.offset}"] if self.offset else [])
+        return "-".join(words)
+
+    @property
+    def pattern(self) -> str:
+        if self.kind == "settle":
+            return "depthwise_settle<"
+        instance = f"{NAMES[self.types[0]]}, {self.kernel}, {self.stride}"
+        if self.kind == "weight":
+            return f"DepthwiseWeight<{instance}>"
+        return f"DepthwiseActivation<{instance}, {'true' if self.kind == 'input' else 'false'}>"
+
+    @property
+    def strips(self) -> int:
+        """As `strips_of` of depthwise.cuh."""
+        backward, pixels = self.kind == "input", 4
+        if self.kernel == 7:
+            pixels = 2 if self.kind == "weight" else 3
+        elif (self.kind, self.kernel, self.stride) == ("forward", 5, 2):
+            pixels = 2
+        size = self.size if backward else result_size(self.size, self.kernel, self.stride)
+        before = self.kernel // 2 % self.stride if backward else 0
+        return self.images * size * -(-(size + before) // pixels)
+
+    def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
+        made, places = Layout(layout, "Depthwise"), self.kernel**2
+        compute, weight, delta = self.types
+        gradient = self.kind in ("weight", "settle")
+        pixels = result_size(self.size, self.kernel, self.stride)
+        for name in ("x", "dy"):
+            made.object(name, 0, offset=self.offset * BYTES[compute])
+        for name, kind in (("weight", weight), ("delta", delta)):
+            made.object(name, places)
+            made.set(f"{name}_dtype", "B", CODES[kind])
+        made.set("compute", "B", CODES[compute])
+        made.object("result", offset=0 if gradient else self.offset * BYTES[compute])
+        made.set("ld_result", "q", places)
+        made.object("bias")
+        if gradient:
+            made.object("memory")
+            made.object("score_gradient")
+        made.gate(self.opened)
+        made.set("scale", "d", 2.0)
+        for name, value in (("rows", self.images * pixels**2), ("outputs", self.channels), ("inputs", places)):
+            made.set(name, "q", value)
+        made.set("batch", "q", self.images)
+        for name, value in (
+            ("size", self.size),
+            ("result_size", pixels),
+            ("stride", self.stride),
+            ("padding", self.kernel // 2),
+        ):
+            made.set(name, "2i", value, value)
+        for name, value in (("kernel", self.kernel), ("vectors", self.vectors), ("splits", self.splits)):
+            made.set(name, "i", value)
+        made.set("depth_of_split", "q", -(-self.strips // self.splits))
+        of_block = self.vectors * (16 // BYTES[compute])
+        blocks = (-(-self.channels // of_block), self.splits)
+        if self.kind == "settle":
+            blocks = (-(-self.channels * places // 8), 1)
+        return Launch(kernel, bytes(made.arguments.bytes), made.pointers, blocks, 256, shared)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Gradients of a list of W_t, of those types: the pass over them ("chunks"), or the sums of scores ("scores").
+
+    `turned`: the list's second G has channels last. `in_place`: Deltas' gradients are written over G. `offset`:
+    elements that all begin behind 16 bytes. `closed`: the last gate.
+    """
+
+    walk: str
+    types: tuple[str, str]
+    rows: int
+    columns: int
+    turned: bool = False
+    in_place: bool = False
+    offset: int = 0
+    closed: bool = False
+    architecture: str = "compute_90a"
+    file = "settle"
+    guess = False
+
+    def __str__(self) -> str:
+        words = ["settle", self.walk, *self.types, f"{self.rows}x{self.columns}", f"offset{self.offset}"]
+        return "-".join(words + [name for name in ("turned", "in_place", "closed") if getattr(self, name)])
+
+    @property
+    def pattern(self) -> str:
+        return (
+            f"settle_chunks<{'double' if 'f64' in self.types else 'float'},"
+            if self.walk == "chunks"
+            else "settle_scores<"
+        )
+
+    def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
+        """One of a number, whose score is not asked for, one of this size, one of two pieces."""
+        whole, end, counts = Layout(layout, "ForeachSettle"), 0, (1, self.rows * self.columns, 16385)
+        for index, count in enumerate(counts):
+            item, size, before = Layout(layout, "Settle"), layout["Settle"], "abc"[index] + "."
+            base = index * size
+            for field, kind in zip(("gradient", "delta"), self.types, strict=True):
+                item.object(field, name=before + field, base=base, offset=self.offset * BYTES[kind])
+                item.set(f"{field}_dtype", "B", CODES[kind])
+            over = "gradient" if self.in_place else "delta_gradient"
+            item.object("delta_gradient", name=before + over, base=base, offset=self.offset * BYTES[self.types[1]])
+            if index > 0:
+                item.object("score_gradient", name=before + "score_gradient", base=base)
+                item.set("score_dtype", "B", CODES["f32"])
+            if self.turned and index == 1:
+                item.set("inner", "I", 5)
+                item.set("outer", "I", self.columns // 5)
+            item.gate(not self.closed or index < 2)
+            whole.arguments.bytes[base : base + size] = item.arguments.bytes
+            whole.pointers |= item.pointers
+            end += -(-count // 16384)
+            struct.pack_into("<q", whole.arguments.bytes, layout["ForeachSettle.numel"] + 8 * index, count)
+            struct.pack_into("<i", whole.arguments.bytes, layout["ForeachSettle.end"] + 4 * index, end)
+        whole.set("count", "i", len(counts))
+        whole.object("partials")
+        blocks = end if self.walk == "chunks" else len(counts)
+        return Launch(kernel, bytes(whole.arguments.bytes), whole.pointers, (blocks, 1), 256, shared)
+
+
+Case = Linear | Tensor | Dot | Depthwise | Settled
 LINEAR: list[Linear] = [
     # Whole stages, as many as a ring has (3, 4 or 6) and one more, so that the sums lie where a stage was just read.
     *(Linear("forward", types, 16, 64, 832) for types in TYPES),
@@ -323,6 +536,50 @@ TENSORS: list[Case] = [
     Dot("turned", ("bf16", "f32"), 40, 500),
     Dot("finish", ("f64", "f64"), 700, 1),
 ]
+CONVOLUTIONS: list[Convolved] = [
+    # Whole stages, nine of them. All threads go to the next place of the kernel at once: where they do not, each on its
+    # own path, a proof takes ten times as long.
+    *(convolved(types, 64, 4, 64) for types in TYPES),
+    *(convolved(types, 32, 8, 128) for types in TYPES),
+    # Tails in every direction, several places of the kernel to a stage, splits.
+    convolved(BF16, 8, 4, 33),
+    convolved(MIXED, 8, 7, 33, stride=2, splits=2, between=8),
+    convolved(WIDE, 24, 3, 31),
+    convolved(BF16, 8, 6, 30, images=2),
+    convolved(MIXED, 32, 9, 66, stride=2, images=3, splits=2),
+    convolved(HALF, 8, 6, 60, dilation=2, images=5, between=8),
+    convolved(BF16, 64, 4, 64, opened=False),
+    convolved(MIXED, 32, 8, 128, opened=False),
+    convolved(HALF, 64, 4, 64, architecture="compute_80"),
+    convolved(MIXED, 32, 8, 128, architecture="compute_80"),
+]
+DEPTHWISE: list[Depthwise] = [
+    # Every instance, with three vectors of channels, two to a block.
+    *(
+        Depthwise(kind, types, 48 // BYTES[types[0]], 9, kernel, stride)
+        for types in (MIXED, MIXED_HALF, FULL)
+        for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))
+        for kind in ("forward", "input", "weight")
+    ),
+    *(Depthwise("settle", types, 20, 9) for types in (BF16, MIXED)),
+    # Splits of more than 32 of G, one to a thread, so that a thread has more than one.
+    Depthwise("settle", FULL, 20, 9, splits=40),
+    # More strips than threads; channels one by one, and one at the end; closed gates.
+    *(Depthwise(kind, BF16, 72, 9, vectors=8, splits=1) for kind in ("forward", "input", "weight")),
+    *(Depthwise(kind, BF16, 24, 7, offset=1) for kind in ("forward", "input", "weight")),
+    *(Depthwise(kind, MIXED, 17, 7, vectors=1, splits=3) for kind in ("forward", "input", "weight")),
+    *(Depthwise(kind, MIXED, 24, 9, opened=False) for kind in ("forward", "input", "settle")),
+]
+SETTLED: list[Settled] = [
+    Settled("chunks", ("bf16", "f32"), 64, 65),
+    Settled("chunks", ("bf16", "f32"), 64, 65, turned=True),
+    Settled("chunks", ("bf16", "bf16"), 64, 65, in_place=True, closed=True),
+    Settled("chunks", ("f16", "f32"), 64, 65, offset=1),
+    Settled("chunks", ("f64", "f64"), 64, 65, in_place=True),
+    Settled("chunks", ("f64", "f64"), 64, 65, turned=True, closed=True),
+    Settled("scores", ("bf16", "f32"), 64, 65),
+]
+CASES: list[Case] = [*LINEAR, *TENSORS, *CONVOLUTIONS, *DEPTHWISE, *SETTLED]
 
 
 @pytest.fixture(scope="session")
@@ -356,15 +613,15 @@ def without_values(entry: str) -> str:
     return changed
 
 
-@pytest.mark.parametrize("file", ["linear", "reconstruct", "unpack", "dot"])
+@pytest.mark.parametrize("file", ["linear", "reconstruct", "unpack", "dot", "conv2d", "depthwise", "settle"])
 def test_every_kernel_has_a_proof(file: str, tmp_path_factory) -> None:
     entries = re.findall(r"\.entry (\w+)\(", text_of(tmp_path_factory, file, "compute_90a"))
-    patterns = [case.pattern for case in (*LINEAR, *TENSORS) if case.file == file]
+    patterns = [case.pattern for case in CASES if case.file == file]
     for name in demangled({name: name for name in entries}):
         assert any(re.search(pattern, name) for pattern in patterns), name
 
 
-@pytest.mark.parametrize("case", [*LINEAR, *TENSORS], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_race(case: Case, prove: Callable[..., Verdict]) -> None:
     found = prove(case)
     assert found.race_free, (found.result, found.checks, found.reasons)
@@ -398,10 +655,12 @@ one_block = replaced(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;")
 one_split = replaced(r"mov\.u32\s+(%r\d+), %ctaid\.y;", r"mov.u32 \1, 0;")
 one_thread = replaced(r"mov\.u32\s+(%r\d+), %tid\.x;", r"mov.u32 \1, 0;")
 too_early = replaced(r"cp\.async\.wait_group ([1-9]);", lambda found: f"cp.async.wait_group {int(found[1]) + 1};")
+no_barriers = replaced(r"bar\.sync\s+0;", "")
 # The barriers of a product: the loops' of a closed and an open gate, then before and after a slice's sums are written,
 # twice; of a weight gradient: the loop's, before and after the warps' sums are written.
 loops, before_slices, after_slices = (without_barriers(6, *places) for places in ((0, 1), (2, 4), (3, 5)))
 FEW, MORE = Linear("forward", BF16, 16, 64, 832), Linear("forward", MIXED, 64, 128, 416)
+IMAGES, IMAGE = convolved(BF16, 32, 8, 128), convolved(MIXED, 64, 4, 64)
 INPUT, WEIGHT = Linear("input", BF16, 64, 416, 128), Linear("weight", BF16, 160, 128, 64)
 PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "few rows, a group too few is waited for": (FEW, too_early),
@@ -427,12 +686,49 @@ PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "turned rebuild, all threads the same": (Tensor("turned", MIXED, 33, 130), one_thread),
     "list, all threads the same": (Tensor("foreach", MIXED, 64, 65), one_thread),
     "codes, all blocks the same": (Packed("int4", MIXED, 40, 130), one_block),
-    "bits counted, no barriers": (Packed("count", MIXED, 90, 137), replaced(r"bar\.sync\s+0;", "")),
+    "bits counted, no barriers": (Packed("count", MIXED, 90, 137), no_barriers),
     # Its last barrier, behind the warps' counts of bits, does not do: without it the verifier does not go on to races.
     "bitmask, no barrier behind the sum of counts": (Packed("bitmask", MIXED, 90, 137), without_barriers(10, 8)),
-    "dot, no barriers": (Dot("flat", ("bf16", "f32"), 40, 500), replaced(r"bar\.sync\s+0;", "")),
+    "dot, no barriers": (Dot("flat", ("bf16", "f32"), 40, 500), no_barriers),
     "dot, all blocks leave one sum": (Dot("turned", ("bf16", "f32"), 40, 500), one_block),
-    "dot's end, no barriers": (Dot("finish", ("f64", "f64"), 700, 1), replaced(r"bar\.sync\s+0;", "")),
+    "dot's end, no barriers": (Dot("finish", ("f64", "f64"), 700, 1), no_barriers),
+    "images, a group too few is waited for": (IMAGES, too_early),
+    "images, no barrier in the loop": (IMAGES, loops),
+    "images, no barrier before the slices' sums": (IMAGES, before_slices),
+    "images, all blocks write one tile": (IMAGES, one_block),
+    "images, two splits write one sum": (convolved(BF16, 32, 8, 64, splits=2), one_split),
+    "one image, a group too few is waited for": (IMAGE, too_early),
+    "one image, threads without a row fetch one": (
+        IMAGE,
+        replaced(r"(setp\.lt\.s32\s+%p\d+, %r\d+), 128;", r"\1, 256;"),
+    ),
+    "one image, no barrier in the loop": (IMAGE, loops),
+    "one image, no barrier behind the slices' sums": (IMAGE, after_slices),
+    "one image, all blocks write one tile": (IMAGE, one_block),
+    "depthwise, no barrier behind W_t": (Depthwise("forward", MIXED, 24, 9), no_barriers),
+    "depthwise, all groups of channels the same": (Depthwise("forward", FULL, 12, 9), one_block),
+    "depthwise, all splits the same": (Depthwise("forward", MIXED, 24, 9), one_split),
+    "depthwise input gradient, no barrier behind W_t": (Depthwise("input", FULL, 12, 9, 5), no_barriers),
+    "depthwise input gradient, all groups of channels the same": (Depthwise("input", MIXED, 24, 9), one_block),
+    "depthwise input gradient, all splits the same": (Depthwise("input", MIXED, 24, 9, 3, 2), one_split),
+    # Of a weight gradient: before and behind what the threads leave of each column of the kernel, but before the first.
+    "depthwise weight gradient, no barrier behind a column": (
+        Depthwise("weight", MIXED, 24, 9),
+        without_barriers(5, 2),
+    ),
+    "depthwise weight gradient, no barrier before one": (Depthwise("weight", FULL, 12, 9, 5), without_barriers(9, 7)),
+    "depthwise weight gradient, all groups of channels the same": (Depthwise("weight", MIXED, 24, 9), one_block),
+    "depthwise weight gradient, all splits the same": (Depthwise("weight", FULL, 12, 9), one_split),
+    "depthwise second pass, no barrier behind the sums": (Depthwise("settle", MIXED, 24, 9), without_barriers(2, 0)),
+    "depthwise second pass, no barrier behind the dots": (Depthwise("settle", MIXED, 24, 9), without_barriers(2, 1)),
+    "depthwise second pass, all blocks the same": (Depthwise("settle", MIXED, 24, 9), one_block),
+    "gradients settled, no barriers": (Settled("chunks", ("bf16", "f32"), 64, 65), no_barriers),
+    "gradients settled, all blocks the same": (Settled("chunks", ("bf16", "f32"), 64, 65), one_block),
+    "gradients settled over G, all threads the same": (
+        Settled("chunks", ("bf16", "bf16"), 64, 65, in_place=True),
+        one_thread,
+    ),
+    "scores settled, no barriers": (Settled("scores", ("bf16", "f32"), 64, 65), no_barriers),
 }
 
 
