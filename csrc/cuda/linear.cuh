@@ -258,7 +258,7 @@ inline Grid plan_rows(const LinearProduct& p, unsigned slices) {
   Grid grid;
   const int64_t columns = Warps::kWarps / static_cast<int64_t>(slices) * Warps::kOutputs;
   const int64_t depth = slices * Warps::kAlign;
-  grid.tiles = static_cast<unsigned>((p.outputs + columns - 1) / columns);
+  grid.tiles = p.rows > 0 ? static_cast<unsigned>((p.outputs + columns - 1) / columns) : 0;
   grid.slices = slices;
   grid.depth_of_split = (p.inputs + depth - 1) / depth * Warps::kAlign;
   return grid;

@@ -116,6 +116,9 @@ TAPS_CASE(planned) {
       }
     }
   }
+  LinearProduct none;
+  none.outputs = 16, none.inputs = 64;
+  if (plan(Product::kForward, none, 8).tiles != 0) return "expected no blocks without rows";
   if (most != Warps::kWarps) return "expected a plan with " + std::to_string(Warps::kWarps) + " slices";
   for (const int multiprocessors : {1, 8, 132}) {
     for (int64_t m = 1; m <= Warps::kMostRows; ++m) {
