@@ -8,11 +8,12 @@ Predicted, all of it: nothing here was measured on a GPU. The device is an H200:
 TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
 
 A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
-tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
-multiprocessor. A split depth adds a kernel and its partial sums. A rebuild moves W, Delta and W_t, then the stock
-product runs from W_t. A convolution is the product of its pixels, with the loop of csrc/cuda/pixels.cuh, or under a
-kernel of one place that goes from pixel to pixel the linear layer's; those whose channels make no pieces of 16 bytes
-are rebuilt in any case.
+tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share
+a multiprocessor. A split depth adds a kernel and its partial sums. Up to four rows of a linear layer have no tiles
+(csrc/cuda/rows.cuh): their bytes from memory, those of x from L1 at 64 a clock, and the loop's instructions. A
+rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of its pixels, with
+the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the linear layer's;
+those whose channels make no pieces of 16 bytes are rebuilt in any case.
 
 A depthwise convolution takes the longer of its bytes and its instructions, counted in the machine code for sm_90a of
 the way inside an image. cuDNN's is given its bytes as well, or its multiplications alone at full rate: better than it
@@ -33,6 +34,10 @@ WARPS = 8  # of a block
 # Rows of a tile up to which it serves -> columns, depth of a step, instructions a warp and step, clocks of its latency.
 TILES = {16: (32, 64, {2: 69, 4: 88}, 230), 64: (64, 32, {2: 71, 4: 117}, 300)}
 PIXELS = {16: {2: 83, 4: 108}, 64: {2: 92, 4: 141}}  # instructions where the rows are pixels under several places
+# Rows up to which no tiles serve -> bytes of Delta -> instructions a warp and step, weights of a step.
+WITHOUT_TILES = {1: {2: (127, 1024), 4: (123, 512)}, 4: {2: (288, 1024), 4: (216, 512)}}
+ENDS = {1: 80, 4: 260}  # instructions of a warp besides: where it begins, shuffles and the sum
+L1 = 64 * CLOCK * MULTIPROCESSORS  # bytes a second
 FEW = 16
 MOST_PIXELS, MOST_INPUTS = 256, 512  # that choose() fuses of a convolution (csrc/core/choose.h, "shallow")
 
@@ -82,8 +87,29 @@ def split(tiles: int, steps: int, weight_bytes: float, elements: int) -> int:
     return found
 
 
+def without_tiles(p: Product) -> float:
+    """Seconds of the product of up to four rows without tensor cores, as `plan_rows` lays it out."""
+    rows = 1 if p.rows == 1 else 4
+    instructions, weights = WITHOUT_TILES[rows][p.delta]
+    slices = 1
+    while slices < WARPS and p.inputs >= 1024 * slices and -(-p.outputs * slices // 16) < 2 * MULTIPROCESSORS:
+        slices *= 2
+    blocks = -(-p.outputs * slices // 16)
+    busiest = -(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS / blocks  # a multiprocessor's share over the mean
+    issued = p.weights / weights * instructions + blocks * WARPS * ENDS[rows]
+    loaded = p.weights * (2 + p.delta) + rows * p.weights  # two outputs share a row of x in 16 bits
+    moved = p.weights * (2 + p.delta) + p.activations
+    clocks = issued / MULTIPROCESSORS / 4 * busiest
+    return max(moved / MEMORY, loaded / L1 * busiest, clocks / CLOCK) + LAUNCH
+
+
 def fused(p: Product) -> float:
     """Seconds of the fused product."""
+    return without_tiles(p) if p.rows <= 4 and not p.pixels else in_tiles(p)
+
+
+def in_tiles(p: Product) -> float:
+    """Seconds of the fused product on tensor cores."""
     tile_rows = FEW if p.rows <= FEW else 64
     columns, depth, instructions, latency = TILES[tile_rows]
     if p.pixels:
@@ -229,14 +255,14 @@ def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
 
 
 def row(p: Product, first: str) -> str:
-    ours, other, merged = fused(p), rebuilt(p), stock(p, 2 * p.weights)
+    ours, tiles, other, merged = fused(p), in_tiles(p), rebuilt(p), stock(p, 2 * p.weights)
     limit = (p.weights * (2 + p.delta) + p.activations) / MEMORY
     faster = "fused" if p.fits and ours <= other else "rebuild"
-    cells = (f"{1e6 * value:.1f}" for value in (limit, ours, other, merged))
+    cells = (f"{1e6 * value:.1f}" for value in (limit, ours, tiles, other, merged))
     return f"| {first} | {' | '.join(cells)} | {faster} |"
 
 
-HEAD = "| {} | limit | fused | rebuild | merged | faster |\n|---|---|---|---|---|---|"
+HEAD = "| {} | limit | fused | in tiles | rebuild | merged | faster |\n|---|---|---|---|---|---|---|"
 
 
 def main() -> None:
@@ -253,7 +279,7 @@ def main() -> None:
         return
     if args.what == "linear":
         print(HEAD.format("rows"))
-        for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512):
             print(row(Product("", rows, args.outputs, args.inputs, args.delta), str(rows)))
         return
     for images in (1, 8, 64):

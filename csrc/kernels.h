@@ -174,7 +174,8 @@ struct LinearProduct {
   void* score_gradient = nullptr;
   Dtype score_dtype = Dtype::kFloat32;
   void* memory = nullptr;
-  int splits = 1;  // of the depth; the launch sets these two
+  int splits = 1;  // of the depth over blocks, and over a block's warps (few rows on CUDA); the launch sets these three
+  int slices = 1;
   int64_t depth_of_split = 0;
 };
 

@@ -107,6 +107,19 @@ def loops(function: str, blocks: list[Block]) -> list[Loop]:
     return sorted(ways, key=lambda loop: -loop.instructions)
 
 
+def streams(function: str, blocks: list[Block]) -> list[Loop]:
+    """The loops of one block that load pieces of 16 bytes and multiply without tensor cores, longest first.
+
+    Here `mma` are fma, and `copies` the loads of what is read once.
+    """
+    ways = [
+        Loop(function, len(block.mnemonics), block.count("FFMA"), block.count("LDG", ".EF.128"))
+        for index, block in enumerate(blocks)
+        if index in block.next and block.count("FFMA") and block.count("LDG", ".EF.128")
+    ]
+    return sorted(ways, key=lambda loop: -loop.instructions)
+
+
 def _body(blocks: list[Block], head: int, end: int) -> frozenset[int]:
     """The blocks of the natural loop of a branch back from `end` to `head`; none where it is not one."""
     before: dict[int, list[int]] = {}
@@ -166,7 +179,7 @@ def main() -> None:
         parser.error("nvdisasm: expected it on the path or by --nvdisasm: pip install nvidia-cuda-nvdisasm")
     for cubin in args.cubins:
         for name, blocks in functions(disassembled(cubin, args.nvdisasm)).items():
-            for loop in loops(name, blocks):
+            for loop in (*loops(name, blocks), *streams(name, blocks)):
                 print(loop)
 
 

@@ -2,6 +2,7 @@
 
 Products are named Activation<Shape, type, W's, Delta's, backward> and WeightGradient<Shape, type, Delta's>; a Shape's
 numbers are rows, columns and depth of a tile, warps down and across, most stages, and slices (csrc/cuda/stream.cuh).
+Rows<most rows, type, W's, Delta's> is a forward without tiles (csrc/cuda/rows.cuh).
 A block of csrc/cuda/linear.cu leaves room for a second one on its multiprocessor: 65,536 registers and, on the
 smallest of them, 100 KiB of shared memory are there to be shared. A kernel whose shared memory is dynamic has its size
 as the last argument of its template.

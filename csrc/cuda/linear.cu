@@ -41,7 +41,7 @@ int64_t linear_bytes(Product kind, const LinearProduct& args, int device) {
 void linear(Product kind, LinearProduct args, int device, void* stream) {
   const DeviceGuard guard(device);
   const dev::Grid grid = dev::plan(kind, args, multiprocessors(device));
-  args.splits = static_cast<int>(grid.splits);
+  args.splits = static_cast<int>(grid.splits), args.slices = static_cast<int>(grid.slices);
   args.depth_of_split = grid.depth_of_split;
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (grid.tiles > 0) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/gate.cuh"
+#include "cuda/rows.cuh"
 #include "cuda/tile.cuh"
 
 namespace taps::dev {
@@ -187,6 +188,10 @@ template <class T, class W, class D, class Launch>
 void with_activation(Product product, const LinearProduct& p, const Launch& launch) {
   if (product == Product::kInputGradient) {
     launch(Instance<InputGradient<MoreRows, T, W, D>>());
+  } else if (p.rows == 1) {
+    launch(Instance<Rows<1, T, W, D>>());
+  } else if (p.rows <= Warps::kMostRows) {
+    launch(Instance<Rows<Warps::kMostRows, T, W, D>>());
   } else if (p.rows <= kFewRows) {
     launch(Instance<Forward<FewRows, T, W, D>>());
   } else {
@@ -217,6 +222,7 @@ void with_instance(Product product, const LinearProduct& p, const Launch& launch
 
 struct Grid {
   unsigned tiles = 0, splits = 1;  // blocks in x and y
+  unsigned slices = 1;             // of the depth in a block, where warps share it (rows.cuh)
   int64_t depth_of_split = 0;
   int64_t bytes = 0;  // of scratch memory
 };
@@ -247,8 +253,29 @@ inline Grid plan(int64_t rows, int64_t columns, int64_t depth, int64_t tile_rows
   return grid;
 }
 
-// The grid of a product.
-inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
+// The grid of a product of few rows (rows.cuh), whose depth is divided among so many warps of a block.
+inline Grid plan_rows(const LinearProduct& p, unsigned slices) {
+  Grid grid;
+  const int64_t columns = Warps::kWarps / static_cast<int64_t>(slices) * Warps::kOutputs;
+  const int64_t depth = slices * Warps::kAlign;
+  grid.tiles = p.rows > 0 ? static_cast<unsigned>((p.outputs + columns - 1) / columns) : 0;
+  grid.slices = slices;
+  grid.depth_of_split = (p.inputs + depth - 1) / depth * Warps::kAlign;
+  return grid;
+}
+
+// The same, with slices until there are two blocks to a multiprocessor, as long as each is deep enough.
+inline Grid plan_rows(const LinearProduct& p, int multiprocessors) {
+  unsigned slices = 1;
+  while (slices < Warps::kWarps && p.inputs >= 2 * slices * Warps::kLeastDepth &&
+         plan_rows(p, slices).tiles < 2 * static_cast<unsigned>(multiprocessors)) {
+    slices *= 2;
+  }
+  return plan_rows(p, slices);
+}
+
+// The grid of a product in tiles.
+inline Grid plan_tiles(Product product, const LinearProduct& p, int multiprocessors) {
   if (product == Product::kWeightGradient) {  // the depth is the rows, of which there are few: never split
     using S = WeightTile;
     Grid grid;
@@ -265,6 +292,15 @@ inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
     return plan(p.rows, columns, depth, FewRows::kRows, FewRows::kColumns, FewRows::kDepth, bytes, multiprocessors);
   }
   return plan(p.rows, columns, depth, MoreRows::kRows, MoreRows::kColumns, MoreRows::kDepth, bytes, multiprocessors);
+}
+
+// The grid of a linear layer's product, and of a convolution's.
+inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
+  if (product == Product::kForward && p.rows <= Warps::kMostRows) return plan_rows(p, multiprocessors);
+  return plan_tiles(product, p, multiprocessors);
+}
+inline Grid plan(Product product, const Convolution& p, int multiprocessors) {
+  return plan_tiles(product, p, multiprocessors);
 }
 
 }  // namespace taps::dev

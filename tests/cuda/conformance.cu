@@ -93,6 +93,18 @@ void launch(const Args& args, int64_t rows, int64_t columns) {
   must(cudaGetLastError(), "launch");
 }
 
+// The forward of up to four rows without tensor cores (rows.cuh), with as many slices of the depth.
+template <class T, class D>
+void launch_rows(LinearProduct args, unsigned slices) {
+  const Grid grid = plan_rows(args, slices);
+  args.slices = static_cast<int>(grid.slices), args.depth_of_split = grid.depth_of_split;
+  with_activation<T, T, D>(Product::kForward, args, [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+  });
+  must(cudaGetLastError(), "launch");
+}
+
 // One product with W of T and Delta of D against whole numbers; T is float for tf32.
 template <class T, class D>
 bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits) {
@@ -113,8 +125,11 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   args.memory = memory.device, args.splits = splits, args.score_gradient = memory.device;
   args.depth_of_split = (depth + 64 * splits - 1) / (64 * splits) * 64;
   args.result = weight ? static_cast<void*>(ddelta.device) : out.device, args.ld_result = columns;
+  const bool without_tiles = forward && sizeof(T) == 2 && m <= Warps::kMostRows;
   if (weight) {
     launch<WeightGradient<WeightTile, T, D>>(args, rows, columns);
+  } else if (without_tiles) {
+    if constexpr (sizeof(T) == 2) launch_rows<T, D>(args, splits > 1 ? 4 : 1);
   } else {
     if (!forward) {
       launch<InputGradient<MoreRows, T, T, D>>(args, rows, columns);
@@ -152,7 +167,7 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
 template <class T, class D>
 int failures_of(const char* name) {
   int failures = 0;
-  for (const int64_t m : {1, 17, 130}) {
+  for (const int64_t m : {1, 3, 9, 17, 130}) {
     for (const int64_t n : {1, 65, 257}) {
       for (const int64_t k : {1, 72, 257}) {
         for (const Product kind : {Product::kForward, Product::kInputGradient, Product::kWeightGradient}) {

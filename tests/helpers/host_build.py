@@ -22,6 +22,7 @@ KERNEL_HEADERS = (
     "operands.cuh",
     "tile.cuh",
     "linear.cuh",
+    "rows.cuh",
     "pixels.cuh",
     "conv2d.cuh",
     "elements.cuh",

@@ -148,6 +148,68 @@ MISTAKES = {
         "dot += «static_cast<double>(first) * to_f32(change[at].x) → first * to_f32(change[at].x)»;", "expected|FAILED"
     ),
     "splits added from the last": Mistake("partial[«split → (p.splits - 1 - split)» * rows * columns + at]", WRONG),
+    # --- up to four rows without tensor cores
+    "few rows: closed, but Delta is read": Mistake(
+        "if («is_open(p.gate) → true») {  // once", f"{WRONG}|SEGV|null pointer"
+    ),
+    "few rows: every slice begins at zero": Mistake("begin = «slice * p.depth_of_split → 0», last", WRONG),
+    "few rows: a slice to the depth's end": Mistake("end = «last < p.inputs ? last : p.inputs → p.inputs»;", WRONG),
+    "few rows: a slice beyond the depth": Mistake(
+        "end = «last < p.inputs ? last : p.inputs → last»;", f"{WRONG}|{BEYOND}"
+    ),
+    "few rows: a warp's outputs for all": Mistake("output = first + «group → 0» * kOutputs;", WRONG),
+    "few rows: a block's outputs for all": Mistake("static_cast<int64_t>(«bid_x() → 0») * groups", WRONG),
+    "few rows: outputs, one too many": Mistake("«first + o >= p.outputs → first + o > p.outputs») return", BEYOND),
+    "few rows: rows, one too many": Mistake("if («m >= p.rows → m > p.rows» ||", f"{WRONG}|{BEYOND}"),
+    "few rows: a row of x that is not there": Mistake("row = «m < p.rows ? m : p.rows - 1 → m»;", BEYOND),
+    "few rows: an output that is not there": Mistake(
+        "row = «output + o < p.outputs ? output + o : p.outputs - 1 → output + o»;", BEYOND
+    ),
+    "few rows: a lane short": Mistake("apart = «16 → 8»;", WRONG),
+    "few rows: sums read too early": Mistake(
+        "sum[o][m]);\n      }\n    }\n    «block_sync(); → ;»",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld(sums", "st(sums"),
+    ),
+    "few rows: all warps leave their sums in one place": Mistake(
+        "st(sums, («warp() → 0» * kOutputs", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("ld(sums", "st(sums")
+    ),
+    "few rows: slices added from the last": Mistake("* slices + «s → (slices - 1 - s)») * kOutputs", WRONG),
+    "few rows: slices forgotten": Mistake("s < «slices → 1»; ++s", WRONG),
+    "few rows: no bias": Mistake("if («p.bias → nullptr») total", WRONG),
+    "few rows: pieces where x is off 16 bytes": Mistake(
+        "piece = «x.piece() < weight.piece() ? x.piece() : weight.piece() → weight.piece()»;",
+        "runtime error: .*misaligned",
+    ),
+    "few rows: pieces where W is off 16 bytes": Mistake(
+        "piece = «x.piece() < weight.piece() ? x.piece() : weight.piece() → x.piece()»;",
+        r"misaligned at ([\w.]+):(\d+)",
+        ("gld16_once",),
+    ),
+    "few rows: pieces where Delta is off 16 bytes": Mistake(
+        "if (kOpen && «delta.piece() < piece → false») piece", r"misaligned at ([\w.]+):(\d+)", ("gld16_once",)
+    ),
+    "few rows: pieces of a depth without": Mistake("piece == 16 && «p.inputs % kPiece == 0 → true») {", BEYOND),
+    "few rows: pairs of odd elements": Mistake("even = «piece >= 4 → true» && p.inputs", "runtime error: .*misaligned"),
+    "few rows: pairs of an odd depth": Mistake("piece >= 4 && «p.inputs % 2 == 0 → true»;", f"{WRONG}|{BEYOND}"),
+    "few rows: a part of a step taken for a whole one": Mistake(
+        "«at + kTogether * kStep <= end → at < end»; at += kTogether", f"{WRONG}|{BEYOND}"
+    ),
+    "few rows: the rest of the depth forgotten": Mistake("if («at < end → false») step<false", WRONG),
+    "few rows: a step skipped": Mistake(
+        "left -= by;\n#pragma unroll\n      for (int m = 0; m < kRows; ++m) x[m] += «by → by + 8»;", f"{WRONG}|{BEYOND}"
+    ),
+    "few rows: elements beyond the depth": Mistake("left = «place.left - k → place.left»;", f"{WRONG}|{BEYOND}"),
+    "few rows: the second of two beyond the depth": Mistake("if («left > 1 → left > 0») both.y", f"{WRONG}|{BEYOND}"),
+    "few rows: half of a piece without Delta": Mistake(
+        "both = {both.x + change.x, «both.y + change.y → both.y»};", WRONG
+    ),
+    "few rows: Delta forgotten among elements": Mistake("own[o] = {«own[o].x + change.x → own[o].x»,", WRONG),
+    "few rows: W_t not rounded among elements": Mistake("{«to_f32(from_f32<T>(own[o].x)) → own[o].x»,", WRONG),
+    "few rows: halves of a word exchanged": Mistake(
+        "to_f32(E{static_cast<uint16_t>(«word → word >> 16»)}), to_f32(E{static_cast<uint16_t>(«word >> 16 → word»)})",
+        WRONG,
+    ),
     # --- the pixels of a convolution
     "pixels, one too many": Mistake("«first + row() < p.rows → first + row() <= p.rows» ?", BEYOND),
     "lines of the result for its columns": Mistake("static_cast<int>(line % «rows → columns»)", f"{BEYOND}|{WRONG}"),

@@ -416,8 +416,9 @@ def _shfl(parts: list[str], operands: list[str]) -> Run:
     valid, (value, by, clamp, members) = (rest[0], rest[1:]) if len(rest) == 5 else (None, rest)
 
     def run(block: Block, mask: Array | None) -> None:
-        whole = (block.value(members, "u32") == 0xFFFFFFFF).all() and (block.value(clamp, "u32") == 31).all()
-        if not whole:
+        took = slice(None) if mask is None else mask  # other warps may be elsewhere
+        said = (np.broadcast_to(block.value(one, "u32"), block.threads)[took] for one in (members, clamp))
+        if not all((got == want).all() for got, want in zip(said, (0xFFFFFFFF, 31), strict=True)):
             raise Fault("shfl: other than of whole warps")
         warps = block.whole_warps(mask)
         words = block.by_warp(block.value(value, "u32"), warps)

@@ -40,7 +40,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @cache
 def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
-    """(kind, type, weight's, Delta's, few rows) -> kernel and shared memory; ("add", type) -> the one of splits."""
+    """(kind, type, weight's, Delta's, its rows) -> kernel and shared memory; ("add", type) -> the one of splits."""
     found: dict[tuple[Any, ...], tuple[ptx.Kernel, int]] = {}
     short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
     for name, kernel in demangled(ptx.parse(text)).items():
@@ -50,11 +50,18 @@ def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
             found["weight", types[0], types[1]] = kernel, shared
         elif "Activation" in name:
             kind = "input" if re.search(r", true>, \d+u>\(", name) else "forward"
-            found[(kind, *types, "Shape<16," in name)] = kernel, shared
+            found[(kind, *types, 16 if "Shape<16," in name else 64)] = kernel, shared
+        elif rows := re.search(r"Rows<(\d),", name):
+            found[("forward", *types, int(rows[1]))] = kernel, shared
         else:
             (one,) = re.findall(r"add_splits<taps::dev::(b?f16)>", name)
             found["add", one] = kernel, 0
     return found
+
+
+def rows_of(kind: str, rows: int) -> int:
+    """Rows that the kernel of a product is made for; up to four there are no tiles."""
+    return 64 if kind == "input" else next(most for most in (1, 4, 16, 64) if rows <= most or most == 64)
 
 
 @dataclass
@@ -129,26 +136,33 @@ class Case:
         )
         self.field("result", "Q", result)
         self.field("ld_result", "q", columns)
-        few = m <= 16 and p.kind == "forward"
-        tile_rows, tile_columns, tile_depth = (16, 32, 64) if few else (64, 64, 32)
+        made_for = 64 if p.kind == "weight" else rows_of(p.kind, m)
+        tile_rows, tile_columns, tile_depth = (16, 32, 64) if made_for == 16 else (64, 64, 32)
+        slices = 1  # of the depth in a block, where there are no tiles
+        if made_for <= 4:
+            while slices < p.splits:
+                slices *= 2
+            tile_rows, tile_columns, tile_depth = 4, 16 // slices, 64
+        splits = p.splits if made_for > 4 else 1
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
         scores = p.kind == "weight" and (p.open or p.on_device)
-        memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * p.splits * rows * columns)
+        memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * splits * rows * columns)
         self.field("memory", "Q", memory)
         self.field("scale", "d", 2.0)
         if scores:
             self.field("score_gradient", "Q", self.memory.reserve(4))
-        self.field("splits", "i", p.splits)
-        per_split = -(-depth // (tile_depth * p.splits)) * tile_depth
+        self.field("splits", "i", splits)
+        self.field("slices", "i", slices)
+        per_split = -(-depth // (tile_depth * splits * slices)) * tile_depth
         self.field("depth_of_split", "q", depth if p.kind == "weight" else per_split)
-        key = ("weight", compute, of_delta) if p.kind == "weight" else (p.kind, *p.types, few)
+        key = ("weight", compute, of_delta) if p.kind == "weight" else (p.kind, *p.types, made_for)
         kernel, shared = kernels[key]
         threads = 128 if p.kind == "weight" else 256
-        for split in range(p.splits):
+        for split in range(splits):
             for tile in range(tiles):
-                place, grid = (tile, split), (tiles, p.splits)
+                place, grid = (tile, split), (tiles, splits)
                 ptx.Block(kernel, self.memory, bytes(self.arguments.bytes), threads, place, grid, shared).run()
-        if p.splits > 1:
+        if splits > 1:
             adding, blocks = kernels["add", compute][0], -(-rows * columns // 256)
             arguments = bytes(self.arguments.bytes) + struct.pack("<2q", rows, columns)
             for block in range(blocks):
@@ -177,9 +191,9 @@ def random_problem(chance: random.Random) -> Problem:
     return Problem(
         kind=kind,
         types=chance.choice(TYPES),
-        rows=chance.choice((1, 2, 7, 16, 17, 33, 64, 65)),
+        rows=chance.choice((1, 2, 3, 4, 7, 16, 17, 33, 64, 65)),
         outputs=chance.choice((1, 2, 8, 31, 32, 33, 64, 66, 97)),
-        inputs=chance.choice((1, 2, 8, 30, 64, 65, 72, 130, 257, 320, 520)),
+        inputs=chance.choice((1, 2, 8, 30, 64, 65, 72, 130, 257, 320, 520, 1032)),
         open=chance.random() < 0.75,
         on_device=chance.random() < 0.5,
         splits=1 if kind == "weight" else chance.choice((1, 1, 2, 3)),
@@ -195,15 +209,15 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
     chance, loaded = random.Random(f"{SEED} ptx"), kernels(texts[architecture])
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
-    assert len(loaded) == 24
+    assert len(loaded) == 36
     for round_ in range(12 if THOROUGH else 1):
         waiting = {key for key in loaded if key[0] != "add"}
         tries = 0
         while waiting:
             problem = random_problem(chance)
-            few = problem.rows <= 16 and problem.kind == "forward"
-            weight = problem.kind == "weight"
-            key = ("weight", problem.types[0], problem.types[2]) if weight else (problem.kind, *problem.types, few)
+            key = (problem.kind, *problem.types, rows_of(problem.kind, problem.rows))
+            if problem.kind == "weight":
+                key = ("weight", problem.types[0], problem.types[2])
             tries += 1
             if key not in waiting:
                 continue
@@ -223,6 +237,8 @@ DEEP = Problem("forward", ("bf16", "bf16", "bf16"), 40, 64, 320)
 FEW = Problem("forward", ("bf16", "bf16", "f32"), 9, 64, 520)
 SHORT = Problem("forward", ("bf16", "bf16", "bf16"), 40, 33, 72, padding=8)
 BACK = Problem("input", ("f16", "f16", "f16"), 40, 70, 64)
+THREE = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 1032, splits=2)
+ODD = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 65)
 GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
 CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),
@@ -236,6 +252,9 @@ CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a wider store": (r"st\.global\.u16", "st.global.u32", SHORT),
     "the high half first": (r"cvt\.rn\.bf16x2\.f32 (%\w+), (%\w+), (%\w+);", r"cvt.rn.bf16x2.f32 \1, \3, \2;", FEW),
     "lanes add their own": (r"shfl\.sync\.bfly", "shfl.sync.idx", GRADIENT),
+    "no tiles, lanes add their own": (r"shfl\.sync\.bfly", "shfl.sync.idx", THREE),
+    "no tiles, Delta subtracted by halves": (r"add\.rn\.bf16x2 (%\w+), (%\w+), (%\w+);", r"xor.b32 \1, \2, \3;", THREE),
+    "no tiles, wider loads": (r"ld\.global\.u16", "ld.global.u32", ODD),
 }
 
 

@@ -76,10 +76,16 @@ class Linear:
         return self.rows <= 16 and self.kind == "forward"
 
     @property
+    def without_tiles(self) -> bool:
+        return self.rows <= 4 and self.kind == "forward"
+
+    @property
     def pattern(self) -> str:
         compute, weight, delta = (NAMES[one] for one in self.types)
         if self.kind == "weight":
             return rf"WeightGradient<.*>, {compute}, {delta}>"
+        if self.without_tiles:
+            return rf"Rows<{1 if self.rows == 1 else 4}, {compute}, {weight}, {delta}>"
         turned = "true" if self.kind == "input" else "false"
         return rf"Activation<taps::dev::Shape<{16 if self.few else 64},.*>, {compute}, {weight}, {delta}, {turned}>"
 
@@ -104,13 +110,16 @@ class Linear:
         if self.kind == "weight":
             made.object("score_gradient")
         made.set("scale", "d", 2.0)
-        made.set("splits", "i", self.splits)
         tile_rows, tile_columns, tile_depth = (16, 32, 64) if self.few else (64, 64, 32)
-        per_split = -(-depth // (tile_depth * self.splits)) * tile_depth
+        splits, per_split = self.splits, -(-depth // (tile_depth * self.splits)) * tile_depth
+        if self.without_tiles:  # as many slices of a block, each a whole number of lines of memory
+            splits, tile_columns = 1, 16 // self.splits
+        made.set("splits", "i", splits)
+        made.set("slices", "i", self.splits if self.without_tiles else 1)
         made.set("depth_of_split", "q", depth if self.kind == "weight" else per_split)
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
         threads = 128 if self.kind == "weight" else 256
-        return Launch(kernel, bytes(made.arguments.bytes), made.pointers, (tiles, self.splits), threads, shared)
+        return Launch(kernel, bytes(made.arguments.bytes), made.pointers, (tiles, splits), threads, shared)
 
 
 @dataclass(frozen=True)
@@ -492,12 +501,15 @@ LINEAR: list[Linear] = [
     # Whole stages, as many as a ring has (3, 4 or 6) and one more, so that the sums lie where a stage was just read.
     *(Linear("forward", types, 16, 64, 832) for types in TYPES),
     *(Linear("forward", types, 64, 128, 416) for types in TYPES),
+    *(Linear("forward", types, rows, 21, 1096, splits=2) for types in TYPES for rows in (1, 4)),  # slices of a block
     *(Linear("input", types, 64, 416, 128) for types in TYPES),
     *(Linear("weight", types, 160, 128, 64) for types in (BF16, MIXED, HALF, MIXED_HALF)),
     # Tails in every direction: pieces of 4 bytes, and elements that are 2 bytes beside 4; rows apart; splits.
     Linear("forward", BF16, 5, 30, 330, splits=2),
     Linear("forward", MIXED, 5, 30, 330, padding=2),
     Linear("forward", BF16, 3, 31, 301),
+    Linear("forward", MIXED, 1, 31, 302),
+    Linear("forward", BF16, 9, 31, 301),
     Linear("forward", BF16, 33, 60, 198, splits=2),
     Linear("forward", MIXED, 20, 33, 101, padding=2),
     Linear("input", BF16, 20, 100, 34),
@@ -507,10 +519,12 @@ LINEAR: list[Linear] = [
     # Closed gates have loops of their own.
     Linear("forward", BF16, 16, 64, 832, opened=False),
     Linear("forward", MIXED, 64, 128, 416, opened=False),
+    Linear("forward", BF16, 4, 21, 1096, opened=False, splits=4),
     Linear("input", WIDE, 64, 416, 128, opened=False),
     Linear("weight", BF16, 160, 128, 64, opened=False),
     # The other architecture.
     Linear("forward", HALF, 16, 64, 832, architecture="compute_80"),
+    Linear("forward", HALF, 4, 21, 1096, architecture="compute_80", splits=2),
     Linear("forward", BF16, 64, 128, 416, architecture="compute_80"),
     Linear("input", MIXED, 64, 416, 128, architecture="compute_80"),
     Linear("weight", MIXED, 160, 128, 64, architecture="compute_80"),
@@ -661,6 +675,7 @@ no_barriers = replaced(r"bar\.sync\s+0;", "")
 loops, before_slices, after_slices = (without_barriers(6, *places) for places in ((0, 1), (2, 4), (3, 5)))
 FEW, MORE = Linear("forward", BF16, 16, 64, 832), Linear("forward", MIXED, 64, 128, 416)
 IMAGES, IMAGE = convolved(BF16, 32, 8, 128), convolved(MIXED, 64, 4, 64)
+NO_TILES = Linear("forward", BF16, 4, 21, 1096, splits=2)
 INPUT, WEIGHT = Linear("input", BF16, 64, 416, 128), Linear("weight", BF16, 160, 128, 64)
 PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "few rows, a group too few is waited for": (FEW, too_early),
@@ -669,6 +684,8 @@ PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "few rows, no barrier behind the slices' sums": (FEW, after_slices),
     "few rows, all blocks write one tile": (FEW, one_block),
     "few rows, two splits write one sum": (Linear("forward", BF16, 5, 30, 330, splits=2), one_split),
+    "no tiles, no barrier": (NO_TILES, without_barriers(1, 0)),
+    "no tiles, all blocks write the same outputs": (NO_TILES, one_block),
     "more rows, a group too few is waited for": (MORE, too_early),
     "more rows, no barrier in the loop": (MORE, loops),
     "more rows, no barrier before the slices' sums": (MORE, before_slices),

@@ -159,7 +159,7 @@ int64_t linear_bytes(Product kind, const LinearProduct& args, int) {
 
 void linear(Product kind, LinearProduct args, int, void*) {
   const dev::Grid grid = dev::plan(kind, args, kMultiprocessors);
-  args.splits = static_cast<int>(grid.splits);
+  args.splits = static_cast<int>(grid.splits), args.slices = static_cast<int>(grid.slices);
   args.depth_of_split = grid.depth_of_split;
   if (args.compute == Dtype::kBFloat16) {
     launch_compute<bf16>(kind, args, grid);

@@ -48,6 +48,7 @@ int main() {
   TAPS_FIELD(LinearProduct, score_dtype);
   TAPS_FIELD(LinearProduct, memory);
   TAPS_FIELD(LinearProduct, splits);
+  TAPS_FIELD(LinearProduct, slices);
   TAPS_FIELD(LinearProduct, depth_of_split);
 
   std::printf("Convolution %zu\n", sizeof(taps::Convolution));  // its product's fields come first

@@ -140,23 +140,44 @@ struct Tensors {
   }
 };
 
+// Whether a body divides the depth among a block's warps, and not among blocks.
+template <class Body>
+constexpr bool kInSlices = false;
+template <int kRows, class T, class W, class D>
+constexpr bool kInSlices<Rows<kRows, T, W, D>> = true;
+
+// The grid as it is planned, or with as many splits, or slices to the next power of two, as a problem wants.
+template <class Body, class Args>
+Grid grid_of(Product kind, const Problem& s, const Args& args, int64_t rows, int64_t columns) {
+  using S = typename Body::Tile;
+  Grid grid = plan(kind, args, s.multiprocessors);
+  if constexpr (kInSlices<Body>) {
+    unsigned slices = 1;
+    while (slices < static_cast<unsigned>(s.splits)) slices *= 2;
+    return s.splits > 0 ? plan_rows(args, slices) : grid;
+  } else {
+    const int64_t depth = kind == Product::kForward ? s.k : kind == Product::kInputGradient ? s.n : s.m;
+    grid.tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
+    if (s.splits > 0) {
+      grid.splits = static_cast<unsigned>(s.splits);
+      grid.depth_of_split = (depth + s.splits * S::kDepth - 1) / (s.splits * S::kDepth) * S::kDepth;
+      grid.bytes = std::max<int64_t>(4 * s.splits * rows * columns, 8 * grid.tiles);
+    }
+    return grid;
+  }
+}
+
 // Runs a product as linear.cu launches it.
 template <class Body, class T, class Args>
 std::vector<twin::Finding> launch(Product kind, const Problem& s, Args& args, std::vector<float>& memory) {
   using S = typename Body::Tile;
-  Grid grid = plan(kind, args, s.multiprocessors);
   const bool weight_gradient = kind == Product::kWeightGradient;
   const int64_t rows = weight_gradient ? s.n : s.m, columns = kind == Product::kForward ? s.n : s.k;
-  const int64_t depth = kind == Product::kForward ? s.k : kind == Product::kInputGradient ? s.n : s.m;
-  grid.tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
-  if (s.splits > 0) {
-    grid.splits = static_cast<unsigned>(s.splits);
-    grid.depth_of_split = (depth + s.splits * S::kDepth - 1) / (s.splits * S::kDepth) * S::kDepth;
-    grid.bytes = std::max<int64_t>(4 * s.splits * rows * columns, 8 * grid.tiles);
-  }
+  const Grid grid = grid_of<Body>(kind, s, args, rows, columns);
   memory.assign(static_cast<std::size_t>(grid.bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
   args.memory = memory.data();
   args.splits = static_cast<int>(grid.splits), args.depth_of_split = grid.depth_of_split;
+  args.slices = static_cast<int>(grid.slices);
   auto found =
       twin::launch({grid.tiles, grid.splits, 1}, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
   if (!weight_gradient && args.splits > 1 && found.empty()) {

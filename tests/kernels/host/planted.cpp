@@ -4,6 +4,7 @@
 #include "depthwise_case.h"
 #include "elementwise_case.h"
 #include "linear_case.h"
+#include "rows_case.h"
 #include "unpack_case.h"
 
 using namespace host;  // NOLINT
@@ -37,6 +38,38 @@ TAPS_CASE(forward) {
 }
 
 TAPS_CASE(splits) { return check_splits(); }
+
+TAPS_CASE(rows) {
+  FewRowsProblem problem;
+  problem.seed = 1, problem.bias = true;
+  for (const int64_t inputs : {2000, 776, 61}) {  // whole steps and a part of one; the depth ends in a piece
+    problem.m = 3, problem.n = 9, problem.k = inputs, problem.slices = inputs == 61 ? 1 : 4;
+    problem.gate = Known::kOpen;
+    std::string wrong = check_rows<Rows<4, bf16, bf16, bf16>, bf16, bf16, bf16>(problem);
+    if (wrong.empty()) wrong = check_rows<Rows<4, f16, float, float>, f16, float, float>(problem);
+    problem.m = 1, problem.slices = 2;
+    if (wrong.empty()) wrong = check_rows<Rows<1, bf16, bf16, float>, bf16, bf16, float>(problem);
+    problem.gate = inputs == 61 ? Known::kClosed : Known::kRead, problem.score = 0.05;
+    if (wrong.empty()) wrong = check_rows<Rows<1, f16, f16, f16>, f16, f16, f16>(problem);
+    if (!wrong.empty()) return wrong;
+  }
+  problem.m = 2, problem.n = 3, problem.k = 61, problem.slices = 1, problem.gate = Known::kOpen;
+  for (int64_t& padding : problem.paddings) padding = 3;  // rows on 16 bytes that end off them
+  std::string wrong = check_rows<Rows<4, bf16, bf16, bf16>, bf16, bf16, bf16>(problem);
+  if (wrong.empty()) wrong = check_slices();
+  if (!wrong.empty()) return wrong;
+  for (int64_t& padding : problem.paddings) padding = 0;
+  problem.k = 264;
+  for (int64_t& offset : problem.offsets) {  // one of x, W and Delta off 16 bytes, then off 4
+    for (const int64_t elements : {2, 1}) {
+      offset = elements;
+      wrong = check_rows<Rows<4, bf16, bf16, bf16>, bf16, bf16, bf16>(problem);
+      if (!wrong.empty()) return wrong;
+    }
+    offset = 0;
+  }
+  return "";
+}
 
 TAPS_CASE(input_gradient) {
   for (uint64_t seed = 0; seed < 3; ++seed) {
