@@ -105,7 +105,8 @@ constexpr Rule kTable[] = {
     {"emulated", kMeasured, kProduct, kCpu, kEmulated, kAny, 16, 4, kAll, kAll, 0, 1 << 20},
     {"emulated", kMeasured, kProduct, kCpu, kEmulated, kNarrow, 16, 0, 3, kAll, 3 << 17, 0},
     {"emulated", kMeasured, kProduct, kCpu, kEmulated, kWide, 16, 0, 3, kAll, 1 << 18, 0},
-    {"unit", kPredicted, kProduct, kCpu, kUnit | kOther, kAny, 16, 0, 32, kAll, 3 << 17, 0},
+    {"unit", kPredicted, kProduct, kCpu, kUnit, kAny, 16, 0, 15, kAll, 3 << 17, 0},
+    {"other", kPredicted, kProduct, kCpu, kOther, kAny, 16, 0, 32, kAll, 3 << 17, 0},
 };
 
 }  // namespace rules
