@@ -105,6 +105,7 @@ def register() -> None:
     formulas: dict[str, Any] = {
         "reconstruct": _nothing,
         "foreach_reconstruct": _nothing,
+        "foreach_settle": _nothing,
         "packed_linear": _forward,
         "gated_linear": _forward,
         "gated_linear_backward": _linear_backward,

@@ -105,9 +105,9 @@ def test_choice_of_path():
         (3, {**halved, "inputs": 128}, "rebuild"),
         (10**6, {**halved, "inputs": 128}, "fused"),
         (10**6, {**halved, "inputs": 127}, "rebuild"),
-        (32, unit, "fused"),
-        (33, unit, "rebuild"),
-        (32, {**unit, "inputs": 383}, "rebuild"),
+        (15, unit, "fused"),
+        (16, unit, "rebuild"),
+        (15, {**unit, "inputs": 383}, "rebuild"),
     ):
         assert _C.choose(rows=rows, **{**large, **more}) == path, (rows, more)
     with pytest.raises(RuntimeError, match="stock: expected usual, .*, got slow"):
