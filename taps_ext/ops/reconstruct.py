@@ -71,7 +71,7 @@ def foreach_reconstruct_(
     gates: Sequence[bool | None] | None = None,
     threshold: float = 0.1,
 ) -> None:
-    """:func:`reconstruct_` for every entry of the lists; on a GPU one launch serves up to 40 dense tensors.
+    """:func:`reconstruct_` for every entry of the lists; on a GPU one launch serves up to 256 dense tensors.
 
     `scores` and `gates`: one for each tensor, or None for all; a gate of None is read from its score.
 
