@@ -32,7 +32,8 @@ class Mistake(NamedTuple):
     constant: bool = False
 
 
-WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow"
+# Beyond its allocation: next to it, or so far that no memory is there.
+WRONG, BEYOND = "expected .*, got", "heap-buffer-overflow|SEGV"
 READS = ("ldsm_x4", "ld(tile", "ld2(tile")
 WAIT, SYNC = "«cp_wait<kStages - 2>(); → {}»\n", "«block_sync(); → {}»  // what everyone fetched"
 
@@ -369,7 +370,7 @@ MISTAKES = {
     "a channel of the result too many": Mistake("if («i < left → i <= left») to[i]", f"{BEYOND}|{WRONG}"),
     "channels exchanged": Mistake("v.word[i / 2] >> 16 * («i → (i + 1)» % 2)", WRONG),
     "strips of every split from the first": Mistake("begin = static_cast<int>(«bid_y() → 0u») * count", WRONG),
-    "strips behind the last": Mistake("end = «all - begin < count → false» ? all", f"{BEYOND}|{WRONG}|SEGV"),
+    "strips behind the last": Mistake("end = «all - begin < count → false» ? all", f"{BEYOND}|{WRONG}"),
     "a strip behind its row": Mistake("if («column >= of_row → column > of_row»)", f"{BEYOND}|{WRONG}"),
     "a row behind its image": Mistake("if («row >= rows → row > rows»)", f"{BEYOND}|{WRONG}"),
     "rows forgotten on the way": Mistake("row += «rows_on → 0», image", WRONG),

@@ -104,7 +104,7 @@ TAPS_CASE(many_rebuilt_at_once) {
 
 TAPS_CASE(many_settled_at_once) {
   const std::vector<std::vector<int64_t>> lists = {
-      {5}, {16384, 16383, 16385, 1}, {40000, 3, 33000, 9, 2049}, std::vector<int64_t>(taps::kMostTensors, 67)};
+      {5}, {16384, 16383, 16385, 1}, {40000, 3, 17325, 9, 2049}, std::vector<int64_t>(taps::kMostTensors, 67)};
   for (const std::vector<int64_t>& counts : lists) {
     for (uint64_t seed = 0; seed < (counts.size() > 9 ? 1 : 12); ++seed) {
       for (const bool in_double : {false, true}) {

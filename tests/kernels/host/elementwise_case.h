@@ -320,7 +320,7 @@ inline std::string check_settle(const std::vector<int64_t>& counts, bool in_doub
     const bool in_place = i % 5 == 2;
     const Dtype gradient = in_place ? delta : kDtypes[i % 4 == 1 && !in_double ? 0 : i % 4];
     items.push_back(std::make_unique<Settled>(gradient, delta, count, static_cast<int64_t>(i % 7 == 3),
-                                              static_cast<How>(i % 4), i % 6 != 1, i % 6 != 4, in_place, i % 2 == 0));
+                                              static_cast<How>(i % 4), i % 6 != 1, i % 5 != 3, in_place, i % 2 == 0));
     batch.items[batch.count] = items.back()->args;
     batch.numel[batch.count++] = count;
   }
