@@ -54,17 +54,28 @@ def _keep(ctx: Any, delta: Tensor, score: Tensor | None, gate: bool | None, thre
     ctx.save_for_backward(delta, score)
 
 
+def plain_gradients(
+    grad: Tensor, delta: Tensor, score: Any, gate: bool | None, threshold: float, *, of_delta: bool, of_score: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """From G to those of Delta and score, as far as they are asked for, in torch's own operators."""
+    ddelta = dscore = None
+    if of_delta and gate is not False:
+        ddelta = grad.to(delta.dtype)
+        if gate is None:
+            ddelta = torch.where(score >= threshold, ddelta, torch.zeros_like(ddelta))
+    if of_score:
+        kind = reference.compute_dtype(grad, delta)
+        dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+    return ddelta, dscore
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     delta, score = ctx.saved_tensors
     need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
-    ddelta = dscore = None
-    if need_delta and ctx.gate is not False:
-        ddelta = grad.to(delta.dtype)
-        if ctx.gate is None:
-            ddelta = torch.where(score >= ctx.threshold, ddelta, torch.zeros_like(ddelta))
-    if need_score:
-        kind = reference.compute_dtype(grad, delta)
-        dscore = (grad.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
+    ddelta, dscore = plain_gradients(
+        grad, delta, score, ctx.gate, ctx.threshold, of_delta=need_delta, of_score=need_score
+    )
+    if dscore is not None:
         plain = type(grad) is Tensor and not torch.compiler.is_compiling()  # neither fake nor traced
         if grad.device.type == "cpu" and plain:  # elsewhere it would synchronise
             closed = ctx.gate is False or (ctx.gate is None and bool(score < ctx.threshold))

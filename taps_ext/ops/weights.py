@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..extension import C
 from .fakes import register_fake
+from .weight import plain_gradients
 
 
 class Gated(NamedTuple):
@@ -101,7 +102,11 @@ class _Together(torch.autograd.Function):
         deltas, scores = saved[: len(facts)], saved[len(facts) :]
         wanted = ctx.needs_input_grad[1:]
         if reference.may_be_transformed() or any(map(_in_batches, gradients)):
-            return None, *_plainly(facts, gradients, deltas, scores, wanted)
+            return None, *(
+                one
+                for i, (fact, *tensors) in enumerate(zip(facts, gradients, deltas, scores, strict=True))
+                for one in (None, *_plainly(fact, *tensors, *wanted[3 * i + 1 : 3 * i + 3]))
+            )
         found: list[Tensor | None] = []
         lists = _Lists(6)
         for i, (fact, gradient, delta, score) in enumerate(zip(facts, gradients, deltas, scores, strict=True)):
@@ -126,20 +131,12 @@ def _in_batches(gradient: Tensor | None) -> bool:
     return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
-def _plainly(facts: Any, gradients: Any, deltas: Any, scores: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The same in torch's own operators."""
-    found: list[Tensor | None] = []
-    for i, (fact, gradient, delta, score) in enumerate(zip(facts, gradients, deltas, scores, strict=True)):
-        ddelta = dscore = None
-        if gradient is not None and wanted[3 * i + 1] and fact.gate is not False:
-            ddelta = gradient.to(delta.dtype)
-            if fact.gate is None:
-                ddelta = torch.where(score >= fact.threshold, ddelta, torch.zeros_like(ddelta))
-        if gradient is not None and wanted[3 * i + 2]:
-            kind = reference.compute_dtype(gradient, delta)
-            dscore = (gradient.to(kind) * delta.to(kind)).sum().to(score.dtype).reshape(score.shape)
-        found += (None, ddelta, dscore)
-    return found
+def _plainly(
+    fact: Fact, gradient: Tensor | None, delta: Tensor, score: Tensor | None, of_delta: bool, of_score: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if gradient is None:
+        return None, None
+    return plain_gradients(gradient, delta, score, fact.gate, fact.threshold, of_delta=of_delta, of_score=of_score)
 
 
 class _Lists:

@@ -18,6 +18,30 @@
   TAPS_FIELD(type, gate.score_dtype); \
   TAPS_FIELD(type, gate.threshold)
 
+#define TAPS_PRODUCT(type)            \
+  TAPS_FIELD(type, rows);             \
+  TAPS_FIELD(type, outputs);          \
+  TAPS_FIELD(type, inputs);           \
+  TAPS_FIELD(type, x);                \
+  TAPS_FIELD(type, dy);               \
+  TAPS_FIELD(type, weight);           \
+  TAPS_FIELD(type, delta);            \
+  TAPS_FIELD(type, bias);             \
+  TAPS_FIELD(type, result);           \
+  TAPS_FIELD(type, ld_result);        \
+  TAPS_FIELD(type, compute);          \
+  TAPS_FIELD(type, weight_dtype);     \
+  TAPS_FIELD(type, delta_dtype);      \
+  TAPS_FIELD(type, gate.open);        \
+  TAPS_FIELD(type, gate.score);       \
+  TAPS_FIELD(type, gate.score_dtype); \
+  TAPS_FIELD(type, gate.threshold);   \
+  TAPS_FIELD(type, scale);            \
+  TAPS_FIELD(type, score_gradient);   \
+  TAPS_FIELD(type, memory);           \
+  TAPS_FIELD(type, splits);           \
+  TAPS_FIELD(type, depth_of_split)
+
 #define TAPS_WALK(type)         \
   TAPS_FIELD(type, walk.numel); \
   TAPS_FIELD(type, walk.ndim);  \
@@ -26,30 +50,9 @@
 
 int main() {
   std::printf("LinearProduct %zu\n", sizeof(taps::LinearProduct));
-  TAPS_FIELD(LinearProduct, rows);
-  TAPS_FIELD(LinearProduct, outputs);
-  TAPS_FIELD(LinearProduct, inputs);
-  TAPS_FIELD(LinearProduct, x);
-  TAPS_FIELD(LinearProduct, dy);
-  TAPS_FIELD(LinearProduct, weight);
-  TAPS_FIELD(LinearProduct, delta);
-  TAPS_FIELD(LinearProduct, bias);
-  TAPS_FIELD(LinearProduct, result);
-  TAPS_FIELD(LinearProduct, ld_result);
-  TAPS_FIELD(LinearProduct, compute);
-  TAPS_FIELD(LinearProduct, weight_dtype);
-  TAPS_FIELD(LinearProduct, delta_dtype);
-  TAPS_FIELD(LinearProduct, gate.open);
-  TAPS_FIELD(LinearProduct, gate.score);
-  TAPS_FIELD(LinearProduct, gate.score_dtype);
-  TAPS_FIELD(LinearProduct, gate.threshold);
-  TAPS_FIELD(LinearProduct, scale);
-  TAPS_FIELD(LinearProduct, score_gradient);
+  TAPS_PRODUCT(LinearProduct);
   TAPS_FIELD(LinearProduct, score_dtype);
-  TAPS_FIELD(LinearProduct, memory);
-  TAPS_FIELD(LinearProduct, splits);
   TAPS_FIELD(LinearProduct, slices);
-  TAPS_FIELD(LinearProduct, depth_of_split);
 
   std::printf("Convolution %zu\n", sizeof(taps::Convolution));  // its product's fields come first
   TAPS_FIELD(Convolution, channels);
@@ -61,28 +64,7 @@ int main() {
   TAPS_FIELD(Convolution, result_size);
   TAPS_FIELD(Convolution, x_strides);
   std::printf("Depthwise %zu\n", sizeof(taps::Depthwise));
-  TAPS_FIELD(Depthwise, rows);
-  TAPS_FIELD(Depthwise, outputs);
-  TAPS_FIELD(Depthwise, inputs);
-  TAPS_FIELD(Depthwise, x);
-  TAPS_FIELD(Depthwise, dy);
-  TAPS_FIELD(Depthwise, weight);
-  TAPS_FIELD(Depthwise, delta);
-  TAPS_FIELD(Depthwise, bias);
-  TAPS_FIELD(Depthwise, result);
-  TAPS_FIELD(Depthwise, ld_result);
-  TAPS_FIELD(Depthwise, compute);
-  TAPS_FIELD(Depthwise, weight_dtype);
-  TAPS_FIELD(Depthwise, delta_dtype);
-  TAPS_FIELD(Depthwise, gate.open);
-  TAPS_FIELD(Depthwise, gate.score);
-  TAPS_FIELD(Depthwise, gate.score_dtype);
-  TAPS_FIELD(Depthwise, gate.threshold);
-  TAPS_FIELD(Depthwise, scale);
-  TAPS_FIELD(Depthwise, score_gradient);
-  TAPS_FIELD(Depthwise, memory);
-  TAPS_FIELD(Depthwise, splits);
-  TAPS_FIELD(Depthwise, depth_of_split);
+  TAPS_PRODUCT(Depthwise);
   TAPS_FIELD(Depthwise, batch);
   TAPS_FIELD(Depthwise, kernel);
   TAPS_FIELD(Depthwise, size);
