@@ -81,28 +81,28 @@ TAPS_DEVICE void store_channels(T* to, const float (&from)[kChannels<T>], int le
 
 // --- where a thread works ------------------------------------------------------------------------------------------
 
-// Every `step`th strip of the block's, which are counted along rows, then down images, then through the batch. To go on
+// Every `every`th strip of the block's, which are counted along rows, then down images, then through the batch. To go on
 // is to carry: a division takes as long as a row of the kernel.
 struct Strips {
-  int index, end, step, of_row, rows;
+  int left, of_row, rows;  // `left`: strips to come, where an index, its end and its step were three registers
   int column, row, image;
   int columns_on, rows_on, images_on;
 
   // `first`: of the thread's; `of_row`, `rows`: strips of a row, rows of an image.
-  TAPS_DEVICE Strips(const Depthwise& p, unsigned first, unsigned step, int of_row, int rows)
-      : step(static_cast<int>(step)), of_row(of_row), rows(rows) {
+  TAPS_DEVICE Strips(const Depthwise& p, unsigned first, unsigned every, int of_row, int rows)
+      : of_row(of_row), rows(rows) {
     const int all = static_cast<int>(p.batch) * rows * of_row, count = static_cast<int>(p.depth_of_split);
-    const int begin = static_cast<int>(bid_y()) * count;
-    end = all - begin < count ? all : begin + count;
-    index = begin + static_cast<int>(first);
+    const int begin = static_cast<int>(bid_y()) * count, end = all - begin < count ? all : begin + count;
+    const int index = begin + static_cast<int>(first), step = static_cast<int>(every);
+    left = (end - index + step - 1) / step;  // none or less: no strip
     row = index / of_row, column = index - row * of_row;
     image = row / rows, row -= image * rows;
-    rows_on = this->step / of_row, columns_on = this->step - rows_on * of_row;
+    rows_on = step / of_row, columns_on = step - rows_on * of_row;
     images_on = rows_on / rows, rows_on -= images_on * rows;
   }
-  TAPS_DEVICE bool there() const { return index < end; }
+  TAPS_DEVICE bool there() const { return left > 0; }
   TAPS_DEVICE void next() {
-    index += step, column += columns_on, row += rows_on, image += images_on;
+    --left, column += columns_on, row += rows_on, image += images_on;
     if (column >= of_row) column -= of_row, ++row;
     if (row >= rows) row -= rows, ++image;
   }
