@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import ConfigError, UnsupportedModuleError, suggestion
 from ..parts import Own, Part
-from ..parts.host import GATED_TYPES, base_weight, bias_name, is_norm, original_class, weight_name
+from ..parts.host import GATED_TYPES, base_weight, host_of, hosts_by_name, is_norm, owner_of, weight_name
+from .weights import KNOWN_TYPES, TABLES, globs, hosts_in, refusal
 
-_UNSUPPORTED: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+
+@dataclass(frozen=True)
+class Reach:
+    """What of a base its tasks are given, beside what their configs say; files keep it.
+
+    Attributes:
+        frozen: names of parameters that the user froze before the base was adapted, and which stay the base's unless
+            `target_modules` names their layer.
+        any_weight: False for linear layers, 2-d convolutions and attention alone, as files without `weights` have it.
+    """
+
+    frozen: frozenset[str] = frozenset()
+    any_weight: bool = False
 
 
 @dataclass
 class Scan:
-    """Module names of one base model, in module order.
+    """What methods make parts for, by name, in module order.
 
-    `order`: the place of every module; `gated`: linear and 2-d convolution layers; `norms`; `others`: modules that own
-    further parameters or buffers; `head`: the head's name, or None.
+    Attributes:
+        order: the place of every module and parameter.
+        gated: linear and 2-d convolution layers and attention's input projections, which have kernels of ours.
+        rebuilt: every other weight that can be gated, which torch multiplies with: a layer (transposed convolutions,
+            transformers' Conv1D), or one weight of a module that has more of its own (recurrent layers, experts).
+        norms: normalisation layers. others: modules that own further parameters or buffers.
+        head: the head's name, or None.
+        frozen: names of parameters that the user froze before the base was adapted.
     """
 
     order: dict[str, int] = field(default_factory=dict)
     gated: dict[str, nn.Module] = field(default_factory=dict)
+    rebuilt: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     others: dict[str, nn.Module] = field(default_factory=dict)
     head: str | None = None
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def reach(self) -> Reach:
+        """What files keep of how it was made."""
+        return Reach(self.frozen, bool(self.rebuilt))
+
+    @property
+    def weights(self) -> dict[str, nn.Module]:
+        """All that can be gated: `gated` and `rebuilt`."""
+        both = {**self.gated, **self.rebuilt}
+        return {name: both[name] for name in sorted(both, key=self.order.__getitem__)}
+
+    def owned(self, name: str, module: nn.Module) -> list[str]:
+        """The names of a module's parameters that a task may have of its own: neither gated nor frozen."""
+        taken = {*self.rebuilt, *self.frozen}
+        held = [key for key, parameter in module._parameters.items() if parameter is not None]
+        return [key for key in held if (f"{name}.{key}" if name else key) not in taken]
 
     def own(
         self, modules: Mapping[str, nn.Module], *, buffers: bool = True, only: Callable[[str], bool] | None = None
@@ -54,9 +80,10 @@ class Scan:
         """
         made: dict[str, Part] = {}
         for name, module in modules.items():
-            held = [key for key, parameter in module._parameters.items() if parameter is not None]
-            names = None if only is None else list(filter(only, held))
-            if names == []:
+            held = self.owned(name, module)
+            every = sum(parameter is not None for parameter in module._parameters.values())
+            names = None if only is None and len(held) == every else held if only is None else list(filter(only, held))
+            if names == [] and (only is not None or not buffers or not _lasts(module)):
                 continue
             try:
                 made[name] = Own(module, buffers=buffers, only=names)
@@ -83,7 +110,7 @@ def in_order(base: nn.Module, parts: Mapping[str, Part]) -> dict[str, Part]:
     Raises:
         ConfigError: a part over a module that the base has not.
     """
-    order = {name: index for index, (name, _) in enumerate(base.named_modules())}
+    order = {name: index for index, name in enumerate(hosts_by_name(base))}
     for name in parts:
         if name not in order:
             raise ConfigError(f"parts: the base has no module {name!r}{suggestion(name, order)}")
@@ -112,39 +139,10 @@ def inside(name: str, parent: str | None) -> bool:
     return parent is not None and (name == parent or name.startswith(parent + ".") or parent == "")
 
 
-def _quantised(module: nn.Module) -> bool:
-    """True for the linear and convolution layers of torch.ao's eager and graph quantisation."""
-    return ".quantized." in f"{type(module).__module__}." and hasattr(module, "_packed_params")
-
-
-def _refusal(name: str, module: nn.Module) -> str | None:
-    """Why a module that holds weights cannot be gated, or None if it can or need not be."""
-    kind = original_class(module).__name__
-    if isinstance(module, GATED_TYPES):
-        if any(isinstance(hook, (SpectralNorm, WeightNorm)) for hook in module._forward_pre_hooks.values()):
-            return f"{name}: expected a plain {kind}, got one under weight or spectral norm; remove it first"
-        if parametrize.is_parametrized(module):
-            return f"{name}: expected a plain {kind}, got a parametrised one; remove the parametrisation first"
-        weight = module._parameters.get(weight_name(module))
-        if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
-            got = f"{type(weight.data).__name__} of {weight.dtype}"
-            return f"{name}: expected a {kind} with a plain floating-point weight, got a {got}"
-        known = {weight_name(module), bias_name(module)}
-        extra = [key for key, parameter in module._parameters.items() if parameter is not None and key not in known]
-        if module._parameters.get(weight_name(module)) is None or extra:
-            held = [key for key, parameter in module._parameters.items() if parameter is not None]
-            return f"{name}: expected a {kind} with {' and '.join(sorted(known, reverse=True))} alone, got {held}"
-        return None
-    if isinstance(module, _UNSUPPORTED) or _quantised(module):
-        kind = f"quantised {kind}" if _quantised(module) else kind
-        return f"{name}: {kind} cannot be gated (supported: Linear, Conv2d, MultiheadAttention)"
-    return None
-
-
-def _owns(module: nn.Module) -> bool:
-    """True if the module has direct parameters, floating-point buffers, or others that its state holds."""
+def _lasts(module: nn.Module) -> bool:
+    """True if the module has floating-point buffers, or others that its state holds."""
     lasting = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    return any(p is not None for p in (*module._parameters.values(), *lasting.values())) or any(
+    return any(b is not None for b in lasting.values()) or any(
         b is not None and b.is_floating_point() for b in module._buffers.values()
     )
 
@@ -164,6 +162,15 @@ def shared_tensors(base: nn.Module) -> list[tuple[str, str]]:
             if parameter is not None and (other := first.setdefault(id(parameter), full)) != full:
                 pairs.append((other, full))
     return pairs
+
+
+def frozen_by_user(base: nn.Module, head: str | None) -> frozenset[str]:
+    """The floating-point parameters outside the head that require no gradient, where others do."""
+    named = {
+        n: p for n, p in base.named_parameters() if p.is_floating_point() and not inside(n.rpartition(".")[0], head)
+    }
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+    return frozenset(frozen if len(frozen) < len(named) else ())
 
 
 def check_shared(base: nn.Module, modules: Iterable[str]) -> None:
@@ -187,9 +194,13 @@ def check_kept(base: nn.Module, layers: Iterable[str]) -> None:
     Raises:
         UnsupportedModuleError: naming both.
     """
-    weights = {id(base_weight(base.get_submodule(name))): name for name in layers}
+    hosts = {name: host_of(base, name) for name in layers}
+    weights = {id(base_weight(host)): name for name, host in hosts.items()}
+    recurrent = {id(owner_of(host)) for host in hosts.values() if isinstance(owner_of(host), nn.RNNBase)}
     for name, module in base.named_modules():
         for key, value in module.__dict__.items():
+            if key == "_flat_weights" and id(module) in recurrent:
+                continue
             items = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
             )
@@ -207,36 +218,83 @@ def scan(
     *,
     target: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    reach: Reach = Reach(any_weight=True),
+    freeze_unsupported: bool = False,
 ) -> Scan:
     """Sort the base's modules; see :class:`Scan`.
 
+    Args:
+        reach: what of the base is given at all.
+        freeze_unsupported: leave out what cannot be gated instead of raising.
+
     Raises:
         ConfigError: a pattern matches nothing.
-        UnsupportedModuleError: a targeted module cannot be gated, naming it; two layers share one weight.
+        UnsupportedModuleError: targeted layers cannot be gated, all of them named with what is in the way.
     """
-    result = Scan(head=head, order={name: index for index, (name, _) in enumerate(base.named_modules())})
-    named = [(name, module) for name, module in base.named_modules() if not inside(name, head)]
-    layers = [n for n, m in named if isinstance(m, GATED_TYPES) or _refusal(n, m) is not None]
-    chosen = match(target, layers, "target_modules") if target is not None else layers
+    places = hosts_by_name(base)
+    result = Scan(head=head, order={name: index for index, name in enumerate(places)}, frozen=reach.frozen)
+    named = [(name, module) for name, (module, key) in places.items() if not key and not inside(name, head)]
+    reasons = {name: reason for name, module in named if (reason := refusal(module)) is not None}
+    known = {name: hosts_in(module, name, asked=target is not None) for name, module in named if name not in reasons}
+    if not reach.any_weight:
+        known = {name: hosts for name, hosts in known.items() if isinstance(places[name][0], GATED_TYPES)}
+    layers = [host for name, _ in named for host in ([name] if name in reasons else known.get(name, []))]
     owners = [n for n, m in named if m._parameters or m._buffers or n in layers]
-    dropped = set(match(exclude, owners, "exclude_modules")) if exclude is not None else set()
-    chosen = [name for name in chosen if not any(inside(name, d) for d in dropped)]
-    seen: dict[int, str] = {}
+    if target is not None:
+        chosen = match(target, layers, "target_modules")
+    else:
+        tables = {host for name, module in named if isinstance(module, TABLES) for host in known.get(name, [])}
+        chosen = [name for name in layers if name not in tables and not _rests(places, name, result.frozen)]
+    dropped: set[str] = set()
+    if exclude is not None:
+        dropped = set(match(exclude, list(dict.fromkeys([*owners, *layers])), "exclude_modules"))
+
+    def left(name: str) -> bool:
+        return any(name == other or (other and inside(name, other)) for other in dropped)
+
+    chosen = [name for name in chosen if not left(name)]
+    refused = {name: reasons[name] for name in chosen if name in reasons}
+    first: dict[int, str] = {}
+    for name in chosen:
+        if name not in refused:
+            host = host_of(base, name)
+            other = first.setdefault(id(base_weight(host)), name)
+            if other == name:
+                (result.gated if isinstance(host, GATED_TYPES) else result.rebuilt)[name] = host
+            else:
+                refused[name] = f"shares its weight with {other}"
+    if refused and not freeze_unsupported:
+        raise _unsupported(refused, [name for name in (*layers, *owners) if name not in refused])
     for name, module in named:
-        left = name in dropped or any(d and inside(name, d) for d in dropped)
-        if name in chosen:
-            reason = _refusal(name, module)
-            if reason is not None:
-                raise UnsupportedModuleError(f"{reason}; to leave it frozen, name it in exclude_modules")
-            other = seen.setdefault(id(base_weight(module)), name)
-            if other != name:
-                raise UnsupportedModuleError(
-                    f"{name}: shares its weight with {other}; to leave it frozen, name it in exclude_modules"
-                )
-            result.gated[name] = module
-        elif is_norm(module):
-            if not left:
+        if left(name) or name in reasons or name in result.gated or name in result.rebuilt:
+            continue
+        slots = any(host in result.rebuilt for host in known.get(name, []))
+        every = any(parameter is not None for parameter in module._parameters.values())
+        owned = bool(result.owned(name, module))
+        if is_norm(module):
+            if owned or not every:
                 result.norms[name] = module
-        elif not left and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):
+        elif (owned or _lasts(module)) and (slots or not isinstance(module, (*GATED_TYPES, *KNOWN_TYPES))):
             result.others[name] = module
     return result
+
+
+def _unsupported(refused: Mapping[str, str], others: Collection[str]) -> UnsupportedModuleError:
+    """Everything that stands in the way, and how to go on without it."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        by_reason.setdefault(reason, []).append(name or "the base")
+    found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    one = len(refused) == 1
+    return UnsupportedModuleError(
+        f"{found}; to leave {'it' if one else 'them'} frozen, name {'it' if one else 'them'} in exclude_modules "
+        f"({globs(list(refused), others)}), or give TaskModel unsupported='freeze'"
+    )
+
+
+def _rests(places: Mapping[str, tuple[nn.Module, str]], name: str, frozen: Collection[str]) -> bool:
+    """Whether the user froze a host's weight before the base was adapted."""
+    module, key = places[name]
+    weight = key or weight_name(module)
+    full = name if key else f"{name}.{weight}" if name else weight
+    return full in frozen

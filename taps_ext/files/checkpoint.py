@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from .. import ops, store
 from ..base.head import own_head
 from ..base.ownership import check_state
-from ..base.scan import inside, names_of, scan
+from ..base.scan import Reach, inside, names_of, scan
 from ..errors import ConfigError
 from ..methods import FullConfig
 from ..parts import Dense, Gate, Instead, Layer, Part, Whole
-from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_name
+from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_of
 from ..routing.route import unroute
 from ..store.errors import show
 from ..store.shards import Checkpoint
@@ -152,6 +152,11 @@ def _check_rest(base: nn.Module, held: set[str], given: Given, heads: list[str])
             )
 
 
+def reach_of(base: nn.Module, path: str | None, config: FullConfig) -> Reach:
+    """What of the base the task is given that :func:`extract` makes: all, whoever froze it."""
+    return scan(base, path, target=config.target_modules, exclude=config.exclude_modules).reach
+
+
 def extract(
     base: nn.Module,
     checkpoint: Mapping[str, Tensor] | Checkpoint,
@@ -175,13 +180,13 @@ def extract(
     check_state(wanted, likes, where="state_dict", what="base")
     found = scan(base, path, target=config.target_modules, exclude=config.exclude_modules)
     held: set[str] = set()
-    for layer, host in found.gated.items():
-        name, bias = join(layer, weight_name(host)), base_bias(host)
+    for layer, host in found.weights.items():
+        name, bias = weight_of(layer, host), base_bias(host)
         own_bias = None if bias is None else torch.empty_like(bias).copy_(given.value(join(layer, bias_name(host))))
         made = _layer(host, torch.empty_like(base_weight(host)).copy_(given.value(name)), own_bias)
         yield layer, made if thin is None else thin(layer, made, host)
         del made, own_bias
-        held |= {name, join(layer, bias_name(host))}
+        held |= {name, *([] if bias is None else [join(layer, bias_name(host))])}
     for module, host in {**found.norms, **found.others}.items():
         for part in found.own({module: host}).values():
             with torch.no_grad():

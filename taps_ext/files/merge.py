@@ -15,7 +15,7 @@ from ..base.flags import Flags
 from ..base.scan import names_of, shared_tensors
 from ..errors import TapsError, UnsupportedModuleError
 from ..parts import Below, Installed, Part
-from ..parts.host import HOOKS, base_bias, base_weight
+from ..parts.host import HOOKS, base_bias, base_weight, host_of, owner_of
 from ..parts.layer import refusing
 from ..parts.rebind import rebind
 
@@ -41,7 +41,7 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
     found = {}
     for name, stack in stacks.items():
         if any(part.gate is not None for part in stack):
-            host = base.get_submodule(name)
+            host = host_of(base, name)
             below = Below(host, stack)
             with named(name):
                 weight, bias = below.folded(), below.bias()
@@ -79,7 +79,7 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
     tensors = {}
     for name, stack in stacks.items():
         with named(name):
-            tensors[name] = values_of(stack, base.get_submodule(name))
+            tensors[name] = values_of(stack, host_of(base, name))
     taken = {name: stack[-1].replacement for name, stack in stacks.items() if stack[-1].replacement is not None}
     plain, instead = copy.deepcopy((base, taken))
     flags.restore_copy(plain, base)
@@ -87,12 +87,12 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
     for own in plain.modules():  # functions are not copied, nor what they close over
         own.__dict__.update({key: rebind(value, clones) for key, value in own.__dict__.items()})
     for name, values in tensors.items():
-        target = plain.get_submodule(name)
+        target = owner_of(host_of(plain, name))
         for key, value in values.items():
             _install(target, key, value.detach())
     for name, stack in stacks.items():
         for part in stack:
-            part.hand_over(plain.get_submodule(name))
+            part.hand_over(owner_of(host_of(plain, name)))
     for path, module in instead.items():
         _take_hooks(module, plain.get_submodule(path))
         for name in names_of(base, base.get_submodule(path)):

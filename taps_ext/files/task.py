@@ -17,23 +17,25 @@ from torch import Tensor, nn
 from .. import store
 from ..base.fingerprint import base_fingerprint
 from ..base.head import own_head
-from ..base.scan import scan
+from ..base.scan import Reach, scan
 from ..errors import ConfigError, GateError, TapsError
 from ..methods import MethodConfig, UnknownMethod
 from ..parts import Part, part_kinds
 from ..parts.change import bare
-from ..parts.host import base_weight
+from ..parts.host import base_weight, host_of, hosts_by_name
 from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
 from ..store.record import Record
 
 
 class Read(NamedTuple):
-    """What a file describes: its config, its parts by module name, and the module that its head replaces."""
+    """What a file describes: its config, its parts by module name, the module that its head replaces, and what of the
+    base the task was given."""
 
     config: MethodConfig
     parts: dict[str, Part]
     head_path: str | None
     training_only: set[str]
+    reach: Reach
 
 
 def join(module: str, tensor: str) -> str:
@@ -83,11 +85,16 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     training_only: Iterable[str] = (),
+    reach: Reach = Reach(),  # noqa: B008  (immutable)
 ) -> int:
     """Write one task or family, atomically and durably; returns the bytes written."""
     extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
     if only := sorted(training_only):
         extra["training_only"] = json.dumps(only)
+    if reach.frozen:
+        extra["frozen"] = json.dumps(sorted(reach.frozen))
+    if reach.any_weight:
+        extra["weights"] = "any"
     file = store.TaskFile(
         kind=kind,
         method=config.to_dict(),
@@ -193,26 +200,27 @@ def build(
     if head_path is None and head is not None:
         raise ConfigError(f"head: expected None, since {file.path} holds a task without a head")
     given = None if head is None else own_head(base, head)
-    modules, kinds = dict(base.named_modules()), part_kinds()
+    places, kinds, reach = hosts_by_name(base), part_kinds(), _reach(file)
     parts: dict[str, Part] = {}
     for name, given_record in file.parts.items():
         record = dataclasses.replace(given_record, cast=allow_dtype_cast, taken=set())  # the caller's stays as it is
         kind = kinds.get(record.facts.get("kind", ""))
-        if name not in modules:
+        if name not in places:
             raise record.refuse("the base has no module of that name", UnexpectedTensorError)
         if kind is None:
             raise record.refuse(f"kind: expected one of {sorted(kinds)}, got {record.facts.get('kind')!r}")
-        parts[name] = kind.read(record, modules[name], given if name == head_path else None)
+        host = host_of(base, name)
+        parts[name] = kind.read(record, host, given if name == head_path else None)
         record.check_taken()
         if whole and parts[name].gate is not None:
-            parts[name].grow(base_weight(modules[name]))
+            parts[name].grow(base_weight(host))
         if each is not None:
             parts[name] = each(name, parts[name]) or parts[name]
-    _check_method(file, config, base, head_path or default_head, parts)
+    _check_method(file, config, base, head_path or default_head, parts, reach)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
         raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
-    return Read(config, parts, head_path, _training_only(file, parts))
+    return Read(config, parts, head_path, _training_only(file, parts), reach)
 
 
 def _config(file: store.TaskFile) -> MethodConfig:
@@ -225,7 +233,12 @@ def _config(file: store.TaskFile) -> MethodConfig:
 
 
 def _check_method(
-    file: store.TaskFile, config: MethodConfig, base: nn.Module, head_path: str | None, parts: dict[str, Part]
+    file: store.TaskFile,
+    config: MethodConfig,
+    base: nn.Module,
+    head_path: str | None,
+    parts: dict[str, Part],
+    reach: Reach,
 ) -> None:
     """Refuse parts that the file's own method would not have made, where it is known.
 
@@ -234,7 +247,8 @@ def _check_method(
     if isinstance(config, UnknownMethod):
         return
     try:
-        found = scan(base, head_path, target=config.target_modules, exclude=config.exclude_modules)
+        patterns = {"target": config.target_modules, "exclude": config.exclude_modules}
+        found = scan(base, head_path, **patterns, reach=reach, freeze_unsupported=True)
         with bare():
             wanted = (config.shared if file.kind == "shared" else config.parts)(found)
     except ConfigError as error:
@@ -254,6 +268,24 @@ def _check_method(
         raise UnexpectedTensorError(
             file.path, f"part {extra[0]!r}: expected none by its method {config.method!r}, got one"
         )
+
+
+def _reach(file: store.TaskFile) -> Reach:
+    """What of the base the file's task was given.
+
+    Raises:
+        MetadataError: no list of names; another word for the weights than "any".
+    """
+    text, weights = file.extra.get("frozen", "[]"), file.extra.get("weights")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MetadataError(file.path, f"frozen: expected a JSON list of the base's parameters, got {text[:80]!r}")
+    if weights not in (None, "any"):
+        raise MetadataError(file.path, f"weights: expected 'any' or none, got {weights[:80]!r}")
+    return Reach(frozenset(names), weights == "any")
 
 
 def _training_only(file: store.TaskFile, parts: Mapping[str, Part]) -> set[str]:

@@ -28,7 +28,7 @@ class BitFitConfig(MethodConfig):
         """A bias over every module that has one."""
         layers: dict[str, Part] = {
             name: Layer(Gate(learn=False, open=False), None, bias=bias)
-            for name, host in base.gated.items()
+            for name, host in base.weights.items()
             if (bias := base_bias(host)) is not None
         }
         return {**layers, **base.own({**base.norms, **base.others}, buffers=False, only=_is_bias)}

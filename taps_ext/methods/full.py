@@ -15,7 +15,7 @@ def trained_layers(base: Scan, names: Collection[str]) -> dict[str, Part]:
     """An open Delta and a bias of its own for each of these layers, in module order."""
     return {
         name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host))
-        for name, host in base.gated.items()
+        for name, host in base.weights.items()
         if name in names
     }
 
@@ -27,4 +27,4 @@ class FullConfig(MethodConfig):
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """Every layer open, every norm and every other tensor of the base."""
-        return {**trained_layers(base, base.gated), **base.own(base.norms), **base.own(base.others)}
+        return {**trained_layers(base, base.weights), **base.own(base.norms), **base.own(base.others)}

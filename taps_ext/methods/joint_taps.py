@@ -21,4 +21,4 @@ class JointTapsConfig(TapsConfig):
 
     def shared(self, base: Scan) -> dict[str, Part]:
         """S, an open Delta on every gated layer."""
-        return {name: Layer(Gate(learn=False), Dense(host)) for name, host in base.gated.items()}
+        return {name: Layer(Gate(learn=False), Dense(host)) for name, host in base.weights.items()}

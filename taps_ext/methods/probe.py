@@ -17,4 +17,4 @@ class ProbeConfig(MethodConfig):
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """Nothing but the head."""
-        return {name: Layer(Gate(learn=False, open=False), None) for name in base.gated}
+        return {name: Layer(Gate(learn=False, open=False), None) for name in base.weights}

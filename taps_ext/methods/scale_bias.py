@@ -58,4 +58,4 @@ class ScaleBiasConfig(MethodConfig):
 
     def shared(self, base: Scan) -> dict[str, Part]:
         """With `simultaneous` all that the base has outside of its norms."""
-        return {**trained_layers(base, base.gated), **base.own(base.others)} if self.simultaneous else {}
+        return {**trained_layers(base, base.weights), **base.own(base.others)} if self.simultaneous else {}

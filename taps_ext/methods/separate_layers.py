@@ -68,14 +68,15 @@ class SeparateLayersConfig(MethodConfig):
 
     def private(self, base: Scan) -> list[str]:
         """The names of the private layers, in module order."""
-        names = list(base.gated)
+        weights = base.weights
+        names = list(weights)
         if self.layers is not None:
             return match(self.layers, names, "layers")
         from_top = self.top is not None or (self.fraction is not None and self.side == "top")
         ordered = names[::-1] if from_top else names
         count = self.top if self.bottom is None else self.bottom
         if self.fraction is not None:
-            sizes = [base_weight(base.gated[name]).numel() for name in ordered]
+            sizes = [base_weight(weights[name]).numel() for name in ordered]
             most = self.fraction * sum(sizes)
             count = next((i for i in range(len(sizes)) if sum(sizes[: i + 1]) > most), len(sizes))
         if count is None or count > len(names):
@@ -85,9 +86,10 @@ class SeparateLayersConfig(MethodConfig):
 
     def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
         """Warn of a fraction that chooses nothing."""
-        if not self.fraction or not base.gated or self.private(base):
+        weights = base.weights
+        if not self.fraction or not weights or self.private(base):
             return
-        sizes = {name: base_weight(host).numel() for name, host in base.gated.items()}
+        sizes = {name: base_weight(host).numel() for name, host in weights.items()}
         first = list(sizes)[-1 if self.side == "top" else 0]
         least = math.ceil(1e6 * sizes[first] / sum(sizes.values())) / 1e6
         warnings.warn(
@@ -116,4 +118,4 @@ class SeparateLayersConfig(MethodConfig):
             for name, host in base.norms.items()
             if self.norm == "with_layer" and base.follows().get(name) not in private
         }
-        return {**trained_layers(base, base.gated.keys() - private), **base.own(norms)}
+        return {**trained_layers(base, base.weights.keys() - private), **base.own(norms)}

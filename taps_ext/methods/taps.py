@@ -86,17 +86,19 @@ class TapsConfig(MethodConfig):
 
     def parts(self, base: Scan) -> dict[str, Part]:
         """A learned gate and a Delta on every layer, and the norms and other tensors that the settings name."""
-        if not base.gated and self.exclude_modules is None:
+        weights = base.weights
+        if not weights and self.exclude_modules is None:
             warnings.warn(
-                "TapsConfig: no layer outside the head can be gated (Linear, Conv2d and MultiheadAttention can)",
+                "TapsConfig: no layer outside the head can be gated: none has a weight, and no parameter is called "
+                "one; name modules in target_modules",
                 stacklevel=3,
             )
-        settings: dict[str, dict[str, Any]] = {name: {} for name in base.gated}
+        settings: dict[str, dict[str, Any]] = {name: {} for name in weights}
         for pattern, override in self.overrides.items():
-            for name in match([pattern], list(base.gated), "overrides"):
+            for name in match([pattern], list(weights), "overrides"):
                 settings[name].update(override)
         parts: dict[str, Part] = {}
-        for name, host in base.gated.items():
+        for name, host in weights.items():
             gate = Gate(**{"threshold": self.threshold, "score_init": self.score_init, **settings[name]})
             parts[name] = Layer(gate, Dense(host), bias=base_bias(host) if self.others == "task" else None)
         if self.norm == "task":

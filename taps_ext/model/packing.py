@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TapsError
 from ..files.pack import PackedRow
 from ..parts import Part
-from ..parts.host import base_weight, op_of
+from ..parts.host import base_weight, host_of, op_of
 from ..parts.packing import Measure, Rule, choose
 from .state import TaskState
 
@@ -35,7 +35,7 @@ def pack(
     inputs: Mapping[str, list[Tensor]],
 ) -> tuple[dict[str, Part], list[PackedRow]]:
     """The parts that take the place of open layers, and a row for each open layer that holds a Delta."""
-    hosts = {layer: base.get_submodule(layer) for layer in opened}
+    hosts = {layer: host_of(base, layer) for layer in opened}
     parts: dict[str, Part] = {layer: part for layer, part, _ in state.gated() if layer in hosts}
     deltas: dict[str, Callable[[], Tensor]] = {}
     for layer, part in parts.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base.scan import inside
 from .state import TaskState
 
 
@@ -42,6 +43,9 @@ class Report:
         parameters: all trainable values that the task adds: open Deltas, norms, others and head.
         base_parameters: parameters of the base.
         shared: the values that the task's family holds for all of its tasks.
+        left: by name, the values of the base's parameters that stay the base's under this task, the largest first: of
+            those with more than a thousandth of all, each. frozen: of all parameters that were frozen before the base
+            was adapted, and so stay the base's.
     """
 
     task: str
@@ -54,6 +58,13 @@ class Report:
     head: int
     base_parameters: int
     shared: int = 0
+    left: dict[str, int] = field(default_factory=dict, repr=False)
+    frozen: int = 0
+
+    @property
+    def reached(self) -> float:
+        """The share of the base's parameters that lie in gated layers, in [0, 1]."""
+        return self.gated / self.base_parameters if self.base_parameters else 0.0
 
     @property
     def share(self) -> float:
@@ -77,7 +88,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: every attribute and total, the rows among them."""
-        extra = {name: getattr(self, name) for name in ("share", "parameters", "bytes", "layers_open")}
+        extra = {name: getattr(self, name) for name in ("share", "reached", "parameters", "bytes", "layers_open")}
         return {**asdict(self), **extra}
 
     def to_json(self, **kwargs: Any) -> str:
@@ -98,6 +109,11 @@ class Report:
             f"others {self.others:,}, head {self.head:,}; base {self.base_parameters:,}"
             + (f"; shared with its family {self.shared:,}" if self.shared else "")
         )
+        lines.append(f"{100 * self.reached:.1f} % of the base's parameters lie in gated layers")
+        if self.frozen:
+            lines[-1] += f"; {self.frozen:,} were frozen by the user and stay the base's"
+        for name, count in self.left.items():
+            lines.append(f"  the base's own: {name} {count:,}")
         return "\n".join(lines)
 
     __str__ = table
@@ -123,6 +139,7 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
     for own in state.table.values():
         for role, parameters in own.roles().items():
             roles[role] += sum(parameter.numel() for parameter in parameters)
+    total = sum(p.numel() for p in base.parameters())
     return Report(
         task=name,
         method=state.config.method,
@@ -132,6 +149,25 @@ def make_report(name: str, state: TaskState, base: nn.Module) -> Report:
         norms=roles["norm"],
         others=roles["bias"] + roles["other"],
         head=roles["head"],
-        base_parameters=sum(p.numel() for p in base.parameters()),
+        base_parameters=total,
         shared=0 if state.family is None else sum(p.numel() for p in state.family.parameters()),
+        left=_left(state, base, total),
+        frozen=sum(p.numel() for n, p in base.named_parameters() if n in state.reach.frozen and not _has(state, n)),
     )
+
+
+def _has(state: TaskState, name: str) -> bool:
+    """Whether a task, or its family, has a part that stands for a parameter of the base."""
+    module, _, key = name.rpartition(".")
+    if state.head_path is not None and inside(module, state.head_path):
+        return True
+    for table in (state.table, state.shared):
+        part = table.get(module)
+        if name in table or (part is not None and part.covers(key)):
+            return True
+    return False
+
+
+def _left(state: TaskState, base: nn.Module, total: int) -> dict[str, int]:
+    found = {n: p.numel() for n, p in base.named_parameters() if 1000 * p.numel() > total and not _has(state, n)}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

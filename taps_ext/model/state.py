@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import store
-from ..base.scan import in_order
+from ..base.scan import Reach, in_order
 from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
 from ..parts.bind import Made
-from ..parts.host import base_bias, base_weight
+from ..parts.host import GATED_TYPES, base_bias, base_weight, host_of, owner_of
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
 from ..routing.route import is_stock, misplaced
@@ -42,28 +42,31 @@ class Parts(nn.Module):
 
     def __init__(self, base: nn.Module, parts: Mapping[str, Part]) -> None:
         super().__init__()
+        self.reach = Reach()
         self.parts = nn.ModuleDict()
         self.table: dict[str, Part] = {}
-        self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, parent, its key, module
+        self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, the module's parent, its key there, host
         shared = shared_containers(base)
         for name, part in in_order(base, parts).items():
             key = module_key(name)
             if key in self.parts:
                 raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
             part.settle(shared)
-            if part.gate is not None and "bias" in part.roles() and base_bias(base.get_submodule(name)) is None:
+            if part.gate is not None and "bias" in part.roles() and base_bias(host_of(base, name)) is None:
                 raise UnsupportedModuleError(f"{name}: expected no bias of its own, the base having none in its place")
             if part.gate is not None:
-                part.gate.size = base_weight(base.get_submodule(name)).numel()
+                part.gate.size = base_weight(host_of(base, name)).numel()
             self.parts[key] = self.table[name] = part
 
     def remember_hosts(self, base: nn.Module) -> None:
         """The modules that the parts stand on, once they are routed."""
         self.hosts = []
         for name in self.table:
-            parent, _, key = name.rpartition(".")
-            if name:
-                self.hosts.append((name, base.get_submodule(parent), key, base.get_submodule(name)))
+            host = host_of(base, name)
+            module = name if owner_of(host) is host else name.rpartition(".")[0]
+            parent, _, key = module.rpartition(".")
+            if module or owner_of(host) is not host:
+                self.hosts.append((name, base.get_submodule(parent) if module else base, key, host))
 
     def gated(self) -> Iterator[tuple[str, Part, Gate]]:
         """(module name, part, its gate) in module order."""
@@ -113,8 +116,9 @@ class Parts(nn.Module):
         Raises:
             TapsError: naming it.
         """
-        for name, parent, key, module in self.hosts:
-            found = parent._modules.get(key)
+        for name, parent, key, host in self.hosts:
+            module = owner_of(host)
+            found = parent._modules.get(key) if key else parent
             if found is not module and (found is None or all(inner is not module for inner in found.modules())):
                 raise misplaced(name)
 
@@ -341,7 +345,7 @@ class TaskState(Parts):
         for name, stack in stacks.items():
             host = hosts.get(name)
             if host is not None and len(stack) == 1:
-                if stack[0].gate is not None:
+                if stack[0].gate is not None and isinstance(host, GATED_TYPES):
                     gathering[name] = stack[0], host, stack[0].bind_made(host) if is_stock(host) else None
                 bound = stack[0].bind(host, stock=is_stock(host))
                 if bound is not None:

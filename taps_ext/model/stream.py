@@ -25,7 +25,7 @@ from ..files import task as task_file
 from ..files.pack import PackedRow, Packing
 from ..methods import FullConfig
 from ..parts import Layer, Part, part_kinds
-from ..parts.host import base_weight
+from ..parts.host import base_weight, host_of, owner_of
 from ..parts.packing import Rule, Spec, choose
 from ..store import shards
 from ..store.record import OnDisk, Record
@@ -154,6 +154,7 @@ def extract_file(
             config=config,
             parent=base_fingerprint(base, None if made_head is None else head_path),
             labels=names,
+            reach=checkpoint.reach_of(base, head_path, config),
         )
     whole = kinds.count("whole")
     packing = None if rule is None else Packing(name, rows)
@@ -231,7 +232,7 @@ class _Merging:
 
     def take(self, module: str, part: Part | None) -> Part | None:
         """Keep what a module has under its own part and the family's, and give the part back without its values."""
-        host, below = self.base.get_submodule(module), self._shared_part(module)
+        host, below = host_of(self.base, module), self._shared_part(module)
         stack = tuple(one for one in (below, part) if one is not None)
         if part is not None:
             Parts(self.base, {module: part})
@@ -245,16 +246,19 @@ class _Merging:
             return part
         with merge.named(module):
             values = merge.values_of(stack, host)
-        lasting = {key: value.detach() for key, value in values.items() if self._lasts(module, host, key)}
-        cast = {key: value.to(getattr(host, key).dtype) for key, value in lasting.items()}
-        self._keep(names_of(self.base, host), cast)
+        owner = owner_of(host)
+        if owner is not host:
+            module = module.rpartition(".")[0]
+        lasting = {key: value.detach() for key, value in values.items() if self._lasts(module, owner, key)}
+        cast = {key: value.to(getattr(owner, key).dtype) for key, value in lasting.items()}
+        self._keep(names_of(self.base, owner), cast)
         return None if part is None else _emptied(part)
 
     def _shared_part(self, module: str) -> Part | None:
         record = self.shared.get(module)
         if record is None:
             return None
-        return part_kinds()[record.facts["kind"]].read(record, self.base.get_submodule(module))
+        return part_kinds()[record.facts["kind"]].read(record, host_of(self.base, module))
 
     def _lasts(self, module: str, host: nn.Module, key: str) -> bool:
         """Whether a module's tensor is in the base's state, under its own name."""

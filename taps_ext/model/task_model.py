@@ -19,18 +19,18 @@ from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
 from ..base.head import head_path, make_head
 from ..base.ownership import check_base, disown, own
-from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
+from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..files import checkpoint, merge
 from ..files import task as task_file
 from ..files.pack import PackedRow, Packing
 from ..methods import FullConfig, MethodConfig
 from ..parts import Instead, Part, token
-from ..parts.host import GATED_TYPES, NORM_TYPES
+from ..parts.host import GATED_TYPES, NORM_TYPES, host_of, owner_of
 from ..parts.mirror import Mirror
 from ..parts.packing import Rule
 from ..routing.frame import in_backward, recomputed_call, running_node
-from ..routing.route import route, unroute, whole_model
+from ..routing.route import gated, route, unroute, whole_model
 from . import groups, packing, stream
 from .report import Report, make_report
 from .running import run_base, run_task
@@ -70,10 +70,15 @@ class TaskModel(nn.Module):
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
         batch_dim: which dimension of the forward's first tensor counts samples.
+        unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
+            the base.
+
+    Parameters of the base that do not require a gradient now stay the base's in every task, unless its config's
+    `target_modules` name their layer; where nothing outside the head requires one, that says nothing.
 
     Raises:
-        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`; a negative
-            `batch_dim`.
+        ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates` or `unsupported`; a
+            negative `batch_dim`.
     """
 
     def __init__(
@@ -84,9 +89,13 @@ class TaskModel(nn.Module):
         gates: str = "host",
         head_module: str | None = None,
         batch_dim: int = 0,
+        unsupported: str = "raise",
     ) -> None:
         super().__init__()
         check_base(base)
+        if unsupported not in ("raise", "freeze"):
+            hint = suggestion(str(unsupported), ("raise", "freeze"))
+            raise ConfigError(f"unsupported: expected 'raise' or 'freeze', got {unsupported!r}{hint}")
         if gates not in ("host", "device"):
             raise ConfigError(
                 f"gates: expected 'host' or 'device', got {gates!r}{suggestion(str(gates), ('host', 'device'))}"
@@ -99,6 +108,7 @@ class TaskModel(nn.Module):
             raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
         self.gates = gates
         self.batch_dim = batch_dim
+        self.unsupported = unsupported
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
@@ -108,6 +118,7 @@ class TaskModel(nn.Module):
         self._flags: flags.Flags | None = flags.Flags(base)
         self._mirror = Mirror()
         own(base, self, self._flags)
+        self._frozen = frozen_by_user(base, self._head)
         base.requires_grad_(False)
         self._guard = Guard()
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
@@ -293,7 +304,7 @@ class TaskModel(nn.Module):
                 "num_classes and head"
             )
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
-        found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
+        found = self._scan(config, path)
         parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
@@ -304,12 +315,24 @@ class TaskModel(nn.Module):
             trained += [path] if num_classes is None and head is None else []
         check_shared(self.base, trained)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
+        state.reach = found.reach
         self._install(name, state)
         if not trained and own is None:
             warnings.warn(
                 f"task {name!r}: method {config.method!r} finds nothing to train in this base, and it has no head",
                 stacklevel=3,
             )
+
+    def _scan(self, config: MethodConfig, head: str | None) -> Scan:
+        """What of the base a task of this config is given."""
+        return scan(
+            self.base,
+            head,
+            target=config.target_modules,
+            exclude=config.exclude_modules,
+            reach=Reach(self._frozen, any_weight=True),
+            freeze_unsupported=self.unsupported == "freeze",
+        )
 
     @staticmethod
     def _shared(family: Family | None) -> Mapping[str, Part]:
@@ -328,10 +351,12 @@ class TaskModel(nn.Module):
 
     def _place(self, parts: Parts) -> None:
         """Route what parts stand on."""
-        for module in parts.table:
-            route(self.base.get_submodule(module), module)
-        for layer, _, _ in parts.gated():
-            self.base.get_submodule(layer).__dict__["_taps_gated"] = True
+        for name in parts.table:
+            host = host_of(self.base, name)
+            owner, module = owner_of(host), name if owner_of(host) is host else name.rpartition(".")[0]
+            route(owner, module)
+            if parts.table[name].gate is not None:
+                gated(owner, name, host)
         parts.remember_hosts(self.base)
         parts.train(self.training)
 
@@ -531,7 +556,7 @@ class TaskModel(nn.Module):
 
     def _inputs_of(self, name: str, layers: list[str], data: Any) -> dict[str, list[Tensor]]:
         run = lambda args, kwargs: self(*args, task=name, **kwargs)  # noqa: E731
-        return {} if data is None else packing.inputs_of(run, {n: self.base.get_submodule(n) for n in layers}, data)
+        return {} if data is None else packing.inputs_of(run, {n: host_of(self.base, n) for n in layers}, data)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -543,7 +568,7 @@ class TaskModel(nn.Module):
         """
         state = self.state(name)
         self._not_merged(name, "unpack_task")
-        packed = {n: part.unpack(self.base.get_submodule(n)) for n, part, _ in state.gated() if part.packed}
+        packed = {n: part.unpack(host_of(self.base, n)) for n, part, _ in state.gated() if part.packed}
         if not packed:
             raise ConfigError(f"unpack_task: expected a packed task, got {name!r}, which is not")
         state.exchange(packed)
@@ -622,6 +647,7 @@ class TaskModel(nn.Module):
             metrics=metrics,
             preprocessing=preprocessing,
             training_only=state.training_only,
+            reach=state.reach,
         )
 
     @torch.inference_mode(False)
@@ -671,7 +697,7 @@ class TaskModel(nn.Module):
     def _state_of(self, read: task_file.Read, family: Family | None) -> TaskState:
         """The state of what a file describes."""
         state = TaskState(self.base, read.config, read.parts, read.head_path, self.gates, family)
-        state.training_only = read.training_only
+        state.training_only, state.reach = read.training_only, read.reach
         return state
 
     @torch.inference_mode(False)
@@ -710,7 +736,9 @@ class TaskModel(nn.Module):
         if not parts:
             return None
         if known is None:
-            return Family(self.base, self._family_name(config.family), config, parts)
+            family = Family(self.base, self._family_name(config.family), config, parts)
+            family.reach = found.reach
+            return family
         same = parts.keys() == known.table.keys() and all(
             known.table[n].differs(part) is None for n, part in parts.items()
         )
@@ -732,7 +760,7 @@ class TaskModel(nn.Module):
         config = self.config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
-        found = scan(self.base, self._head, target=config.target_modules, exclude=config.exclude_modules)
+        found = self._scan(config, self._head)
         family = self._family(config, found)
         if family is None:
             raise ConfigError(f"config: method {config.method!r} has no shared parts as it is set")
@@ -763,7 +791,13 @@ class TaskModel(nn.Module):
         opened = [name for name, _, gate in known.gated() if gate.open]
         records = task_file.to_records(known.table, opened)
         written = task_file.save(
-            path, records, kind="shared", name=family, config=known.config, parent=self.fingerprint()
+            path,
+            records,
+            kind="shared",
+            name=family,
+            config=known.config,
+            parent=self.fingerprint(),
+            reach=known.reach,
         )
         known.freeze(store.read_header(path).digest)
         return written
@@ -804,6 +838,7 @@ class TaskModel(nn.Module):
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
         read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
         family = Family(self.base, file.name, read.config, read.parts)
+        family.reach = read.reach
         family.freeze(file.digest)
         return family
 
@@ -875,7 +910,9 @@ class TaskModel(nn.Module):
         thin = None if rule is None else stream.thinner(rule, rows)
         with stream.opened(state_dict) as found:
             parts = dict(checkpoint.extract(self.base, found, config, path, head, thin))
-        self._install(name, TaskState(self.base, config, parts, path if path in parts else None, self.gates))
+        state = TaskState(self.base, config, parts, path if path in parts else None, self.gates)
+        state.reach = checkpoint.reach_of(self.base, path, config)
+        self._install(name, state)
         return None if rule is None else Packing(name, rows)
 
     def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, str | None]:

@@ -8,6 +8,7 @@ from ..extension import C as _C
 from . import flops
 from .call import autocast_dtype
 from .conv2d import gated_conv2d
+from .lending import lending
 from .linear import gated_linear
 from .reconstruct import foreach_reconstruct_, reconstruct_
 from .weight import effective_weight, unread_weight
@@ -26,6 +27,7 @@ __all__ = [
     "foreach_reconstruct_",
     "gated_conv2d",
     "gated_linear",
+    "lending",
     "reconstruct_",
     "unread_weight",
 ]

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..extension import C
+from .lending import like
 from .reconstruct import reconstruct_
 
 
@@ -69,12 +70,32 @@ def plain_gradients(
     return ddelta, dscore
 
 
+def in_batches(gradient: Tensor | None) -> bool:
+    """Of `autograd.grad(is_grads_batched=True)`, which the operators know nothing of."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _settled(
+    grad: Tensor, delta: Tensor, score: Any, gate: bool | None, threshold: float, *, of_delta: bool, of_score: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by our operator, which makes no tensor of a weight's size on the way to a score."""
+    of_delta = of_delta and gate is not False
+    as_it_is = of_delta and gate is True and grad.dtype == delta.dtype
+    none = grad.new_empty(0)
+    ddelta = torch.empty_like(delta) if of_delta and not as_it_is else none
+    dscore = torch.empty_like(score) if of_score else none
+    if of_score or (of_delta and not as_it_is):
+        lists = [ddelta], [dscore], [grad], [delta], [score], [-1 if gate is None else int(gate)]
+        torch.ops.taps_ext.foreach_settle.default(*lists, threshold)
+    return (grad if as_it_is else ddelta) if of_delta else None, dscore if of_score else None
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     delta, score = ctx.saved_tensors
     need_weight, need_delta, need_score = ctx.needs_input_grad[:3]
-    ddelta, dscore = plain_gradients(
-        grad, delta, score, ctx.gate, ctx.threshold, of_delta=need_delta, of_score=need_score
-    )
+    known = {"of_delta": need_delta, "of_score": need_score}
+    settle = plain_gradients if C is None or reference.may_be_transformed() or in_batches(grad) else _settled
+    ddelta, dscore = settle(grad, delta, score, ctx.gate, ctx.threshold, **known)
     if dscore is not None:
         plain = type(grad) is Tensor and not torch.compiler.is_compiling()  # neither fake nor traced
         if grad.device.type == "cpu" and plain:  # elsewhere it would synchronise
@@ -93,7 +114,7 @@ class _Made(torch.autograd.Function):
         ctx: Any, weight: Tensor, delta: Tensor, score: Tensor | None, gate: bool | None, threshold: float
     ) -> Tensor:
         _keep(ctx, delta, score, gate, threshold)
-        return reconstruct_(torch.empty_like(weight), weight, delta, score, gate=gate, threshold=threshold)
+        return reconstruct_(like(weight), weight, delta, score, gate=gate, threshold=threshold)
 
     backward = staticmethod(_once)
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..extension import C
 from .fakes import register_fake
-from .weight import plain_gradients
+from .weight import in_batches, plain_gradients
 
 
 class Gated(NamedTuple):
@@ -101,7 +101,7 @@ class _Together(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: who recomputes them does so each time
         deltas, scores = saved[: len(facts)], saved[len(facts) :]
         wanted = ctx.needs_input_grad[1:]
-        if reference.may_be_transformed() or any(map(_in_batches, gradients)):
+        if reference.may_be_transformed() or any(map(in_batches, gradients)):
             return None, *(
                 one
                 for i, (fact, *tensors) in enumerate(zip(facts, gradients, deltas, scores, strict=True))
@@ -124,11 +124,6 @@ class _Together(torch.autograd.Function):
         for threshold, columns in lists:
             torch.ops.taps_ext.foreach_settle.default(*columns, threshold)
         return None, *found
-
-
-def _in_batches(gradient: Tensor | None) -> bool:
-    """Of `autograd.grad(is_grads_batched=True)`, which the operator knows nothing of."""
-    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 def _plainly(

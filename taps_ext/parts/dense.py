@@ -96,7 +96,7 @@ class Dense(Change):
         weight = base_weight(host)
         if self.delta is None or ops._C is None:
             return 0
-        if not training and gate.known:
+        if not training and gate.known and isinstance(host, (nn.Linear, nn.Conv2d)):
             packed = _fused_bytes(weight, self.delta, dtype, rows, getattr(host, "groups", 1))
             if packed is not None:
                 return packed

@@ -36,6 +36,7 @@ ROUTING = (
     "_taps_mode",
     "_taps_set",
     "_taps_sets",
+    "_taps_weights",
 )
 MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
@@ -57,14 +58,95 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module.__dict__.get("_taps_class", type(module))
 
 
+class Slot(nn.Module):
+    """One weight tensor of a module that is no layer of a weight and a bias alone (a recurrent layer, the experts of a
+    mixture): what a part over it has for a host.
+
+    Args:
+        owner: the module. key: the tensor's name in it.
+    """
+
+    def __init__(self, owner: nn.Module, key: str) -> None:
+        self.__dict__.update(owner=owner, key=key)  # it has no tensors, children or hooks of its own
+
+    @property
+    def _parameters(self) -> Any:  # type: ignore[override]
+        return self.__dict__["owner"]._parameters
+
+    @property
+    def _forward_pre_hooks(self) -> Any:  # type: ignore[override]
+        return self.__dict__["owner"]._forward_pre_hooks
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        training: bool = self.__dict__["owner"].training
+        return training
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self.owner).__name__}.{self.key}"
+
+
+def owner_of(host: nn.Module) -> nn.Module:
+    """The module of the base that holds a host's weight: the host itself, but for a :class:`Slot`."""
+    return host.__dict__["owner"] if isinstance(host, Slot) else host
+
+
+def host_of(base: nn.Module, name: str) -> nn.Module:
+    """What a part called `name` stands on: a module, or one weight of a module.
+
+    Raises:
+        AttributeError: there is neither.
+    """
+    parent, _, key = name.rpartition(".")
+    try:
+        return base.get_submodule(name)
+    except AttributeError:
+        owner = base.get_submodule(parent)
+        if owner._parameters.get(key) is None:
+            raise
+        return Slot(owner, key)
+
+
+def hosts_by_name(base: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The name of every module and of every parameter -> the module, and "" or the parameter's name in it; in module
+    order, a module before its parameters."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, module in base.named_modules():
+        found[name] = module, ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(f"{name}.{key}" if name else key, (module, key))
+    return found
+
+
 def weight_name(host: nn.Module) -> str:
     """The attribute that holds the weight of a layer that can be gated."""
+    if isinstance(host, Slot):
+        key: str = host.__dict__["key"]
+        return key
     return "in_proj_weight" if isinstance(host, nn.MultiheadAttention) else "weight"
 
 
+def weight_of(name: str, host: nn.Module) -> str:
+    """The full name in the base of the weight of a host called `name`."""
+    return name if isinstance(host, Slot) else f"{name}.{weight_name(host)}" if name else weight_name(host)
+
+
 def bias_name(host: nn.Module) -> str:
-    """The attribute that holds its bias."""
+    """The attribute that holds its bias; "" where it has none of its own."""
+    if isinstance(host, Slot):
+        return ""
     return "in_proj_bias" if isinstance(host, nn.MultiheadAttention) else "bias"
+
+
+def alone(host: nn.Module) -> bool:
+    """True if its weight, and its bias if it has one, are all the parameters that a module has of its own."""
+    names = (weight_name(host), bias_name(host))
+    own = [key for key, parameter in host._parameters.items() if parameter is not None]
+    return names[0] in own and all(key in names for key in own)
 
 
 def held(module: nn.Module, key: str) -> Any:
@@ -78,13 +160,16 @@ def held(module: nn.Module, key: str) -> Any:
 
 def base_weight(host: nn.Module) -> Tensor:
     """The base's own weight, whatever task is running."""
-    weight: Tensor = held(host, weight_name(host))
+    weight: Tensor = held(owner_of(host), weight_name(host))
     return weight
 
 
 def base_bias(host: nn.Module) -> Tensor | None:
     """The base's own bias, whatever task is running."""
-    bias: Tensor | None = held(host, bias_name(host))
+    name = bias_name(host)
+    if not name or (not isinstance(host, GATED_TYPES) and not isinstance(host._parameters.get(name), Tensor)):
+        return None
+    bias: Tensor | None = held(host, name)
     return bias
 
 
@@ -105,6 +190,17 @@ def resting_weight(holder: nn.Module, weight: Tensor, input: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             kept = holder.__dict__["_taps_cast"] = (key, weight.detach().to(dtype))
     return kept[1]
+
+
+def multiplications(host: nn.Module, input: Tensor, output: Tensor) -> int:
+    """Of one call of a layer with `input`."""
+    weight = base_weight(host)
+    if isinstance(host, nn.modules.conv._ConvTransposeNd):
+        return input.numel() * weight.shape[1:].numel()
+    turned = not isinstance(host, (*GATED_TYPES, nn.modules.conv._ConvNd)) and weight.dim() == 2
+    if turned and input.shape[-1:] == weight.shape[:1]:  # [inputs, outputs], as transformers' Conv1D has it
+        return input.numel() * weight.shape[1]
+    return output.numel() * weight.shape[1:].numel()
 
 
 class Op(NamedTuple):

@@ -20,7 +20,17 @@ from .bind import Bound, Made, Road
 from .change import Change, change_kinds, kind_of
 from .dense import Dense, Whole
 from .gate import Gate
-from .host import Op, base_bias, base_weight, bias_name, original_class, resting_weight, stock_forward, weight_name
+from .host import (
+    Op,
+    base_bias,
+    base_weight,
+    bias_name,
+    multiplications,
+    original_class,
+    resting_weight,
+    stock_forward,
+    weight_name,
+)
 from .packing import LOW_RANK, Encoded, Packed
 from .part import Below, Cost, Part, forward_of, register_part, saved
 from .sampling import Sample
@@ -234,7 +244,7 @@ class Layer(Part):
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
         weight, gate, change = base_weight(host), self.gate, self.change
-        product = 2 * output.numel() * weight.shape[1:].numel()
+        product = 2 * multiplications(host, input, output)
         x, y, w = input.nbytes, output.nbytes, weight.nbytes
         opened = gate.known is not False and change is not None
         held = 0 if change is None else change.nbytes
@@ -282,6 +292,10 @@ class Layer(Part):
         own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
         bias = self.bias_over(below)
         return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}
+
+    def covers(self, key: str) -> bool:
+        """A layer that is closed for good leaves its weight to the base."""
+        return self.change is not None or "bias" in key
 
     def fix(self, open: bool) -> None:
         """Turn a learned gate into a fixed one; the change keeps its values."""
@@ -448,7 +462,7 @@ class Installed(Part):
         return [self.whole]
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
-        product = 2 * output.numel() * self.whole.shape[1:].numel()
+        product = 2 * multiplications(host, input, output)
         x, y, w = input.nbytes, output.nbytes, self.whole.nbytes
         backward = torch.is_grad_enabled() and input.requires_grad
         return Cost(2 * product, 2 * (x + y + w)) if backward else Cost(product, x + y + w)

@@ -181,6 +181,9 @@ class Own(Part):
             road = lambda host, input, sample: forward(input)  # noqa: E731
         return road, road
 
+    def covers(self, key: str) -> bool:
+        return key in self._parameters
+
     def needs_forward(self) -> bool:
         """Not of a copy of buffers alone, unless it is a norm's statistics."""
         return self.role == "norm" or any(True for _ in self.parameters())

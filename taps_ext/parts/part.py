@@ -298,6 +298,10 @@ class Part(nn.Module):
         """An attribute is set on the host while the task runs. True if it was taken as the task's own."""
         return False
 
+    def covers(self, key: str) -> bool:
+        """Whether it stands for the host's parameter `key`: changes it, or has one of its own in its place."""
+        return True
+
     def needs_forward(self) -> bool:
         """True if a forward that never enters the host leaves out what the task has there."""
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..model import TaskModel
 from ..model.gathering import together
-from ..parts.host import base_weight
+from ..parts.host import Slot, base_weight, host_of, owner_of
 from .memory import Memory, casts, merged, resident, size
 from .step import Step
 
@@ -126,16 +127,19 @@ def _workspace(step: Step, calls: dict[str, set[tuple[torch.dtype, int]]]) -> in
     if step.state is None:
         return 0
     training, largest = step.phase == "train", 0
+    lent: Counter[int] = Counter()  # by module: the W_t of all weights that its own forward multiplies with
     apart: Collection[str] = ()  # what is made together is counted where it is made
     if training:
         apart = together(step.state.catch_up().gathering, sampled=step.state.config.samples)
     for name, part, _ in step.state.gated():
         if name in apart:
             continue
-        host, running = step.model.base.get_submodule(name), step.state.installed.get(name, part)
+        host, running = host_of(step.model.base, name), step.state.installed.get(name, part)
+        if isinstance(host, Slot):
+            lent[id(owner_of(host))] += running.scratch(host, base_weight(host).dtype, 0, training=training)
         for dtype, rows in calls.get(name, ()):
             largest = max(largest, running.scratch(host, dtype, rows, training=training))
-    return largest
+    return max([largest, *lent.values()])
 
 
 def estimate(
@@ -207,5 +211,6 @@ def _calls(step: Step) -> dict[str, set[tuple[torch.dtype, int]]]:
         step.model.base.get_submodule(name).register_forward_hook(after)  # of a copy that is soon gone
 
     for name, _, _ in () if step.state is None else step.state.gated():
-        watch(name)
+        if not isinstance(host_of(step.model.base, name), Slot):
+            watch(name)
     return found

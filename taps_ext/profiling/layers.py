@@ -14,6 +14,7 @@ from torch.autograd.profiler import record_function
 
 from .. import ops
 from ..parts import Gate
+from ..parts.host import Slot, host_of
 from ..parts.part import Part
 from ..parts.sampling import batch_size
 from ..routing.frame import current, sequence_number
@@ -112,7 +113,11 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
 
     if step.state is not None:
         for name, part, gate in step.state.gated():
-            watch(name, part, gate, step.model.base.get_submodule(name))
+            host = host_of(step.model.base, name)
+            if isinstance(host, Slot):  # one weight of several in a module's forward: no call is its own
+                layers[name], nodes[name] = Layer(name, gate_of(gate)), []
+            else:
+                watch(name, part, gate, host)
     try:
         yield layers, nodes
     finally:

@@ -7,7 +7,7 @@ unloading is the identity. `frame.py` says which task that is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -18,12 +18,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
+from .. import reference
 from ..errors import UnsupportedModuleError
-from ..parts import token
+from ..parts import making, token
 from ..parts.host import (
     GATED_TYPES,
     NORM_TYPES,
     ROUTING,
+    Slot,
+    alone,
     bias_name,
     held,
     original_class,
@@ -63,12 +66,12 @@ def _stack(module: nn.Module, frame: Frame | None) -> tuple[Any, ...]:
     return () if frame is None else frame.stacks.get(module.__dict__.get("_taps_name", ""), ())
 
 
-def _below(module: nn.Module, frame: Frame, stack: tuple[Any, ...]) -> Below:
-    """What the uppermost part of a module's stack stands on in this forward."""
-    ready, name = frame.ready, module.__dict__["_taps_name"]
+def _below(host: nn.Module, frame: Frame, stack: tuple[Any, ...]) -> Below:
+    """What the uppermost part of a stack stands on in this forward, over a module or one weight of a module."""
+    ready, name = frame.ready, host.__dict__.get("_taps_name", "")
     if ready is None or is_compiling() or name not in ready:
-        return Below(module, stack[:-1], frame.sample)
-    return Below(module, stack[:-1], frame.sample, functools.partial(ready.of, name, module, stack[-1]))
+        return Below(host, stack[:-1], frame.sample)
+    return Below(host, stack[:-1], frame.sample, functools.partial(ready.of, name, host, stack[-1]))
 
 
 class _Routed(nn.Module):
@@ -78,6 +81,7 @@ class _Routed(nn.Module):
         """What a module's class keeps of its subclasses does not hear of the routed one."""
 
     _always_rests = False  # the base's own is in evaluation mode, also under `.train()`
+    _taps_weights: Mapping[str, tuple[str, nn.Module]] = {}  # a weight's name here -> of its parts, and their host
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
@@ -114,6 +118,10 @@ class _Routed(nn.Module):
             return super().forward(*args, **kwargs)
         name: str = self.__dict__["_taps_name"]
         frame.entered.add(name)
+        if self._taps_weights and (over := _over(self, frame)):
+            if is_compiling() or reference.may_be_transformed():  # its weights are read one by one
+                return super().forward(*args, **kwargs)
+            return making.run(super().forward, over, args, kwargs)
         placed = frame.bound.get(name)
         if placed is not None and not is_compiling():
             bound, host = placed
@@ -124,6 +132,17 @@ class _Routed(nn.Module):
         if stack and not stack[-1].runs_host:
             return forward_of(stack[-1])(_below(self, frame, stack), *args, **kwargs)
         return super().forward(*args, **kwargs)
+
+
+def _over(module: _Routed, frame: Frame) -> list[tuple[Any, Below]]:
+    """The uppermost part over each weight of a module that is multiplied by the module's own forward."""
+    found = []
+    for name, host in module._taps_weights.values():
+        stack = frame.stacks.get(name)
+        if stack:
+            frame.entered.add(name)
+            found.append((stack[-1], _below(host, frame, stack)))
+    return found
 
 
 def _property(key: str, read: Callable[[nn.Module], Any]) -> property:
@@ -151,7 +170,18 @@ def _read(key: str, module: nn.Module) -> Any:
 
     A method that is not forward reads it, or someone else (fused encoder layers, whoever indexes a ParameterList).
     """
+    made = making.made()
+    if made and (weight := made.get((id(module), key))) is not None:
+        return weight
     frame = running(module)
+    slots: Mapping[str, tuple[str, nn.Module]] = module.__dict__.get("_taps_weights", {})
+    if frame is not None and key in slots:
+        name, host = slots[key]
+        over = frame.stacks.get(name)
+        if over and isinstance(host, Slot):
+            seen = frame.entered
+            found = over[-1].reads(_below(host, frame, over), key, lambda _: seen.add(name), fused=False)
+            return held(module, key) if found is NotImplemented else found
     stack = _stack(module, frame)
     if not stack or frame is None:
         return held(module, key)
@@ -254,9 +284,25 @@ class _RoutedNorm(_Routed):
     _always_rests = True
 
 
+class _RoutedRecurrent(_Routed):
+    """A recurrent layer, which keeps its weights in a list beside its parameters."""
+
+    def _flat(self) -> list[Any]:
+        kept: list[Any] = self.__dict__["_flat_weights"]
+        if current() is None and running(self) is None:
+            return kept
+        names = self.__dict__["_flat_weights_names"]
+        return [_read(name, self) if name in self._parameters else own for name, own in zip(names, kept, strict=True)]
+
+    def _set_flat(self, value: list[Any]) -> None:
+        self.__dict__["_flat_weights"] = value
+
+    _flat_weights = property(_flat, _set_flat, doc="The base's own, or during a task's forward the task's.")
+
+
 def _own_tensors(module: nn.Module, router: Any) -> tuple[str, ...]:
     """The tensors that are to be read through :func:`_read`: all that no other class attribute stands for."""
-    if router not in (_Routed, _RoutedNorm) or isinstance(module, GATED_TYPES):
+    if router not in (_Routed, _RoutedNorm, _RoutedRecurrent) or parametrize.is_parametrized(module):
         return ()
     held = (*module._parameters, *module._buffers)
     return tuple(key for key in held if not hasattr(type(module), key))
@@ -268,9 +314,11 @@ def _router(module: nn.Module) -> Any:
     plain = not parametrize.is_parametrized(module)
     if isinstance(module, NORM_TYPES):
         return _RoutedNorm
+    if isinstance(module, nn.RNNBase) and plain:
+        return _RoutedRecurrent
     if not isinstance(module, GATED_TYPES) or not plain:
         return _Routed
-    if weight_name(module) not in held or bias_name(module) not in held:
+    if not alone(module) or bias_name(module) not in held:
         return _Routed
     if isinstance(module, nn.MultiheadAttention):
         return _RoutedAttention
@@ -303,6 +351,13 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
         module.__class__ = cls
         if isinstance(module, _Routed) and module._always_rests:
             module.training = False
+
+
+def gated(module: nn.Module, name: str, host: nn.Module) -> None:
+    """Remember that parts called `name` may change a weight of a routed module. `host`: the module, or its slot."""
+    module.__dict__["_taps_gated"] = True
+    if isinstance(module, _Routed) and type(module)._taps_route[0] in (_Routed, _RoutedRecurrent):  # type: ignore[attr-defined]
+        module.__dict__["_taps_weights"] = {**module._taps_weights, weight_name(host): (name, host)}
 
 
 def is_stock(module: nn.Module) -> bool:

@@ -245,8 +245,7 @@ def test_arguments() -> None:
         model.extract_task("t", tuned)
     with pytest.raises(ConfigError, match="config: expected a FullConfig, got TapsConfig"):
         model.extract_task("t", tuned.state_dict(), config=taps_ext.TapsConfig(lam=1.0))
-    with pytest.raises(taps_ext.UnsupportedModuleError, match="Conv1d"):
-        model.extract_task("t", tuned.state_dict())
+    model.extract_task("whole", tuned.state_dict())
     without = taps_ext.FullConfig(exclude_modules=["0"])
     model.extract_task("t", tuned.state_dict(), config=without)
     x = torch.randn(3, 2, 4)

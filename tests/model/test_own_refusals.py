@@ -161,10 +161,10 @@ def test_no_layer_to_gate_is_said() -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 6))
+            self.table = nn.Parameter(torch.randn(4, 6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
+            return x @ self.table
 
     with pytest.warns(UserWarning, match="no layer outside the head can be gated"):
         task_on(nn.Sequential(Transposed(), nn.Linear(6, 3)), TapsConfig(lam=0.5))
