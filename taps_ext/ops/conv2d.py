@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -180,25 +181,34 @@ def product(
     return operator(input, weight, delta, score, bias, geometry, settings)
 
 
+def _without_autocast(gradient: Tensor) -> AbstractContextManager[Any]:
+    """A backward may run inside a region of autocast, whose types are those of forwards: torch's own backward of a
+    convolution does not heed it, but the convolutions that ours is made of would."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(gradient.device.type, enabled=False)
+
+
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # a graph is made of this, which knows no further derivative
         return _refusing(ctx, grad_output)
     input, weight, delta, score, settings, wanted = kept(ctx)
     geometry, input_size = ctx.geometry
-    grads = torch.ops.taps_ext.gated_conv2d_backward.default(
-        grad_output,
-        input,
-        input_size,
-        weight,
-        delta,
-        score,
-        settings.gate,
-        settings.threshold,
-        *geometry,
-        list(wanted),
-        settings.rows,
-        settings.row_scale,
-    )
+    with _without_autocast(grad_output):
+        grads = torch.ops.taps_ext.gated_conv2d_backward.default(
+            grad_output,
+            input,
+            input_size,
+            weight,
+            delta,
+            score,
+            settings.gate,
+            settings.threshold,
+            *geometry,
+            list(wanted),
+            settings.rows,
+            settings.row_scale,
+        )
     return *in_order(ctx, grads, wanted), None, None
 
 
@@ -278,12 +288,19 @@ def _fake_backward(
     row_scale: float,
 ) -> tuple[Tensor, ...]:
     dinput = None
-    if output_mask[0]:
-        like = grad_output.new_empty([grad_output.shape[0], weight.shape[1] * groups, *input_size])
-        weight_t = weight.to(grad_output.dtype)
-        geometry = (stride, padding, dilation, False, [0, 0], groups)
-        backward = torch.ops.aten.convolution_backward
-        dinput = backward(grad_output, like, weight_t, None, *geometry, [True, False, False])[0]
+    if output_mask[0]:  # by the operators that run, since its strides are theirs
+        single = grad_output.dim() == 3
+        dy, x = (t[None] if single and t is not None else t for t in (grad_output, input))
+        weight_t = weight.to(dy.dtype)
+        if x is not None and rows is None:
+            geometry = (stride, padding, dilation, False, [0, 0], groups)
+            backward = torch.ops.aten.convolution_backward
+            dinput = backward(dy, x, weight_t, None, *geometry, [True, False, False])[0]
+        else:
+            sizes = zip(input_size, dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+            more = [whole - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for whole, y, k, s, p, d in sizes]
+            dinput = torch.ops.aten.convolution(dy, weight_t, None, stride, padding, dilation, True, more, groups)
+        dinput = dinput[0] if single else dinput
     return gradients(dinput, grad_output, weight, delta, score, output_mask)
 
 

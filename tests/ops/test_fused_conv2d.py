@@ -1,5 +1,6 @@
 """The CPU's fused convolution: W_t packed on its way to the product, with every instruction set of this machine."""
 
+import itertools
 import math
 
 import pytest
@@ -221,3 +222,53 @@ def test_kernels_of_more_than_64_places_are_rebuilt(side, path) -> None:
     wanted, terms, factors = convolved(x, w, d, None, (1, 1), (1, 1), (1, 1))
     assert found == path
     assert_close(output, wanted, F32, terms, *factors)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(
+    "single, kept", [(False, "input"), (False, "no input"), (False, "rows"), (True, "input"), (True, "no input")]
+)
+def test_the_backward_lays_out_what_its_fake_says(groups, single, kept) -> None:
+    """Compilers go by a fake's strides: of every mixture of layouts of images, results and weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    backward = torch.ops.taps_ext.gated_conv2d_backward.default
+    for of_x, of_w, of_dy in itertools.product((PLAIN, LAST), repeat=3):
+        torch.manual_seed(8)
+        x, dy = draw(2, 8, 6, 6, dtype=F32, layout=of_x), draw(2, 8, 6, 6, dtype=F32, layout=of_dy)
+        w, d = (draw(8, 8 // groups, 3, 3, dtype=F32, layout=of_w) for _ in range(2))
+        rows = torch.tensor([1]) if kept == "rows" else None
+        if single:
+            x, dy = x[0], dy[0]
+        elif rows is not None:
+            x = x[1:]
+        score = torch.tensor(0.2)
+        given = None if kept == "no input" else x
+        mask = [True, False, kept != "no input", kept != "no input", False]
+
+        def run(given=given, dy=dy, w=w, d=d, score=score, rows=rows, mask=mask):
+            geometry = [1, 1], [1, 1], [1, 1], groups
+            return backward(dy, given, [6, 6], w, d, score, True, 0.1, *geometry, mask, rows, 1.0)
+
+        real = run()
+        with FakeTensorMode() as mode:
+            fakes = [None if t is None else mode.from_tensor(t) for t in (given, dy, w, d, score, rows)]
+            fake = run(*fakes)
+        for one, other in zip(real, fake, strict=True):
+            assert (one.shape, one.stride()) == (other.shape, other.stride()), (of_x, of_w, of_dy)
+
+
+def test_a_backward_inside_autocast_computes_in_its_own_type() -> None:
+    """As torch's own backward of a convolution does: autocast is for forwards."""
+    torch.manual_seed(9)
+    x, w = draw(2, 8, 6, 6, dtype=F32).requires_grad_(), draw(8, 8, 3, 3, dtype=F32)
+    d, gradient = draw(8, 8, 3, 3, dtype=F32), draw(2, 8, 6, 6, dtype=F32)
+    for rows in (None, torch.tensor([1])):
+        found = []
+        for amp in (False, True):
+            score = torch.tensor(0.01, requires_grad=True)
+            out = gated_conv2d(x, w, d, score, None, 1, 1, gate=False, rows=rows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                found.append(torch.autograd.grad(out, (x, score), gradient))
+        for plain, inside in zip(*found, strict=True):
+            assert torch.equal(plain, inside)
