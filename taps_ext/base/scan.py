@@ -173,19 +173,32 @@ def frozen_by_user(base: nn.Module, head: str | None) -> frozenset[str]:
     return frozenset(frozen if len(frozen) < len(named) else ())
 
 
-def check_shared(base: nn.Module, modules: Iterable[str]) -> None:
-    """Raise if two of the modules, which are to have tensors of their own, share a parameter: it would become two.
+def check_shared(base: nn.Module, modules: Iterable[str], head: str | None = None) -> None:
+    """Raise if some of the modules, which are to have tensors of their own, share a parameter: it would become two.
+
+    Args:
+        head: the module of the base that the task has another in place of, which cannot be excluded.
 
     Raises:
-        UnsupportedModuleError: naming both.
+        UnsupportedModuleError: naming all of them.
     """
-    chosen = set(modules)
+    chosen, tied = set(modules), dict[str, list[str]]()
     for one, other in shared_tensors(base):
-        if {one.rpartition(".")[0], other.rpartition(".")[0]} <= chosen:
-            raise UnsupportedModuleError(
-                f"{other}: is one tensor with {one}, which a task would train as two; to leave one of them frozen, "
-                "name its module in exclude_modules"
-            )
+        tied.setdefault(one, [one]).append(other)
+    tied = {one: [name for name in names if name.rpartition(".")[0] in chosen] for one, names in tied.items()}
+    found = [names for names in tied.values() if len(names) > 1]
+    if not found:
+        return
+    holders = list(dict.fromkeys(name.rpartition(".")[0] for names in found for name in names))
+    holders = [name for name in holders if not inside(name, head)]
+    others = [name for name, module in base.named_modules() if module._parameters and name not in holders]
+    what = "; ".join(
+        f"{', '.join(names[1:])}: {'is' if len(names) == 2 else 'are'} one tensor with {names[0]}" for names in found
+    )
+    raise UnsupportedModuleError(
+        f"{what}; a task would train each as its own, so that they part; to leave them frozen, name their modules in "
+        f"exclude_modules ({globs(holders, others)})"
+    )
 
 
 def check_kept(base: nn.Module, layers: Iterable[str]) -> None:

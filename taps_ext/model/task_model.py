@@ -313,7 +313,7 @@ class TaskModel(nn.Module):
         if own is not None and path is not None:
             parts[path] = Instead(own, "head")
             trained += [path] if num_classes is None and head is None else []
-        check_shared(self.base, trained)
+        check_shared(self.base, trained, path)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
         state.reach = found.reach
         self._install(name, state)

@@ -294,8 +294,8 @@ class Layer(Part):
         return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}
 
     def covers(self, key: str) -> bool:
-        """A layer that is closed for good leaves its weight to the base."""
-        return self.change is not None or "bias" in key
+        """A layer that is closed for good leaves its weight to the base, and one without a bias of its own the bias."""
+        return self.bias is not None if "bias" in key else self.change is not None
 
     def fix(self, open: bool) -> None:
         """Turn a learned gate into a fixed one; the change keeps its values."""

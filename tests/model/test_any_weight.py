@@ -439,7 +439,41 @@ class TestFrozenByTheUser:
 def test_a_probe_reports_what_it_leaves() -> None:
     model = TaskModel(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2)), ProbeConfig())
     model.add_task("t", num_classes=2)
-    assert model.report("t").left == {"0.weight": 12}
+    assert model.report("t").left == {"0.weight": 12, "0.bias": 4}
+
+
+def test_a_bias_that_stays_the_bases_is_reported() -> None:
+    """Of a gated layer, too; fine-tuning has one of its own."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    for config, left in ((TapsConfig(lam=1.0), {"0.bias": 6}), (FullConfig(), {})):
+        model = TaskModel(copy.deepcopy(base), config)
+        model.add_task("t", num_classes=2)
+        assert model.report("t").left == left
+
+
+class Shares(nn.Module):
+    """One table under three names, of which its forward reads two, as T5 has it, and the head is the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.encoder, self.decoder = nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Embedding(7, 4)
+        self.encoder.weight = self.decoder.weight = self.shared.weight
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.shared.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.encoder(ids) + self.decoder(ids.flip(1))))
+
+
+def test_tied_tensors_are_named_at_once_with_a_remedy_that_works() -> None:
+    model = TaskModel(Shares(), FullConfig())
+    with pytest.raises(UnsupportedModuleError, match="encoder.weight, decoder.weight, head.weight: are one ") as caught:
+        model.add_task("t")
+    assert str(caught.value).endswith("exclude_modules (['shared', 'encoder', 'decoder'])"), "not the head's"
+    model.add_task("t", config=FullConfig(exclude_modules=["shared", "encoder", "decoder"]))
+    model.train()(torch.arange(6).view(2, 3), task="t").sum().backward()
+    with pytest.raises(UnsupportedModuleError, match=r"decoder.weight: is one tensor with encoder.weight"):
+        model.add_task("two", num_classes=2, config=FullConfig(exclude_modules=["shared"]))
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "transposed 2d", "by hand", "lstm"])
