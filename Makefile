@@ -28,7 +28,8 @@
 #   make storage       packing, files and patches beside memcpy, bare reads and plain torch (four minutes, a quiet
 #                      machine)
 #   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
-#   make architectures every promise of TaskModel on 25 models of timm, torchvision, transformers (about ten minutes)
+#   make models        every promise of TaskModel on 200 small models of timm, torchvision, transformers (half an hour),
+#                      resumable; prints the table of docs/models.md
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
@@ -86,7 +87,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table compare-study compare-table task-files codecs storage data-path architectures flops memory gpu
+  fraction-table compare-study compare-table task-files codecs storage data-path models flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -195,8 +196,9 @@ fraction-table: build
 data-path: build
 	$(PY) benchmarks/data_path.py
 
-architectures: build
-	$(PY) benchmarks/architectures.py --json benchmarks/results/architectures.json
+# One thread: the models are small.
+models: build
+	OMP_NUM_THREADS=1 $(PY) benchmarks/models.py --json benchmarks/results/models.json --docs docs/models.md
 
 flops: build
 	$(PY) benchmarks/flops.py --json benchmarks/results/flops.json
