@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module.__dict__.get("_taps_class", type(module))
 
 
-class Slot(nn.Module):
+# To compilers a module is what it has; this one has nothing, and is an object like others.
+_Host: Any = nn.Module if TYPE_CHECKING else object
+
+
+class Slot(_Host):
     """One weight tensor of a module that is no layer of a weight and a bias alone (a recurrent layer, the experts of a
     mixture): what a part over it has for a host.
 
@@ -67,23 +71,20 @@ class Slot(nn.Module):
     """
 
     def __init__(self, owner: nn.Module, key: str) -> None:
-        self.__dict__.update(owner=owner, key=key)  # it has no tensors, children or hooks of its own
+        self.owner, self.key = owner, key
 
     @property
-    def _parameters(self) -> Any:  # type: ignore[override]
-        return self.__dict__["owner"]._parameters
+    def _parameters(self) -> Any:
+        return self.owner._parameters
 
     @property
-    def _forward_pre_hooks(self) -> Any:  # type: ignore[override]
-        return self.__dict__["owner"]._forward_pre_hooks
+    def _forward_pre_hooks(self) -> Any:
+        return self.owner._forward_pre_hooks
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
-        training: bool = self.__dict__["owner"].training
+    def training(self) -> bool:
+        training: bool = self.owner.training
         return training
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"{type(self.owner).__name__}.{self.key}"
@@ -91,7 +92,7 @@ class Slot(nn.Module):
 
 def owner_of(host: nn.Module) -> nn.Module:
     """The module of the base that holds a host's weight: the host itself, but for a :class:`Slot`."""
-    return host.__dict__["owner"] if isinstance(host, Slot) else host
+    return host.owner if isinstance(host, Slot) else host
 
 
 def host_of(base: nn.Module, name: str) -> nn.Module:
@@ -125,8 +126,7 @@ def hosts_by_name(base: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def weight_name(host: nn.Module) -> str:
     """The attribute that holds the weight of a layer that can be gated."""
     if isinstance(host, Slot):
-        key: str = host.__dict__["key"]
-        return key
+        return host.key
     return "in_proj_weight" if isinstance(host, nn.MultiheadAttention) else "weight"
 
 
