@@ -472,6 +472,7 @@ class TaskModel(nn.Module):
         A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
 
         Raises:
+            ConfigError: a rate or decay that is negative, not finite or no number.
             TapsError: a packed task, naming a layer: it trains no further until :meth:`unpack_task`.
         """
         chosen = self._states_for(tasks)

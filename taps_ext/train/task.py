@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
+from ..methods.keywords import Keywords
 from ..store import fingerprint
 from .fetch import Batch, Epochs, FetchEach, Key, Reader
 from .metrics import Metric, hits
@@ -83,7 +84,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Keywords):
     """What one task trains on.
 
     Attributes:
