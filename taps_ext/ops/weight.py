@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..extension import C
+from .once import once_differentiable
 from .reconstruct import reconstruct_
 
 

@@ -10,13 +10,13 @@ import torch
 from models import TinyNet, settle
 
 import taps_ext
-from taps_ext import ConfigError, JointTapsConfig, LoraConfig, TapsConfig, Task, TaskModel, TrainConfig
-from taps_ext.methods.base import registered
+from taps_ext import ConfigError, JointTapsConfig, LoraConfig, MethodConfig, TapsConfig, Task, TaskModel, TrainConfig
+from taps_ext.methods import base as methods
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("config", [*registered().values(), TrainConfig, Task], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config", [*methods.registered().values(), TrainConfig, Task], ids=lambda c: c.__name__)
 def test_a_misspelt_keyword_is_named_with_a_suggestion(config) -> None:
     fields = [f.name for f in dataclasses.fields(config)]
     right = fields[0]
@@ -29,6 +29,17 @@ def test_a_misspelt_keyword_is_named_with_a_suggestion(config) -> None:
 def test_a_misspelt_keyword_of_a_change() -> None:
     with pytest.raises(ConfigError, match=r"TapsConfig: unknown keyword 'treshold' \(did you mean 'threshold'\?\)"):
         dataclasses.replace(TapsConfig(), treshold=0.2)
+
+
+def test_a_file_or_a_configuration_without_a_value_that_a_method_needs(monkeypatch) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Needing(MethodConfig):
+        amount: int
+
+    monkeypatch.setitem(methods._METHODS, "needing", Needing)
+    with pytest.raises(ConfigError, match="needing: expected a value for 'amount', got none"):
+        MethodConfig.from_dict({"method": "needing"})
+    assert MethodConfig.from_dict({"method": "needing", "amount": 2}) == Needing(amount=2)
 
 
 def test_settings_come_by_keyword() -> None:
