@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 from ..errors import TapsError
 
 MODULE_CALL = nn.Module.__call__
-"""As it is while nothing is in its place: `torch.fx` patches it while it traces. Looking is cheaper than asking torch."""
+"""As it is while nothing stands in its place. `torch.fx` puts a function there; a look is cheap."""
 
 
 def refuse(tracer: str) -> NoReturn:
     """Raise TapsError for a tracer, with the way that it has."""
     raise TapsError(
-        f"{tracer}: a TaskModel decides per call what runs, which a trace cannot hold; trace or export merge_and_unload(name) "
-        "instead, a plain model"
+        f"{tracer}: a TaskModel decides per call what runs, which a trace cannot hold; trace or export "
+        "merge_and_unload(name) instead, a plain model"
     )
 
 
