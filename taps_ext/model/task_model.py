@@ -70,7 +70,8 @@ class TaskModel(Untraced):
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
-        batch_dim: which dimension of the forward's first tensor counts samples.
+        batch_dim: which dimension of the forward's tensors counts samples: that of the first which has more than one
+            there; with 0 a list of images `[C, H, W]` counts as many as it has.
 
     Raises:
         ConfigError: a base whose forward has an argument named `task` or `tasks`; unknown `gates`; a negative
