@@ -18,10 +18,14 @@ from taps_ext.train import Callback
 from taps_ext.train.alone import LOCK, alone
 
 HOLDER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from taps_ext.train.alone import alone
 with alone(Path(sys.argv[1])):
+    if not os.fork():  # as a worker that reads data, which outlives a killed run for seconds
+        os.close(1)
+        time.sleep(20)
+        os._exit(0)
     print("held", flush=True)
     sys.stdin.read()
 """
