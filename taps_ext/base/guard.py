@@ -68,7 +68,11 @@ class Guard:
             if None not in (held, now) and held != now:
                 advice = 'give it to the task (others="task") or freeze what writes to it'
                 if name.startswith("parameter"):
-                    advice = "put its values back (load_state_dict), and freeze what writes to it"
+                    advice = (
+                        "put its values back (load_state_dict), and freeze what writes to it. An average of the whole "
+                        "model is to leave equal values as they are: AveragedModel without avg_fn, or with "
+                        "multi_avg_fn=get_ema_multi_avg_fn(decay), does"
+                    )
                 return (
                     f"the base's {name} has changed since the base was adapted, so that tasks would belong to no base "
                     f"that exists; {advice}"

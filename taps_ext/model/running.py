@@ -57,10 +57,16 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
-    if sample is not None and sample.fits and not any(sample.fits):
+    if sample is not None and sample.batch == 1:
+        warnings.warn(
+            f"gate_fraction: expected several samples to draw from, got one in dimension {model.batch_dim} (batch_dim) "
+            f"of the forward's tensors: score gradients of task {name!r} are exact, and nothing is saved",
+            stacklevel=3,
+        )
+    elif sample is not None and sample.fits and not any(sample.fits):
         warnings.warn(
             f"gate_fraction: no closed layer of task {name!r} has an input made of the {sample.batch} samples that the "
-            f"forward's first tensor has in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
+            f"forward's tensors have in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
             "nothing is saved",
             stacklevel=3,
         )

@@ -35,8 +35,9 @@ from . import groups, packing, stream
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
+from .tracing import MODULE_CALL, ActiveTask, Untraced, check_symbolic, refuse
 
-_ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
+_ACTIVE: Any = ActiveTask()
 
 
 def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
@@ -58,7 +59,7 @@ def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
     return dict(parts)
 
 
-class TaskModel(nn.Module):
+class TaskModel(Untraced):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
     The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
@@ -69,7 +70,8 @@ class TaskModel(nn.Module):
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
-        batch_dim: which dimension of the forward's first tensor counts samples.
+        batch_dim: which dimension of the forward's tensors counts samples: that of the first which has more than one
+            there; with 0 a list of images `[C, H, W]` counts as many as it has.
         unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
             the base.
 
@@ -171,13 +173,13 @@ class TaskModel(nn.Module):
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if torch.compiler.is_exporting():
-            raise TapsError(
-                "torch.export: a TaskModel decides per call what runs; export merge_and_unload(name) instead"
-            )
+            refuse("torch.export")
         return self._forward(*args, task=task, tasks=tasks, **kwargs)
 
     @torch.compiler.disable(recursive=False)
     def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
+        if nn.Module.__call__ is not MODULE_CALL:
+            check_symbolic(args, kwargs)
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         repeated = recomputed_call(owner=self) if in_backward() else None
@@ -497,6 +499,7 @@ class TaskModel(nn.Module):
         A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
 
         Raises:
+            ConfigError: a rate or decay that is negative, not finite or no number.
             TapsError: a packed task, naming a layer: it trains no further until :meth:`unpack_task`.
         """
         chosen = self._states_for(tasks)

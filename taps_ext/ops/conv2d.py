@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn.modules.utils import _pair
 
@@ -30,6 +29,7 @@ from .call import (
     wants_gradient,
 )
 from .fakes import gradients, register_fake
+from .once import once_differentiable
 
 
 class Geometry(NamedTuple):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import TaskModel
 
@@ -49,11 +50,28 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
+def _cast_holders(model: TaskModel) -> list[nn.Module]:
+    """What may keep a weight in autocast's type."""
+    return [*model.modules(), *(part for name in model.tasks for part in model.state(name).installed.values())]
+
+
 def casts(model: TaskModel) -> list[Tensor]:
     """The weights that are kept in autocast's type."""
-    installed = [part for name in model.tasks for part in model.state(name).installed.values()]
-    kept = [module.__dict__.get("_taps_cast") for module in (*model.modules(), *installed)]
+    kept = [module.__dict__.get("_taps_cast") for module in _cast_holders(model)]
     return [found[1] for found in kept if found is not None]
+
+
+@contextmanager
+def casts_kept(model: TaskModel) -> Iterator[None]:
+    """Afterwards a model keeps the casts that it kept before, and no others."""
+    before = [(module, module.__dict__.get("_taps_cast")) for module in _cast_holders(model)]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            module.__dict__.pop("_taps_cast", None)
+            if kept is not None:
+                module.__dict__["_taps_cast"] = kept
 
 
 def merged(model: TaskModel) -> list[Tensor]:

@@ -19,6 +19,7 @@ from ..train.gradients import add_gradients
 from ..train.state import restore, snapshot
 from ..train.stepper import on_cuda
 from ..train.task import predictions
+from .memory import casts_kept
 
 PHASES = ("train", "infer")
 OPTIMIZERS = ("sgd", "adamw")
@@ -85,14 +86,15 @@ class Step:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The model in the phase's mode; afterwards values, modes, gradients and random numbers are as they were."""
+        """The model in the phase's mode; afterwards values, casts, modes, gradients and random numbers are as they
+        were."""
         modes = [(module, module.training) for module in self.model.modules()]
         kept = None if self.state is None else snapshot(self.state)
         grads = [(p, p.grad) for p in self.model.parameters()]
         devices = [self.device] if self.device.type == "cuda" else []
         self.model.train(self.phase == "train")
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), casts_kept(self.model):
                 yield
         finally:
             for module, mode in modes:

@@ -11,14 +11,15 @@ from typing import Any
 
 from ..errors import ConfigError, suggestion
 from ..methods.base import number, one_of
+from ..methods.keywords import Keywords
 from .weighting import WEIGHTINGS
 
 MIXES = ("all", "proportional", "uniform", "temperature", "round-robin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train. All tasks of one `fit` share it.
+class TrainConfig(Keywords):
+    """How to train. All tasks of one `fit` share it. A misspelt keyword is a ConfigError with a suggestion.
 
     Attributes:
         epochs, batch_size: passes over the training data, samples in one forward.

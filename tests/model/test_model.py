@@ -195,7 +195,6 @@ class TakesTask(nn.Module):
             lambda: MethodConfig.from_dict({"method": "taps", "lamb": 1}),
             "unknown key 'lamb' .did you mean 'lam'",
         ),
-        (lambda: MethodConfig.from_dict({"method": "taps"}), "lam"),
     ],
 )
 def test_mistakes_are_named(call, message) -> None:
