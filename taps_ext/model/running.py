@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.guard import tensors
+from ..base.offload import check_present, offloaded, refusal
 from ..errors import BypassedLayerError, ConfigError, TapsError
 from ..parts.sampling import Sample, batch_size
 from ..routing.frame import Call, Frame, enter, leave, sequence_number
@@ -27,6 +28,12 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
     token = enter(frame)
     try:
         output = model.base(*args, **kwargs)
+    except TapsError:
+        raise
+    except Exception as error:
+        if (tensor := offloaded(model.base)) is not None:
+            raise refusal(tensor) from error
+        raise
     finally:
         leave(token)
         if frame.ready is not None:
@@ -119,6 +126,7 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
                 "before it is adapted"
             )
         if was[0] is not now[0] or was[1] != now[1]:
+            check_present(model.base)
             raise TapsError(
                 f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
                 'give it to the task (others="task") or freeze the module that writes it'

@@ -18,6 +18,7 @@ from ..base import flags
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
 from ..base.head import head_path, make_head
+from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
@@ -138,6 +139,7 @@ class TaskModel(nn.Module):
         Raises:
             TapsError: naming the tensor.
         """
+        check_present(self.base)
         problem = self._guard.check(self.base, self._head)
         if problem is not None:
             raise TapsError(problem)
@@ -282,6 +284,7 @@ class TaskModel(nn.Module):
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
         self._loaded()
+        check_present(self.base)
         name = self._new_name(name)
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
@@ -565,6 +568,7 @@ class TaskModel(nn.Module):
 
     def _install_merged(self, name: str) -> None:
         state = self.state(name)
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
         state.install(merge.folded(state.stacks(merged=False), self.base))
 
@@ -651,6 +655,7 @@ class TaskModel(nn.Module):
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
         self._loaded()
+        check_present(self.base)
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
             family = self._parent_of(file, shared, allow_dtype_cast)
@@ -961,6 +966,7 @@ class TaskModel(nn.Module):
     def _plain_copy(self, name: str) -> nn.Module:
         state = self.state(name)
         assert self._flags is not None  # `state` has refused an unloaded model
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
         return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
 
