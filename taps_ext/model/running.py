@@ -56,6 +56,10 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
     _check_labels(model, name, state, args, kwargs)
     if model._guard.held is None:
         model._guard.note(model.base)
+    elif model.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        problem = model._guard.written(model.base, model._head)
+        if problem is not None:
+            raise TapsError(f"task {name!r}: {problem}")
     bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
     ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)

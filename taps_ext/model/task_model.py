@@ -30,8 +30,8 @@ from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES
 from ..parts.mirror import Mirror
 from ..parts.packing import Rule
-from ..routing.frame import in_backward, recomputed_call, running_node
-from ..routing.route import route, unroute, whole_model
+from ..routing.frame import Frame, in_backward, recomputed_call, running_node
+from ..routing.route import claim, route, unroute, whole_model
 from . import groups, packing, stream
 from .report import Report, make_report
 from .running import run_base, run_task
@@ -117,6 +117,7 @@ class TaskModel(nn.Module):
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+        claim(base, self)
         self.training = base.training  # without touching the modules, each of which has a mode of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,6 +125,11 @@ class TaskModel(nn.Module):
         super().__setstate__(state)
         if self._flags is not None:
             own(self.base, self, self._flags)
+            claim(self.base, self)
+
+    def active_frame(self) -> Frame | None:
+        """A frame of the active task, for base modules that are spoken to outside of forwards; None for the base."""
+        return None if self._active is None else Frame(self.state(self._active).stacks(), set())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
@@ -214,9 +220,28 @@ class TaskModel(nn.Module):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         with whole_model(mode):
             super().train(mode)
+        self._guard.asks = True
         if not mode and not torch.compiler.is_compiling():
             for state in self._names.values():
                 state.look_again()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskModel:
+        """Let all tasks and families train, or none. The base never does until :meth:`unload`, a family that is in a
+        file does no more, and packed Deltas and those of gates that are fixed and closed rest."""
+        for held in (*self.families.values(), *self._names.values()):
+            held.requires_grad_(requires_grad)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> TaskModel:
+        """Call `fn` with every module of the base and of the tasks, children first; it may set their settings.
+
+        Raises:
+            TapsError: it wrote to the base's tensors outside the head while there are tasks, naming one.
+        """
+        super().apply(fn)
+        if self._names:
+            self._check_base()
         return self
 
     # -- tasks
@@ -333,6 +358,7 @@ class TaskModel(nn.Module):
         """Route what parts stand on."""
         for module in parts.table:
             route(self.base.get_submodule(module), module)
+        claim(self.base, self)
         for layer, _, _ in parts.gated():
             self.base.get_submodule(layer).__dict__["_taps_gated"] = True
         parts.remember_hosts(self.base)

@@ -36,6 +36,7 @@ ROUTING = (
     "_taps_mode",
     "_taps_set",
     "_taps_sets",
+    "_taps_owner",
 )
 MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))

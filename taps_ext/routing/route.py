@@ -7,6 +7,7 @@ unloading is the identity. `frame.py` says which task that is.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,7 +33,7 @@ from ..parts.host import (
     weight_name,
 )
 from ..parts.part import Below, forward_of
-from .frame import Frame, current, in_backward, running
+from .frame import Frame, current, enter, in_backward, leave, running
 from .ready import misplaced
 
 # Set while a module's own train() runs, whose settings are not its user's.
@@ -80,7 +81,7 @@ class _Routed(nn.Module):
     _always_rests = False  # the base's own is in evaluation mode, also under `.train()`
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
+        state = {key: value for key, value in self.__getstate__().items() if key not in ("_taps_cast", "_taps_owner")}
         return _rebuild, (original_class(self), *type(self)._taps_route), state  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> _Routed:
@@ -169,6 +170,45 @@ def _enter(module: nn.Module, frame: Frame, key: str) -> None:
         own = [key for key, value in module._parameters.items() if value is not None]
     if not key or all(f"{name}.{other}" in frame.entered for other in own):
         frame.entered.add(name)
+
+
+# Methods of torch's modules that give their tensors new values.
+_RESETS = ("reset_parameters", "_reset_parameters", "reset_running_stats")
+
+
+def _reset(key: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The statistics of the active task's norm start anew; the base's tensors do not.
+
+    Raises:
+        UnsupportedModuleError: anything else that would write to the base.
+    """
+    method = functools.partial(getattr(original_class(module), key), module, *args, **kwargs)
+    if not _set_by_user():  # its own code, which a forward's checks look after
+        return method()
+    statistics = key == "reset_running_stats"
+    if statistics and module._buffers.get("running_mean") is None:
+        return method()
+    owner = module.__dict__.get("_taps_owner", lambda: None)()
+    frame = None if owner is None else owner.active_frame()
+    stack = _stack(module, frame)
+    if statistics and frame is not None and stack:
+        below = _below(module, frame, stack)
+        if stack[-1].reads(below, "running_mean", lambda _: None, fused=False) is not NotImplemented:
+            entered = enter(frame)
+            try:
+                return method()
+            finally:
+                leave(entered)
+    advice = "reset it before it is wrapped"
+    if statistics:
+        advice = "name a task with norms of its own, whose statistics are meant: with model.use_task(name): ..."
+    raise UnsupportedModuleError(
+        f"{module.__dict__['_taps_name']}: {key} would write to the base, which is frozen; {advice}"
+    )
+
+
+def _resetter(key: str) -> Callable[..., Any]:
+    return lambda module, *args, **kwargs: _reset(key, module, *args, **kwargs)
 
 
 def _read_weight(module: nn.Module) -> Any:
@@ -284,7 +324,10 @@ def _router(module: nn.Module) -> Any:
 @functools.cache
 def _routed_class(cls: Any, router: Any, keys: tuple[str, ...]) -> type[nn.Module]:
     reads = {key: _property(key, functools.partial(_read, key)) for key in keys}
-    return type(cls.__name__, (router, cls), {"__module__": cls.__module__, "_taps_route": (router, keys), **reads})
+    resets = {key: _resetter(key) for key in _RESETS if hasattr(cls, key)}
+    return type(
+        cls.__name__, (router, cls), {"__module__": cls.__module__, "_taps_route": (router, keys), **reads, **resets}
+    )
 
 
 def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
@@ -303,6 +346,14 @@ def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
         module.__class__ = cls
         if isinstance(module, _Routed) and module._always_rests:
             module.training = False
+
+
+def claim(base: nn.Module, owner: nn.Module) -> None:
+    """Tell the routed modules of a base whose tasks stand on them."""
+    found = weakref.ref(owner)
+    for module in base.modules():
+        if isinstance(module, _Routed):
+            module.__dict__["_taps_owner"] = found
 
 
 def is_stock(module: nn.Module) -> bool:
