@@ -33,11 +33,10 @@ from ..parts.packing import Rule
 from ..routing.frame import Frame, in_backward, recomputed_call, running_node
 from ..routing.route import claim, route, unroute, whole_model
 from . import groups, packing, stream
+from .entry import ACTIVE, EntryPoints
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
-
-_ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
 
 
 def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
@@ -59,14 +58,18 @@ def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
     return dict(parts)
 
 
-class TaskModel(nn.Module):
+class TaskModel(EntryPoints):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
     The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
 
+    A method of the base that neither nn.Module nor this class has a name for (`generate`, `forward_features`) runs the
+    active task as `model(x)` does, or with `task=` another one for this call. One that changes the base's tensors
+    raises :class:`TapsError`, naming one. Plain attributes of the base can be read here (docs/entry.md).
+
     Args:
         base: any module. Its parameters stop requiring gradients until :meth:`unload`.
-        config: the method for tasks that bring none of their own.
+        config: the method for tasks that bring none of their own: the attribute `default_config`.
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
@@ -94,12 +97,10 @@ class TaskModel(nn.Module):
             )
         if config is not None and not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        self.base = base
-        self.config = config
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
-        self.gates = gates
-        self.batch_dim = batch_dim
+        self.default_config, self.gates, self.batch_dim = config, gates, batch_dim
+        self.base = base
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
@@ -152,7 +153,7 @@ class TaskModel(nn.Module):
 
     # -- forward
 
-    def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, task: str | None = ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
         """Run the base with one task's parts.
 
         Args:
@@ -171,15 +172,16 @@ class TaskModel(nn.Module):
             raise TapsError(
                 "torch.export: a TaskModel decides per call what runs; export merge_and_unload(name) instead"
             )
-        return self._forward(*args, task=task, tasks=tasks, **kwargs)
+        return self._forward(None, task, tasks, args, kwargs)
 
     @torch.compiler.disable(recursive=False)
-    def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
+    def _forward(self, entry: str | None, task: str | None, tasks: Any, args: Any, kwargs: Any) -> Any:
+        """`forward`, or what else the base has a method `entry` for."""
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         repeated = recomputed_call(owner=self) if in_backward() else None
         unknown = in_backward() and repeated is None and torch.is_grad_enabled()
-        if task is not _ACTIVE:
+        if task is not ACTIVE:
             name = task
         elif repeated is not None:
             name = repeated.task
@@ -191,12 +193,12 @@ class TaskModel(nn.Module):
                 "name it in the checkpointed call: model(x, task=...)"
             )
         if name is None:
-            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
+            if task is ACTIVE and self._names and self.training and torch.is_grad_enabled():
                 warnings.warn(
                     "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=6,  # the caller of model(x)
+                    stacklevel=6 if entry is None else 4,  # the caller of model(x), or of the method
                 )
-            return run_base(self, args, kwargs)
+            return run_base(self, args, kwargs, entry)
         state = self.state(name)
         if self.gates == "host":
             state.refresh()
@@ -209,7 +211,7 @@ class TaskModel(nn.Module):
             self._not_merged(name, "training")
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
-        return run_task(self, name, state, args, kwargs)
+        return run_task(self, name, state, args, kwargs, entry)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TapsError(
@@ -311,7 +313,7 @@ class TaskModel(nn.Module):
         self._loaded()
         check_present(self.base)
         name = self._new_name(name)
-        config = config if config is not None else self.config
+        config = config if config is not None else self.default_config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         path = self._head if head_module is None else head_path(self.base, head_module)
@@ -760,7 +762,7 @@ class TaskModel(nn.Module):
             ConfigError: a method without shared parts; the family of its name is built differently.
         """
         self._loaded()
-        config = self.config if config is None else config
+        config = self.default_config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
         found = scan(self.base, self._head, target=config.target_modules, exclude=config.exclude_modules)

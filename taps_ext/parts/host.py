@@ -53,6 +53,13 @@ def is_norm(module: nn.Module) -> bool:
     return called and bool(held) and not module._modules and all(tensor.ndim == 1 for tensor in held)
 
 
+def is_setting(value: Any) -> bool:
+    """True for what a method of a module sets to be a setting of it (`grad_checkpointing`), and no cache of tensors."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return False
+    return value is None or isinstance(value, (bool, int, float, str)) or callable(value)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` before it was routed."""
     return module.__dict__.get("_taps_class", type(module))

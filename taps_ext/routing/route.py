@@ -27,6 +27,7 @@ from ..parts.host import (
     ROUTING,
     bias_name,
     held,
+    is_setting,
     original_class,
     resting_weight,
     stock_forward,
@@ -98,14 +99,22 @@ class _Routed(nn.Module):
                 part.mode()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_buffers", ()) and not is_compiling():  # `self.steps += 1` in a method
+            stack = _stack(self, current())
+            if stack and stack[-1].sets(name, value):
+                return
         super().__setattr__(name, value)
         if name not in self.__dict__:
             return
         token.note()
         if name == "training":
             return
-        stack = _stack(self, running(self))
-        if not (stack and stack[-1].sets(name, value)) and not torch.compiler.is_compiling() and _set_by_user():
+        frame = running(self)
+        stack = _stack(self, frame)
+        # Of a method that has run nothing yet: it is there to set this.
+        for_all = frame is not None and frame.method and not frame.entered and is_setting(value)
+        taken = stack and stack[-1].sets(name, value)
+        if (for_all or (not taken and _set_by_user())) and not torch.compiler.is_compiling():
             self.__dict__["_taps_set"] = {**self.__dict__.get("_taps_set", {}), name: None}
             self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
 
