@@ -3,6 +3,7 @@
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from . import patch as patch
 from .errors import (
+    BaseAttributeError,
     BypassedLayerError,
     ConfigError,
     DivergedError,
@@ -38,6 +39,7 @@ from .version import __version__ as __version__
 from .workspace import workspace_bytes
 
 __all__ = [
+    "BaseAttributeError",
     "BitFitConfig",
     "ByResolution",
     "BypassedLayerError",

@@ -315,7 +315,7 @@ def prepare(model: Any, batches: Iterable[Any], config: RcmConfig | None = None)
             nothing can hold, naming it.
         TapsError: tasks build on the family already, or it is in a file.
     """
-    config = getattr(model, "config", None) if config is None else config
+    config = getattr(model, "default_config", None) if config is None else config
     if not isinstance(config, RcmConfig) or config.start != "response":
         raise ConfigError(f'config: expected RcmConfig(start="response"), got {config!r}')
     family = model.add_family(config)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base.guard import tensors
+from ..base.offload import check_present, offloaded, refusal
 from ..errors import BypassedLayerError, ConfigError, TapsError
 from ..parts.sampling import Sample, batch_size
 from ..routing.frame import Call, Frame, enter, leave, sequence_number
+from .entry import enter as enter_method
 from .gathering import gathered
 from .state import TaskState
 
@@ -20,13 +22,19 @@ if TYPE_CHECKING:
 
 
 @torch.compiler.disable(recursive=False)
-def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any) -> Any:
-    """Call the base in a frame; where gradients may flow, remember the call for recomputation."""
+def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """Call the base, or its method `entry`, in a frame; where gradients may flow, remember it for recomputation."""
     remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
     first = sequence_number() if remember else 0
     token = enter(frame)
     try:
-        output = model.base(*args, **kwargs)
+        output = model.base(*args, **kwargs) if entry is None else getattr(model.base, entry)(*args, **kwargs)
+    except TapsError:
+        raise
+    except Exception as error:
+        if (tensor := offloaded(model.base)) is not None:
+            raise refusal(tensor) from error
+        raise
     finally:
         leave(token)
         if frame.ready is not None:
@@ -37,23 +45,41 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
 
 
 @torch.compiler.disable(recursive=False)
-def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
-    """The base as it was before adapting, in evaluation mode."""
+def run_base(model: TaskModel, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """The base, or its method `entry`, as it was before adapting, in evaluation mode."""
     if model.training:
-        return model._mirror.of(model.base)(*args, **kwargs)
-    return _run(model, None, Frame({}, set()), args, kwargs)
+        base = model._mirror.of(model.base)
+        if entry is None:
+            return base(*args, **kwargs)
+        with model._mirror.handing_back():
+            return enter_method(model, base, entry, lambda: getattr(base, entry)(*args, **kwargs))
+    frame = Frame({}, set(), method=entry is not None)
+    if entry is None:
+        return _run(model, None, frame, args, kwargs)
+    return enter_method(model, model.base, entry, lambda: _run(model, None, frame, args, kwargs, entry))
 
 
-def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
-    """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
-    _check_labels(model, name, state, args, kwargs)
+def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """The base, or its method `entry`, with one task's parts. Raises as :meth:`TaskModel.forward` says, and for a
+    method as :func:`.entry.enter`."""
+    if entry is None:
+        _check_labels(model, name, state, args, kwargs)
     if model._guard.held is None:
         model._guard.note(model.base)
+    elif model.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        problem = model._guard.written(model.base, model._head)
+        if problem is not None:
+            raise TapsError(f"task {name!r}: {problem}")
     bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
-    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready)
-    if model.training and not state.watched:
+    ready, bound = None, bindings.bound
+    if entry is None or model.training:  # methods such as `generate` mostly turn gradients off by themselves
+        ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
+    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready, entry is not None)
+    if entry is not None:
+        state.check_hosts()
+        output = enter_method(model, model.base, entry, lambda: _run(model, name, frame, args, kwargs, entry))
+    elif model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
@@ -70,6 +96,8 @@ def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: A
             "nothing is saved",
             stacklevel=3,
         )
+    if entry is not None:  # which may run a part of the model: what it leaves out is no mistake
+        return output
     seen = state.seen.get(model.training)
     if seen is None or not frame.entered.issuperset(seen):
         _check_entered(model, name, state, frame.entered)
@@ -125,6 +153,7 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
                 "before it is adapted"
             )
         if was[0] is not now[0] or was[1] != now[1]:
+            check_present(model.base)
             raise TapsError(
                 f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
                 'give it to the task (others="task") or freeze the module that writes it'

@@ -57,6 +57,23 @@ class Parts(nn.Module):
             if part.gate is not None:
                 part.gate.size = base_weight(host_of(base, name)).numel()
             self.parts[key] = self.table[name] = part
+        resting, held = self._resting(), self.named_parameters()
+        # By the method's wish, whatever is asked of the whole.
+        self.untrained = {name for name, p in held if not p.requires_grad and id(p) not in resting}
+
+    def _resting(self) -> set[int]:
+        """The parameters, by `id`, that nothing trains as their gates are: packed ones, and those behind gates that are
+        fixed and closed."""
+        shut = [p for p in self.table.values() if p.packed or (p.gate and not p.gate.learn and p.gate.known is False)]
+        return {id(parameter) for part in shut for parameter in part.changes()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> Parts:
+        """Train all of this, or nothing. What is packed, closed for good, or left untrained by its method, stays so."""
+        resting = self._resting()
+        for name, parameter in self.named_parameters():
+            able = parameter.is_floating_point() and id(parameter) not in resting and name not in self.untrained
+            parameter.requires_grad_(requires_grad and able)
+        return self
 
     def remember_hosts(self, base: nn.Module) -> None:
         """The modules that the parts stand on, once they are routed."""
@@ -186,6 +203,10 @@ class Family(Parts):
 
     def train(self, mode: bool = True) -> Family:
         super().train(mode and not self.digest)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Family:
+        super().requires_grad_(requires_grad and not self.digest)
         return self
 
     def take_over(self, other: Family) -> None:

@@ -18,6 +18,7 @@ from ..base import flags
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
 from ..base.head import head_path, make_head
+from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
@@ -29,15 +30,14 @@ from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES, host_of, owner_of
 from ..parts.mirror import Mirror
 from ..parts.packing import Rule
-from ..routing.frame import in_backward, recomputed_call, running_node
-from ..routing.route import gated, route, unroute, whole_model
+from ..routing.frame import Frame, in_backward, recomputed_call, running_node
+from ..routing.route import claim, gated, route, unroute, whole_model
 from . import groups, packing, stream
+from .entry import ACTIVE, EntryPoints
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
-from .tracing import MODULE_CALL, ActiveTask, Untraced, check_symbolic, refuse
-
-_ACTIVE: Any = ActiveTask()
+from .tracing import MODULE_CALL, Untraced, check_symbolic, refuse
 
 
 def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
@@ -59,14 +59,18 @@ def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
     return dict(parts)
 
 
-class TaskModel(Untraced):
+class TaskModel(EntryPoints, Untraced):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
     The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
 
+    A method of the base that neither nn.Module nor this class has a name for (`generate`, `forward_features`) runs the
+    active task as `model(x)` does, or with `task=` another one for this call. One that changes the base's tensors
+    raises :class:`TapsError`, naming one. Plain attributes of the base can be read here (docs/entry.md).
+
     Args:
         base: any module. Its parameters stop requiring gradients until :meth:`unload`.
-        config: the method for tasks that bring none of their own.
+        config: the method for tasks that bring none of their own: the attribute `default_config`.
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
@@ -104,13 +108,11 @@ class TaskModel(Untraced):
             )
         if config is not None and not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        self.base = base
-        self.config = config
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
-        self.gates = gates
-        self.batch_dim = batch_dim
+        self.default_config, self.gates, self.batch_dim = config, gates, batch_dim
         self.unsupported = unsupported
+        self.base = base
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
@@ -129,6 +131,7 @@ class TaskModel(Untraced):
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+        claim(base, self)
         self.training = base.training  # without touching the modules, each of which has a mode of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,6 +139,11 @@ class TaskModel(Untraced):
         super().__setstate__(state)
         if self._flags is not None:
             own(self.base, self, self._flags)
+            claim(self.base, self)
+
+    def active_frame(self) -> Frame | None:
+        """A frame of the active task, for base modules that are spoken to outside of forwards; None for the base."""
+        return None if self._active is None else Frame(self.state(self._active).stacks(), set())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
@@ -151,13 +159,14 @@ class TaskModel(Untraced):
         Raises:
             TapsError: naming the tensor.
         """
+        check_present(self.base)
         problem = self._guard.check(self.base, self._head)
         if problem is not None:
             raise TapsError(problem)
 
     # -- forward
 
-    def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, task: str | None = ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
         """Run the base with one task's parts.
 
         Args:
@@ -174,17 +183,18 @@ class TaskModel(Untraced):
         """
         if torch.compiler.is_exporting():
             refuse("torch.export")
-        return self._forward(*args, task=task, tasks=tasks, **kwargs)
+        return self._forward(None, task, tasks, args, kwargs)
 
     @torch.compiler.disable(recursive=False)
-    def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
+    def _forward(self, entry: str | None, task: str | None, tasks: Any, args: Any, kwargs: Any) -> Any:
+        """`forward`, or what else the base has a method `entry` for."""
         if nn.Module.__call__ is not MODULE_CALL:
             check_symbolic(args, kwargs)
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         repeated = recomputed_call(owner=self) if in_backward() else None
         unknown = in_backward() and repeated is None and torch.is_grad_enabled()
-        if task is not _ACTIVE:
+        if task is not ACTIVE:
             name = task
         elif repeated is not None:
             name = repeated.task
@@ -196,12 +206,12 @@ class TaskModel(Untraced):
                 "name it in the checkpointed call: model(x, task=...)"
             )
         if name is None:
-            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
+            if task is ACTIVE and self._names and self.training and torch.is_grad_enabled():
                 warnings.warn(
                     "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=6,  # the caller of model(x)
+                    stacklevel=6 if entry is None else 4,  # the caller of model(x), or of the method
                 )
-            return run_base(self, args, kwargs)
+            return run_base(self, args, kwargs, entry)
         state = self.state(name)
         if self.gates == "host":
             state.refresh()
@@ -214,7 +224,7 @@ class TaskModel(Untraced):
             self._not_merged(name, "training")
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
-        return run_task(self, name, state, args, kwargs)
+        return run_task(self, name, state, args, kwargs, entry)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TapsError(
@@ -225,9 +235,28 @@ class TaskModel(Untraced):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         with whole_model(mode):
             super().train(mode)
+        self._guard.asks = True
         if not mode and not torch.compiler.is_compiling():
             for state in self._names.values():
                 state.look_again()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskModel:
+        """Let all tasks and families train, or none. The base never does until :meth:`unload`, a family that is in a
+        file does no more, and packed Deltas and those of gates that are fixed and closed rest."""
+        for held in (*self.families.values(), *self._names.values()):
+            held.requires_grad_(requires_grad)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> TaskModel:
+        """Call `fn` with every module of the base and of the tasks, children first; it may set their settings.
+
+        Raises:
+            TapsError: it wrote to the base's tensors outside the head while there are tasks, naming one.
+        """
+        super().apply(fn)
+        if self._names:
+            self._check_base()
         return self
 
     # -- tasks
@@ -295,8 +324,9 @@ class TaskModel(Untraced):
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
         self._loaded()
+        check_present(self.base)
         name = self._new_name(name)
-        config = config if config is not None else self.config
+        config = config if config is not None else self.default_config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
         path = self._head if head_module is None else head_path(self.base, head_module)
@@ -359,6 +389,7 @@ class TaskModel(Untraced):
             route(owner, module)
             if parts.table[name].gate is not None:
                 gated(owner, name, host)
+        claim(self.base, self)
         parts.remember_hosts(self.base)
         parts.train(self.training)
 
@@ -593,6 +624,7 @@ class TaskModel(Untraced):
 
     def _install_merged(self, name: str) -> None:
         state = self.state(name)
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
         state.install(merge.folded(state.stacks(merged=False), self.base))
 
@@ -680,6 +712,7 @@ class TaskModel(Untraced):
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
         self._loaded()
+        check_present(self.base)
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
             family = self._parent_of(file, shared, allow_dtype_cast)
@@ -760,7 +793,7 @@ class TaskModel(Untraced):
             ConfigError: a method without shared parts; the family of its name is built differently.
         """
         self._loaded()
-        config = self.config if config is None else config
+        config = self.default_config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
         found = self._scan(config, self._head)
@@ -1001,6 +1034,7 @@ class TaskModel(Untraced):
     def _plain_copy(self, name: str) -> nn.Module:
         state = self.state(name)
         assert self._flags is not None  # `state` has refused an unloaded model
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
         return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
 

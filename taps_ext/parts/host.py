@@ -37,6 +37,7 @@ ROUTING = (
     "_taps_set",
     "_taps_sets",
     "_taps_weights",
+    "_taps_owner",
 )
 MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
@@ -51,6 +52,13 @@ def is_norm(module: nn.Module) -> bool:
     held = [tensor for tensor in module._parameters.values() if tensor is not None]
     called = _NORM_NAME.search(type(module).__name__) is not None
     return called and bool(held) and not module._modules and all(tensor.ndim == 1 for tensor in held)
+
+
+def is_setting(value: Any) -> bool:
+    """True for what a method of a module sets to be a setting of it (`grad_checkpointing`), and no cache of tensors."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return False
+    return value is None or isinstance(value, (bool, int, float, str)) or callable(value)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -32,7 +32,7 @@ from .host import (
     weight_name,
 )
 from .packing import LOW_RANK, Encoded, Packed
-from .part import Below, Cost, Part, forward_of, register_part, saved
+from .part import Below, Cost, Part, forward_of, hooked, register_part, saved
 from .sampling import Sample
 
 
@@ -177,8 +177,7 @@ class Layer(Part):
             below = below._replace(ready=None)  # says what is wrong as it does by itself
         if change is None or (below.parts and self.gate.shut):
             return below.product(input, bias)
-        hooked = change._forward_pre_hooks or change._forward_hooks  # its own; global ones see base modules alone
-        made: Tensor = (change if hooked else change.product)(below, input, self.gate, bias)
+        made: Tensor = hooked(change, change.product)(below, input, self.gate, bias)
         return made
 
     def weight_over(self, below: Below) -> Tensor:
