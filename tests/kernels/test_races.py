@@ -58,6 +58,7 @@ class Linear:
     splits: int = 1
     offset: int = 0
     padding: int = 0
+    wide: int = 0  # rows of tiles of 128 columns
     file = "linear"
     guess = False
 
@@ -67,11 +68,15 @@ class Linear:
         words += [] if self.opened else ["closed"]
         words += [f"{name}{n}" for name, n in (("offset", self.offset), ("padding", self.padding)) if n]
         words += [f"splits{self.splits}"] if self.splits > 1 else []
+        words += [f"tiles{self.wide}"] if self.wide else []
         return "-".join(words + ([] if self.architecture == "compute_90a" else [self.architecture]))
 
     @property
-    def few(self) -> bool:
-        return self.rows <= 16 and self.kind == "forward"
+    def tile(self) -> tuple[int, int, int]:
+        """Rows, columns, depth of a step."""
+        if self.wide:
+            return self.wide, 128, 16 if self.types[2] == "f32" else 32
+        return (16, 32, 64) if self.rows <= 16 and self.kind == "forward" else (64, 64, 32)
 
     @property
     def pattern(self) -> str:
@@ -79,7 +84,8 @@ class Linear:
         if self.kind == "weight":
             return rf"WeightGradient<.*>, {compute}, {delta}>"
         turned = "true" if self.kind == "input" else "false"
-        return rf"Activation<taps::dev::Shape<{16 if self.few else 64},.*>, {compute}, {weight}, {delta}, {turned}>"
+        shape = rf"taps::dev::Shape<{self.tile[0]}, {self.tile[1]},.*>"
+        return rf"Activation<{shape}, {compute}, {weight}, {delta}, {turned}>"
 
     def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
         made = Layout(layout, "LinearProduct")
@@ -103,7 +109,7 @@ class Linear:
             made.object("score_gradient")
         made.set("scale", "d", 2.0)
         made.set("splits", "i", self.splits)
-        tile_rows, tile_columns, tile_depth = (16, 32, 64) if self.few else (64, 64, 32)
+        tile_rows, tile_columns, tile_depth = self.tile
         per_split = -(-depth // (tile_depth * self.splits)) * tile_depth
         made.set("depth_of_split", "q", depth if self.kind == "weight" else per_split)
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
@@ -279,6 +285,7 @@ LINEAR: list[Linear] = [
     # Whole stages, as many as a ring has (3, 4 or 6) and one more, so that the sums lie where a stage was just read.
     *(Linear("forward", types, 16, 64, 832) for types in TYPES),
     *(Linear("forward", types, 64, 128, 416) for types in TYPES),
+    *(Linear("forward", types, wide, 256, 416, wide=wide) for types in TYPES for wide in (64, 128)),
     *(Linear("input", types, 64, 416, 128) for types in TYPES),
     *(Linear("weight", types, 160, 128, 64) for types in (BF16, MIXED, HALF, MIXED_HALF)),
     # Tails in every direction: pieces of 4 bytes, and elements that are 2 bytes beside 4; rows apart; splits.
@@ -287,6 +294,8 @@ LINEAR: list[Linear] = [
     Linear("forward", BF16, 3, 31, 301),
     Linear("forward", BF16, 33, 60, 198, splits=2),
     Linear("forward", MIXED, 20, 33, 101, padding=2),
+    Linear("forward", MIXED, 35, 140, 198, splits=2, wide=64),
+    Linear("forward", BF16, 70, 133, 101, wide=128),
     Linear("input", BF16, 20, 100, 34),
     Linear("input", MIXED, 33, 70, 67, offset=1),
     Linear("weight", BF16, 40, 34, 66),
@@ -294,11 +303,13 @@ LINEAR: list[Linear] = [
     # Closed gates have loops of their own.
     Linear("forward", BF16, 16, 64, 832, opened=False),
     Linear("forward", MIXED, 64, 128, 416, opened=False),
+    Linear("forward", BF16, 128, 256, 416, opened=False, wide=128),
     Linear("input", WIDE, 64, 416, 128, opened=False),
     Linear("weight", BF16, 160, 128, 64, opened=False),
     # The other architecture.
     Linear("forward", HALF, 16, 64, 832, architecture="compute_80"),
     Linear("forward", BF16, 64, 128, 416, architecture="compute_80"),
+    Linear("forward", BF16, 64, 256, 416, architecture="compute_80", wide=64),
     Linear("input", MIXED, 64, 416, 128, architecture="compute_80"),
     Linear("weight", MIXED, 160, 128, 64, architecture="compute_80"),
     *(AddSplits("forward", types, 33, 60, 198, splits=2) for types in (BF16, HALF)),
@@ -402,6 +413,7 @@ too_early = replaced(r"cp\.async\.wait_group ([1-9]);", lambda found: f"cp.async
 # twice; of a weight gradient: the loop's, before and after the warps' sums are written.
 loops, before_slices, after_slices = (without_barriers(6, *places) for places in ((0, 1), (2, 4), (3, 5)))
 FEW, MORE = Linear("forward", BF16, 16, 64, 832), Linear("forward", MIXED, 64, 128, 416)
+WIDE_TILES = Linear("forward", MIXED, 128, 256, 416, wide=128)
 INPUT, WEIGHT = Linear("input", BF16, 64, 416, 128), Linear("weight", BF16, 160, 128, 64)
 PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "few rows, a group too few is waited for": (FEW, too_early),
@@ -414,6 +426,9 @@ PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "more rows, no barrier in the loop": (MORE, loops),
     "more rows, no barrier before the slices' sums": (MORE, before_slices),
     "more rows, all blocks write one tile": (MORE, one_block),
+    "wide tiles, a group too few is waited for": (WIDE_TILES, too_early),
+    "wide tiles, no barrier in the loop": (WIDE_TILES, without_barriers(2, 0, 1)),
+    "wide tiles, all blocks write one tile": (WIDE_TILES, one_block),
     "input gradient, a group too few is waited for": (INPUT, too_early),
     "input gradient, no barrier in the loop": (INPUT, loops),
     "input gradient, no barrier behind the slices' sums": (INPUT, after_slices),

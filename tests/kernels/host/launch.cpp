@@ -44,7 +44,8 @@ void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns) {
 
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
-  dev::with_instance<T>(kind, args, [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
+  dev::with_instance<T>(kind, args, grid.kind,
+                        [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
   if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs);
 }
 
@@ -171,11 +172,11 @@ void linear(Product kind, LinearProduct args, int, void*) {
 }
 
 int64_t conv2d_bytes(const Convolution& args, int) {
-  return dev::plan(Product::kForward, args, kMultiprocessors).bytes;
+  return dev::plan_narrow(Product::kForward, args, kMultiprocessors).bytes;
 }
 
 void conv2d(Convolution args, int, void*) {
-  const dev::Grid grid = dev::plan(Product::kForward, args, kMultiprocessors);
+  const dev::Grid grid = dev::plan_narrow(Product::kForward, args, kMultiprocessors);
   args.splits = static_cast<int>(grid.splits);
   args.depth_of_split = grid.depth_of_split;
   if (args.compute == Dtype::kBFloat16) {
