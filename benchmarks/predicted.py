@@ -10,9 +10,9 @@ A fused product takes the longest of: its bytes from memory; its tiles' bytes fr
 tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
 multiprocessor (assumed: 50 clocks for the barrier, 40 for what is loaded and added, seven for an mma of a quarter's two
 warps). A split depth adds a kernel and its partial sums. Which tiles a linear layer takes is what `plan` says. A
-rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of its pixels, with the loop of csrc/cuda/pixels.cuh, or under a
-kernel of one place that goes from pixel to pixel the linear layer's; those whose channels make no pieces of 16 bytes
-are rebuilt in any case.
+rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of its pixels, with
+the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the linear layer's; those
+whose channels make no pieces of 16 bytes are rebuilt in any case.
 """
 
 from __future__ import annotations

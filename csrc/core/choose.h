@@ -86,6 +86,7 @@ constexpr Rule kTable[] = {
     // evidence, mark, of, where, torch's product, width: outputs from, rows from, to, places to, weights from, work
     // from, and where there are such bounds places from, inputs to
     {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, 0, 0, 0},
+    {"wide", kPredicted, kProduct, kCuda, 0, 0, 768, 65, 128, 0, 5 << 20, 0},
     {"shallow", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 256, kAll, 0, 0, 1, 512},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
     {"moderate", kMeasured, kProduct, kCpu, kUsual, kNarrow, 16, 0, 256, kAll, 3 << 17, 0},
