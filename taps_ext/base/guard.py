@@ -61,9 +61,12 @@ class Guard:
                 continue
             held, now = self.held.get(name, ""), _digest(tensor)
             if held == "":
+                advice = "run the base once before it is adapted"
+                if name.startswith("parameter"):
+                    advice = "undo what put it there (pruning, a parametrisation), or do that before"
                 return (
                     f"the base's {name} has appeared since the base was adapted, so that a fresh base is another one; "
-                    "run the base once before it is adapted"
+                    f"{advice}"
                 )
             if None not in (held, now) and held != now:
                 advice = 'give it to the task (others="task") or freeze what writes to it'

@@ -18,10 +18,11 @@ from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
 from ..parts.bind import Made
-from ..parts.host import base_bias, base_weight
+from ..parts.host import base_bias, base_weight, reclassed
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
-from ..routing.route import is_stock, misplaced
+from ..routing.ready import misplaced, re_registered
+from ..routing.route import is_stock
 
 # Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
 _taking = threading.RLock()
@@ -45,9 +46,12 @@ class Parts(nn.Module):
         self.parts = nn.ModuleDict()
         self.table: dict[str, Part] = {}
         self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, parent, its key, module
+        self.held_by: dict[str, frozenset[str]] = {}  # the parameters that each module had
         shared = shared_containers(base)
         for name, part in in_order(base, parts).items():
             key = module_key(name)
+            if reclassed(base.get_submodule(name)):
+                raise re_registered(name, "it was parametrised")
             if key in self.parts:
                 raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
             part.settle(shared)
@@ -64,6 +68,18 @@ class Parts(nn.Module):
             parent, _, key = name.rpartition(".")
             if name:
                 self.hosts.append((name, base.get_submodule(parent), key, base.get_submodule(name)))
+        kept = [name for name, part in self.table.items() if part.replacement is None]
+        self.held_by = {name: frozenset(base.get_submodule(name)._parameters) for name in kept}
+
+    def check_registered(self) -> None:
+        """Raise if a module that has a part does not hold its parameters itself any more: tasks know no other base.
+
+        Raises:
+            TapsError: naming it.
+        """
+        for name, _, _, module in self.hosts:
+            if gone := sorted(self.held_by.get(name, frozenset()).difference(module._parameters)):
+                raise re_registered(name, f"its {gone[0]} stopped being a parameter")
 
     def gated(self) -> Iterator[tuple[str, Part, Gate]]:
         """(module name, part, its gate) in module order."""
@@ -317,6 +333,11 @@ class TaskState(Parts):
         own = [name for name, part in self.table.items() if part.needs_forward()]
         return list(dict.fromkeys([*shared, *own]))
 
+    def check_registered(self) -> None:
+        super().check_registered()
+        if self.family is not None:
+            self.family.check_registered()
+
     def _start_anew(self) -> None:
         self.bindings = Bindings()
         self._followed: tuple[object, list[tuple[str, Part, Gate]], bool] = (None, [], False)
@@ -331,6 +352,7 @@ class TaskState(Parts):
         now, last = token.now, self.bindings
         if last.at is now:
             return last
+        self.check_registered()
         stacks = self.stacks()
         for stack in stacks.values():
             for part in stack:

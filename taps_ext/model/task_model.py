@@ -566,6 +566,7 @@ class TaskModel(nn.Module):
     def _install_merged(self, name: str) -> None:
         state = self.state(name)
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         state.install(merge.folded(state.stacks(merged=False), self.base))
 
     def unmerge_task(self) -> None:
@@ -962,6 +963,7 @@ class TaskModel(nn.Module):
         state = self.state(name)
         assert self._flags is not None  # `state` has refused an unloaded model
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
 
     # -- unloading
