@@ -147,7 +147,8 @@ def _check_labels(model: TaskModel, name: str, state: TaskState, args: Any, kwar
     config = getattr(base, "config", None)
     if config is None or own is None:
         return
-    place = _place_of_labels(original_class(base))
+    kind: Any = original_class(base)
+    place = _place_of_labels(kind)
     if kwargs.get("labels") is None and (place is None or len(args) <= place):
         return
     assert state.head_path is not None

@@ -103,6 +103,8 @@ class TaskModel(nn.Module):
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
         self._active: str | None = None
+        self._said_base = False  # that none is active is what was asked for
+        self._warned_of_base = False
         self._merged: str | None = None
         self._head = head_path(base, head_module)
         self._flags: flags.Flags | None = flags.Flags(base)
@@ -183,11 +185,8 @@ class TaskModel(nn.Module):
                 "name it in the checkpointed call: model(x, task=...)"
             )
         if name is None:
-            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
-                warnings.warn(
-                    "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=6,  # the caller of model(x)
-                )
+            if task is _ACTIVE and self._names:
+                self._warn_of_base()
             return run_base(self, args, kwargs)
         state = self.state(name)
         if self.gates == "host":
@@ -202,6 +201,16 @@ class TaskModel(nn.Module):
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
         return run_task(self, name, state, args, kwargs)
+
+    def _warn_of_base(self) -> None:
+        """Say that no task runs: in training always, else once, and not to who asked for that by `set_task(None)`."""
+        trains = self.training and torch.is_grad_enabled()
+        if trains or not (self._said_base or self._warned_of_base):
+            self._warned_of_base = self._warned_of_base or not trains
+            warnings.warn(
+                "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
+                stacklevel=7,  # the caller of model(x)
+            )
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TapsError(
@@ -367,20 +376,25 @@ class TaskModel(nn.Module):
         self._merged = new_name if self._merged == name else self._merged
 
     def set_task(self, name: str | None) -> None:
-        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
+        """Make `model(x)` run this task; None is the base, in evaluation semantics.
+
+        A model with tasks of which none was ever set runs the base with a warning: in evaluation once.
+        """
         if name is not None:
             self.state(name)
-        self._active = name
+        self._active, self._said_base = name, name is None
 
     @contextmanager
     def use_task(self, name: str | None) -> Iterator[TaskModel]:
         """`with model.use_task("birds"):` sets the task and restores the previous one."""
-        before = self._active
+        before, state, said = self._active, self._names.get(self._active or ""), self._said_base
         self.set_task(name)
         try:
             yield self
-        finally:
-            self._active = before if before in self._names else None
+        finally:  # under the name that it has now
+            now = next((found for found, known in self._names.items() if known is state), before)
+            self._active = now if now in self._names else None
+            self._said_base = said
 
     # -- gates
 
