@@ -207,15 +207,16 @@ def scan(
     *,
     target: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
 ) -> Scan:
-    """Sort the base's modules; see :class:`Scan`.
+    """Sort the base's modules; see :class:`Scan`. `heads`: further ones beside `head`.
 
     Raises:
         ConfigError: a pattern matches nothing.
         UnsupportedModuleError: a targeted module cannot be gated, naming it; two layers share one weight.
     """
     result = Scan(head=head, order={name: index for index, (name, _) in enumerate(base.named_modules())})
-    named = [(name, module) for name, module in base.named_modules() if not inside(name, head)]
+    named = [(n, module) for n, module in base.named_modules() if not any(inside(n, h) for h in (head, *heads))]
     layers = [n for n, m in named if isinstance(m, GATED_TYPES) or _refusal(n, m) is not None]
     chosen = match(target, layers, "target_modules") if target is not None else layers
     owners = [n for n, m in named if m._parameters or m._buffers or n in layers]

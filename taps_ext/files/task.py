@@ -110,6 +110,11 @@ def head_of(file: store.TaskFile) -> str | None:
     return None
 
 
+def further_heads(parts: Mapping[str, Part], head: str | None) -> list[str]:
+    """The modules beside `head` that heads of a task replace, in the place of a base's other classifiers."""
+    return [n for n, part in parts.items() if n != head and part.replacement is not None and "head" in part.roles()]
+
+
 def beside(file: store.TaskFile) -> Path | None:
     """The shared file that a task's file builds on, if it lies beside it: by the name that a folder of tasks gives it,
     else whatever it is called."""
@@ -170,6 +175,7 @@ def build(
     head: nn.Module | None = None,
     *,
     default_head: str | None = None,
+    further: Sequence[str] = (),
     allow_dtype_cast: bool = False,
     whole: bool = False,
     each: Callable[[str, Part], Part | None] | None = None,
@@ -178,7 +184,8 @@ def build(
 
     Args:
         head: a module that the user brings in the place of a head that is no linear layer.
-        default_head: the base's head, which a task without one of its own runs on.
+        default_head: the base's head, which a task without one of its own runs on; `further`: others beside it, which
+            the tasks of a family have heads in the place of.
         allow_dtype_cast: floating-point tensors take the types that this base has.
         whole: with the Deltas of closed layers, which no file holds, in memory.
         each: takes a part's values as soon as it was read, and gives the part back, which may be without them then.
@@ -208,7 +215,8 @@ def build(
             parts[name].grow(base_weight(modules[name]))
         if each is not None:
             parts[name] = each(name, parts[name]) or parts[name]
-    _check_method(file, config, base, head_path or default_head, parts)
+    heads = further if head_path is None else further_heads(parts, head_path)
+    _check_method(file, config, base, head_path or default_head, heads, parts)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
         raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
@@ -225,7 +233,12 @@ def _config(file: store.TaskFile) -> MethodConfig:
 
 
 def _check_method(
-    file: store.TaskFile, config: MethodConfig, base: nn.Module, head_path: str | None, parts: dict[str, Part]
+    file: store.TaskFile,
+    config: MethodConfig,
+    base: nn.Module,
+    head_path: str | None,
+    further: Sequence[str],
+    parts: dict[str, Part],
 ) -> None:
     """Refuse parts that the file's own method would not have made, where it is known.
 
@@ -234,7 +247,7 @@ def _check_method(
     if isinstance(config, UnknownMethod):
         return
     try:
-        found = scan(base, head_path, target=config.target_modules, exclude=config.exclude_modules)
+        found = scan(base, head_path, target=config.target_modules, exclude=config.exclude_modules, heads=further)
         with bare():
             wanted = (config.shared if file.kind == "shared" else config.parts)(found)
     except ConfigError as error:
@@ -249,7 +262,7 @@ def _check_method(
             raise MissingTensorError(
                 file.path, f"part {name!r}: expected one by its method {config.method!r}, got none"
             )
-    extra = [name for name in parts if name not in wanted and name != head_path]
+    extra = [name for name in parts if name not in wanted and name not in (head_path, *further)]
     if extra:
         raise UnexpectedTensorError(
             file.path, f"part {extra[0]!r}: expected none by its method {config.method!r}, got one"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.dataflow import dataflow
-from ..base.scan import Scan, scan
+from ..base.scan import Scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..parts import Axes, Change, Dense, Gate, Layer, LowModulator, Modulator, Part
 from ..parts.host import base_bias, base_weight
@@ -326,7 +326,7 @@ def prepare(model: Any, batches: Iterable[Any], config: RcmConfig | None = None)
     if first is None:
         raise ConfigError("batches: expected some, got none")
     if config.rank is not None:
-        found = scan(model.base, model._head, target=config.target_modules, exclude=config.exclude_modules)
+        found = model._scan(config)
         flow = dataflow(model.base, lambda: model(_input(first), task=None))
         for name, host in config.modulated(found).items():
             lossy = _loses(host, config.rank) and base_bias(host) is None

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base import flags
+from ..base.classifiers import check_one
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
-from ..base.head import head_path, make_head
+from ..base.head import head_path, head_paths, make_head
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Scan, check_kept, check_shared, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
@@ -68,7 +69,8 @@ class TaskModel(nn.Module):
         config: the method for tasks that bring none of their own.
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
-        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
+        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`); a list of
+            names where the base has several classifiers, each of which tasks get a linear head in the place of.
         batch_dim: which dimension of the forward's first tensor counts samples.
 
     Raises:
@@ -82,7 +84,7 @@ class TaskModel(nn.Module):
         config: MethodConfig | None = None,
         *,
         gates: str = "host",
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         batch_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -106,7 +108,9 @@ class TaskModel(nn.Module):
         self._said_base = False  # that none is active is what was asked for
         self._warned_of_base = False
         self._merged: str | None = None
-        self._head = head_path(base, head_module)
+        self._heads = head_paths(base, head_module)
+        self._head = next(iter(self._heads), None)
+        self._head_named = head_module is not None
         self._flags: flags.Flags | None = flags.Flags(base)
         self._mirror = Mirror()
         own(base, self, self._flags)
@@ -274,7 +278,7 @@ class TaskModel(nn.Module):
         *,
         num_classes: int | None = None,
         head: nn.Module | None = None,
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         config: MethodConfig | None = None,
     ) -> None:
         """Add a task that starts as the base with a new head.
@@ -283,11 +287,12 @@ class TaskModel(nn.Module):
             name: printable, without '/'.
             num_classes: makes a linear head with that many outputs, drawn from torch's generator.
             head: a head of your own instead. Without either, the task starts from a copy of the base's head.
-            head_module: the name of the module that the head replaces, where it is not the model's.
+            head_module: the name of the module that the head replaces, where it is not the model's; or several names.
             config: a method for this task only.
 
         Raises:
-            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
+            ConfigError: a taken or bad name, no head found, several classifiers found and none named, a pattern that
+                matches nothing.
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
         self._loaded()
@@ -295,14 +300,21 @@ class TaskModel(nn.Module):
         config = config if config is not None else self.config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else head_path(self.base, head_module)
+        heads = self._heads if head_module is None else head_paths(self.base, head_module)
+        heads = heads if config.own_head else heads[:1]
+        path = next(iter(heads), None)
         if not config.own_head and (num_classes is not None or head is not None):
             raise ConfigError(
                 f"add_task: method {config.method!r} is set to run on the base's own head, got another; leave out "
                 "num_classes and head"
             )
+        if config.own_head and head_module is None and not self._head_named:
+            check_one(self.base, path)
+        if len(heads) > 1 and head is not None:
+            raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
-        found = scan(self.base, path, target=config.target_modules, exclude=config.exclude_modules)
+        others = {other: make_head(self.base, other, num_classes, None, self) for other in heads[1:]}
+        found = self._scan(config, heads)
         parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
@@ -310,7 +322,8 @@ class TaskModel(nn.Module):
         trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
         if own is not None and path is not None:
             parts[path] = Instead(own, "head")
-            trained += [path] if num_classes is None and head is None else []
+            trained += heads if num_classes is None and head is None else []
+            parts |= {name: Instead(made, "further head") for name, made in others.items() if made is not None}
         check_shared(self.base, trained)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
         self._install(name, state)
@@ -319,6 +332,12 @@ class TaskModel(nn.Module):
                 f"task {name!r}: method {config.method!r} finds nothing to train in this base, and it has no head",
                 stacklevel=3,
             )
+
+    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None) -> Scan:
+        """What a method may put parts over. `heads`: the modules that are left to heads, by default the model's."""
+        heads = self._heads if heads is None else heads
+        head = next(iter(heads), None)
+        return scan(self.base, head, target=config.target_modules, exclude=config.exclude_modules, heads=heads[1:])
 
     @staticmethod
     def _shared(family: Family | None) -> Mapping[str, Part]:
@@ -669,7 +688,14 @@ class TaskModel(nn.Module):
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
             family = self._parent_of(file, shared, allow_dtype_cast)
-            read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+            read = task_file.build(
+                file,
+                self.base,
+                head,
+                default_head=self._head,
+                further=self._heads[1:],
+                allow_dtype_cast=allow_dtype_cast,
+            )
         self._install(name, self._state_of(read, family))
         return name
 
@@ -701,7 +727,9 @@ class TaskModel(nn.Module):
         custom = None if type(old.head) is nn.Linear else copy.deepcopy(old.head)
         with self._opened(path) as file:
             family = self._parent_of(file, None, False)
-            read = task_file.build(file, self.base, custom, default_head=self._head, whole=True)
+            read = task_file.build(
+                file, self.base, custom, default_head=self._head, further=self._heads[1:], whole=True
+            )
         state = self._state_of(read, family)
         if not old.take_over(state):
             self._install(name, state)
@@ -747,7 +775,7 @@ class TaskModel(nn.Module):
         config = self.config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
-        found = scan(self.base, self._head, target=config.target_modules, exclude=config.exclude_modules)
+        found = self._scan(config)
         family = self._family(config, found)
         if family is None:
             raise ConfigError(f"config: method {config.method!r} has no shared parts as it is set")
@@ -817,7 +845,9 @@ class TaskModel(nn.Module):
 
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
-        read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        read = task_file.build(
+            file, self.base, default_head=self._head, further=self._heads[1:], allow_dtype_cast=allow_dtype_cast
+        )
         family = Family(self.base, file.name, read.config, read.parts)
         family.freeze(file.digest)
         return family
@@ -958,7 +988,7 @@ class TaskModel(nn.Module):
         """
         self._loaded()
         self._check_base()
-        return stream.merge_file(self.base, self._head, path, out, shared)
+        return stream.merge_file(self.base, self._heads, path, out, shared)
 
     @torch.inference_mode(False)
     def task_state_dict(self, name: str) -> dict[str, Tensor]:
