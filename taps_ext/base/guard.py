@@ -11,19 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..store import tensor_digest
-from ..store.errors import UnsupportedTensorError
+from .caches import digest, is_cache
 from .scan import inside, names_of
-
-
-def _digest(tensor: Tensor) -> str | None:
-    """Of a tensor with bytes of its own."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return None
-    try:
-        return tensor_digest(tensor.detach())
-    except UnsupportedTensorError:
-        return None
 
 
 def tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -48,7 +37,7 @@ class Guard:
     def note(self, base: nn.Module) -> None:
         """Take the base as it is now, unless it is known."""
         if self.held is None:
-            self.held = {name: _digest(tensor) for name, tensor in tensors(base)}
+            self.held = {name: digest(tensor) for name, tensor in tensors(base)}
 
     @torch.compiler.disable
     def check(self, base: nn.Module, head: str | None) -> str | None:
@@ -59,7 +48,10 @@ class Guard:
         for name, tensor in tensors(base):
             if any(inside(name.partition(" ")[2].rpartition(".")[0], skipped) for skipped in heads):
                 continue
-            held, now = self.held.get(name, ""), _digest(tensor)
+            kind, _, short = name.partition(" ")
+            held, now = self.held.get(name, ""), digest(tensor)
+            if held != now and kind == "buffer" and is_cache(base, short, tensor):
+                continue
             if held == "":
                 advice = "run the base once before it is adapted"
                 if name.startswith("parameter"):

@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import ConfigError, UnsupportedModuleError, suggestion
 from ..parts import Own, Part
 from ..parts.host import GATED_TYPES, base_weight, bias_name, is_norm, original_class, weight_name
+from .caches import appeared
 
 _UNSUPPORTED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -141,11 +142,12 @@ def _refusal(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _owns(module: nn.Module) -> bool:
-    """True if the module has direct parameters, floating-point buffers, or others that its state holds."""
+def _owns(module: nn.Module, late: set[int]) -> bool:
+    """True if the module has direct parameters, floating-point buffers, or others that its state holds. `late`: buffers
+    (by id) that are its forward's business."""
     lasting = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
     return any(p is not None for p in (*module._parameters.values(), *lasting.values())) or any(
-        b is not None and b.is_floating_point() for b in module._buffers.values()
+        b is not None and b.is_floating_point() and id(b) not in late for b in module._buffers.values()
     )
 
 
@@ -223,6 +225,7 @@ def scan(
     dropped = set(match(exclude, owners, "exclude_modules")) if exclude is not None else set()
     chosen = [name for name in chosen if not any(inside(name, d) for d in dropped)]
     seen: dict[int, str] = {}
+    late = appeared(base)
     for name, module in named:
         left = name in dropped or any(d and inside(name, d) for d in dropped)
         if name in chosen:
@@ -238,6 +241,6 @@ def scan(
         elif is_norm(module):
             if not left:
                 result.norms[name] = module
-        elif not left and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module):
+        elif not left and not isinstance(module, GATED_TYPES + _UNSUPPORTED) and _owns(module, late):
             result.others[name] = module
     return result

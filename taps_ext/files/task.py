@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import store
+from ..base.caches import passing
 from ..base.fingerprint import base_fingerprint
 from ..base.head import own_head
 from ..base.scan import scan
@@ -23,7 +24,7 @@ from ..methods import MethodConfig, UnknownMethod
 from ..parts import Part, part_kinds
 from ..parts.change import bare
 from ..parts.host import base_weight
-from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
+from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError, show
 from ..store.record import Record
 
 
@@ -150,7 +151,18 @@ def check_parent(file: store.TaskFile, base: nn.Module, head: str | None, *, all
         )
     found = base_fingerprint(base, head)
     if not (allow_dtype_cast and found != file.parent and _is_cast(file, base)):
-        store.check_parent(found, file.parent, path=Path(file.path))
+        store.check_parent(found, file.parent, path=Path(file.path), hint=_hint(base))
+
+
+def _hint(base: nn.Module) -> str:
+    """What a base of the right weights may differ by."""
+    names = [name for name, tensor in passing(base) if tensor is not None]
+    if not names:
+        return ""
+    return (
+        f"; if a forward builds {show(names[0])}, take a base that had run before it was adapted, or one that had not, "
+        "as the file's"
+    )
 
 
 def _floats(tensors: Iterable[Tensor]) -> set[torch.dtype]:

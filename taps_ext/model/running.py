@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.caches import is_cache
 from ..base.guard import tensors
 from ..errors import BypassedLayerError, ConfigError, TapsError
 from ..parts.host import original_class
@@ -85,8 +86,8 @@ def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[s
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
-            "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
-            "them in exclude_modules"
+            "have no effect. If only training runs them (auxiliary heads), run one forward in train() mode first; else "
+            "something reads these weights unseen. Do that, or name them in exclude_modules"
         )
     state.seen = {**state.seen, model.training: frozenset(entered)}
 
@@ -115,16 +116,20 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
     output = _run(model, name, frame, args, kwargs)
     for tensor, now in versions().items():
         was = before.get(tensor)
+        if was is not None and was[0] is now[0] and was[1] == now[1]:
+            continue
+        kind, _, short = tensor.partition(" ")
+        if kind == "buffer" and is_cache(model.base, short, now[0]):
+            continue
         if was is None:
             raise TapsError(
                 f"task {name!r}: training gave the base the {tensor}, which a fresh base has not; run the base once "
                 "before it is adapted"
             )
-        if was[0] is not now[0] or was[1] != now[1]:
-            raise TapsError(
-                f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
-                'give it to the task (others="task") or freeze the module that writes it'
-            )
+        raise TapsError(
+            f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
+            'give it to the task (others="task") or freeze the module that writes it'
+        )
     state.watched = True
     return output
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base import flags
+from ..base.caches import Caches, forget
 from ..base.classifiers import check_one
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
@@ -113,6 +114,7 @@ class TaskModel(nn.Module):
         self._head_named = head_module is not None
         self._flags: flags.Flags | None = flags.Flags(base)
         self._mirror = Mirror()
+        self._caches = Caches(base)
         own(base, self, self._flags)
         base.requires_grad_(False)
         self._guard = Guard()
@@ -129,11 +131,13 @@ class TaskModel(nn.Module):
         super().__setstate__(state)
         if self._flags is not None:
             own(self.base, self, self._flags)
+            self._caches.note(self.base)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
             self._guard.forget(self.base, self._head)
         result = super()._apply(*args, **kwargs)
+        self._caches.follow(self.base, args[0] if args else kwargs["fn"])
         if self._merged is not None:  # of what the weights are now
             self._install_merged(self._merged)
         return result
@@ -1021,6 +1025,7 @@ class TaskModel(nn.Module):
         self._flags.restore(self.base)
         self._flags = None
         disown(self.base)
+        forget(self.base)
         self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()
         self._families = nn.ModuleDict()
         self._active = self._merged = None
