@@ -298,6 +298,7 @@ class TaskState(Parts):
             if family is not None and (lower := self.shared.get(name)) is not None:
                 check_stands(name, part, lower, family.name)
         self.installed: dict[str, Part] = {}  # while it is merged: what stands in the place of stacks
+        self.installed_open: set[str] = set()  # the layers that were open then
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False
         self.told = False  # the gates are as they were set, whatever the scores say
@@ -394,6 +395,7 @@ class TaskState(Parts):
     def install(self, installed: Mapping[str, Part]) -> None:
         """Run these parts in the place of stacks, or with {} the stacks again."""
         self.installed = dict(installed)
+        self.installed_open = {name for name, _, gate in self.gated() if gate.open} if installed else set()
         self.bindings = Bindings()  # which holds what stood there before
         token.note()
 
@@ -473,7 +475,18 @@ class TaskState(Parts):
             self._take(layers, values)
             self._values = values
 
+    def _check_installed(self, layers: list[tuple[str, Part, Gate]], values: list[float]) -> None:
+        """Raise GateError if a merged task runs another gate than its score says."""
+        for (name, _, gate), value in zip(layers, values, strict=True):
+            if value == value and (value >= gate.threshold) is not (name in self.installed_open):
+                raise GateError(
+                    f"{name}: its score was written while its task is merged, which runs the gate from before; call "
+                    "unmerge_task() first"
+                )
+
     def _take(self, layers: list[tuple[str, Part, Gate]], values: list[float]) -> None:
+        if self.installed:
+            self._check_installed(layers, values)
         for (name, _, gate), value in zip(layers, values, strict=True):
             before = gate.known
             gate.take(value, name)
@@ -519,6 +532,8 @@ class TaskState(Parts):
         """Names of the layers whose gate is open now (one copy from the device)."""
         learned = self.learned()
         scores = _scores_of(learned)
+        if self.installed:
+            self._check_installed(learned, scores)
         state, unseen = {name: gate.known is True for name, _, gate in self.gated()}, False
         for (name, _, gate), value in zip(learned, scores, strict=True):
             if value != value:
