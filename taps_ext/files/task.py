@@ -29,12 +29,14 @@ from ..store.record import Record
 
 
 class Read(NamedTuple):
-    """What a file describes: its config, its parts by module name, and the module that its head replaces."""
+    """What a file describes: its config, its parts by module name, the module that its head replaces, those that only
+    training runs, and whether a forward in training has entered all."""
 
     config: MethodConfig
     parts: dict[str, Part]
     head_path: str | None
     training_only: set[str]
+    entered: bool
 
 
 def join(module: str, tensor: str) -> str:
@@ -84,11 +86,14 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     training_only: Iterable[str] = (),
+    entered: bool = False,
 ) -> int:
     """Write one task or family, atomically and durably; returns the bytes written."""
     extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
     if only := sorted(training_only):
         extra["training_only"] = json.dumps(only)
+    if entered:
+        extra["entered"] = "in training"
     file = store.TaskFile(
         kind=kind,
         method=config.to_dict(),
@@ -232,7 +237,7 @@ def build(
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
         raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
-    return Read(config, parts, head_path, _training_only(file, parts))
+    return Read(config, parts, head_path, _training_only(file, parts), "entered" in file.extra)
 
 
 def _config(file: store.TaskFile) -> MethodConfig:

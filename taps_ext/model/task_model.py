@@ -660,6 +660,7 @@ class TaskModel(nn.Module):
             metrics=metrics,
             preprocessing=preprocessing,
             training_only=state.training_only,
+            entered=False not in state.seen and bool(state.entered) and state.entered.issuperset(state.required()),
         )
 
     @torch.inference_mode(False)
@@ -717,6 +718,7 @@ class TaskModel(nn.Module):
         """The state of what a file describes."""
         state = TaskState(self.base, read.config, read.parts, read.head_path, self.gates, family)
         state.training_only = read.training_only
+        state.entered = set(state.required()) if read.entered else set()
         return state
 
     @torch.inference_mode(False)
