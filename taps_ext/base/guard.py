@@ -13,19 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..store import tensor_digest
-from ..store.errors import UnsupportedTensorError
+from .caches import digest, is_cache
 from .scan import inside, names_of
-
-
-def _digest(tensor: Tensor) -> str | None:
-    """Of a tensor with bytes of its own."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return None
-    try:
-        return tensor_digest(tensor.detach())
-    except UnsupportedTensorError:
-        return None
 
 
 def tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -93,7 +82,7 @@ class Guard:
     def note(self, base: nn.Module) -> None:
         """Take the base as it is now, unless it is known."""
         if self.held is None:
-            self.held = {name: _digest(tensor) for name, tensor in tensors(base)}
+            self.held = {name: digest(tensor) for name, tensor in tensors(base)}
             self._watch(base)
 
     def _watch(self, base: nn.Module) -> dict[str, Tensor]:
@@ -146,11 +135,17 @@ class Guard:
                 continue
             if among is not None and id(tensor) not in among:
                 continue
-            held, now = self.held.get(name, ""), _digest(tensor)
+            kind, _, short = name.partition(" ")
+            held, now = self.held.get(name, ""), digest(tensor)
+            if held != now and kind == "buffer" and is_cache(base, short, tensor):
+                continue
             if held == "":
+                advice = "run the base once before it is adapted"
+                if name.startswith("parameter"):
+                    advice = "undo what put it there (pruning, a parametrisation), or do that before"
                 return (
                     f"the base's {name} has appeared since the base was adapted, so that a fresh base is another one; "
-                    "run the base once before it is adapted"
+                    f"{advice}"
                 )
             if None not in (held, now) and held != now:
                 advice = 'give it to the task (others="task") or freeze what writes to it'

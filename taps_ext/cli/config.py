@@ -145,7 +145,8 @@ class Config:
             if not isinstance(source, str):
                 raise ConfigError(f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}")
         head_module = self.base_section.get("head_module")
-        if head_module is not None and not isinstance(head_module, str):
+        several = isinstance(head_module, list) and all(isinstance(name, str) for name in head_module)
+        if head_module is not None and not isinstance(head_module, str) and not several:
             raise ConfigError(f"base.head_module: expected a module's name such as 'fc', got {head_module!r}")
         out = self.train_section.get("out")
         if out is not None and not isinstance(out, str):
@@ -154,7 +155,7 @@ class Config:
         self._opened: dict[str, Source] = {}
 
     @property
-    def head_module(self) -> str | None:
+    def head_module(self) -> str | list[str] | None:
         return self.base_section.get("head_module")
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.caches import is_cache
 from ..base.guard import tensors
 from ..base.offload import check_present, offloaded, refusal
 from ..errors import BypassedLayerError, ConfigError, TapsError
+from ..parts.host import original_class
 from ..parts.sampling import Sample, batch_size
 from ..routing.frame import Call, Frame, enter, leave, sequence_number
 from .entry import enter as enter_method
@@ -117,8 +120,8 @@ def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[s
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
-            "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
-            "them in exclude_modules"
+            "have no effect. If only training runs them (auxiliary heads), run one forward in train() mode first; else "
+            "something reads these weights unseen. Do that, or name them in exclude_modules"
         )
     state.seen = {**state.seen, model.training: frozenset(entered)}
 
@@ -147,29 +150,53 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
     output = _run(model, name, frame, args, kwargs)
     for tensor, now in versions().items():
         was = before.get(tensor)
+        if was is not None and was[0] is now[0] and was[1] == now[1]:
+            continue
+        kind, _, short = tensor.partition(" ")
+        if kind == "buffer" and is_cache(model.base, short, now[0]):
+            continue
         if was is None:
             raise TapsError(
                 f"task {name!r}: training gave the base the {tensor}, which a fresh base has not; run the base once "
                 "before it is adapted"
             )
-        if was[0] is not now[0] or was[1] != now[1]:
-            check_present(model.base)
-            raise TapsError(
-                f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
-                'give it to the task (others="task") or freeze the module that writes it'
-            )
+        check_present(model.base)
+        raise TapsError(
+            f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
+            'give it to the task (others="task") or freeze the module that writes it'
+        )
     state.watched = True
     return output
 
 
+@functools.lru_cache(maxsize=64)
+def _place_of_labels(cls: Any) -> int | None:
+    """Which of a forward's arguments by place is `labels`, or None."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return names.index("labels") if "labels" in names else None
+
+
+# The losses of transformers whose classes are the words of the vocabulary, by the name that a model has for its own;
+# None is the one of causal language models.
+_OF_VOCABULARY = ("ForCausalLM", "ForMaskedLM", None)
+
+
 def _check_labels(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> None:
     """transformers' models compute a loss from `labels` with the base's number of classes, not the task's."""
-    classes = getattr(getattr(model.base, "config", None), "num_labels", None)
-    own = getattr(state.head, "out_features", None)
-    if not isinstance(classes, int) or own is None or own == classes:
+    base, own = model.base, getattr(state.head, "out_features", None)
+    config = getattr(base, "config", None)
+    if config is None or own is None:
         return
-    names = list(inspect.signature(model.base.forward).parameters)
-    if kwargs.get("labels") is not None or ("labels" in names and len(args) > names.index("labels")):
+    kind: Any = original_class(base)
+    place = _place_of_labels(kind)
+    if kwargs.get("labels") is None and (place is None or len(args) <= place):
+        return
+    assert state.head_path is not None
+    keys = ("num_labels", "vocab_size") if getattr(base, "loss_type", "") in _OF_VOCABULARY else ("num_labels",)
+    counts = [getattr(config, key, None) for key in keys]
+    # Of a config's numbers the loss goes by the one that the base's head has: language models have `num_labels`, too.
+    classes = getattr(base.get_submodule(state.head_path), "out_features", getattr(config, "num_labels", None))
+    if isinstance(classes, int) and classes in counts and own != classes:
         raise ConfigError(
             f"labels: the base computes its loss over {classes} classes and task {name!r} has {own}; leave labels "
             "out and compute the loss from the output's logits"

@@ -7,7 +7,7 @@ part is. What is made waits on the disk (`store.Spool`) until the file is writte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -175,16 +175,17 @@ def _labels(labels: Callable[[int], list[str]], head: nn.Module | None, name: st
 
 
 def merge_file(
-    base: nn.Module, head_path: str | None, path: str | PathLike[str], out: str | PathLike[str], shared: Any
+    base: nn.Module, heads: Sequence[str], path: str | PathLike[str], out: str | PathLike[str], shared: Any
 ) -> Merged:
-    """See `TaskModel.merge_file`."""
+    """See `TaskModel.merge_file`. `heads`: the model's, the one that counts as its head first."""
+    head_path = next(iter(heads), None)
     with ExitStack() as stack:
         spool = stack.enter_context(store.Spool(out))  # first: a bad `out` is refused before there is any work
         file = stack.enter_context(store.opened(path, kind="task"))
         family = _family(file, base, head_path, shared, stack)
         merging = _Merging(base, spool, family)
         if family is not None:
-            task_file.build(family, base, default_head=head_path, each=merging.check_shared)
+            task_file.build(family, base, default_head=head_path, further=heads[1:], each=merging.check_shared)
         task_file.build(file, base, default_head=head_path, each=merging.take)
         for module in merging.shared.keys() - file.parts.keys():
             merging.take(module, None)

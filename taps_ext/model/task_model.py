@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base import flags
+from ..base.caches import Caches, forget
+from ..base.classifiers import check_one
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
-from ..base.head import head_path, make_head
+from ..base.head import head_path, head_paths, make_head
 from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan
@@ -73,7 +75,8 @@ class TaskModel(EntryPoints, Untraced):
         config: the method for tasks that bring none of their own: the attribute `default_config`.
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
-        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
+        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`); a list of
+            names where the base has several classifiers, each of which tasks get a linear head in the place of.
         batch_dim: which dimension of the forward's tensors counts samples: that of the first which has more than one
             there; with 0 a list of images `[C, H, W]` counts as many as it has.
         unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
@@ -93,7 +96,7 @@ class TaskModel(EntryPoints, Untraced):
         config: MethodConfig | None = None,
         *,
         gates: str = "host",
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         batch_dim: int = 0,
         unsupported: str = "raise",
     ) -> None:
@@ -117,10 +120,15 @@ class TaskModel(EntryPoints, Untraced):
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
         self._active: str | None = None
+        self._said_base = False  # that none is active is what was asked for
+        self._warned_of_base = False
         self._merged: str | None = None
-        self._head = head_path(base, head_module)
+        self._heads = head_paths(base, head_module)
+        self._head = next(iter(self._heads), None)
+        self._head_named = head_module is not None
         self._flags: flags.Flags | None = flags.Flags(base)
         self._mirror = Mirror()
+        self._caches = Caches(base)
         own(base, self, self._flags)
         self._frozen = frozen_by_user(base, self._head)
         base.requires_grad_(False)
@@ -140,6 +148,7 @@ class TaskModel(EntryPoints, Untraced):
         if self._flags is not None:
             own(self.base, self, self._flags)
             claim(self.base, self)
+            self._caches.note(self.base)
 
     def active_frame(self) -> Frame | None:
         """A frame of the active task, for base modules that are spoken to outside of forwards; None for the base."""
@@ -149,6 +158,7 @@ class TaskModel(EntryPoints, Untraced):
         if self._names:
             self._guard.forget(self.base, self._head)
         result = super()._apply(*args, **kwargs)
+        self._caches.follow(self.base, args[0] if args else kwargs["fn"])
         if self._merged is not None:  # of what the weights are now
             self._install_merged(self._merged)
         return result
@@ -206,11 +216,8 @@ class TaskModel(EntryPoints, Untraced):
                 "name it in the checkpointed call: model(x, task=...)"
             )
         if name is None:
-            if task is ACTIVE and self._names and self.training and torch.is_grad_enabled():
-                warnings.warn(
-                    "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=6 if entry is None else 4,  # the caller of model(x), or of the method
-                )
+            if task is ACTIVE and self._names:
+                self._warn_of_base(6 if entry is None else 4)
             return run_base(self, args, kwargs, entry)
         state = self.state(name)
         if self.gates == "host":
@@ -225,6 +232,19 @@ class TaskModel(EntryPoints, Untraced):
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
         return run_task(self, name, state, args, kwargs, entry)
+
+    def _warn_of_base(self, level: int) -> None:
+        """Say that no task runs: in training always, else once, and not to who asked for that by `set_task(None)`.
+
+        level: of the caller of `model(x)`, seen from the forward.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        if trains or not (self._said_base or self._warned_of_base):
+            self._warned_of_base = self._warned_of_base or not trains
+            warnings.warn(
+                "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
+                stacklevel=level + 1,
+            )
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TapsError(
@@ -307,7 +327,7 @@ class TaskModel(EntryPoints, Untraced):
         *,
         num_classes: int | None = None,
         head: nn.Module | None = None,
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         config: MethodConfig | None = None,
     ) -> None:
         """Add a task that starts as the base with a new head.
@@ -316,11 +336,12 @@ class TaskModel(EntryPoints, Untraced):
             name: printable, without '/'.
             num_classes: makes a linear head with that many outputs, drawn from torch's generator.
             head: a head of your own instead. Without either, the task starts from a copy of the base's head.
-            head_module: the name of the module that the head replaces, where it is not the model's.
+            head_module: the name of the module that the head replaces, where it is not the model's; or several names.
             config: a method for this task only.
 
         Raises:
-            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
+            ConfigError: a taken or bad name, no head found, several classifiers found and none named, a pattern that
+                matches nothing.
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
         self._loaded()
@@ -329,14 +350,22 @@ class TaskModel(EntryPoints, Untraced):
         config = config if config is not None else self.default_config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else head_path(self.base, head_module)
+        heads = self._heads if head_module is None else head_paths(self.base, head_module)
+        heads = heads if config.own_head else heads[:1]
+        path = next(iter(heads), None)
         if not config.own_head and (num_classes is not None or head is not None):
             raise ConfigError(
                 f"add_task: method {config.method!r} is set to run on the base's own head, got another; leave out "
                 "num_classes and head"
             )
+        named = head_module is not None or self._head_named
+        if config.own_head and not named and (num_classes is not None or head is not None):  # a copy changes nothing
+            check_one(self.base, path)
+        if len(heads) > 1 and head is not None:
+            raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
-        found = self._scan(config, path)
+        others = {other: make_head(self.base, other, num_classes, None, self) for other in heads[1:]}
+        found = self._scan(config, heads)
         parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
@@ -344,7 +373,8 @@ class TaskModel(EntryPoints, Untraced):
         trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
         if own is not None and path is not None:
             parts[path] = Instead(own, "head")
-            trained += [path] if num_classes is None and head is None else []
+            trained += heads if num_classes is None and head is None else []
+            parts |= {name: Instead(made, "further head") for name, made in others.items() if made is not None}
         check_shared(self.base, trained)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
         state.reach = found.reach
@@ -355,13 +385,16 @@ class TaskModel(EntryPoints, Untraced):
                 stacklevel=3,
             )
 
-    def _scan(self, config: MethodConfig, head: str | None) -> Scan:
-        """What of the base a task of this config is given."""
+    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None) -> Scan:
+        """What a method may put parts over. `heads`: the modules that are left to heads, by default the model's."""
+        heads = self._heads if heads is None else heads
+        head = next(iter(heads), None)
         return scan(
             self.base,
             head,
             target=config.target_modules,
             exclude=config.exclude_modules,
+            heads=heads[1:],
             reach=Reach(self._frozen, any_weight=True),
             freeze_unsupported=self.unsupported == "freeze",
         )
@@ -425,20 +458,25 @@ class TaskModel(EntryPoints, Untraced):
         self._merged = new_name if self._merged == name else self._merged
 
     def set_task(self, name: str | None) -> None:
-        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
+        """Make `model(x)` run this task; None is the base, in evaluation semantics.
+
+        A model with tasks of which none was ever set runs the base with a warning: in evaluation once.
+        """
         if name is not None:
             self.state(name)
-        self._active = name
+        self._active, self._said_base = name, name is None
 
     @contextmanager
     def use_task(self, name: str | None) -> Iterator[TaskModel]:
         """`with model.use_task("birds"):` sets the task and restores the previous one."""
-        before = self._active
+        before, state, said = self._active, self._names.get(self._active or ""), self._said_base
         self.set_task(name)
         try:
             yield self
-        finally:
-            self._active = before if before in self._names else None
+        finally:  # under the name that it has now
+            now = next((found for found, known in self._names.items() if known is state), before)
+            self._active = now if now in self._names else None
+            self._said_base = said
 
     # -- gates
 
@@ -626,6 +664,7 @@ class TaskModel(EntryPoints, Untraced):
         state = self.state(name)
         check_present(self.base)
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         state.install(merge.folded(state.stacks(merged=False), self.base))
 
     def unmerge_task(self) -> None:
@@ -682,6 +721,7 @@ class TaskModel(EntryPoints, Untraced):
             metrics=metrics,
             preprocessing=preprocessing,
             training_only=state.training_only,
+            entered=False not in state.seen and bool(state.entered) and state.entered.issuperset(state.required()),
             reach=state.reach,
         )
 
@@ -716,7 +756,14 @@ class TaskModel(EntryPoints, Untraced):
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
             family = self._parent_of(file, shared, allow_dtype_cast)
-            read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+            read = task_file.build(
+                file,
+                self.base,
+                head,
+                default_head=self._head,
+                further=self._heads[1:],
+                allow_dtype_cast=allow_dtype_cast,
+            )
         self._install(name, self._state_of(read, family))
         return name
 
@@ -734,6 +781,7 @@ class TaskModel(EntryPoints, Untraced):
         """The state of what a file describes."""
         state = TaskState(self.base, read.config, read.parts, read.head_path, self.gates, family)
         state.training_only, state.reach = read.training_only, read.reach
+        state.entered = set(state.required()) if read.entered else set()
         return state
 
     @torch.inference_mode(False)
@@ -748,7 +796,9 @@ class TaskModel(EntryPoints, Untraced):
         custom = None if type(old.head) is nn.Linear else copy.deepcopy(old.head)
         with self._opened(path) as file:
             family = self._parent_of(file, None, False)
-            read = task_file.build(file, self.base, custom, default_head=self._head, whole=True)
+            read = task_file.build(
+                file, self.base, custom, default_head=self._head, further=self._heads[1:], whole=True
+            )
         state = self._state_of(read, family)
         if not old.take_over(state):
             self._install(name, state)
@@ -796,7 +846,7 @@ class TaskModel(EntryPoints, Untraced):
         config = self.default_config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
-        found = self._scan(config, self._head)
+        found = self._scan(config)
         family = self._family(config, found)
         if family is None:
             raise ConfigError(f"config: method {config.method!r} has no shared parts as it is set")
@@ -872,7 +922,9 @@ class TaskModel(EntryPoints, Untraced):
 
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
-        read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        read = task_file.build(
+            file, self.base, default_head=self._head, further=self._heads[1:], allow_dtype_cast=allow_dtype_cast
+        )
         family = Family(self.base, file.name, read.config, read.parts)
         family.reach = read.reach
         family.freeze(file.digest)
@@ -1016,7 +1068,7 @@ class TaskModel(EntryPoints, Untraced):
         """
         self._loaded()
         self._check_base()
-        return stream.merge_file(self.base, self._head, path, out, shared)
+        return stream.merge_file(self.base, self._heads, path, out, shared)
 
     @torch.inference_mode(False)
     def task_state_dict(self, name: str) -> dict[str, Tensor]:
@@ -1036,6 +1088,7 @@ class TaskModel(EntryPoints, Untraced):
         assert self._flags is not None  # `state` has refused an unloaded model
         check_present(self.base)
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
 
     # -- unloading
@@ -1049,6 +1102,7 @@ class TaskModel(EntryPoints, Untraced):
         self._flags.restore(self.base)
         self._flags = None
         disown(self.base)
+        forget(self.base)
         self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()
         self._families = nn.ModuleDict()
         self._active = self._merged = None

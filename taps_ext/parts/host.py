@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import ops
 
@@ -39,6 +40,7 @@ ROUTING = (
     "_taps_weights",
     "_taps_owner",
 )
+ROUTE = "_taps_route"  # what a class is routed by, which the classes made by routing have alone
 MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
 
@@ -62,8 +64,25 @@ def is_setting(value: Any) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `module` before it was routed."""
-    return module.__dict__.get("_taps_class", type(module))
+    """The class of `module` without the routing; with what a parametrisation has put on top of it since."""
+    before: type[nn.Module] | None = module.__dict__.get("_taps_class")
+    if before is None:
+        return type(module)
+    return before if ROUTE in type(module).__dict__ else _instead(type(module), before)
+
+
+def reclassed(module: nn.Module) -> bool:
+    """True for a module that was given another class after it was routed, as `parametrize` does."""
+    return "_taps_class" in module.__dict__ and ROUTE not in type(module).__dict__
+
+
+def _instead(cls: Any, before: type[nn.Module]) -> Any:
+    """A class like `cls`, which derives from a routed one, that derives from `before` in the place of that."""
+    if ROUTE in cls.__dict__:
+        return before
+    bases = tuple(_instead(base, before) if hasattr(base, ROUTE) else base for base in cls.__bases__)
+    body = {key: value for key, value in cls.__dict__.items() if key not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
 
 
 # To compilers a module is what it has; this one has nothing, and is an object like others.
@@ -163,7 +182,10 @@ def held(module: nn.Module, key: str) -> Any:
         return module._parameters[key]
     if "_taps_class" not in module.__dict__:
         return getattr(module, key)  # pruned or parametrised
-    return module.__dict__[key] if key in module.__dict__ else nn.Module.__getattr__(module, key)
+    if key in module.__dict__:
+        return module.__dict__[key]
+    parametrised = parametrize.is_parametrized(module, key)  # since it was routed
+    return getattr(module, key) if parametrised else nn.Module.__getattr__(module, key)
 
 
 def base_weight(host: nn.Module) -> Tensor:

@@ -122,6 +122,10 @@ class _Routed(nn.Module):
             self.__dict__["_taps_set"] = {**self.__dict__.get("_taps_set", {}), name: None}
             self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        token.note()  # a parameter may have gone
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame = current() or running(self)
         if frame is None:
@@ -439,6 +443,7 @@ def _rebuild(cls: Any, router: Any, keys: tuple[str, ...]) -> nn.Module:
 def unroute(module: nn.Module) -> None:
     """Undo `route`, leaving nothing behind."""
     if isinstance(module, _Routed):
-        module.__class__ = module.__dict__["_taps_class"]
+        kind: Any = original_class(module)
+        module.__class__ = kind
         for key in ROUTING:
             module.__dict__.pop(key, None)

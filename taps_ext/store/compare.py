@@ -54,14 +54,14 @@ PARENT_ADVICE = (
 """What to do about another parent, in Python's words; the command line has its own."""
 
 
-def check_parent(expected: str, got: str, *, path: Path) -> None:
+def check_parent(expected: str, got: str, *, path: Path, hint: str = "") -> None:
     """Raises ParentMismatchError unless the parent that the file names (`got`) is the one at hand
-    (`expected`).
+    (`expected`). `hint`: what may be the matter beside.
     """
     if expected != got:
         raise ParentMismatchError(
             path,
-            f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; {PARENT_ADVICE}",
+            f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; {PARENT_ADVICE}{hint}",
         )
 
 

@@ -208,6 +208,8 @@ def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path
         ("data=3", ["data: expected a section"]),
         ("base='timm:resnet18'", ["base: expected a section"]),
         ("base.head_module=5", ["base.head_module", "got 5"]),
+        ("base.head_module=['fc', 5]", ["base.head_module", "['fc', 5]"]),
+        ("base.head_module=['fc', 'fc']", ["head_module: expected each module once, got 'fc' again"]),
         ("train.out=5", ["train.out: expected a folder, got 5"]),
     ],
 )

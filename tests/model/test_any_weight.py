@@ -410,9 +410,9 @@ class TestFrozenByTheUser:
         model.save_task("t", tmp_path / "t.taps")
         fresh = TaskModel(self.base(), config).eval()  # of a base that nobody froze
         fresh.load_task(tmp_path / "t.taps")
+        fresh.save_task("t", tmp_path / "again.taps")
         with torch.no_grad():
             assert torch.equal(fresh(x, task="t"), model(x, task="t"))
-        fresh.save_task("t", tmp_path / "again.taps")
         assert (tmp_path / "again.taps").read_bytes() == (tmp_path / "t.taps").read_bytes()
 
     def test_globs_win(self) -> None:

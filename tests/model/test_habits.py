@@ -135,8 +135,8 @@ def test_values_are_looked_at_once_for_each_version(monkeypatch: pytest.MonkeyPa
     model, looked = model_of(), []
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.1))
     step(model, optimizer)
-    digest = guard._digest
-    monkeypatch.setattr(guard, "_digest", lambda tensor: looked.append(tensor) or digest(tensor))
+    digest = guard.digest
+    monkeypatch.setattr(guard, "digest", lambda tensor: looked.append(tensor) or digest(tensor))
     with torch.no_grad():
         model.base.conv2.weight.mul_(1.0)
     for _ in range(3):
