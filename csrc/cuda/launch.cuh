@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Body::Tile::kThreads, kShared <= kMostOfTwo ? 
 template <class Body, class Args>
 void launch(const Args& args, const dev::Grid& grid, cudaStream_t stream) {
   constexpr unsigned kShared = Body::Loop::kShared;
-  // Once for each device: the attribute belongs to the context.
+  // Each time that a thread's device changes: the attribute belongs to the context.
   static thread_local int prepared = -1;
   int device = 0;
   check(cudaGetDevice(&device), "current device");

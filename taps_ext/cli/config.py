@@ -239,15 +239,9 @@ class Config:
 
 def check_device(name: Any) -> None:
     """Raise ConfigError unless tensors can live on the device."""
-    if name is None:
-        return
-    import torch
+    from ..train.config import check_device as check
 
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: expected cpu or cuda[:N], got {name!r}: {reason}") from None
+    check(name)
 
 
 def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from ..parts.mirror import Mirror
 from ..parts.packing import Rule
 from ..routing.frame import Frame, in_backward, recomputed_call, running_node
 from ..routing.route import claim, gated, route, unroute, whole_model
-from . import groups, packing, stream
+from . import groups, packing, rest, stream
 from .entry import ACTIVE, EntryPoints
 from .report import Report, make_report
 from .running import run_base, run_task
@@ -358,8 +358,7 @@ class TaskModel(EntryPoints, Untraced):
                 f"add_task: method {config.method!r} is set to run on the base's own head, got another; leave out "
                 "num_classes and head"
             )
-        named = head_module is not None or self._head_named
-        if config.own_head and not named and (num_classes is not None or head is not None):  # a copy changes nothing
+        if config.own_head and head_module is None and not self._head_named:
             check_one(self.base, path)
         if len(heads) > 1 and head is not None:
             raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
@@ -545,10 +544,30 @@ class TaskModel(EntryPoints, Untraced):
         """Set gradients of closed Deltas to None before an optimizer step.
 
         Needed for gates="device", where backward gives zeros, and after `zero_grad(set_to_none=False)` between the
-        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest.
+        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest. It asks
+        the device which gates are closed; :meth:`resting` does not.
         """
         for state in self._states_for(tasks):
             state.drop_closed_gradients()
+
+    def resting(
+        self, optimizer: torch.optim.Optimizer, tasks: Iterable[str] | str | None = None
+    ) -> AbstractContextManager[None]:
+        """Around an optimizer's step: closed Deltas and their optimizer state are afterwards what they were before.
+
+            with model.resting(optimizer):
+                optimizer.step()                  # or scaler.step(optimizer)
+
+        For gates="device" the device chooses and nothing waits for it, so that the step can be captured in a CUDA
+        graph; it costs a copy of the Deltas and of their state while it runs. Where the host knows the gates, it is
+        what :meth:`drop_closed_gradients` does. State that the optimizer makes in this step for a closed Delta, its
+        first, stays as a step without a gradient makes it.
+
+        Raises:
+            ConfigError: state in numbers or on another device than the score (`capturable=True` puts Adam's steps
+                there); state that is first made in a captured step.
+        """
+        return rest.resting(optimizer, self._states_for(tasks))
 
     def parameter_groups(
         self,

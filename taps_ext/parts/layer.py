@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..errors import GateError, TapsError
+from ..errors import ConfigError, GateError, TapsError
 from ..ops import Gated
 from ..store.errors import GateRecordError
 from ..store.record import Record
@@ -124,6 +124,8 @@ class Layer(Part):
         assert self.change is not None
         score = self.gate.score
         for parameter in self.change.parameters():
+            if parameter.is_meta:
+                raise ConfigError("weight: expected one on a device, got one on meta; build the model on the CPU")
             parameter.requires_grad_(self.packed is None and (self.gate.learn or bool(self.gate.known)))
             if score is not None and score.device != parameter.device:
                 score.data = score.data.to(parameter.device)

@@ -14,7 +14,7 @@ from ..model import TaskModel
 
 @dataclass
 class Memory:
-    """Bytes at the moment of a step when most are in use.
+    """Bytes at the moment of a step when most are in use; printed as a table in MB, with their sum.
 
     Attributes:
         weights: the base's parameters and buffers, whole weights of a merged task, casts kept for autocast.
@@ -38,6 +38,10 @@ class Memory:
     def peak(self) -> int:
         """The sum of the parts, in bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
+
+    def __str__(self) -> str:
+        lines = [(part.name, getattr(self, part.name)) for part in fields(self) if getattr(self, part.name)]
+        return "\n".join(f"{name:12}{count / 1e6:10.1f} MB" for name, count in [*lines, ("peak", self.peak)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: bytes by part, and the peak."""

@@ -16,6 +16,7 @@ from ..errors import ConfigError, TapsError
 from ..methods.base import one_of
 from ..model import TaskModel
 from ..train.gradients import add_gradients
+from ..train.precision import TYPES, autocast
 from ..train.state import restore, snapshot
 from ..train.stepper import on_cuda
 from ..train.task import predictions
@@ -56,7 +57,7 @@ class Step:
         one_of(phase, PHASES, "phase")
         one_of(optimizer, OPTIMIZERS, "optimizer")
         if amp is not None:
-            one_of(amp, ("bf16",), "amp")
+            one_of(amp, tuple(TYPES), "amp")
         if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
             raise ConfigError(f"inputs: expected a tuple of the forward's arguments, got {type(inputs).__name__}")
         if not inputs:
@@ -68,6 +69,11 @@ class Step:
             raise ConfigError("model: expected a base with parameters, got one without")
         if parameter.is_meta:
             raise ConfigError("model: expected weights on a device, got them on meta; build the model on the CPU")
+        if torch.is_autocast_enabled(parameter.device.type):
+            raise ConfigError(
+                "amp: a step is profiled under the autocast that amp names; call it outside of torch.autocast, got "
+                f"amp={amp!r} inside of {torch.get_autocast_dtype(parameter.device.type)}"
+            )
         if task is None and phase == "train":
             raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
         self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
@@ -123,8 +129,7 @@ class Step:
         return found.float().square().mean()
 
     def forward(self) -> Any:
-        autocast = nullcontext() if self.amp is None else torch.autocast(self.device.type, torch.bfloat16)
-        with torch.set_grad_enabled(self.phase == "train"), autocast:
+        with torch.set_grad_enabled(self.phase == "train"), autocast(self.amp, self.device):
             return self.model(*self.inputs, task=self.task)
 
     @contextmanager

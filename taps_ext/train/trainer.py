@@ -26,7 +26,7 @@ from . import randomness
 from .alone import alone
 from .callbacks import Callback, RunInfo, Told, check_callbacks
 from .checks import check_item, check_sample, check_targets
-from .config import TrainConfig
+from .config import TrainConfig, check_device
 from .fetch import Epochs
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
@@ -128,11 +128,8 @@ class Trainer:
         self.reading: list[Epochs] = []
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
-            try:
-                model.to(config.device)
-            except (RuntimeError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"device: expected cpu or cuda[:N], got {config.device!r}: {reason}") from None
+            check_device(config.device)
+            model.to(config.device)
 
     @property
     def device(self) -> torch.device:

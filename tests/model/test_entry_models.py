@@ -71,7 +71,8 @@ def clip() -> nn.Module:
 
 def two_tasks(make, config) -> TaskModel:
     torch.manual_seed(0)
-    model = TaskModel(make().eval(), config)
+    heads = ["text_projection", "visual_projection"] if make is clip else None  # which look like classifiers
+    model = TaskModel(make().eval(), config, head_module=heads)
     for name in ("a", "b"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GPT-2's projections are no nn.Linear

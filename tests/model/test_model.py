@@ -359,3 +359,11 @@ def test_the_bare_base_ignores_training_mode() -> None:
 
 def test_public_names() -> None:
     assert all(hasattr(taps_ext, name) for name in taps_ext.__all__)
+
+
+def test_a_base_on_meta_is_refused() -> None:
+    with torch.device("meta"):
+        model = TaskModel(TinyNet(), TapsConfig(lam=1.0))
+    with pytest.raises(ConfigError, match="weight: expected one on a device, got one on meta"):
+        model.add_task("t", num_classes=3)
+    assert model.tasks == []
