@@ -100,7 +100,8 @@ void launch_rows(LinearProduct args, unsigned slices) {
   args.slices = static_cast<int>(grid.slices), args.depth_of_split = grid.depth_of_split;
   with_activation<T, T, D>(Product::kForward, grid.kind, [&](auto instance) {
     using Body = typename decltype(instance)::type;
-    product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+    if constexpr (std::is_same_v<typename Body::Tile, Warps>)
+      product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
   });
   must(cudaGetLastError(), "launch");
 }
@@ -131,8 +132,10 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   } else if (without_tiles) {
     if constexpr (sizeof(T) == 2) launch_rows<T, D>(args, splits > 1 ? 4 : 1);
   } else {
-    with_activation<T, T, D>(kind, tiles,
-                             [&](auto instance) { launch<typename decltype(instance)::type>(args, rows, columns); });
+    with_activation<T, T, D>(kind, tiles, [&](auto instance) {
+      using Body = typename decltype(instance)::type;
+      if constexpr (!std::is_same_v<typename Body::Tile, Warps>) launch<Body>(args, rows, columns);
+    });
     if (splits > 1) sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
   }
   must(cudaDeviceSynchronize(), "product");
