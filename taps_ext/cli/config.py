@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..train import TrainConfig
 
 SECTIONS = ("imports", "base", "data", "method", "train", "tasks")
-BASE_KEYS = ("model", "weights", "num_classes", "head_module", "seed", "args")
+BASE_KEYS = ("model", "weights", "num_classes", "head_module", "unsupported", "seed", "args")
 DATA_KEYS = ("size", "channels", "normalize", "seed")
 TASK_KEYS = ("source", "method", "num_classes")
 
@@ -157,6 +157,11 @@ class Config:
     @property
     def head_module(self) -> str | list[str] | None:
         return self.base_section.get("head_module")
+
+    @property
+    def unsupported(self) -> str:
+        """What to do about weights that cannot be gated: "raise" or "freeze"."""
+        return str(self.base_section.get("unsupported", "raise"))
 
     @property
     def normalize(self) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base.fingerprint import base_fingerprint
-from ..base.scan import inside, names_of, shared_tensors
+from ..base.scan import Scan, inside, names_of, shared_tensors
 from ..errors import ConfigError, TapsError
 from ..files import checkpoint, merge
 from ..files import task as task_file
@@ -118,7 +118,7 @@ def thinner(rule: Rule, rows: list[PackedRow]) -> checkpoint.Thin:
 
 def extract_file(
     base: nn.Module,
-    head_path: str | None,
+    scanned: Scan,
     given: Checkpoint,
     out: str | PathLike[str],
     *,
@@ -135,7 +135,7 @@ def extract_file(
     made_head: nn.Module | None = None
     kinds: list[str] = []
     with store.Spool(out) as spool, opened(given) as found:
-        for module, part in checkpoint.extract(base, found, config, head_path, head, thin):
+        for module, part in checkpoint.extract(base, found, scanned, head, thin):
             Parts(base, {module: part})  # its checks
             open_now = part.gate is not None and part.gate.open
             (record,) = task_file.to_records({module: part}, [module] if open_now else []).values()
@@ -152,9 +152,9 @@ def extract_file(
             kind="task",
             name=name,
             config=config,
-            parent=base_fingerprint(base, None if made_head is None else head_path),
+            parent=base_fingerprint(base, None if made_head is None else scanned.head),
             labels=names,
-            reach=checkpoint.reach_of(base, head_path, config),
+            reach=scanned.reach,
         )
     whole = kinds.count("whole")
     packing = None if rule is None else Packing(name, rows)

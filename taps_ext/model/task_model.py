@@ -384,8 +384,13 @@ class TaskModel(EntryPoints, Untraced):
                 stacklevel=3,
             )
 
-    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None) -> Scan:
-        """What a method may put parts over. `heads`: the modules that are left to heads, by default the model's."""
+    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None, *, frozen: bool = True) -> Scan:
+        """What a method may put parts over.
+
+        Args:
+            heads: the modules that are left to heads, by default the model's.
+            frozen: what the user froze stays the base's; False for a checkpoint, which may have changed it.
+        """
         heads = self._heads if heads is None else heads
         head = next(iter(heads), None)
         return scan(
@@ -394,7 +399,7 @@ class TaskModel(EntryPoints, Untraced):
             target=config.target_modules,
             exclude=config.exclude_modules,
             heads=heads[1:],
-            reach=Reach(self._frozen, any_weight=True),
+            reach=Reach(self._frozen if frozen else frozenset(), any_weight=True),
             freeze_unsupported=self.unsupported == "freeze",
         )
 
@@ -1012,22 +1017,23 @@ class TaskModel(EntryPoints, Untraced):
         """
         self._loaded()
         name = self._new_name(name)
-        config, path = self._converted(config, head_module)
+        config, scanned = self._converted(config, head_module)
         rule, rows = stream.fraction_rule(top_fraction), list[PackedRow]()
         thin = None if rule is None else stream.thinner(rule, rows)
         with stream.opened(state_dict) as found:
-            parts = dict(checkpoint.extract(self.base, found, config, path, head, thin))
-        state = TaskState(self.base, config, parts, path if path in parts else None, self.gates)
-        state.reach = checkpoint.reach_of(self.base, path, config)
+            parts = dict(checkpoint.extract(self.base, found, scanned, head, thin))
+        state = TaskState(self.base, config, parts, scanned.head if scanned.head in parts else None, self.gates)
+        state.reach = scanned.reach
         self._install(name, state)
         return None if rule is None else Packing(name, rows)
 
-    def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, str | None]:
-        """The config of a converted checkpoint, and its head's name."""
+    def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, Scan]:
+        """The config of a converted checkpoint, and what of the base its task is given."""
         config = FullConfig() if config is None else config
         if not isinstance(config, FullConfig):
             raise ConfigError(f"config: expected a FullConfig, got {type(config).__name__}")
-        return config, self._head if head_module is None else head_path(self.base, head_module)
+        path = self._head if head_module is None else head_path(self.base, head_module)
+        return config, self._scan(config, [] if path is None else [path], frozen=False)
 
     @torch.inference_mode(False)
     def extract_file(
@@ -1056,11 +1062,11 @@ class TaskModel(EntryPoints, Untraced):
         """
         self._loaded()
         name = self._new_name(name)
-        config, path = self._converted(config, head_module)
+        config, scanned = self._converted(config, head_module)
         self._check_base()
         return stream.extract_file(
             self.base,
-            path,
+            scanned,
             state_dict,
             out,
             name=name,
