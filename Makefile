@@ -33,7 +33,8 @@
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
 #   make flops         what a task's forward and step multiply, over the base's, on ten models (about five minutes)
 #   make gpu           on a machine with CUDA: build, conformance, tests, sanitizer, measurements, one JSON file
-#                      (HALF=A, then HALF=B: four minutes each; PREBUILT=1: with the extension that is there)
+#                      (docs/gpu.md has its stages; PYTHON= names one that has torch, by default python3)
+#                      (HALF=A, then HALF=B: four minutes each; PREBUILT=1: with the extension that is there or installed)
 #                      (STAGE="tests memcheck" reruns some, STAGE=rest what has not passed, GPU_SECONDS=540 is its
 #                      time limit, REHEARSE=1 goes through it without a device)
 #   make wheel         wheel in dist/, repaired one in wheelhouse/ (RELEASE=1: all GPU architectures)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import copy_bandwidth, median_us, sets_for
+from gpu_timing import check, copy_bandwidth, median_us, sets_for
 from torch import Tensor
 
 from taps_ext import gated_conv2d, ops
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="two layers at one image, to see that everything runs")
     args = parser.parse_args()
+    check(parser, args.json)
     torch.backends.cudnn.benchmark = True
     copy = copy_bandwidth()
     cases = [(shape, images, BF16) for images in (1, 8) for shape in DENSE]

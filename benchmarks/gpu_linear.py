@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import copy_bandwidth, matmul_rate, median_us, sets_for
+from gpu_timing import check, copy_bandwidth, matmul_rate, median_us, sets_for
 from torch import Tensor
 
 from taps_ext import gated_linear, ops
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="two small cases, to see that everything runs")
     args = parser.parse_args()
+    check(parser, args.json)
     limits = {"copy": copy_bandwidth(), "matmul": matmul_rate()}
     cases = [
         (m, n, k, t) for n, k in ((4096, 4096), (1024, 4096)) for m in (1, 8, 16, 64) for t in (BF16, torch.float32)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import copy_bandwidth, median_us, sets_for
+from gpu_timing import check, copy_bandwidth, median_us, sets_for
 
 from taps_ext import ops
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    check(parser, args.json)
     ceiling = copy_bandwidth()
     with torch.no_grad():
         rows = [rebuild(n, dtype, ceiling) for n in (1024, 4096, 8192) for dtype in (torch.float32, torch.bfloat16)]

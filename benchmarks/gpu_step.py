@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from gpu_timing import check
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-50 alone, few steps")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     args = parser.parse_args()
+    check(parser, args.json, args.device)
     cpu = args.device == "cpu"
     rows = []
     for name in MODELS[:1] if args.quick or cpu else MODELS:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from taps_ext import ops
+from taps_ext.extension import has_kernels
 
 COLD_BYTES = 3 * 2**26  # operands of all calls together: three times the L2 of an H200
 
@@ -56,3 +61,17 @@ def matmul_rate() -> float:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * 8192**3 / (median_us(lambda i: torch.mm(a, b, out=out), 2) / 1e6)
+
+
+def check(parser: argparse.ArgumentParser, json: Path, device: str = "cuda") -> None:
+    """End in a usage error, before anything is measured, where the result cannot be written or the device not used."""
+    if not json.parent.is_dir():
+        parser.error(f"--json: expected a file in a folder that is there, got {json}")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device here")
+    built = {} if ops._C is None else ops._C.build_info()["cuda"] or {}
+    capability = torch.cuda.get_device_capability()
+    if not has_kernels(built.get("architectures", ""), capability):
+        parser.error("the extension has no kernels for compute capability {}.{}".format(*capability))

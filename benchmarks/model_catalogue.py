@@ -353,12 +353,6 @@ TORCHVISION = (
         num_heads=[2, 4],
         window_size=[2, 4, 4],
     ),
-    Entry(
-        "torchvision:raft_small",
-        "optical flow",
-        lambda: importlib.import_module("torchvision").models.optical_flow.raft_small(),
-        lambda: ((*torch.rand(2, 2, 3, 128, 128, generator=generator()),), {"num_flow_updates": 2}),
-    ),
 )
 
 

@@ -203,31 +203,34 @@ def fresh(entry: Entry) -> nn.Module:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What a refusal asks for: globs to exclude, or to leave what cannot be gated to the base."""
+    """What a refusal asks for: globs to exclude, to leave what cannot be gated to the base, all classifiers' names."""
 
     exclude: tuple[str, ...] = ()
     unsupported: str = "raise"
+    heads: tuple[str, ...] = ()
 
     def after(self, failed: dict[str, dict[str, str]]) -> Remedy:
         """With what these messages ask for."""
-        exclude, unsupported = list(self.exclude), self.unsupported
+        exclude, unsupported, heads = list(self.exclude), self.unsupported, self.heads
         for failure in failed.values():
             message = failure["message"]
             if "unsupported='freeze'" in message:
                 unsupported = "freeze"
+            elif found := re.search(r"say head_module=(\[.*?\])", message):
+                heads = tuple(ast.literal_eval(found[1]))
             elif found := re.search(r"exclude_modules \((\[.*?\])\)", message):
                 exclude += ast.literal_eval(found[1])
             elif found := re.search(r"never called forward on (.*?), so their", message):
                 exclude += found[1].split(", ")
             elif found := re.match(r"\w+: (\S+): .*name the layer in exclude_modules", message):
                 exclude.append(found[1])
-        return Remedy(tuple(dict.fromkeys(exclude)), unsupported)
+        return Remedy(tuple(dict.fromkeys(exclude)), unsupported, heads)
 
 
 def wrap(entry: Entry, base: nn.Module, remedy: Remedy, method: Any = TapsConfig) -> TaskModel:
     settings = {"lam": 0.5} if method is TapsConfig else {}
     config = method(**settings, exclude_modules=list(remedy.exclude) or None)
-    return TaskModel(base, config, unsupported=remedy.unsupported).eval()
+    return TaskModel(base, config, unsupported=remedy.unsupported, head_module=list(remedy.heads) or None).eval()
 
 
 def adapt(entry: Entry, base: nn.Module, remedy: Remedy, method: Any = TapsConfig) -> TaskModel:
@@ -266,7 +269,12 @@ def weight_of(name: str, named: Iterable[str]) -> str:
 def own_parts(model: TaskModel) -> list[tuple[str, nn.Module]]:
     """What a task has of its own beside gated layers and its head."""
     state = model.state("t")
-    return [(n, part) for n, part in state.table.items() if part.gate is None and n != state.head_path]
+    return [(n, part) for n, part in state.table.items() if part.gate is None and part.replacement is None]
+
+
+def heads_of(model: TaskModel) -> dict[str, nn.Module]:
+    """The task's own heads, by the names of the base's."""
+    return {n: part.replacement for n, part in model.state("t").table.items() if part.replacement is not None}
 
 
 @torch.no_grad()
@@ -295,9 +303,9 @@ def plain_of(entry: Entry, model: TaskModel) -> tuple[nn.Module, dict[str, Any]]
             held[full].copy_(tensor)
             if full in named:
                 stands[full] = tensor
-    if state.head_path is not None:
-        replace(plain, state.head_path, state.head)
-        stands.update({f"{state.head_path}.{key}": parameter for key, parameter in state.head.named_parameters()})
+    for path, head in heads_of(model).items():
+        replace(plain, path, head)
+        stands.update({f"{path}.{key}": parameter for key, parameter in head.named_parameters()})
     return plain, stands
 
 
@@ -420,7 +428,7 @@ def check_left(entry: Entry, remedy: Remedy, row: dict[str, Any]) -> None:
     _, stands = plain_of(entry, model)
     counted = {name: parameter.numel() for name, parameter in base.named_parameters()}
     total = sum(counted.values())
-    head = model.state("t").head_path
+    heads = tuple(f"{path}." for path in heads_of(model))
     expect(report.base_parameters == total, "the report counts the base's parameters")
     row.update(parameters=total, gated=report.gated / total, layers=len(report.rows))
     row["left"] = sum(report.left.values()) / total
@@ -431,7 +439,7 @@ def check_left(entry: Entry, remedy: Remedy, row: dict[str, Any]) -> None:
         if 1000 * counted[name] <= total:
             continue
         names = by_id[id(parameter)]
-        mine = any(n in stands or (head is not None and n.startswith(head + ".")) for n in names)
+        mine = any(n in stands or n.startswith(heads) for n in names)
         listed = any(n in report.left for n in names)
         expect(mine or listed, f"{name} ({counted[name]} values) is gated, the task's, or in the report")
 
@@ -478,8 +486,8 @@ def check_full(entry: Entry, remedy: Remedy, row: dict[str, Any]) -> None:
     with in_double():
         model = adapt(entry, fresh(entry), remedy, FullConfig)
         plain = fresh(entry)
-        if (path := model.state("t").head_path) is not None:
-            replace(plain, path, model.state("t").head)
+        for path, head in heads_of(model).items():
+            replace(plain, path, head)
         runs = runs_of(entry, plain)
         model.train()
         plain.train()

@@ -8,12 +8,13 @@ Predicted, all of it: nothing here was measured on a GPU. The device is an H200:
 TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock bf16 products, 2.5 us a kernel.
 
 A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
-tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share
-a multiprocessor. A split depth adds a kernel and its partial sums. Up to four rows of a linear layer have no tiles
-(csrc/cuda/rows.cuh): their bytes from memory, those of x from L1 at 64 a clock, and the loop's instructions. A
-rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of its pixels, with
-the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the linear layer's;
-those whose channels make no pieces of 16 bytes are rebuilt in any case.
+tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
+multiprocessor (assumed: 50 clocks for the barrier, 40 for what is loaded and added, seven for an mma of a quarter's two
+warps). A split depth adds a kernel and its partial sums. Which tiles a linear layer takes is what `plan` says; up to
+four rows have none (csrc/cuda/rows.cuh), but their bytes from memory, those of x from L1 at 64 a clock, and the loop's
+instructions. A rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of
+its pixels, with the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the
+linear layer's; those whose channels make no pieces of 16 bytes are rebuilt in any case.
 
 A depthwise convolution takes the longer of its bytes and its instructions, counted in the machine code for sm_90a of
 the way inside an image. cuDNN's is given its bytes as well, or its multiplications alone at full rate: better than it
@@ -31,14 +32,32 @@ CLOCK, MULTIPROCESSORS = 1.98e9, 132
 MEMORY, L2, STOCK = 4.3e12, 5.5e12, 550e12  # bytes, bytes and operations a second
 LAUNCH, SECOND = 2.5e-6, 3e-6  # a kernel; the one that adds splits
 WARPS = 8  # of a block
-# Rows of a tile up to which it serves -> columns, depth of a step, instructions a warp and step, clocks of its latency.
-TILES = {16: (32, 64, {2: 69, 4: 88}, 230), 64: (64, 32, {2: 71, 4: 117}, 300)}
-PIXELS = {16: {2: 83, 4: 108}, 64: {2: 92, 4: 141}}  # instructions where the rows are pixels under several places
 # Rows up to which no tiles serve -> bytes of Delta -> instructions a warp and step, weights of a step.
 WITHOUT_TILES = {1: {2: (127, 1024), 4: (123, 512)}, 4: {2: (288, 1024), 4: (216, 512)}}
 ENDS = {1: 80, 4: 260}  # instructions of a warp besides: where it begins, shuffles and the sum
 L1 = 64 * CLOCK * MULTIPROCESSORS  # bytes a second
 FEW = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a tile and of a step; bytes of a number of Delta -> instructions a warp and step; clocks of a step."""
+
+    rows: int
+    columns: int
+    depth: int
+    instructions: dict[int, int]
+    latency: int
+
+
+FEW_ROWS = Tile(FEW, 32, 64, {2: 69, 4: 88}, 230)
+MORE_ROWS = Tile(64, 64, 32, {2: 71, 4: 117}, 300)
+# Bytes of a number of Delta -> the tiles of wide layers.
+WIDE = {
+    2: (Tile(64, 128, 32, {2: 92}, 320), Tile(128, 128, 32, {2: 123}, 540)),
+    4: (Tile(64, 128, 16, {4: 95}, 200), Tile(128, 128, 16, {4: 103}, 320)),
+}
+PIXELS = {16: {2: 83, 4: 108}, 64: {2: 92, 4: 141}}  # instructions where the rows are pixels under several places
 MOST_PIXELS, MOST_INPUTS = 256, 512  # that choose() fuses of a convolution (csrc/core/choose.h, "shallow")
 
 
@@ -73,18 +92,45 @@ class Product:
         return 2 * (read + self.rows * self.outputs)
 
 
-def split(tiles: int, steps: int, weight_bytes: float, elements: int) -> int:
-    """How often `plan` (csrc/cuda/linear.cuh) splits the depth."""
-    best, found = math.inf, 1
+@dataclass(frozen=True)
+class Grid:
+    """How `plan` (csrc/cuda/linear.cuh) lays a product out, and what it says that costs."""
+
+    tile: Tile
+    tiles: int
+    steps: int
+    splits: int
+    cost: float
+
+    def bytes_of(self, p: Product) -> float:
+        """From L2."""
+        stage = self.tile.depth * (2 * self.tile.rows + self.tile.columns * (2 + p.delta))
+        return self.tiles * self.steps * stage
+
+
+def laid_out(p: Product, tile: Tile) -> Grid:
+    tiles, steps = -(-p.rows // tile.rows) * -(-p.outputs // tile.columns), -(-p.inputs // tile.depth)
+    grid = Grid(tile, tiles, steps, 1, math.inf)
+    weight_bytes, best = p.weights * (2 + p.delta), math.inf
+    moved = max(weight_bytes, 0.8 * grid.bytes_of(p))
     for splits in range(1, 17):
         if steps < 4 * splits and splits > 1:
             break
         waves = -(-tiles * splits // MULTIPROCESSORS)
         busy = tiles * splits / (waves * MULTIPROCESSORS)
-        cost = weight_bytes / busy + (1e7 + 8.0 * splits * elements if splits > 1 else 0.0)
-        if cost < best:
-            best, found = cost, splits
-    return found
+        partial = 1e7 + 8.0 * splits * p.rows * p.outputs if splits > 1 else 0.0
+        if weight_bytes / busy + partial < best:
+            best = weight_bytes / busy + partial
+            grid = Grid(tile, tiles, steps, splits, moved / busy + partial)
+    return grid
+
+
+def planned(p: Product) -> Grid:
+    """A convolution under several places has no wide tiles."""
+    if p.rows <= FEW:
+        return laid_out(p, FEW_ROWS)
+    tiles = (MORE_ROWS,) if p.pixels else (MORE_ROWS, *WIDE[p.delta])
+    return min((laid_out(p, tile) for tile in tiles), key=lambda grid: grid.cost)
 
 
 def without_tiles(p: Product) -> float:
@@ -108,21 +154,16 @@ def fused(p: Product) -> float:
     return without_tiles(p) if p.rows <= 4 and not p.pixels else in_tiles(p)
 
 
-def in_tiles(p: Product) -> float:
-    """Seconds of the fused product on tensor cores."""
-    tile_rows = FEW if p.rows <= FEW else 64
-    columns, depth, instructions, latency = TILES[tile_rows]
-    if p.pixels:
-        instructions = PIXELS[tile_rows]
-    tiles, steps = -(-p.rows // tile_rows) * -(-p.outputs // columns), -(-p.inputs // depth)
-    weight_bytes = p.weights * (2 + p.delta)
-    splits = split(tiles, steps, weight_bytes, p.rows * p.outputs)
-    blocks, each = tiles * splits, -(-steps // splits)
-    stage = depth * (2 * tile_rows + columns * (2 + p.delta))
+def in_tiles(p: Product, grid: Grid | None = None) -> float:
+    """Seconds of the fused product on tensor cores, as it is planned or with another grid."""
+    grid = grid or planned(p)
+    tile, splits = grid.tile, grid.splits
+    instructions = PIXELS[tile.rows] if p.pixels else tile.instructions
+    blocks, each = grid.tiles * splits, -(-grid.steps // splits)
     waves = -(-blocks // MULTIPROCESSORS)
-    clocks = max(each * waves * WARPS * instructions[p.delta] / 4, each * latency * waves / min(2, waves))
-    moved = weight_bytes + p.activations
-    seconds = max(moved / MEMORY, blocks * each * stage / L2, clocks / CLOCK) + LAUNCH
+    clocks = max(each * waves * WARPS * instructions[p.delta] / 4, each * tile.latency * waves / min(2, waves))
+    moved = p.weights * (2 + p.delta) + p.activations
+    seconds = max(moved / MEMORY, grid.bytes_of(p) * each * splits / grid.steps / L2, clocks / CLOCK) + LAUNCH
     return seconds + (SECOND + 8.0 * splits * p.rows * p.outputs / L2 if splits > 1 else 0.0)
 
 
@@ -279,7 +320,7 @@ def main() -> None:
         return
     if args.what == "linear":
         print(HEAD.format("rows"))
-        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512):
+        for rows in (1, 2, 3, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512):
             print(row(Product("", rows, args.outputs, args.inputs, args.delta), str(rows)))
         return
     for images in (1, 8, 64):

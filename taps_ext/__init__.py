@@ -3,6 +3,7 @@
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from . import patch as patch
 from .errors import (
+    BaseAttributeError,
     BypassedLayerError,
     ConfigError,
     DivergedError,
@@ -30,13 +31,15 @@ from .methods import (
 )
 from .model import ByResolution, Packing, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
-from .profiling import Memory, Operations, Profile, estimate, operations, profile
+from .profiling import Memory, Operations, Profile, estimate, operations
+from .profiling import profile as profile  # nor this: torch.profiler has one
 from .study import Comparison, compare
 from .train import Task, TrainConfig, Trainer
-from .version import __version__
+from .version import __version__ as __version__
 from .workspace import workspace_bytes
 
 __all__ = [
+    "BaseAttributeError",
     "BitFitConfig",
     "ByResolution",
     "BypassedLayerError",
@@ -69,14 +72,12 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "UnsupportedModuleError",
-    "__version__",
     "compare",
     "estimate",
     "fold_norms",
     "gated_conv2d",
     "gated_linear",
     "operations",
-    "profile",
     "register_method",
     "workspace_bytes",
 ]

@@ -26,6 +26,10 @@ class UnsupportedModuleError(TapsError, NotImplementedError):
     """A module of the base model cannot be adapted as asked."""
 
 
+class BaseAttributeError(TapsError, AttributeError):
+    """An attribute of the base that its TaskModel does not pass on, or that cannot be set through it."""
+
+
 class BypassedLayerError(TapsError, RuntimeError):
     """A gated layer's weight was never read through its own forward."""
 

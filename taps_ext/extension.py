@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from types import ModuleType
 
@@ -42,3 +43,28 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def has_kernels(architectures: str, capability: tuple[int, int]) -> bool:
+    """True if CUDA code that was built for these architectures runs on a device of this compute capability.
+
+    Args:
+        architectures: as CMake takes them, apart by spaces or semicolons: "80" is machine code and PTX, "80-real" the
+            code alone, "80-virtual" the PTX alone. Code runs on the same major version from its minor one on, PTX on
+            all that is newer; both of "90a" on 9.0 alone, of "100f" on one major version.
+        capability: (major, minor).
+    """
+    for entry in re.split(r"[ ;]+", architectures.strip()):
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", entry)
+        if found is None:
+            continue
+        built, kind, part = (int(found[1]), int(found[2])), found[3], found[4]
+        if kind == "a":
+            fits = built == capability
+        elif kind == "f" or part == "-real":
+            fits = built[0] == capability[0] and built <= capability
+        else:
+            fits = built <= capability
+        if fits:
+            return True
+    return False

@@ -30,7 +30,8 @@ An open layer whose types and layout the fused kernels know is fused where one o
 is rebuilt into the workspace for torch's own product. A layer that is known to be closed takes torch's product on the
 base's weight. M are the rows of the product (of a convolution the pixels of its result), N its outputs, K its inputs;
 "weights" are N x K, "work" is M x N x K, "places" those of a convolution's kernel. A bound marked **predicted** was not
-measured yet; `taps bench` marks the paths that were picked by one.
+measured yet; `taps bench` marks the paths that were picked by one. `python tools/fused_layers.py timm:resnet50` counts
+the layers of a network that are fused on CUDA ([gpu.md](gpu.md) has three).
 
 | where | torch's product | kernels | M | N | K | weights | work | places | evidence |
 |---|---|---|---|---|---|---|---|---|---|

@@ -6,18 +6,21 @@ Every stage runs in a process of its own under its own time limit, and the JSON 
 late failure loses nothing; stages that the job's own limit leaves no time for are noted as not reached, and
 `--stage rest` runs what has not passed yet. Two halves fit a short lease, 240 seconds each: A is what would be missed
 most (build, conformance, the operators' tests, a short benchmark), B the rest; nothing of A is lost without B.
-`--prebuilt` takes the extension that is there, if it has kernels for the device, and compiles none.
+`--prebuilt` takes the extension that is there, or the installed one, if it has kernels for the device, and compiles
+nothing of it; without nvcc the stages that compile their own program are then noted as skipped.
 
 Stages that are run alone take the place of their earlier results of the same commit, device and versions; results of
-others are moved aside. The output of all stages is in `log.txt`. `--rehearse` runs the whole job without a device: the
-tests skip by name and the sanitizer and the measurements are noted as skipped, which proves the stages, the limits and
-the file.
+others are moved aside. A copy of the tree without its history is known by its sources, or by what TAPS_COMMIT says.
+SIGTERM and a hang-up end the stage that runs; what ended before is kept. The output of all stages is in `log.txt`.
+`--rehearse` runs the whole job without a device: the tests skip by name and the sanitizer and the measurements are
+noted as skipped, which proves the stages, the limits and the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -47,7 +50,7 @@ SUBSET = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the job: its command, its time limit in seconds, and whether it needs a device."""
+    """One step of the job: its command, its time limit in seconds, and what it needs."""
 
     name: str
     command: list[str]
@@ -55,6 +58,7 @@ class Stage:
     device: bool = True
     sanitized: bool = False
     half: str = "B"
+    nvcc: bool = False  # runs a program that the job compiles
 
 
 def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) -> list[Stage]:
@@ -67,28 +71,27 @@ def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) 
     checked = [sanitizer, "--error-exitcode", "9", "--report-api-errors", "no"]
     ours = [*checked, "--kernel-regex", "kns=taps"]  # beside torch's kernels; the planted bug is found through it too
     build = [python, "tools/build_inplace.py", "--cuda", "ON", "--architectures", built_for]
-    there = (
-        f"import torch, taps_ext._C as c; i = c.build_info(); print(i); assert '{architecture}' in str(i['cuda']), i"
-    )
+    there = [python, "tools/prebuilt.py", architecture]
+    conformance = [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"]
     linear, reconstruct, conv2d, step = (
         [python, f"benchmarks/gpu_{name}.py", "--json"] for name in ("linear", "reconstruct", "conv2d", "step")
     )
     found = [
-        Stage("build", [python, "-c", there] if prebuilt else build, 300, device=False, half="A"),
-        Stage("conformance-build", [*nvcc, f"{out}/conformance", "tests/cuda/conformance.cu"], 120, False, half="A"),
-        Stage("conformance", [f"{out}/conformance"], 60, half="A"),
+        Stage("build", there if prebuilt else build, 300, device=False, half="A"),
+        Stage("conformance-build", conformance, 120, False, half="A", nvcc=True),
+        Stage("conformance", [f"{out}/conformance"], 60, half="A", nvcc=True),
         Stage("tests", [*pytest, *SUBSET_FILES, f"--junitxml={out}/tests.xml"], 120, half="A"),
         Stage("bench-linear-short", [*linear, f"{out}/linear-short.json", "--quick"], 60, half="A"),
         Stage("bench-reconstruct", [*reconstruct, f"{out}/reconstruct.json"], 60, half="A"),
         Stage("bench-step-short", [*step, f"{out}/step-short.json", "--quick"], 60, half="A"),
         Stage("bench-conv2d-short", [*conv2d, f"{out}/conv2d-short.json", "--quick"], 60, half="A"),
-        Stage("planted-bug", [*ours, "--tool", "memcheck", str(out / "planted")], 60),
+        Stage("planted-bug", [*ours, "--tool", "memcheck", str(out / "planted")], 60, nvcc=True),
     ]
     # Allocations of exact sizes and nothing of torch's around them. What torch's own kernels write initcheck does not
     # see through the filter, so that it is for this program alone.
     for tool in ("memcheck", "racecheck", "initcheck"):
         command = [*checked, "--tool", tool, f"{out}/conformance"]
-        found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True))
+        found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True, nvcc=True))
     found.append(Stage("tests-models", [*pytest, MODELS, f"--junitxml={out}/tests-models.xml"], 240))
     found.append(Stage("bench-step", [*step, f"{out}/step.json"], 120))
     found.append(Stage("bench-conv2d", [*conv2d, f"{out}/conv2d.json"], 120))
@@ -110,6 +113,18 @@ def build_planted_bug(out: Path, capability: str | None = None) -> None:
     subprocess.run(["nvcc", f"-arch=sm_{capability or '90'}", "-o", str(out / "planted"), str(source)], check=True)
 
 
+def sources(root: Path = ROOT) -> str:
+    """What stands for the commit where there is none: a digest of all that is compiled, tested and run."""
+    digest = hashlib.sha256()
+    kinds = (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".toml", ".txt")
+    for folder in ("csrc", "taps_ext", "tests", "benchmarks", "tools"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in kinds and "results" not in path.parts and path.is_file():
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    return f"sources {digest.hexdigest()[:16]}"
+
+
 def facts() -> dict[str, Any]:
     """Commit, device, driver and versions, each None where it cannot be had."""
 
@@ -129,7 +144,7 @@ def facts() -> dict[str, Any]:
     nvcc = ask("nvcc", "--version")
     release = re.search(r"release ([\d.]+), V([\d.]+)", nvcc or "")
     return {
-        "commit": ask("git", "rev-parse", "HEAD") or os.environ.get("TAPS_COMMIT"),
+        "commit": ask("git", "rev-parse", "HEAD") or os.environ.get("TAPS_COMMIT") or sources(),
         "dirty": bool(ask("git", "status", "--porcelain", "--untracked-files=no")),
         "gpu": ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -149,6 +164,8 @@ def run(stage: Stage, out: Path, facts: dict[str, Any], left: float) -> dict[str
     result: dict[str, Any] = {"stage": stage.name, "limit": stage.limit}
     if stage.device and not have_device and not stage.name.startswith("tests"):
         return {**result, "status": "skipped", "why": "no CUDA device"}
+    if stage.nvcc and not facts.get("nvcc"):
+        return {**result, "status": "skipped", "why": "no nvcc"}
     if left < LEAST:
         return {**result, "status": "not reached", "why": "the job's time was over"}
     log = out / "stage.log"
@@ -260,10 +277,17 @@ def main() -> int:
     if args.list:
         print("\n".join(f"{stage.half}  {stage.name:22} {stage.limit:4} s" for stage in every))
         return 0
-    if not now["device"] and not args.rehearse:
-        missing = f"{sys.executable} cannot import torch" if now.get("torch") is None else "no CUDA device here"
-        print(f"make gpu: {missing}; `make gpu REHEARSE=1` runs what can be run without one", file=sys.stderr)
+    if now.get("torch") is None:
+        print(
+            f"make gpu: {sys.executable} cannot import torch; `make gpu PYTHON=.venv/bin/python` takes another Python",
+            file=sys.stderr,
+        )
         return 2
+    if not now["device"] and not args.rehearse:
+        print("make gpu: no CUDA device here; `make gpu REHEARSE=1` runs what needs none", file=sys.stderr)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leaves through `run`, which ends its stage
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     out.mkdir(parents=True, exist_ok=True)
     report = opened(out, now, keep=bool(args.stage) or args.half is not None)
     passed = [r["stage"] for r in report["stages"] if r["status"] == "passed"]

@@ -3,9 +3,9 @@
 Products are named Activation<Shape, type, W's, Delta's, backward> and WeightGradient<Shape, type, Delta's>; a Shape's
 numbers are rows, columns and depth of a tile, warps down and across, most stages, and slices (csrc/cuda/stream.cuh).
 Rows<most rows, type, W's, Delta's> is a forward without tiles (csrc/cuda/rows.cuh).
-A block of csrc/cuda/linear.cu leaves room for a second one on its multiprocessor: 65,536 registers and, on the
-smallest of them, 100 KiB of shared memory are there to be shared. A kernel whose shared memory is dynamic has its size
-as the last argument of its template.
+A block of csrc/cuda/linear.cu leaves room for a second one on its multiprocessor, where there is shared memory for two:
+65,536 registers and 100 KiB (8.6, 8.9, 12.0), 164 (8.0) or 228 (9.0, 10.0) are there to be shared. A kernel whose
+shared memory is dynamic has its size as the last argument of its template.
 """
 
 import re

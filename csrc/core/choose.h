@@ -89,6 +89,7 @@ constexpr Rule kTable[] = {
     // evidence, mark, of, where, torch's product, width: outputs from, rows from, to, places to, weights from, work
     // from, and where there are such bounds places from, inputs to
     {"cuda", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 64, 0, 0, 0},
+    {"wide", kPredicted, kProduct, kCuda, 0, 0, 768, 65, 128, 0, 5 << 20, 0},
     {"shallow", kPredicted, kProduct, kCuda, 0, 0, 0, 0, 256, kAll, 0, 0, 1, 512},
     {"cuda", kPredicted, kGradient, kCuda, 0, 0, 0, 0, 64, kAll, 0, 0},
     {"depthwise", kPredicted, kDepthwise, kCuda, 0, 0, 0, 0, kAll, 9, 0, 0},

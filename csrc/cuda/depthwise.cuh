@@ -81,8 +81,8 @@ TAPS_DEVICE void store_channels(T* to, const float (&from)[kChannels<T>], int le
 
 // --- where a thread works ------------------------------------------------------------------------------------------
 
-// Every `every`th strip of the block's, which are counted along rows, then down images, then through the batch. To go on
-// is to carry: a division takes as long as a row of the kernel.
+// Every `every`th strip of the block's, which are counted along rows, then down images, then through the batch. To go
+// on is to carry: a division takes as long as a row of the kernel.
 struct Strips {
   int left, of_row, rows;  // `left`: strips to come, where an index, its end and its step were three registers
   int column, row, image;

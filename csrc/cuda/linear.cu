@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) add_splits(LinearProduct args, int64
 
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
-  dev::with_instance<T>(kind, args,
+  dev::with_instance<T>(kind, args, grid.kind,
                         [&](auto instance) { launch<typename decltype(instance)::type>(args, grid, stream); });
   if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs, stream);
 }

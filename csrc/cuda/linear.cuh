@@ -175,7 +175,15 @@ struct WeightGradient {
 using FewRows = Shape<16, 32, 64, 1, 4, 6, 2>;
 using MoreRows = Shape<64, 64, 32, 2, 2, 4, 2>;
 using WeightTile = Shape<64, 64, 32, 2, 2, 4>;
+// Of the forward where layers are wide: x comes from L2 again for every 128 columns, not for every 64. Each warp has
+// all rows of its columns, so that W_t is added up once. Of Delta in fp32 stages are half as deep: three or four of
+// them fit, and two would leave memory waiting.
+template <int kRows, class D>
+using Wide = Shape<kRows, 128, sizeof(D) == 4 ? 16 : 32, 1, 8, 4>;
 constexpr int64_t kFewRows = 16;
+
+// Kinds of tiles. The first two of a forward are none (rows.cuh); wide ones have 64 rows, the widest 128.
+enum class Tiles : uint8_t { kOneRow, kFourRows, kFewRows, kMoreRows, kWide, kWidest };
 
 template <class Body>
 struct Instance {
@@ -183,19 +191,23 @@ struct Instance {
 };
 
 // Calls `launch(Instance<Body>())` with the kernel that serves a product: by its types (W and Delta both T; Delta in
-// fp32; both in fp32, as under autocast) and its rows.
+// fp32; both in fp32, as under autocast) and its tiles.
 template <class T, class W, class D, class Launch>
-void with_activation(Product product, const LinearProduct& p, const Launch& launch) {
+void with_activation(Product product, Tiles tiles, const Launch& launch) {
+  if constexpr (sizeof(T) == 2) {  // tf32 has tiles only
+    if (tiles == Tiles::kOneRow) return launch(Instance<Rows<1, T, W, D>>());
+    if (tiles == Tiles::kFourRows) return launch(Instance<Rows<Warps::kMostRows, T, W, D>>());
+  }
   if (product == Product::kInputGradient) {
     launch(Instance<InputGradient<MoreRows, T, W, D>>());
-  } else if (p.rows == 1) {
-    launch(Instance<Rows<1, T, W, D>>());
-  } else if (p.rows <= Warps::kMostRows) {
-    launch(Instance<Rows<Warps::kMostRows, T, W, D>>());
-  } else if (p.rows <= kFewRows) {
+  } else if (tiles == Tiles::kFewRows) {
     launch(Instance<Forward<FewRows, T, W, D>>());
-  } else {
+  } else if (tiles == Tiles::kMoreRows) {
     launch(Instance<Forward<MoreRows, T, W, D>>());
+  } else if (tiles == Tiles::kWide) {
+    launch(Instance<Forward<Wide<64, D>, T, W, D>>());
+  } else {
+    launch(Instance<Forward<Wide<128, D>, T, W, D>>());
   }
 }
 // Calls `each` with a value of W's type and one of Delta's.
@@ -210,9 +222,9 @@ void with_types(const LinearProduct& p, const Each& each) {
   }
 }
 template <class T, class Launch>
-void with_instance(Product product, const LinearProduct& p, const Launch& launch) {
+void with_instance(Product product, const LinearProduct& p, Tiles tiles, const Launch& launch) {
   if (product != Product::kWeightGradient) {
-    with_types<T>(p, [&](auto w, auto d) { with_activation<T, decltype(w), decltype(d)>(product, p, launch); });
+    with_types<T>(p, [&](auto w, auto d) { with_activation<T, decltype(w), decltype(d)>(product, tiles, launch); });
   } else if (p.delta_dtype == Dtype::kFloat32) {
     launch(Instance<WeightGradient<WeightTile, T, float>>());
   } else {
@@ -225,37 +237,56 @@ struct Grid {
   unsigned slices = 1;             // of the depth in a block, where warps share it (rows.cuh)
   int64_t depth_of_split = 0;
   int64_t bytes = 0;  // of scratch memory
+  Tiles kind = Tiles::kMoreRows;
+  double cost = 0.0;
+};
+
+// A product's sizes as its grid sees them.
+struct Extent {
+  int64_t rows, columns, depth;
+  int64_t bytes;  // of a weight and its Delta
 };
 
 // How often to split the depth. A split costs its share of the partial sums, written and read once (mostly in L2), and
 // the second kernel a launch; it pays where the tiles alone leave multiprocessors without work. Time is counted in
-// bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s.
-inline Grid plan(int64_t rows, int64_t columns, int64_t depth, int64_t tile_rows, int64_t tile_columns,
-                 int64_t tile_depth, int64_t bytes_of_weight, int multiprocessors) {
+// bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s. What the grid costs beside one of other
+// tiles counts what comes from L2, too, a byte of it for four fifths: x for every column of tiles, W for every row.
+inline Grid plan(Tiles kind, int64_t tile_rows, int64_t tile_columns, int64_t tile_depth, const Extent& of,
+                 int multiprocessors) {
   Grid grid;
-  const int64_t tiles = (rows + tile_rows - 1) / tile_rows * ((columns + tile_columns - 1) / tile_columns);
-  const int64_t steps = std::max<int64_t>((depth + tile_depth - 1) / tile_depth, 1);
+  grid.kind = kind;
+  const int64_t down = (of.rows + tile_rows - 1) / tile_rows, across = (of.columns + tile_columns - 1) / tile_columns;
+  const int64_t tiles = down * across, steps = std::max<int64_t>((of.depth + tile_depth - 1) / tile_depth, 1);
   grid.tiles = static_cast<unsigned>(tiles);
+  const double weight = static_cast<double>(of.columns * of.depth * of.bytes);
+  const double passed = 0.8 * static_cast<double>(tiles * steps * tile_depth) *
+                        static_cast<double>(2 * tile_rows + of.bytes * tile_columns);
   constexpr double kLaunch = 1e7;
   double best = 0.0;
-  for (int64_t splits = 1; splits <= 16 && steps >= 4 * splits; ++splits) {
+  for (int64_t splits = 1; splits == 1 || (splits <= 16 && steps >= 4 * splits); ++splits) {
     const int64_t waves = (tiles * splits + multiprocessors - 1) / multiprocessors;
     const double busy = static_cast<double>(tiles * splits) / static_cast<double>(waves * multiprocessors);
-    const double partial = splits > 1 ? kLaunch + 8.0 * static_cast<double>(splits * rows * columns) : 0.0;
-    const double cost = static_cast<double>(bytes_of_weight) / busy + partial;
+    const double partial = splits > 1 ? kLaunch + 8.0 * static_cast<double>(splits * of.rows * of.columns) : 0.0;
+    const double cost = weight / busy + partial;
     if (splits > 1 && cost >= best) continue;
     best = cost;
+    grid.cost = std::max(weight, passed) / busy + partial;
     grid.splits = static_cast<unsigned>(splits);
   }
   grid.depth_of_split = (steps + grid.splits - 1) / grid.splits * tile_depth;
   grid.splits = static_cast<unsigned>((steps * tile_depth + grid.depth_of_split - 1) / grid.depth_of_split);
-  if (grid.splits > 1) grid.bytes = 4 * static_cast<int64_t>(grid.splits) * rows * columns;
+  if (grid.splits > 1) grid.bytes = 4 * static_cast<int64_t>(grid.splits) * of.rows * of.columns;
   return grid;
+}
+template <class S>
+Grid plan(Tiles kind, const Extent& of, int multiprocessors) {
+  return plan(kind, S::kRows, S::kColumns, S::kDepth, of, multiprocessors);
 }
 
 // The grid of a product of few rows (rows.cuh), whose depth is divided among so many warps of a block.
 inline Grid plan_rows(const LinearProduct& p, unsigned slices) {
   Grid grid;
+  grid.kind = p.rows == 1 ? Tiles::kOneRow : Tiles::kFourRows;
   const int64_t columns = Warps::kWarps / static_cast<int64_t>(slices) * Warps::kOutputs;
   const int64_t depth = slices * Warps::kAlign;
   grid.tiles = p.rows > 0 ? static_cast<unsigned>((p.outputs + columns - 1) / columns) : 0;
@@ -274,8 +305,21 @@ inline Grid plan_rows(const LinearProduct& p, int multiprocessors) {
   return plan_rows(p, slices);
 }
 
-// The grid of a product in tiles.
-inline Grid plan_tiles(Product product, const LinearProduct& p, int multiprocessors) {
+inline Extent extent(Product product, const LinearProduct& p) {
+  const int64_t bytes = size_of(p.weight_dtype) + (p.delta.data ? size_of(p.delta_dtype) : 0);
+  const bool forward = product == Product::kForward;
+  return {p.rows, forward ? p.outputs : p.inputs, forward ? p.inputs : p.outputs, bytes};
+}
+
+// The grid of a forward or an input gradient in the tiles that every layer has.
+inline Grid plan_narrow(Product product, const LinearProduct& p, int multiprocessors) {
+  const Extent of = extent(product, p);
+  if (product == Product::kForward && p.rows <= kFewRows) return plan<FewRows>(Tiles::kFewRows, of, multiprocessors);
+  return plan<MoreRows>(Tiles::kMoreRows, of, multiprocessors);
+}
+
+// The grid of a linear layer's product. Wide tiles are for layers that fill the device with them.
+inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
   if (product == Product::kWeightGradient) {  // the depth is the rows, of which there are few: never split
     using S = WeightTile;
     Grid grid;
@@ -285,22 +329,22 @@ inline Grid plan_tiles(Product product, const LinearProduct& p, int multiprocess
     grid.bytes = p.score_gradient ? 8 * static_cast<int64_t>(grid.tiles) : 0;
     return grid;
   }
-  const int64_t bytes = p.outputs * p.inputs * (size_of(p.weight_dtype) + (p.delta.data ? size_of(p.delta_dtype) : 0));
-  const bool forward = product == Product::kForward;
-  const int64_t columns = forward ? p.outputs : p.inputs, depth = forward ? p.inputs : p.outputs;
-  if (forward && p.rows <= kFewRows) {
-    return plan(p.rows, columns, depth, FewRows::kRows, FewRows::kColumns, FewRows::kDepth, bytes, multiprocessors);
+  if (product == Product::kForward && p.rows <= Warps::kMostRows) return plan_rows(p, multiprocessors);
+  Grid best = plan_narrow(product, p, multiprocessors);
+  if (product != Product::kForward || p.rows <= kFewRows) return best;
+  const Extent of = extent(product, p);
+  const bool deep = p.delta_dtype != Dtype::kFloat32 && p.weight_dtype != Dtype::kFloat32;
+  const int64_t depth = deep ? Wide<64, dev::bf16>::kDepth : Wide<64, float>::kDepth;
+  for (const int64_t rows : {64, 128}) {
+    const Grid wide = plan(rows == 64 ? Tiles::kWide : Tiles::kWidest, rows, 128, depth, of, multiprocessors);
+    if (wide.cost < best.cost) best = wide;
   }
-  return plan(p.rows, columns, depth, MoreRows::kRows, MoreRows::kColumns, MoreRows::kDepth, bytes, multiprocessors);
+  return best;
 }
 
-// The grid of a linear layer's product, and of a convolution's.
-inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
-  if (product == Product::kForward && p.rows <= Warps::kMostRows) return plan_rows(p, multiprocessors);
-  return plan_tiles(product, p, multiprocessors);
-}
+// The grid of a convolution's forward.
 inline Grid plan(Product product, const Convolution& p, int multiprocessors) {
-  return plan_tiles(product, p, multiprocessors);
+  return plan_narrow(product, p, multiprocessors);
 }
 
 }  // namespace taps::dev

@@ -35,7 +35,6 @@ TAPS_DEVICE unsigned warp() { return threadIdx.x >> 5; }
 TAPS_DEVICE unsigned nthreads() { return blockDim.x; }
 TAPS_DEVICE unsigned bid_x() { return blockIdx.x; }
 TAPS_DEVICE unsigned bid_y() { return blockIdx.y; }
-TAPS_DEVICE unsigned bid_z() { return blockIdx.z; }
 TAPS_DEVICE unsigned nblocks_x() { return gridDim.x; }
 
 // The block's shared memory, 128-byte aligned; the launch gives its size.

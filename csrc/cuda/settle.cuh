@@ -1,6 +1,7 @@
 // From the gradients of many W_t to those of their Deltas and scores, in one pass over both: g * G, and <G, Delta> in
 // fp64, chunk by chunk; then one block to a tensor adds up its chunks, in one order. What `dot_flat` and `dot_finish`
-// give for each tensor alone, to the bit. One definition for nvcc and for the twin; the launches are in settle.cu.
+// give for each tensor alone, to the bit, but where G lies turned (outer != 0). One definition for nvcc and for the
+// twin; the launches are in settle.cu.
 #pragma once
 
 #include "cuda/dot.cuh"

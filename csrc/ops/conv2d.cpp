@@ -1,6 +1,6 @@
 // y = conv2d(x, W_t) + b and its gradients, the same on every device: arguments are checked once, choose() picks, and
 // torch's own convolutions (cuDNN, oneDNN) run on W or on W_t in the workspace, or kernels that make W_t on its way: on
-// CUDA for channels_last in 16 bits, on the CPU without gradients.
+// CUDA for channels_last in 16 bits (depthwise ones in fp32, too), on the CPU without gradients.
 #include <algorithm>
 #include <limits>
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,16 +11,9 @@ from torch.nn.parameter import is_lazy
 from ..errors import ConfigError, suggestion
 from ..parts.host import HOOKS, original_class
 from ..routing.route import unroute
+from .classifiers import last_linear
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
-
-
-def _last_linear(module: nn.Module, name: str) -> str | None:
-    found = None
-    for child, sub in module.named_modules(prefix=name):
-        if isinstance(sub, nn.Linear):
-            found = child
-    return found
 
 
 def find_head(base: nn.Module) -> str | None:
@@ -34,7 +28,7 @@ def find_head(base: nn.Module) -> str | None:
                 return name
     for name in _HEAD_NAMES:
         child = base._modules.get(name)
-        if child is not None and (found := _last_linear(child, name)) is not None:
+        if child is not None and (found := last_linear(child, name)) is not None:
             return found
     children = [(name, child) for name, child in base.named_children() if any(True for _ in child.parameters())]
     return children[-1][0] if children and isinstance(children[-1][1], nn.Linear) else None
@@ -55,6 +49,27 @@ def head_path(base: nn.Module, name: str | None = None) -> str | None:
     if name not in known:
         raise ConfigError(f"head_module: the base has no module {name!r}{suggestion(name, known)}")
     return next(first for first, module in base.named_modules() if module is known[name])
+
+
+def head_paths(base: nn.Module, names: str | Sequence[str] | None = None) -> list[str]:
+    """The heads called `names`, one or several, or the one that is found, if any: each by its first name.
+
+    Raises:
+        ConfigError: no name, the same one twice, one that the base has not, or among several one of no linear layer.
+    """
+    if not isinstance(names, (list, tuple)):
+        path = head_path(base, names)  # type: ignore[arg-type]
+        return [] if path is None else [path]
+    if not names:
+        raise ConfigError(f"head_module: expected a module's name such as 'fc', or a list of some, got {names!r}")
+    paths = [str(head_path(base, "" if name is None else name)) for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if paths.count(path) > 1:
+            raise ConfigError(f"head_module: expected each module once, got {name!r} again")
+        if len(paths) > 1 and not isinstance(base.get_submodule(path), nn.Linear):
+            kind = original_class(base.get_submodule(path)).__name__
+            raise ConfigError(f"head_module: expected linear layers where there are several, got {name!r}, a {kind}")
+    return paths
 
 
 def _plain(head: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from ..errors import ConfigError, UnsupportedModuleError
 from ..routing.route import is_routed, unroute
 from ..store.errors import show
 from .flags import Flags
+from .offload import check_present
 
 
 def check_state(
@@ -52,7 +53,7 @@ def check_base(base: nn.Module) -> None:
 
     Raises:
         ConfigError: not a module, a wrapper, adapted already, or a forward with an argument `task` or `tasks`.
-        UnsupportedModuleError: a lazy parameter, naming it.
+        UnsupportedModuleError: a lazy parameter, or one that is offloaded, naming it.
     """
     if not isinstance(base, nn.Module):
         raise ConfigError(f"base: expected an nn.Module, got {type(base).__name__}")
@@ -74,6 +75,7 @@ def check_base(base: nn.Module) -> None:
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         if is_lazy(tensor):
             raise UnsupportedModuleError(f"{name}: expected initialised parameters; run the base once first")
+    check_present(base)
     _take_over(base)
 
 

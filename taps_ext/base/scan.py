@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigError, UnsupportedModuleError, suggestion
 from ..parts import Own, Part
 from ..parts.host import GATED_TYPES, base_weight, host_of, hosts_by_name, is_norm, owner_of, weight_name
+from .caches import appeared
 from .weights import KNOWN_TYPES, TABLES, globs, hosts_in, refusal
 
 
@@ -139,11 +140,12 @@ def inside(name: str, parent: str | None) -> bool:
     return parent is not None and (name == parent or name.startswith(parent + ".") or parent == "")
 
 
-def _lasts(module: nn.Module) -> bool:
-    """True if the module has floating-point buffers, or others that its state holds."""
+def _lasts(module: nn.Module, late: Collection[int] = ()) -> bool:
+    """True if the module has floating-point buffers, or others that its state holds. `late`: buffers (by id) that are
+    its forward's business."""
     lasting = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
     return any(b is not None for b in lasting.values()) or any(
-        b is not None and b.is_floating_point() for b in module._buffers.values()
+        b is not None and b.is_floating_point() and id(b) not in late for b in module._buffers.values()
     )
 
 
@@ -173,11 +175,11 @@ def frozen_by_user(base: nn.Module, head: str | None) -> frozenset[str]:
     return frozenset(frozen if len(frozen) < len(named) else ())
 
 
-def check_shared(base: nn.Module, modules: Iterable[str], head: str | None = None) -> None:
+def check_shared(base: nn.Module, modules: Iterable[str], heads: Collection[str] = ()) -> None:
     """Raise if some of the modules, which are to have tensors of their own, share a parameter: it would become two.
 
     Args:
-        head: the module of the base that the task has another in place of, which cannot be excluded.
+        heads: modules of the base that the task has others in place of, which cannot be excluded.
 
     Raises:
         UnsupportedModuleError: naming all of them.
@@ -190,7 +192,7 @@ def check_shared(base: nn.Module, modules: Iterable[str], head: str | None = Non
     if not found:
         return
     holders = list(dict.fromkeys(name.rpartition(".")[0] for names in found for name in names))
-    holders = [name for name in holders if not inside(name, head)]
+    holders = [name for name in holders if not any(inside(name, head) for head in heads)]
     others = [name for name, module in base.named_modules() if module._parameters and name not in holders]
     what = "; ".join(
         f"{', '.join(names[1:])}: {'is' if len(names) == 2 else 'are'} one tensor with {names[0]}" for names in found
@@ -231,10 +233,11 @@ def scan(
     *,
     target: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
     reach: Reach = Reach(any_weight=True),
     freeze_unsupported: bool = False,
 ) -> Scan:
-    """Sort the base's modules; see :class:`Scan`.
+    """Sort the base's modules; see :class:`Scan`. `heads`: further ones beside `head`.
 
     Args:
         reach: what of the base is given at all.
@@ -246,12 +249,17 @@ def scan(
     """
     places = hosts_by_name(base)
     result = Scan(head=head, order={name: index for index, name in enumerate(places)}, frozen=reach.frozen)
-    named = [(name, module) for name, (module, key) in places.items() if not key and not inside(name, head)]
+    named = [
+        (name, module)
+        for name, (module, key) in places.items()
+        if not key and not any(inside(name, h) for h in (head, *heads))
+    ]
     reasons = {name: reason for name, module in named if (reason := refusal(module)) is not None}
     known = {name: hosts_in(module, name, asked=target is not None) for name, module in named if name not in reasons}
     if not reach.any_weight:
         known = {name: hosts for name, hosts in known.items() if isinstance(places[name][0], GATED_TYPES)}
     layers = [host for name, _ in named for host in ([name] if name in reasons else known.get(name, []))]
+    late = appeared(base)
     owners = [n for n, m in named if m._parameters or m._buffers or n in layers]
     if target is not None:
         chosen = match(target, layers, "target_modules")
@@ -287,7 +295,7 @@ def scan(
         if is_norm(module):
             if owned or not every:
                 result.norms[name] = module
-        elif (owned or _lasts(module)) and (slots or not isinstance(module, (*GATED_TYPES, *KNOWN_TYPES))):
+        elif (owned or _lasts(module, late)) and (slots or not isinstance(module, (*GATED_TYPES, *KNOWN_TYPES))):
             result.others[name] = module
     return result
 

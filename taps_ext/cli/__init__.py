@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import TapsError, suggestion
+from ..store.compare import PARENT_ADVICE
 from ..version import __version__
 from . import (
     bench,
@@ -59,6 +60,12 @@ COMMANDS: dict[str, Any] = {
     "env": env,
     "selftest": selftest,
 }
+
+
+_PARENT_ADVICE = (
+    "name the architecture and weights that it was trained on (--config of its training, or --base and --weights), or, "
+    "where tasks were trained together, put their shared file beside it"
+)
 
 
 class UsageError(TapsError):
@@ -113,7 +120,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _explain(error: BaseException) -> str | None:
     """The one line that tells a user what was wrong, or None for an error that is a bug."""
     if isinstance(error, TapsError):
-        text = str(error)
+        text = str(error).replace(PARENT_ADVICE, _PARENT_ADVICE)
     elif isinstance(error, OSError):
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         text = where + (error.strerror or str(error))

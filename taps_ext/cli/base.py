@@ -46,7 +46,7 @@ def build_base(section: Mapping[str, Any]) -> nn.Module:
     """The base that a `[base]` section describes, in evaluation mode.
 
     Keys: `model`; `weights`: a safetensors file, or "random" for an untrained base drawn from `seed` (default
-    0); `num_classes` and `args`: passed to the factory; `head_module` is used by the caller.
+    0); `num_classes` and `args`: passed to the factory; `head_module` and `unsupported` are used by the caller.
 
     Raises:
         ConfigError: an unknown model, arguments that it refuses, weights that do not fit it exactly.

@@ -13,10 +13,12 @@ Paths in the file are relative to it, paths in overrides to the working folder. 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from ..train import TrainConfig
 
 SECTIONS = ("imports", "base", "data", "method", "train", "tasks")
-BASE_KEYS = ("model", "weights", "num_classes", "head_module", "seed", "args")
+BASE_KEYS = ("model", "weights", "num_classes", "head_module", "unsupported", "seed", "args")
 DATA_KEYS = ("size", "channels", "normalize", "seed")
 TASK_KEYS = ("source", "method", "num_classes")
 
@@ -65,13 +67,27 @@ def override(tree: dict[str, Any], text: str) -> None:
         found = _toml(f"value = {value}")
         parsed = found["value"] if len(found) == 1 else value
     if names[0] not in SECTIONS:
-        hint = suggestion(names[0], SECTIONS)
+        hint = suggestion(names[0], SECTIONS) if names[1:] else _dotted(names[0])
         raise ConfigError(f"override: unknown section {names[0]!r}{hint} in {text!r}")
     for name in names[:-1]:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override: {key}: expected {name!r} to be a section, got a value")
     tree[names[-1]] = parsed
+
+
+def _dotted(key: str) -> str:
+    """Which keys of sections are meant by one that names none, as a hint: `" (did you mean 'train.lr'?)"`."""
+    from ..methods.base import registered
+    from ..train import TrainConfig
+
+    methods = {field.name for config in registered().values() for field in fields(config)}
+    known = {"train": {field.name for field in fields(TrainConfig)}, "method": {"method", *methods}}
+    known |= {"base": set(BASE_KEYS), "data": set(DATA_KEYS)}
+    names = [name for section in known.values() for name in section]
+    meant = key if key in names else next(iter(difflib.get_close_matches(key, sorted(set(names)), n=1)), None)
+    found = [f"{section}.{meant}" for section in SECTIONS if meant in known.get(section, ())]
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else suggestion(key, SECTIONS)
 
 
 def _keys(section: Any, known: Sequence[str], where: str) -> None:
@@ -129,7 +145,8 @@ class Config:
             if not isinstance(source, str):
                 raise ConfigError(f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}")
         head_module = self.base_section.get("head_module")
-        if head_module is not None and not isinstance(head_module, str):
+        several = isinstance(head_module, list) and all(isinstance(name, str) for name in head_module)
+        if head_module is not None and not isinstance(head_module, str) and not several:
             raise ConfigError(f"base.head_module: expected a module's name such as 'fc', got {head_module!r}")
         out = self.train_section.get("out")
         if out is not None and not isinstance(out, str):
@@ -138,8 +155,13 @@ class Config:
         self._opened: dict[str, Source] = {}
 
     @property
-    def head_module(self) -> str | None:
+    def head_module(self) -> str | list[str] | None:
         return self.base_section.get("head_module")
+
+    @property
+    def unsupported(self) -> str:
+        """What to do about weights that cannot be gated: "raise" or "freeze"."""
+        return str(self.base_section.get("unsupported", "raise"))
 
     @property
     def normalize(self) -> Any:
@@ -188,37 +210,43 @@ class Config:
         section: dict[str, Any] = self.tasks[name]
         return section
 
-    def source(self, name: str) -> Source:
-        """A task's data at the configured geometry."""
-        return self.open(self.task(name)["source"])
+    def source(self, name: str, stored: Mapping[str, Any] | None = None) -> Source:
+        """A task's data at the configured geometry, or at that of its file (:meth:`open`)."""
+        return self.open(self.task(name)["source"], stored)
 
-    def open(self, spec: str) -> Source:
-        """Any source at the configured geometry; opened once."""
+    def open(self, spec: str, stored: Mapping[str, Any] | None = None) -> Source:
+        """Any source at the configured geometry; opened once.
+
+        Args:
+            stored: the geometry that a task file says its images had, which holds where the configuration is silent.
+        """
+        size, channels = self.data.get("size"), self.data.get("channels")
+        if stored is None:
+            return self._open(spec, size, channels, self.normalize)
+        if size is None and stored["height"] == stored["width"]:
+            size = stored["height"]
+        channels = stored["channels"] if channels is None else channels
+        source = self._open(spec, size, channels, self.normalize)
+        as_trained = source.preprocessing["normalize"] == stored["normalize"]  # maybe by a function of the user's
+        if as_trained or self.data.get("normalize") is not None:
+            return source
+        return self._open(spec, size, channels, stored["normalize"])
+
+    def _open(self, spec: str, size: int | None, channels: int | None, normalize: Any) -> Source:
         from ..data import open_source
 
-        if spec not in self._opened:
+        key = f"{spec} {size} {channels} {normalize}"
+        if key not in self._opened:
             seed = self.data.get("seed", self.train_section.get("seed", 0))
-            self._opened[spec] = open_source(
-                spec,
-                size=self.data.get("size"),
-                channels=self.data.get("channels"),
-                seed=seed,
-                normalize=self.normalize,
-            )
-        return self._opened[spec]
+            self._opened[key] = open_source(spec, size=size, channels=channels, seed=seed, normalize=normalize)
+        return self._opened[key]
 
 
 def check_device(name: Any) -> None:
     """Raise ConfigError unless tensors can live on the device."""
-    if name is None:
-        return
-    import torch
+    from ..train.config import check_device as check
 
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: expected cpu or cuda[:N], got {name!r}: {reason}") from None
+    check(name)
 
 
 def load_config(path: str | None, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Config:

@@ -61,7 +61,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count(1), default=8, help="samples (8)")
     parser.add_argument("--shape", type=shape, default=(3, 224, 224), help="of one sample (3,224,224)")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
-    parser.add_argument("--amp", choices=["bf16"], help="run forwards under autocast")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], help="run forwards under autocast")
 
 
 def _method(text: str, gate_fraction: float | None) -> MethodConfig:

@@ -44,16 +44,19 @@ def facts() -> dict[str, Any]:
     import torch
 
     from .. import ops
+    from ..extension import has_kernels
 
     extension: dict[str, Any] = {"loaded": ops.HAS_EXTENSION}
     if ops._C is not None:
         info = ops._C.build_info()
         extension.update(file=ops._C.__file__, isa=ops._C.isa(), isas=list(ops._C.isas()), build=info)
+    built = (extension.get("build") or {}).get("cuda") or {}
     devices = []
     for index in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(index)
         kind = {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
-        devices.append({"device": f"cuda:{index}", **kind})
+        kernels = has_kernels(built.get("architectures", ""), (p.major, p.minor))
+        devices.append({"device": f"cuda:{index}", **kind, "kernels": kernels})
     return {
         "taps_ext": __version__,
         "torch": str(torch.__version__),
@@ -89,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     if extension["loaded"]:
         build = extension["build"]
         cuda_build = build["cuda"]
-        kernels = f"CUDA {cuda_build['version']} for sm_{cuda_build['architectures']}" if cuda_build else "no CUDA"
+        kernels = "NO CUDA kernels"
+        if cuda_build:
+            kernels = f"CUDA {cuda_build['version']} for architectures {cuda_build['architectures']}"
         print(f"extension  {extension['file']}")
         print(f"           {build['compiler']}, target torch {build['torch_target']}, {kernels}")
         print(f"CPU path   {extension['isa']} (this machine runs {', '.join(extension['isas'])})")
@@ -99,7 +104,11 @@ def run(args: argparse.Namespace) -> int:
     state = "available" if cuda["available"] else "not available"
     print(f"CUDA       {state}, torch built for {cuda['version']}")
     for device in cuda["devices"]:
-        print(f"           {device['device']}: {device['name']}, {device['memory'] / 2**30:.0f} GiB")
+        size = f"{device['memory'] / 2**30:.0f} GiB, compute capability {device['capability']}"
+        print(f"           {device['device']}: {device['name']}, {size}")
+        if not device["kernels"]:
+            wanted = device["capability"].replace(".", "") + "-real"
+            print(f"           NO KERNELS for it: install with TAPS_CUDA=ON TAPS_CUDA_ARCHITECTURES={wanted}")
     packages = (f"{name} {version or 'absent'}" for name, version in env["packages"].items())
     print("packages   " + ", ".join(packages))
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_device, check_input, load_config
-from .images import check_geometry
+from .images import check_geometry, stored_geometry
 
 PURPOSE = "Measure task files on the test split of their data."
 EXAMPLE = "taps eval runs/signs/*.taps --config signs.toml"
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for file, task in tasks:
         section = args.task or task.name
-        source = config.open(args.source) if args.source else config.source(section)
+        stored = stored_geometry(task)
+        source = config.open(args.source, stored) if args.source else config.source(section, stored)
         data = source.splits().get(args.split)
         if data is None:
             known = list(source.splits())

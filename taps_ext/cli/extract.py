@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     check_out(args.out, args.checkpoint, args.labels, config.base_section.get("weights"))
     given = checkpoint_of(args.checkpoint, args.key)
-    model = TaskModel(config.base(), head_module=config.head_module)
+    model = TaskModel(config.base(), head_module=config.head_module, unsupported=config.unsupported)
     done = model.extract_file(
         args.name or Path(args.out).stem,
         given,

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import TaskModel
     from ..train import Task, Trainer
 
-    model = TaskModel(base, head_module=config.head_module)
+    model = TaskModel(base, head_module=config.head_module, unsupported=config.unsupported)
     if config.normalize is not None and not args.quiet:
         mean, std = config.normalize
         say(f"images are normalised with mean {list(mean)}, std {list(std)}")

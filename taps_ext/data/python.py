@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import SourceError
 from .arrays import source_from_arrays
 from .source import NormalizedDataset, Options, SizedDataset, Source
@@ -104,7 +106,12 @@ def _check(source: Source, options: Options) -> Source:
     """`source` if its images have the geometry asked for, with the normalisation asked for."""
     size, channels, normalize = options.size, options.channels, options.normalize
     for split, data in source.splits().items():
-        shape = tuple(getattr(data[0][0], "shape", ()))
+        first = data[0][0]
+        if isinstance(first, Tensor) and not first.is_floating_point():
+            raise SourceError(
+                f"{source.name}: {split} images are {first.dtype}, expected float32 in [0, 1]; x.float() / 255 of uint8"
+            )
+        shape = tuple(getattr(first, "shape", ()))
         wanted = (channels or shape[0], size or shape[1], size or shape[2]) if len(shape) == 3 else None
         if shape != wanted:
             asked = f"[{channels or 'C'}, {size or 'H'}, {size or 'W'}]"

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from .. import ops, store
 from ..base.head import own_head
 from ..base.ownership import check_state
-from ..base.scan import Reach, inside, names_of, scan
+from ..base.scan import Scan, inside, names_of
 from ..errors import ConfigError
-from ..methods import FullConfig
 from ..parts import Dense, Gate, Instead, Layer, Part, Whole
 from ..parts.host import base_bias, base_weight, bias_name, original_class, weight_of
 from ..routing.route import unroute
@@ -152,24 +151,18 @@ def _check_rest(base: nn.Module, held: set[str], given: Given, heads: list[str])
             )
 
 
-def reach_of(base: nn.Module, path: str | None, config: FullConfig) -> Reach:
-    """What of the base the task is given that :func:`extract` makes: all, whoever froze it."""
-    return scan(base, path, target=config.target_modules, exclude=config.exclude_modules).reach
-
-
 def extract(
     base: nn.Module,
     checkpoint: Mapping[str, Tensor] | Checkpoint,
-    config: FullConfig,
-    path: str | None,
+    found: Scan,
     head: nn.Module | None,
     thin: Thin | None = None,
 ) -> Iterator[tuple[str, Part]]:
     """The parts of the task whose model is the checkpoint, bit for bit but for what `thin` leaves out, one at a time:
-    of a checkpoint in files no more is in memory than a part takes. `path` names the base's head; see
+    of a checkpoint in files no more is in memory than a part takes. `found`: what of the base the task is given; see
     `TaskModel.extract_task`. What does not fit may be refused at the end, and then none of them counts.
     """
-    given = Given(checkpoint, base)
+    given, path = Given(checkpoint, base), found.head
     heads = [] if path is None else names_of(base, base.get_submodule(path))
     if head is not None and path is None:
         raise ConfigError("head_module: no linear classifier was found in the base; name the module to replace")
@@ -178,7 +171,6 @@ def extract(
         for tensors in (base.state_dict(), given.likes)
     )
     check_state(wanted, likes, where="state_dict", what="base")
-    found = scan(base, path, target=config.target_modules, exclude=config.exclude_modules)
     held: set[str] = set()
     for layer, host in found.weights.items():
         name, bias = weight_of(layer, host), base_bias(host)

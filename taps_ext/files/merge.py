@@ -63,7 +63,8 @@ def values_of(stack: tuple[Part, ...], host: nn.Module) -> dict[str, Tensor]:
 def _install(target: nn.Module, key: str, value: Tensor) -> None:
     """A tensor of its own in the place of `target.key`, which another module may share."""
     old = getattr(target, key)
-    own = torch.empty_like(old, requires_grad=False).copy_(value)
+    alike = old is not None and old.shape == value.shape  # else a buffer that a forward built
+    own = torch.empty_like(old, requires_grad=False).copy_(value) if alike else value.clone()
     if isinstance(old, nn.Parameter):
         target._parameters[key] = nn.Parameter(own, requires_grad=old.requires_grad)
     else:

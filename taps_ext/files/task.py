@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import store
+from ..base.caches import passing
 from ..base.fingerprint import base_fingerprint
 from ..base.head import own_head
 from ..base.scan import Reach, scan
@@ -23,18 +24,19 @@ from ..methods import MethodConfig, UnknownMethod
 from ..parts import Part, part_kinds
 from ..parts.change import bare
 from ..parts.host import base_weight, host_of, hosts_by_name
-from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError
+from ..store.errors import MetadataError, MissingTensorError, ParentMismatchError, UnexpectedTensorError, show
 from ..store.record import Record
 
 
 class Read(NamedTuple):
-    """What a file describes: its config, its parts by module name, the module that its head replaces, and what of the
-    base the task was given."""
+    """What a file describes: its config, its parts by module name, the module that its head replaces, those that only
+    training runs, whether a forward in training has entered all, and what of the base the task was given."""
 
     config: MethodConfig
     parts: dict[str, Part]
     head_path: str | None
     training_only: set[str]
+    entered: bool
     reach: Reach
 
 
@@ -85,12 +87,15 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     training_only: Iterable[str] = (),
+    entered: bool = False,
     reach: Reach = Reach(),  # noqa: B008  (immutable)
 ) -> int:
     """Write one task or family, atomically and durably; returns the bytes written."""
     extra = {} if preprocessing is None else {"preprocessing": json.dumps(dict(preprocessing))}
     if only := sorted(training_only):
         extra["training_only"] = json.dumps(only)
+    if entered:
+        extra["entered"] = "in training"
     if reach.frozen:
         extra["frozen"] = json.dumps(sorted(reach.frozen))
     if reach.any_weight:
@@ -115,6 +120,11 @@ def head_of(file: store.TaskFile) -> str | None:
         if kind is not None and kind.stands_in and record.facts.get("role", "head") == "head":
             return name
     return None
+
+
+def further_heads(parts: Mapping[str, Part], head: str | None) -> list[str]:
+    """The modules beside `head` that heads of a task replace, in the place of a base's other classifiers."""
+    return [n for n, part in parts.items() if n != head and part.replacement is not None and "head" in part.roles()]
 
 
 def beside(file: store.TaskFile) -> Path | None:
@@ -152,7 +162,18 @@ def check_parent(file: store.TaskFile, base: nn.Module, head: str | None, *, all
         )
     found = base_fingerprint(base, head)
     if not (allow_dtype_cast and found != file.parent and _is_cast(file, base)):
-        store.check_parent(found, file.parent, path=Path(file.path))
+        store.check_parent(found, file.parent, path=Path(file.path), hint=_hint(base))
+
+
+def _hint(base: nn.Module) -> str:
+    """What a base of the right weights may differ by."""
+    names = [name for name, tensor in passing(base) if tensor is not None]
+    if not names:
+        return ""
+    return (
+        f"; if a forward builds {show(names[0])}, take a base that had run before it was adapted, or one that had not, "
+        "as the file's"
+    )
 
 
 def _floats(tensors: Iterable[Tensor]) -> set[torch.dtype]:
@@ -177,6 +198,7 @@ def build(
     head: nn.Module | None = None,
     *,
     default_head: str | None = None,
+    further: Sequence[str] = (),
     allow_dtype_cast: bool = False,
     whole: bool = False,
     each: Callable[[str, Part], Part | None] | None = None,
@@ -185,7 +207,8 @@ def build(
 
     Args:
         head: a module that the user brings in the place of a head that is no linear layer.
-        default_head: the base's head, which a task without one of its own runs on.
+        default_head: the base's head, which a task without one of its own runs on; `further`: others beside it, which
+            the tasks of a family have heads in the place of.
         allow_dtype_cast: floating-point tensors take the types that this base has.
         whole: with the Deltas of closed layers, which no file holds, in memory.
         each: takes a part's values as soon as it was read, and gives the part back, which may be without them then.
@@ -216,11 +239,12 @@ def build(
             parts[name].grow(base_weight(host))
         if each is not None:
             parts[name] = each(name, parts[name]) or parts[name]
-    _check_method(file, config, base, head_path or default_head, parts, reach)
+    heads = further if head_path is None else further_heads(parts, head_path)
+    _check_method(file, config, base, head_path or default_head, heads, parts, reach)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
         raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
-    return Read(config, parts, head_path, _training_only(file, parts), reach)
+    return Read(config, parts, head_path, _training_only(file, parts), "entered" in file.extra, reach)
 
 
 def _config(file: store.TaskFile) -> MethodConfig:
@@ -237,6 +261,7 @@ def _check_method(
     config: MethodConfig,
     base: nn.Module,
     head_path: str | None,
+    further: Sequence[str],
     parts: dict[str, Part],
     reach: Reach,
 ) -> None:
@@ -248,7 +273,7 @@ def _check_method(
         return
     try:
         patterns = {"target": config.target_modules, "exclude": config.exclude_modules}
-        found = scan(base, head_path, **patterns, reach=reach, freeze_unsupported=True)
+        found = scan(base, head_path, **patterns, heads=further, reach=reach, freeze_unsupported=True)
         with bare():
             wanted = (config.shared if file.kind == "shared" else config.parts)(found)
     except ConfigError as error:
@@ -263,7 +288,7 @@ def _check_method(
             raise MissingTensorError(
                 file.path, f"part {name!r}: expected one by its method {config.method!r}, got none"
             )
-    extra = [name for name in parts if name not in wanted and name != head_path]
+    extra = [name for name in parts if name not in wanted and name not in (head_path, *further)]
     if extra:
         raise UnexpectedTensorError(
             file.path, f"part {extra[0]!r}: expected none by its method {config.method!r}, got one"

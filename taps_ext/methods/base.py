@@ -16,6 +16,7 @@ from ..base.scan import Scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..parts import Part
 from ..parts.sampling import Sample
+from .keywords import Keywords
 
 _Config = TypeVar("_Config", bound="MethodConfig")
 _METHODS: dict[str, type[MethodConfig]] = {}
@@ -70,8 +71,9 @@ def number(value: Any, argument: str, low: float, high: float = float("inf"), *,
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """Base of all method settings: immutable, keyword-only, with an exact JSON round trip.
+class MethodConfig(Keywords):
+    """Base of all method settings: immutable, keyword-only, with an exact JSON round trip. A misspelt keyword is a
+    ConfigError with a suggestion.
 
     Attributes:
         target_modules: globs of the layers that the method is given; None for all that can be gated.

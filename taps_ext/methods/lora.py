@@ -11,7 +11,7 @@ from ..base.scan import Scan
 from ..errors import ConfigError
 from ..parts import Gate, Layer, LowRank, Part
 from .base import MethodConfig, number, one_of, register_method
-from .taps import gate_penalty
+from .taps import check_start, gate_penalty
 
 
 @register_method("lora")
@@ -63,6 +63,10 @@ class LoraConfig(MethodConfig):
             if not (isinstance(host, nn.Conv2d) and host.groups != 1)
         }
         return {**layers, **(base.own(base.norms) if self.norm == "task" else {})}
+
+    def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
+        """Raises ConfigError where a learned gate would begin closed."""
+        check_start(parts)
 
     def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
         """TAPS's, over the gates of selective LoRA."""

@@ -315,7 +315,7 @@ def prepare(model: Any, batches: Iterable[Any], config: RcmConfig | None = None)
             nothing can hold, naming it.
         TapsError: tasks build on the family already, or it is in a file.
     """
-    config = getattr(model, "config", None) if config is None else config
+    config = getattr(model, "default_config", None) if config is None else config
     if not isinstance(config, RcmConfig) or config.start != "response":
         raise ConfigError(f'config: expected RcmConfig(start="response"), got {config!r}')
     family = model.add_family(config)
@@ -326,7 +326,7 @@ def prepare(model: Any, batches: Iterable[Any], config: RcmConfig | None = None)
     if first is None:
         raise ConfigError("batches: expected some, got none")
     if config.rank is not None:
-        found = model._scan(config, model._head)
+        found = model._scan(config)
         flow = dataflow(model.base, lambda: model(_input(first), task=None))
         for name, host in config.modulated(found).items():
             lossy = _loses(host, config.rank) and base_bias(host) is None

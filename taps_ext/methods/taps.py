@@ -34,7 +34,8 @@ class TapsConfig(MethodConfig):
         lam: weight of the sparsity penalty, lambda of equation (5). The authors sum the gradients of 8
             micro-batches; here they are averaged, so their values do not carry over.
         threshold: tau; a gate is open where its score reaches it.
-        score_init: the scores' first value.
+        score_init: the scores' first value, no less than the threshold: a gate that begins closed, over a Delta of
+            zeros, could never open, and `add_task` refuses it.
         penalty: "layer" counts every layer alike (the paper); "size" in proportion to its parameters, mean 1.
         gate_fraction: share of a batch's samples, drawn anew in each forward, that a closed layer's score gradient is
             estimated from (unbiased); the layer multiplies them alone, and keeps them alone for backward unless the
@@ -45,7 +46,7 @@ class TapsConfig(MethodConfig):
         overrides: per-layer settings, `{glob: {"threshold" | "score_init" | "learn" | "open": value}}`.
     """
 
-    lam: float
+    lam: float = 0.5
     threshold: float = 0.1
     score_init: float = 0.15
     penalty: str = "layer"
@@ -107,6 +108,10 @@ class TapsConfig(MethodConfig):
             parts |= base.own(base.others)
         return parts
 
+    def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:
+        """Raises ConfigError where a learned gate would begin closed."""
+        check_start(parts)
+
     def penalty_of(self, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> Tensor | None:
         """lam / L * sum w_i |s_i| over the L learned gates (equation 5)."""
         return gate_penalty(parts, self.lam, self.penalty)
@@ -137,6 +142,22 @@ class TapsConfig(MethodConfig):
         if not batch or not any(gate.learns and gate.known is False for gate in learned_gates(parts)):
             return None
         return draw(self.gate_fraction, batch, device)
+
+
+def check_start(parts: Mapping[str, Part]) -> None:
+    """Raise ConfigError where a learned gate would begin closed: its change is zero then, so that its score gets no
+    gradient but the penalty's, and it would never open."""
+    shut = [(name, gate) for name, part in parts.items() if (gate := part.gate) is not None and gate.learn]
+    shut = [(name, gate) for name, gate in shut if not gate.open]
+    if shut:
+        name, gate = shut[0]
+        assert gate.score is not None
+        others = f" and {len(shut) - 1} other layers" if shut[1:] else ""
+        raise ConfigError(
+            f"score_init: expected the threshold or more, since a gate that begins closed can never open, got "
+            f"{gate.score.item():.6g} with threshold {gate.threshold:.6g} for {name}{others}; to keep layers closed, "
+            "name them in exclude_modules"
+        )
 
 
 def learned_gates(parts: Mapping[str, Part]) -> list[Gate]:

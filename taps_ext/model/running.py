@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.caches import is_cache
 from ..base.guard import tensors
+from ..base.offload import check_present, offloaded, refusal
 from ..errors import BypassedLayerError, ConfigError, TapsError
+from ..parts.host import original_class
 from ..parts.sampling import Sample, batch_size
 from ..routing.frame import Call, Frame, enter, leave, sequence_number
+from .entry import enter as enter_method
 from .gathering import gathered
 from .state import TaskState
 
@@ -20,13 +25,19 @@ if TYPE_CHECKING:
 
 
 @torch.compiler.disable(recursive=False)
-def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any) -> Any:
-    """Call the base in a frame; where gradients may flow, remember the call for recomputation."""
+def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """Call the base, or its method `entry`, in a frame; where gradients may flow, remember it for recomputation."""
     remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
     first = sequence_number() if remember else 0
     token = enter(frame)
     try:
-        output = model.base(*args, **kwargs)
+        output = model.base(*args, **kwargs) if entry is None else getattr(model.base, entry)(*args, **kwargs)
+    except TapsError:
+        raise
+    except Exception as error:
+        if (tensor := offloaded(model.base)) is not None:
+            raise refusal(tensor) from error
+        raise
     finally:
         leave(token)
         if frame.ready is not None:
@@ -37,33 +48,59 @@ def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: An
 
 
 @torch.compiler.disable(recursive=False)
-def run_base(model: TaskModel, args: Any, kwargs: Any) -> Any:
-    """The base as it was before adapting, in evaluation mode."""
+def run_base(model: TaskModel, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """The base, or its method `entry`, as it was before adapting, in evaluation mode."""
     if model.training:
-        return model._mirror.of(model.base)(*args, **kwargs)
-    return _run(model, None, Frame({}, set()), args, kwargs)
+        base = model._mirror.of(model.base)
+        if entry is None:
+            return base(*args, **kwargs)
+        with model._mirror.handing_back():
+            return enter_method(model, base, entry, lambda: getattr(base, entry)(*args, **kwargs))
+    frame = Frame({}, set(), method=entry is not None)
+    if entry is None:
+        return _run(model, None, frame, args, kwargs)
+    return enter_method(model, model.base, entry, lambda: _run(model, None, frame, args, kwargs, entry))
 
 
-def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> Any:
-    """The base with one task's parts. Raises as :meth:`TaskModel.forward` says."""
-    _check_labels(model, name, state, args, kwargs)
+def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """The base, or its method `entry`, with one task's parts. Raises as :meth:`TaskModel.forward` says, and for a
+    method as :func:`.entry.enter`."""
+    if entry is None:
+        _check_labels(model, name, state, args, kwargs)
     if model._guard.held is None:
         model._guard.note(model.base)
+    elif model.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        problem = model._guard.written(model.base, model._head)
+        if problem is not None:
+            raise TapsError(f"task {name!r}: {problem}")
     bindings = state.catch_up()
     sample = _sample(model, name, state, args, kwargs)
-    ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
-    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready)
-    if model.training and not state.watched:
+    ready, bound = None, bindings.bound
+    if entry is None or model.training:  # methods such as `generate` mostly turn gradients off by themselves
+        ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
+    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready, entry is not None)
+    if entry is not None:
+        state.check_hosts()
+        output = enter_method(model, model.base, entry, lambda: _run(model, name, frame, args, kwargs, entry))
+    elif model.training and not state.watched:
         output = _watched(model, name, state, frame, args, kwargs)
     else:
         output = _run(model, name, frame, args, kwargs)
-    if sample is not None and sample.fits and not any(sample.fits):
+    if sample is not None and sample.batch == 1:
+        warnings.warn(
+            f"gate_fraction: expected several samples to draw from, got one in dimension {model.batch_dim} (batch_dim) "
+            f"of the forward's tensors: score gradients of task {name!r} are exact, and nothing is saved",
+            stacklevel=3,
+        )
+    elif sample is not None and sample.fits and not any(sample.fits):
         warnings.warn(
             f"gate_fraction: no closed layer of task {name!r} has an input made of the {sample.batch} samples that the "
-            f"forward's first tensor has in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
+            f"forward's tensors have in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
             "nothing is saved",
             stacklevel=3,
         )
+    if entry is not None:  # which may run a part of the model: what it leaves out is no mistake
+        return output
     seen = state.seen.get(model.training)
     if seen is None or not frame.entered.issuperset(seen):
         _check_entered(model, name, state, frame.entered)
@@ -83,8 +120,8 @@ def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[s
     if missed:
         raise BypassedLayerError(
             f"task {name!r}: the base model never called forward on {', '.join(missed)}, so their task tensors "
-            "have no effect: something reads these weights unseen, or (auxiliary heads) only training runs them. Name "
-            "them in exclude_modules"
+            "have no effect. If only training runs them (auxiliary heads), run one forward in train() mode first; else "
+            "something reads these weights unseen. Do that, or name them in exclude_modules"
         )
     state.seen = {**state.seen, model.training: frozenset(entered)}
 
@@ -113,28 +150,53 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
     output = _run(model, name, frame, args, kwargs)
     for tensor, now in versions().items():
         was = before.get(tensor)
+        if was is not None and was[0] is now[0] and was[1] == now[1]:
+            continue
+        kind, _, short = tensor.partition(" ")
+        if kind == "buffer" and is_cache(model.base, short, now[0]):
+            continue
         if was is None:
             raise TapsError(
                 f"task {name!r}: training gave the base the {tensor}, which a fresh base has not; run the base once "
                 "before it is adapted"
             )
-        if was[0] is not now[0] or was[1] != now[1]:
-            raise TapsError(
-                f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
-                'give it to the task (others="task") or freeze the module that writes it'
-            )
+        check_present(model.base)
+        raise TapsError(
+            f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
+            'give it to the task (others="task") or freeze the module that writes it'
+        )
     state.watched = True
     return output
 
 
+@functools.lru_cache(maxsize=64)
+def _place_of_labels(cls: Any) -> int | None:
+    """Which of a forward's arguments by place is `labels`, or None."""
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return names.index("labels") if "labels" in names else None
+
+
+# The losses of transformers whose classes are the words of the vocabulary, by the name that a model has for its own;
+# None is the one of causal language models.
+_OF_VOCABULARY = ("ForCausalLM", "ForMaskedLM", None)
+
+
 def _check_labels(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any) -> None:
     """transformers' models compute a loss from `labels` with the base's number of classes, not the task's."""
-    classes = getattr(getattr(model.base, "config", None), "num_labels", None)
-    own = getattr(state.head, "out_features", None)
-    if not isinstance(classes, int) or own is None or own == classes:
+    base, own = model.base, getattr(state.head, "out_features", None)
+    config = getattr(base, "config", None)
+    if config is None or own is None:
         return
-    names = list(inspect.signature(model.base.forward).parameters)
-    if kwargs.get("labels") is not None or ("labels" in names and len(args) > names.index("labels")):
+    kind: Any = original_class(base)
+    place = _place_of_labels(kind)
+    if kwargs.get("labels") is None and (place is None or len(args) <= place):
+        return
+    assert state.head_path is not None
+    keys = ("num_labels", "vocab_size") if getattr(base, "loss_type", "") in _OF_VOCABULARY else ("num_labels",)
+    counts = [getattr(config, key, None) for key in keys]
+    # Of a config's numbers the loss goes by the one that the base's head has: language models have `num_labels`, too.
+    classes = getattr(base.get_submodule(state.head_path), "out_features", getattr(config, "num_labels", None))
+    if isinstance(classes, int) and classes in counts and own != classes:
         raise ConfigError(
             f"labels: the base computes its loss over {classes} classes and task {name!r} has {own}; leave labels "
             "out and compute the loss from the output's logits"

@@ -18,10 +18,11 @@ from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
 from ..parts import Gate, Part, token
 from ..parts.bind import Made
-from ..parts.host import GATED_TYPES, base_bias, base_weight, host_of, owner_of
+from ..parts.host import GATED_TYPES, base_bias, base_weight, host_of, owner_of, reclassed
 from ..parts.own import shared_containers
 from ..routing.frame import Placed, gate_changed, sequence_number, settings
-from ..routing.route import is_stock, misplaced
+from ..routing.ready import misplaced, re_registered
+from ..routing.route import is_stock
 
 # Held while the host's gates are taken from scores, so that what was taken and what is remembered of it are one.
 _taking = threading.RLock()
@@ -46,9 +47,12 @@ class Parts(nn.Module):
         self.parts = nn.ModuleDict()
         self.table: dict[str, Part] = {}
         self.hosts: list[tuple[str, nn.Module, str, nn.Module]] = []  # name, the module's parent, its key there, host
+        self.held_by: dict[str, frozenset[str]] = {}  # the parameters that each module had
         shared = shared_containers(base)
         for name, part in in_order(base, parts).items():
             key = module_key(name)
+            if reclassed(owner_of(host_of(base, name))):
+                raise re_registered(name, "it was parametrised")
             if key in self.parts:
                 raise UnsupportedModuleError(f"{name}: has the name of another module but for '/' and '.'; rename one")
             part.settle(shared)
@@ -57,6 +61,23 @@ class Parts(nn.Module):
             if part.gate is not None:
                 part.gate.size = base_weight(host_of(base, name)).numel()
             self.parts[key] = self.table[name] = part
+        resting, held = self._resting(), self.named_parameters()
+        # By the method's wish, whatever is asked of the whole.
+        self.untrained = {name for name, p in held if not p.requires_grad and id(p) not in resting}
+
+    def _resting(self) -> set[int]:
+        """The parameters, by `id`, that nothing trains as their gates are: packed ones, and those behind gates that are
+        fixed and closed."""
+        shut = [p for p in self.table.values() if p.packed or (p.gate and not p.gate.learn and p.gate.known is False)]
+        return {id(parameter) for part in shut for parameter in part.changes()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> Parts:
+        """Train all of this, or nothing. What is packed, closed for good, or left untrained by its method, stays so."""
+        resting = self._resting()
+        for name, parameter in self.named_parameters():
+            able = parameter.is_floating_point() and id(parameter) not in resting and name not in self.untrained
+            parameter.requires_grad_(requires_grad and able)
+        return self
 
     def remember_hosts(self, base: nn.Module) -> None:
         """The modules that the parts stand on, once they are routed."""
@@ -67,6 +88,18 @@ class Parts(nn.Module):
             parent, _, key = module.rpartition(".")
             if module or owner_of(host) is not host:
                 self.hosts.append((name, base.get_submodule(parent) if module else base, key, host))
+        kept = [name for name, part in self.table.items() if part.replacement is None]
+        self.held_by = {name: frozenset(owner_of(host_of(base, name))._parameters) for name in kept}
+
+    def check_registered(self) -> None:
+        """Raise if a module that has a part does not hold its parameters itself any more: tasks know no other base.
+
+        Raises:
+            TapsError: naming it.
+        """
+        for name, _, _, host in self.hosts:
+            if gone := sorted(self.held_by.get(name, frozenset()).difference(host._parameters)):
+                raise re_registered(name, f"its {gone[0]} stopped being a parameter")
 
     def gated(self) -> Iterator[tuple[str, Part, Gate]]:
         """(module name, part, its gate) in module order."""
@@ -188,6 +221,10 @@ class Family(Parts):
         super().train(mode and not self.digest)
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Family:
+        super().requires_grad_(requires_grad and not self.digest)
+        return self
+
     def take_over(self, other: Family) -> None:
         """Take another family's values and digest.
 
@@ -286,6 +323,7 @@ class TaskState(Parts):
             if family is not None and (lower := self.shared.get(name)) is not None:
                 check_stands(name, part, lower, family.name)
         self.installed: dict[str, Part] = {}  # while it is merged: what stands in the place of stacks
+        self.installed_open: set[str] = set()  # the layers that were open then
         self.closed: set[str] = set()  # layers that closed since the last forward in training
         self.warned = False
         self.told = False  # the gates are as they were set, whatever the scores say
@@ -321,6 +359,11 @@ class TaskState(Parts):
         own = [name for name, part in self.table.items() if part.needs_forward()]
         return list(dict.fromkeys([*shared, *own]))
 
+    def check_registered(self) -> None:
+        super().check_registered()
+        if self.family is not None:
+            self.family.check_registered()
+
     def _start_anew(self) -> None:
         self.bindings = Bindings()
         self._followed: tuple[object, list[tuple[str, Part, Gate]], bool] = (None, [], False)
@@ -335,6 +378,7 @@ class TaskState(Parts):
         now, last = token.now, self.bindings
         if last.at is now:
             return last
+        self.check_registered()
         stacks = self.stacks()
         for stack in stacks.values():
             for part in stack:
@@ -376,6 +420,7 @@ class TaskState(Parts):
     def install(self, installed: Mapping[str, Part]) -> None:
         """Run these parts in the place of stacks, or with {} the stacks again."""
         self.installed = dict(installed)
+        self.installed_open = {name for name, _, gate in self.gated() if gate.open} if installed else set()
         self.bindings = Bindings()  # which holds what stood there before
         token.note()
 
@@ -455,7 +500,18 @@ class TaskState(Parts):
             self._take(layers, values)
             self._values = values
 
+    def _check_installed(self, layers: list[tuple[str, Part, Gate]], values: list[float]) -> None:
+        """Raise GateError if a merged task runs another gate than its score says."""
+        for (name, _, gate), value in zip(layers, values, strict=True):
+            if value == value and (value >= gate.threshold) is not (name in self.installed_open):
+                raise GateError(
+                    f"{name}: its score was written while its task is merged, which runs the gate from before; call "
+                    "unmerge_task() first"
+                )
+
     def _take(self, layers: list[tuple[str, Part, Gate]], values: list[float]) -> None:
+        if self.installed:
+            self._check_installed(layers, values)
         for (name, _, gate), value in zip(layers, values, strict=True):
             before = gate.known
             gate.take(value, name)
@@ -501,6 +557,8 @@ class TaskState(Parts):
         """Names of the layers whose gate is open now (one copy from the device)."""
         learned = self.learned()
         scores = _scores_of(learned)
+        if self.installed:
+            self._check_installed(learned, scores)
         state, unseen = {name: gate.known is True for name, _, gate in self.gated()}, False
         for (name, _, gate), value in zip(learned, scores, strict=True):
             if value != value:

@@ -7,7 +7,7 @@ part is. What is made waits on the disk (`store.Spool`) until the file is writte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base.fingerprint import base_fingerprint
-from ..base.scan import inside, names_of, shared_tensors
+from ..base.scan import Scan, inside, names_of, shared_tensors
 from ..errors import ConfigError, TapsError
 from ..files import checkpoint, merge
 from ..files import task as task_file
@@ -118,7 +118,7 @@ def thinner(rule: Rule, rows: list[PackedRow]) -> checkpoint.Thin:
 
 def extract_file(
     base: nn.Module,
-    head_path: str | None,
+    scanned: Scan,
     given: Checkpoint,
     out: str | PathLike[str],
     *,
@@ -135,7 +135,7 @@ def extract_file(
     made_head: nn.Module | None = None
     kinds: list[str] = []
     with store.Spool(out) as spool, opened(given) as found:
-        for module, part in checkpoint.extract(base, found, config, head_path, head, thin):
+        for module, part in checkpoint.extract(base, found, scanned, head, thin):
             Parts(base, {module: part})  # its checks
             open_now = part.gate is not None and part.gate.open
             (record,) = task_file.to_records({module: part}, [module] if open_now else []).values()
@@ -152,9 +152,9 @@ def extract_file(
             kind="task",
             name=name,
             config=config,
-            parent=base_fingerprint(base, None if made_head is None else head_path),
+            parent=base_fingerprint(base, None if made_head is None else scanned.head),
             labels=names,
-            reach=checkpoint.reach_of(base, head_path, config),
+            reach=scanned.reach,
         )
     whole = kinds.count("whole")
     packing = None if rule is None else Packing(name, rows)
@@ -175,16 +175,17 @@ def _labels(labels: Callable[[int], list[str]], head: nn.Module | None, name: st
 
 
 def merge_file(
-    base: nn.Module, head_path: str | None, path: str | PathLike[str], out: str | PathLike[str], shared: Any
+    base: nn.Module, heads: Sequence[str], path: str | PathLike[str], out: str | PathLike[str], shared: Any
 ) -> Merged:
-    """See `TaskModel.merge_file`."""
+    """See `TaskModel.merge_file`. `heads`: the model's, the one that counts as its head first."""
+    head_path = next(iter(heads), None)
     with ExitStack() as stack:
         spool = stack.enter_context(store.Spool(out))  # first: a bad `out` is refused before there is any work
         file = stack.enter_context(store.opened(path, kind="task"))
         family = _family(file, base, head_path, shared, stack)
         merging = _Merging(base, spool, family)
         if family is not None:
-            task_file.build(family, base, default_head=head_path, each=merging.check_shared)
+            task_file.build(family, base, default_head=head_path, further=heads[1:], each=merging.check_shared)
         task_file.build(file, base, default_head=head_path, each=merging.take)
         for module in merging.shared.keys() - file.parts.keys():
             merging.take(module, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base import flags
+from ..base.caches import Caches, forget
+from ..base.classifiers import check_one
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
-from ..base.head import head_path, make_head
+from ..base.head import head_path, head_paths, make_head
+from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan
 from ..errors import ConfigError, TapsError, suggestion
@@ -29,14 +32,14 @@ from ..parts import Instead, Part, token
 from ..parts.host import GATED_TYPES, NORM_TYPES, host_of, owner_of
 from ..parts.mirror import Mirror
 from ..parts.packing import Rule
-from ..routing.frame import in_backward, recomputed_call, running_node
-from ..routing.route import gated, route, unroute, whole_model
-from . import groups, packing, stream
+from ..routing.frame import Frame, in_backward, recomputed_call, running_node
+from ..routing.route import claim, gated, route, unroute, whole_model
+from . import groups, packing, rest, stream
+from .entry import ACTIVE, EntryPoints
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
-
-_ACTIVE: Any = type("ActiveTask", (), {"__repr__": lambda self: "<the active task>"})()
+from .tracing import MODULE_CALL, Untraced, check_symbolic, refuse
 
 
 def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
@@ -58,18 +61,24 @@ def _checked(parts: Any, config: MethodConfig) -> dict[str, Part]:
     return dict(parts)
 
 
-class TaskModel(nn.Module):
+class TaskModel(EntryPoints, Untraced):
     """Adapt one frozen base model to many tasks (TAPS, arXiv 2203.16708, and related methods).
 
     The base keeps its parameters, buffers, names and hooks; each task adds parts beside it.
 
+    A method of the base that neither nn.Module nor this class has a name for (`generate`, `forward_features`) runs the
+    active task as `model(x)` does, or with `task=` another one for this call. One that changes the base's tensors
+    raises :class:`TapsError`, naming one. Plain attributes of the base can be read here (docs/entry.md).
+
     Args:
         base: any module. Its parameters stop requiring gradients until :meth:`unload`.
-        config: the method for tasks that bring none of their own.
+        config: the method for tasks that bring none of their own: the attribute `default_config`.
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
-        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`).
-        batch_dim: which dimension of the forward's first tensor counts samples.
+        head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`); a list of
+            names where the base has several classifiers, each of which tasks get a linear head in the place of.
+        batch_dim: which dimension of the forward's tensors counts samples: that of the first which has more than one
+            there; with 0 a list of images `[C, H, W]` counts as many as it has.
         unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
             the base.
 
@@ -87,7 +96,7 @@ class TaskModel(nn.Module):
         config: MethodConfig | None = None,
         *,
         gates: str = "host",
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         batch_dim: int = 0,
         unsupported: str = "raise",
     ) -> None:
@@ -102,21 +111,24 @@ class TaskModel(nn.Module):
             )
         if config is not None and not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        self.base = base
-        self.config = config
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
-        self.gates = gates
-        self.batch_dim = batch_dim
+        self.default_config, self.gates, self.batch_dim = config, gates, batch_dim
         self.unsupported = unsupported
+        self.base = base
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
         self._families = nn.ModuleDict()
         self._active: str | None = None
+        self._said_base = False  # that none is active is what was asked for
+        self._warned_of_base = False
         self._merged: str | None = None
-        self._head = head_path(base, head_module)
+        self._heads = head_paths(base, head_module)
+        self._head = next(iter(self._heads), None)
+        self._head_named = head_module is not None
         self._flags: flags.Flags | None = flags.Flags(base)
         self._mirror = Mirror()
+        self._caches = Caches(base)
         own(base, self, self._flags)
         self._frozen = frozen_by_user(base, self._head)
         base.requires_grad_(False)
@@ -127,6 +139,7 @@ class TaskModel(nn.Module):
         for name, module in list(base.named_modules()):
             if isinstance(module, routed) and not inside(name, self._head):
                 route(module, name, fused=module in fused)
+        claim(base, self)
         self.training = base.training  # without touching the modules, each of which has a mode of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,11 +147,18 @@ class TaskModel(nn.Module):
         super().__setstate__(state)
         if self._flags is not None:
             own(self.base, self, self._flags)
+            claim(self.base, self)
+            self._caches.note(self.base)
+
+    def active_frame(self) -> Frame | None:
+        """A frame of the active task, for base modules that are spoken to outside of forwards; None for the base."""
+        return None if self._active is None else Frame(self.state(self._active).stacks(), set())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
             self._guard.forget(self.base, self._head)
         result = super()._apply(*args, **kwargs)
+        self._caches.follow(self.base, args[0] if args else kwargs["fn"])
         if self._merged is not None:  # of what the weights are now
             self._install_merged(self._merged)
         return result
@@ -149,13 +169,14 @@ class TaskModel(nn.Module):
         Raises:
             TapsError: naming the tensor.
         """
+        check_present(self.base)
         problem = self._guard.check(self.base, self._head)
         if problem is not None:
             raise TapsError(problem)
 
     # -- forward
 
-    def forward(self, *args: Any, task: str | None = _ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, task: str | None = ACTIVE, tasks: Any = None, **kwargs: Any) -> Any:
         """Run the base with one task's parts.
 
         Args:
@@ -171,18 +192,19 @@ class TaskModel(nn.Module):
             BypassedLayerError: the task's first forward did not enter every layer that has parts.
         """
         if torch.compiler.is_exporting():
-            raise TapsError(
-                "torch.export: a TaskModel decides per call what runs; export merge_and_unload(name) instead"
-            )
-        return self._forward(*args, task=task, tasks=tasks, **kwargs)
+            refuse("torch.export")
+        return self._forward(None, task, tasks, args, kwargs)
 
     @torch.compiler.disable(recursive=False)
-    def _forward(self, *args: Any, task: str | None, tasks: Any, **kwargs: Any) -> Any:
+    def _forward(self, entry: str | None, task: str | None, tasks: Any, args: Any, kwargs: Any) -> Any:
+        """`forward`, or what else the base has a method `entry` for."""
+        if nn.Module.__call__ is not MODULE_CALL:
+            check_symbolic(args, kwargs)
         if tasks is not None:
             raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
         repeated = recomputed_call(owner=self) if in_backward() else None
         unknown = in_backward() and repeated is None and torch.is_grad_enabled()
-        if task is not _ACTIVE:
+        if task is not ACTIVE:
             name = task
         elif repeated is not None:
             name = repeated.task
@@ -194,12 +216,9 @@ class TaskModel(nn.Module):
                 "name it in the checkpointed call: model(x, task=...)"
             )
         if name is None:
-            if task is _ACTIVE and self._names and self.training and torch.is_grad_enabled():
-                warnings.warn(
-                    "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
-                    stacklevel=6,  # the caller of model(x)
-                )
-            return run_base(self, args, kwargs)
+            if task is ACTIVE and self._names:
+                self._warn_of_base(6 if entry is None else 4)
+            return run_base(self, args, kwargs, entry)
         state = self.state(name)
         if self.gates == "host":
             state.refresh()
@@ -212,7 +231,20 @@ class TaskModel(nn.Module):
             self._not_merged(name, "training")
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
-        return run_task(self, name, state, args, kwargs)
+        return run_task(self, name, state, args, kwargs, entry)
+
+    def _warn_of_base(self, level: int) -> None:
+        """Say that no task runs: in training always, else once, and not to who asked for that by `set_task(None)`.
+
+        level: of the caller of `model(x)`, seen from the forward.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        if trains or not (self._said_base or self._warned_of_base):
+            self._warned_of_base = self._warned_of_base or not trains
+            warnings.warn(
+                "no task is active, so this is the frozen base; name one: model(x, task=...) or set_task(...)",
+                stacklevel=level + 1,
+            )
 
     def _replicate_for_data_parallel(self) -> Any:
         raise TapsError(
@@ -223,9 +255,28 @@ class TaskModel(nn.Module):
         """Training mode for tasks and the base's dropout; the base's own norms stay in evaluation mode."""
         with whole_model(mode):
             super().train(mode)
+        self._guard.asks = True
         if not mode and not torch.compiler.is_compiling():
             for state in self._names.values():
                 state.look_again()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskModel:
+        """Let all tasks and families train, or none. The base never does until :meth:`unload`, a family that is in a
+        file does no more, and packed Deltas and those of gates that are fixed and closed rest."""
+        for held in (*self.families.values(), *self._names.values()):
+            held.requires_grad_(requires_grad)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> TaskModel:
+        """Call `fn` with every module of the base and of the tasks, children first; it may set their settings.
+
+        Raises:
+            TapsError: it wrote to the base's tensors outside the head while there are tasks, naming one.
+        """
+        super().apply(fn)
+        if self._names:
+            self._check_base()
         return self
 
     # -- tasks
@@ -276,7 +327,7 @@ class TaskModel(nn.Module):
         *,
         num_classes: int | None = None,
         head: nn.Module | None = None,
-        head_module: str | None = None,
+        head_module: str | Sequence[str] | None = None,
         config: MethodConfig | None = None,
     ) -> None:
         """Add a task that starts as the base with a new head.
@@ -285,26 +336,35 @@ class TaskModel(nn.Module):
             name: printable, without '/'.
             num_classes: makes a linear head with that many outputs, drawn from torch's generator.
             head: a head of your own instead. Without either, the task starts from a copy of the base's head.
-            head_module: the name of the module that the head replaces, where it is not the model's.
+            head_module: the name of the module that the head replaces, where it is not the model's; or several names.
             config: a method for this task only.
 
         Raises:
-            ConfigError: a taken or bad name, no head found, a pattern that matches nothing.
+            ConfigError: a taken or bad name, no head found, several classifiers found and none named, a pattern that
+                matches nothing.
             UnsupportedModuleError: a layer that cannot be gated, naming it.
         """
         self._loaded()
+        check_present(self.base)
         name = self._new_name(name)
-        config = config if config is not None else self.config
+        config = config if config is not None else self.default_config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as TapsConfig, got {type(config).__name__}")
-        path = self._head if head_module is None else head_path(self.base, head_module)
+        heads = self._heads if head_module is None else head_paths(self.base, head_module)
+        heads = heads if config.own_head else heads[:1]
+        path = next(iter(heads), None)
         if not config.own_head and (num_classes is not None or head is not None):
             raise ConfigError(
                 f"add_task: method {config.method!r} is set to run on the base's own head, got another; leave out "
                 "num_classes and head"
             )
+        if config.own_head and head_module is None and not self._head_named:
+            check_one(self.base, path)
+        if len(heads) > 1 and head is not None:
+            raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
-        found = self._scan(config, path)
+        others = {other: make_head(self.base, other, num_classes, None, self) for other in heads[1:]}
+        found = self._scan(config, heads)
         parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
@@ -312,8 +372,9 @@ class TaskModel(nn.Module):
         trained = [n for n, part in {**parts, **self._shared(family)}.items() if any(True for _ in part.parameters())]
         if own is not None and path is not None:
             parts[path] = Instead(own, "head")
-            trained += [path] if num_classes is None and head is None else []
-        check_shared(self.base, trained, path)
+            trained += heads if num_classes is None and head is None else []
+            parts |= {name: Instead(made, "further head") for name, made in others.items() if made is not None}
+        check_shared(self.base, trained, heads)
         state = TaskState(self.base, config, parts, None if own is None else path, self.gates, family)
         state.reach = found.reach
         self._install(name, state)
@@ -323,14 +384,22 @@ class TaskModel(nn.Module):
                 stacklevel=3,
             )
 
-    def _scan(self, config: MethodConfig, head: str | None) -> Scan:
-        """What of the base a task of this config is given."""
+    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None, *, frozen: bool = True) -> Scan:
+        """What a method may put parts over.
+
+        Args:
+            heads: the modules that are left to heads, by default the model's.
+            frozen: what the user froze stays the base's; False for a checkpoint, which may have changed it.
+        """
+        heads = self._heads if heads is None else heads
+        head = next(iter(heads), None)
         return scan(
             self.base,
             head,
             target=config.target_modules,
             exclude=config.exclude_modules,
-            reach=Reach(self._frozen, any_weight=True),
+            heads=heads[1:],
+            reach=Reach(self._frozen if frozen else frozenset(), any_weight=True),
             freeze_unsupported=self.unsupported == "freeze",
         )
 
@@ -357,6 +426,7 @@ class TaskModel(nn.Module):
             route(owner, module)
             if parts.table[name].gate is not None:
                 gated(owner, name, host)
+        claim(self.base, self)
         parts.remember_hosts(self.base)
         parts.train(self.training)
 
@@ -392,20 +462,25 @@ class TaskModel(nn.Module):
         self._merged = new_name if self._merged == name else self._merged
 
     def set_task(self, name: str | None) -> None:
-        """Make `model(x)` run this task; None is the base, in evaluation semantics."""
+        """Make `model(x)` run this task; None is the base, in evaluation semantics.
+
+        A model with tasks of which none was ever set runs the base with a warning: in evaluation once.
+        """
         if name is not None:
             self.state(name)
-        self._active = name
+        self._active, self._said_base = name, name is None
 
     @contextmanager
     def use_task(self, name: str | None) -> Iterator[TaskModel]:
         """`with model.use_task("birds"):` sets the task and restores the previous one."""
-        before = self._active
+        before, state, said = self._active, self._names.get(self._active or ""), self._said_base
         self.set_task(name)
         try:
             yield self
-        finally:
-            self._active = before if before in self._names else None
+        finally:  # under the name that it has now
+            now = next((found for found, known in self._names.items() if known is state), before)
+            self._active = now if now in self._names else None
+            self._said_base = said
 
     # -- gates
 
@@ -474,10 +549,30 @@ class TaskModel(nn.Module):
         """Set gradients of closed Deltas to None before an optimizer step.
 
         Needed for gates="device", where backward gives zeros, and after `zero_grad(set_to_none=False)` between the
-        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest.
+        forward and the step: with zero gradients momentum and weight decay would move a Delta that should rest. It asks
+        the device which gates are closed; :meth:`resting` does not.
         """
         for state in self._states_for(tasks):
             state.drop_closed_gradients()
+
+    def resting(
+        self, optimizer: torch.optim.Optimizer, tasks: Iterable[str] | str | None = None
+    ) -> AbstractContextManager[None]:
+        """Around an optimizer's step: closed Deltas and their optimizer state are afterwards what they were before.
+
+            with model.resting(optimizer):
+                optimizer.step()                  # or scaler.step(optimizer)
+
+        For gates="device" the device chooses and nothing waits for it, so that the step can be captured in a CUDA
+        graph; it costs a copy of the Deltas and of their state while it runs. Where the host knows the gates, it is
+        what :meth:`drop_closed_gradients` does. State that the optimizer makes in this step for a closed Delta, its
+        first, stays as a step without a gradient makes it.
+
+        Raises:
+            ConfigError: state in numbers or on another device than the score (`capturable=True` puts Adam's steps
+                there); state that is first made in a captured step.
+        """
+        return rest.resting(optimizer, self._states_for(tasks))
 
     def parameter_groups(
         self,
@@ -497,6 +592,7 @@ class TaskModel(nn.Module):
         A task that was loaded gets the zero Deltas of its closed layers here, with a warning that says what they take.
 
         Raises:
+            ConfigError: a rate or decay that is negative, not finite or no number.
             TapsError: a packed task, naming a layer: it trains no further until :meth:`unpack_task`.
         """
         chosen = self._states_for(tasks)
@@ -590,7 +686,9 @@ class TaskModel(nn.Module):
 
     def _install_merged(self, name: str) -> None:
         state = self.state(name)
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         state.install(merge.folded(state.stacks(merged=False), self.base))
 
     def unmerge_task(self) -> None:
@@ -647,6 +745,7 @@ class TaskModel(nn.Module):
             metrics=metrics,
             preprocessing=preprocessing,
             training_only=state.training_only,
+            entered=False not in state.seen and bool(state.entered) and state.entered.issuperset(state.required()),
             reach=state.reach,
         )
 
@@ -677,10 +776,18 @@ class TaskModel(nn.Module):
             TaskFileError: the file is damaged, belongs to another base, or does not fit; nothing is added.
         """
         self._loaded()
+        check_present(self.base)
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
             family = self._parent_of(file, shared, allow_dtype_cast)
-            read = task_file.build(file, self.base, head, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+            read = task_file.build(
+                file,
+                self.base,
+                head,
+                default_head=self._head,
+                further=self._heads[1:],
+                allow_dtype_cast=allow_dtype_cast,
+            )
         self._install(name, self._state_of(read, family))
         return name
 
@@ -698,6 +805,7 @@ class TaskModel(nn.Module):
         """The state of what a file describes."""
         state = TaskState(self.base, read.config, read.parts, read.head_path, self.gates, family)
         state.training_only, state.reach = read.training_only, read.reach
+        state.entered = set(state.required()) if read.entered else set()
         return state
 
     @torch.inference_mode(False)
@@ -712,7 +820,9 @@ class TaskModel(nn.Module):
         custom = None if type(old.head) is nn.Linear else copy.deepcopy(old.head)
         with self._opened(path) as file:
             family = self._parent_of(file, None, False)
-            read = task_file.build(file, self.base, custom, default_head=self._head, whole=True)
+            read = task_file.build(
+                file, self.base, custom, default_head=self._head, further=self._heads[1:], whole=True
+            )
         state = self._state_of(read, family)
         if not old.take_over(state):
             self._install(name, state)
@@ -757,10 +867,10 @@ class TaskModel(nn.Module):
             ConfigError: a method without shared parts; the family of its name is built differently.
         """
         self._loaded()
-        config = self.config if config is None else config
+        config = self.default_config if config is None else config
         if not isinstance(config, MethodConfig):
             raise ConfigError(f"config: expected a method config such as JointTapsConfig, got {type(config).__name__}")
-        found = self._scan(config, self._head)
+        found = self._scan(config)
         family = self._family(config, found)
         if family is None:
             raise ConfigError(f"config: method {config.method!r} has no shared parts as it is set")
@@ -836,7 +946,9 @@ class TaskModel(nn.Module):
 
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
         task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
-        read = task_file.build(file, self.base, default_head=self._head, allow_dtype_cast=allow_dtype_cast)
+        read = task_file.build(
+            file, self.base, default_head=self._head, further=self._heads[1:], allow_dtype_cast=allow_dtype_cast
+        )
         family = Family(self.base, file.name, read.config, read.parts)
         family.reach = read.reach
         family.freeze(file.digest)
@@ -905,22 +1017,23 @@ class TaskModel(nn.Module):
         """
         self._loaded()
         name = self._new_name(name)
-        config, path = self._converted(config, head_module)
+        config, scanned = self._converted(config, head_module)
         rule, rows = stream.fraction_rule(top_fraction), list[PackedRow]()
         thin = None if rule is None else stream.thinner(rule, rows)
         with stream.opened(state_dict) as found:
-            parts = dict(checkpoint.extract(self.base, found, config, path, head, thin))
-        state = TaskState(self.base, config, parts, path if path in parts else None, self.gates)
-        state.reach = checkpoint.reach_of(self.base, path, config)
+            parts = dict(checkpoint.extract(self.base, found, scanned, head, thin))
+        state = TaskState(self.base, config, parts, scanned.head if scanned.head in parts else None, self.gates)
+        state.reach = scanned.reach
         self._install(name, state)
         return None if rule is None else Packing(name, rows)
 
-    def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, str | None]:
-        """The config of a converted checkpoint, and its head's name."""
+    def _converted(self, config: FullConfig | None, head_module: str | None) -> tuple[FullConfig, Scan]:
+        """The config of a converted checkpoint, and what of the base its task is given."""
         config = FullConfig() if config is None else config
         if not isinstance(config, FullConfig):
             raise ConfigError(f"config: expected a FullConfig, got {type(config).__name__}")
-        return config, self._head if head_module is None else head_path(self.base, head_module)
+        path = self._head if head_module is None else head_path(self.base, head_module)
+        return config, self._scan(config, [] if path is None else [path], frozen=False)
 
     @torch.inference_mode(False)
     def extract_file(
@@ -949,11 +1062,11 @@ class TaskModel(nn.Module):
         """
         self._loaded()
         name = self._new_name(name)
-        config, path = self._converted(config, head_module)
+        config, scanned = self._converted(config, head_module)
         self._check_base()
         return stream.extract_file(
             self.base,
-            path,
+            scanned,
             state_dict,
             out,
             name=name,
@@ -980,7 +1093,7 @@ class TaskModel(nn.Module):
         """
         self._loaded()
         self._check_base()
-        return stream.merge_file(self.base, self._head, path, out, shared)
+        return stream.merge_file(self.base, self._heads, path, out, shared)
 
     @torch.inference_mode(False)
     def task_state_dict(self, name: str) -> dict[str, Tensor]:
@@ -998,7 +1111,9 @@ class TaskModel(nn.Module):
     def _plain_copy(self, name: str) -> nn.Module:
         state = self.state(name)
         assert self._flags is not None  # `state` has refused an unloaded model
+        check_present(self.base)
         state.open_layers()  # refuses a NaN score
+        state.check_registered()
         return merge.plain_copy(self.base, state.stacks(merged=False), state.head_path, self._flags)
 
     # -- unloading
@@ -1012,6 +1127,7 @@ class TaskModel(nn.Module):
         self._flags.restore(self.base)
         self._flags = None
         disown(self.base)
+        forget(self.base)
         self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()
         self._families = nn.ModuleDict()
         self._active = self._merged = None

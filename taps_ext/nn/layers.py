@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from ..errors import GateError, UnsupportedModuleError
+from ..methods.base import number
 from ..parts import Below, Dense, Gate, Layer, token
 from ..parts.bind import Bound
 from ..parts.gate import same_stamp, stamp
@@ -45,6 +46,8 @@ class _TapsLayer(nn.Module):
     _asked = False  # whether the host is to know the gate on a GPU
 
     def _add_part(self, threshold: float, score_init: float) -> None:
+        number(threshold, "threshold", 0.0, open_low=True)
+        number(score_init, "score_init", float("-inf"))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)

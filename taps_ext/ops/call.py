@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from ..extension import C
 from ..reference import may_be_transformed
+from .once import NOT_TWICE
 from .reconstruct import check_gate
 
 # What autograd does for an operator is done, or not asked for, where this guard stands: calls go to the kernels at
@@ -243,7 +244,7 @@ def register_autograd(name: str, setup: Callable[..., None], backward: Callable[
 
     def refusing(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and grad_output.requires_grad:
-            raise RuntimeError("taps_ext: the backward of gated layers cannot be differentiated again")
+            raise RuntimeError(NOT_TWICE)
         return backward(ctx, grad_output)
 
     torch.library.register_autograd(f"taps_ext::{name}", refusing, setup_context=setup)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn.modules.utils import _pair
 
@@ -30,6 +28,7 @@ from .call import (
     wants_gradient,
 )
 from .fakes import gradients, register_fake
+from .once import once_differentiable
 
 
 class Geometry(NamedTuple):
@@ -181,12 +180,14 @@ def product(
     return operator(input, weight, delta, score, bias, geometry, settings)
 
 
-def _without_autocast(gradient: Tensor) -> AbstractContextManager[Any]:
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def _without_autocast(gradient: Tensor, *arguments: Any) -> Any:
     """A backward may run inside a region of autocast, whose types are those of forwards: torch's own backward of a
     convolution does not heed it, but the convolutions that ours is made of would."""
-    if not torch._C._is_any_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(gradient.device.type, enabled=False)
+    with torch.autocast(gradient.device.type, enabled=False):
+        return _operator_of_backward(gradient, *arguments)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -194,21 +195,21 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         return _refusing(ctx, grad_output)
     input, weight, delta, score, settings, wanted = kept(ctx)
     geometry, input_size = ctx.geometry
-    with _without_autocast(grad_output):
-        grads = torch.ops.taps_ext.gated_conv2d_backward.default(
-            grad_output,
-            input,
-            input_size,
-            weight,
-            delta,
-            score,
-            settings.gate,
-            settings.threshold,
-            *geometry,
-            list(wanted),
-            settings.rows,
-            settings.row_scale,
-        )
+    run = _operator_of_backward if not _autocast() else _without_autocast
+    grads = run(
+        grad_output,
+        input,
+        input_size,
+        weight,
+        delta,
+        score,
+        settings.gate,
+        settings.threshold,
+        *geometry,
+        list(wanted),
+        settings.rows,
+        settings.row_scale,
+    )
     return *in_order(ctx, grads, wanted), None, None
 
 
@@ -304,6 +305,7 @@ def _fake_backward(
     return gradients(dinput, grad_output, weight, delta, score, output_mask)
 
 
+_operator_of_backward: Any = None if C is None else torch.ops.taps_ext.gated_conv2d_backward.default
 if C is not None:
     register_fake("gated_conv2d", _fake)
     register_fake("gated_conv2d_backward", _fake_backward)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .. import reference
@@ -27,6 +26,7 @@ from .call import (
     wants_gradient,
 )
 from .fakes import gradients, register_fake
+from .once import once_differentiable
 
 
 def gated_linear(

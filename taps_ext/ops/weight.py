@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..extension import C
 from .lending import like
+from .once import once_differentiable
 from .reconstruct import reconstruct_
 
 

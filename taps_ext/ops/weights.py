@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..extension import C
 from .fakes import register_fake
+from .once import once_differentiable
 from .weight import in_batches, plain_gradients
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import ops
 
@@ -37,7 +38,9 @@ ROUTING = (
     "_taps_set",
     "_taps_sets",
     "_taps_weights",
+    "_taps_owner",
 )
+ROUTE = "_taps_route"  # what a class is routed by, which the classes made by routing have alone
 MACHINERY = frozenset(nn.Module().__dict__)
 HOOKS = tuple(sorted(key for key in MACHINERY if key.startswith(("_forward", "_backward")) and "hooks" in key))
 
@@ -53,12 +56,40 @@ def is_norm(module: nn.Module) -> bool:
     return called and bool(held) and not module._modules and all(tensor.ndim == 1 for tensor in held)
 
 
+def is_setting(value: Any) -> bool:
+    """True for what a method of a module sets to be a setting of it (`grad_checkpointing`), and no cache of tensors."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return False
+    return value is None or isinstance(value, (bool, int, float, str)) or callable(value)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `module` before it was routed."""
-    return module.__dict__.get("_taps_class", type(module))
+    """The class of `module` without the routing; with what a parametrisation has put on top of it since."""
+    before: type[nn.Module] | None = module.__dict__.get("_taps_class")
+    if before is None:
+        return type(module)
+    return before if ROUTE in type(module).__dict__ else _instead(type(module), before)
 
 
-class Slot(nn.Module):
+def reclassed(module: nn.Module) -> bool:
+    """True for a module that was given another class after it was routed, as `parametrize` does."""
+    return "_taps_class" in module.__dict__ and ROUTE not in type(module).__dict__
+
+
+def _instead(cls: Any, before: type[nn.Module]) -> Any:
+    """A class like `cls`, which derives from a routed one, that derives from `before` in the place of that."""
+    if ROUTE in cls.__dict__:
+        return before
+    bases = tuple(_instead(base, before) if hasattr(base, ROUTE) else base for base in cls.__bases__)
+    body = {key: value for key, value in cls.__dict__.items() if key not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, body)
+
+
+# To compilers a module is what it has; this one has nothing, and is an object like others.
+_Host: Any = nn.Module if TYPE_CHECKING else object
+
+
+class Slot(_Host):
     """One weight tensor of a module that is no layer of a weight and a bias alone (a recurrent layer, the experts of a
     mixture): what a part over it has for a host.
 
@@ -67,23 +98,20 @@ class Slot(nn.Module):
     """
 
     def __init__(self, owner: nn.Module, key: str) -> None:
-        self.__dict__.update(owner=owner, key=key)  # it has no tensors, children or hooks of its own
+        self.owner, self.key = owner, key
 
     @property
-    def _parameters(self) -> Any:  # type: ignore[override]
-        return self.__dict__["owner"]._parameters
+    def _parameters(self) -> Any:
+        return self.owner._parameters
 
     @property
-    def _forward_pre_hooks(self) -> Any:  # type: ignore[override]
-        return self.__dict__["owner"]._forward_pre_hooks
+    def _forward_pre_hooks(self) -> Any:
+        return self.owner._forward_pre_hooks
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
-        training: bool = self.__dict__["owner"].training
+    def training(self) -> bool:
+        training: bool = self.owner.training
         return training
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"{type(self.owner).__name__}.{self.key}"
@@ -91,7 +119,7 @@ class Slot(nn.Module):
 
 def owner_of(host: nn.Module) -> nn.Module:
     """The module of the base that holds a host's weight: the host itself, but for a :class:`Slot`."""
-    return host.__dict__["owner"] if isinstance(host, Slot) else host
+    return host.owner if isinstance(host, Slot) else host
 
 
 def host_of(base: nn.Module, name: str) -> nn.Module:
@@ -125,8 +153,7 @@ def hosts_by_name(base: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def weight_name(host: nn.Module) -> str:
     """The attribute that holds the weight of a layer that can be gated."""
     if isinstance(host, Slot):
-        key: str = host.__dict__["key"]
-        return key
+        return host.key
     return "in_proj_weight" if isinstance(host, nn.MultiheadAttention) else "weight"
 
 
@@ -155,7 +182,10 @@ def held(module: nn.Module, key: str) -> Any:
         return module._parameters[key]
     if "_taps_class" not in module.__dict__:
         return getattr(module, key)  # pruned or parametrised
-    return module.__dict__[key] if key in module.__dict__ else nn.Module.__getattr__(module, key)
+    if key in module.__dict__:
+        return module.__dict__[key]
+    parametrised = parametrize.is_parametrized(module, key)  # since it was routed
+    return getattr(module, key) if parametrised else nn.Module.__getattr__(module, key)
 
 
 def base_weight(host: nn.Module) -> Tensor:

@@ -20,7 +20,8 @@ class Instead(Part):
     """A task's own module, called in the place of the base's.
 
     Args:
-        role: "head" for the task's head, of which there is one; "other" for anything else.
+        role: "head" for the task's head, of which there is one; "further head" for one in the place of another
+            classifier of the base's; "other" for anything else.
     """
 
     stands_in = True
@@ -66,7 +67,7 @@ class Instead(Part):
         return found
 
     def roles(self) -> dict[str, list[nn.Parameter]]:
-        return {self.role: list(self.parameters())}
+        return {"other" if self.role == "other" else "head": list(self.parameters())}
 
     def record(self, *, open: bool) -> Record:
         module = self.module
@@ -82,8 +83,8 @@ class Instead(Part):
     def read(cls, record: Record, host: nn.Module, given: nn.Module | None = None) -> Instead:
         record.only("module", "role")
         role = record.facts.get("role", "head")
-        if role not in ("head", "other"):
-            raise record.refuse(f"role: expected 'other' or none, got {role!r}")
+        if role not in ("head", "further head", "other"):
+            raise record.refuse(f"role: expected 'further head', 'other' or none, got {role!r}")
         spec = record.fact("module", dict)
         kinds = {"in": int, "out": int, "bias": bool}
         linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..errors import GateError, TapsError
+from ..errors import ConfigError, GateError, TapsError
 from ..ops import Gated
 from ..store.errors import GateRecordError
 from ..store.record import Record
@@ -32,7 +32,7 @@ from .host import (
     weight_name,
 )
 from .packing import LOW_RANK, Encoded, Packed
-from .part import Below, Cost, Part, forward_of, register_part, saved
+from .part import Below, Cost, Part, forward_of, hooked, register_part, saved
 from .sampling import Sample
 
 
@@ -124,6 +124,8 @@ class Layer(Part):
         assert self.change is not None
         score = self.gate.score
         for parameter in self.change.parameters():
+            if parameter.is_meta:
+                raise ConfigError("weight: expected one on a device, got one on meta; build the model on the CPU")
             parameter.requires_grad_(self.packed is None and (self.gate.learn or bool(self.gate.known)))
             if score is not None and score.device != parameter.device:
                 score.data = score.data.to(parameter.device)
@@ -177,8 +179,7 @@ class Layer(Part):
             below = below._replace(ready=None)  # says what is wrong as it does by itself
         if change is None or (below.parts and self.gate.shut):
             return below.product(input, bias)
-        hooked = change._forward_pre_hooks or change._forward_hooks  # its own; global ones see base modules alone
-        made: Tensor = (change if hooked else change.product)(below, input, self.gate, bias)
+        made: Tensor = hooked(change, change.product)(below, input, self.gate, bias)
         return made
 
     def weight_over(self, below: Below) -> Tensor:

@@ -7,12 +7,14 @@ checkpointing then recomputes the mirror's modules, which are plain ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .host import ROUTING, original_class
+from .host import MACHINERY, ROUTING, is_setting, original_class
 from .rebind import rebind
 
 
@@ -45,6 +47,17 @@ class Mirror:
                     values[key] = rebind(value, self.clones)
             values["training"] = False
         return self.clones[id(base)]
+
+    @contextmanager
+    def handing_back(self) -> Iterator[None]:
+        """Settings that a method meanwhile gives mirrored modules are those of the base's."""
+        before = [(host, self.clones[id(host)], dict(self.clones[id(host)].__dict__)) for host in self.hosts]
+        yield
+        hosts = {id(clone): host for host, clone, _ in before}
+        for host, clone, was in before:
+            for key, value in list(clone.__dict__.items()):
+                if key not in MACHINERY and was.get(key, before) is not value and is_setting(value):
+                    setattr(host, key, rebind(value, hosts))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"clones": {}, "hosts": []}  # a copy makes its own

@@ -276,6 +276,6 @@ class Own(Part):
         lost = ["extra state"] if cls.get_extra_state is not nn.Module.get_extra_state else []
         for key in self._non_persistent_buffers_set:
             own, base = self._buffers.get(key), self.host._buffers.get(key)
-            if own is not None and base is not None and not torch.equal(own, base):
+            if own is not None and base is not None and own.shape == base.shape and not torch.equal(own, base):
                 lost.append(f"a buffer {key} that is not persistent and has changed")
         return lost

@@ -6,6 +6,7 @@ part's kind.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -27,9 +28,28 @@ _Kind = TypeVar("_Kind", bound="type[Part]")
 def forward_of(part: Part) -> Callable[..., Any]:
     """A part's forward, with its own hooks where there are some (pruning's, for one) and never with global ones: those
     see base modules alone."""
-    hooked = part._forward_pre_hooks or part._forward_hooks
-    run: Callable[..., Any] = part if hooked else part.forward
-    return run
+    return hooked(part, part.forward)
+
+
+def hooked(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    """What a module of ours does, with its own forward hooks where there are some and never with global ones."""
+    if not (module._forward_pre_hooks or module._forward_hooks):
+        return run
+    return functools.partial(_with_hooks, module, run)
+
+
+def _with_hooks(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    for key, before in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        elif (found := before(module, args)) is not None:
+            args = found if isinstance(found, tuple) else (found,)
+    output = run(*args, **kwargs)
+    for key, after in list(module._forward_hooks.items()):
+        given = (args, kwargs, output) if key in module._forward_hooks_with_kwargs else (args, output)
+        found = after(module, *given)
+        output = output if found is None else found
+    return output
 
 
 class Below(NamedTuple):

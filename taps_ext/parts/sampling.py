@@ -25,11 +25,33 @@ class Sample(NamedTuple):
 
 
 def batch_size(args: Any, kwargs: Any, dim: int) -> int | None:
-    """The size of dimension `dim` of the first tensor among a forward's arguments that has it."""
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim() > dim:
-            return leaf.shape[dim]
-    return None
+    """How many samples a forward's arguments hold, or None where nothing says so.
+
+    It is the size of dimension `dim` of the first tensor that has another one there than 1: a mask or a table of
+    positions that is broadcast over the batch has 1. A list of images `[C, H, W]`, C up to 4, as detectors take it, is
+    a batch of as many as it has.
+    """
+    found = None
+    listed = _images if dim == 0 else None
+    for leaf in tree_leaves((args, kwargs), is_leaf=listed):
+        if isinstance(leaf, list):
+            size = len(leaf)
+        elif isinstance(leaf, Tensor) and leaf.dim() > dim:
+            size = leaf.shape[dim]
+        else:
+            continue
+        if size != 1:
+            return size
+        found = 1
+    return found
+
+
+def _images(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] <= 4 for image in value)
+    )
 
 
 def rows_of(leading: Sequence[int], sample: Sample) -> Tensor | None:

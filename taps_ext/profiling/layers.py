@@ -15,7 +15,7 @@ from torch.autograd.profiler import record_function
 from .. import ops
 from ..parts import Gate
 from ..parts.host import Slot, host_of
-from ..parts.part import Part
+from ..parts.part import Cost, Part
 from ..parts.sampling import batch_size
 from ..routing.frame import current, sequence_number
 from .step import Step
@@ -33,8 +33,9 @@ class Layer:
         path: "stock", "rebuild" or "fused"; what forward did with the weight. "together" where it was made with those
             of other layers before the base ran, which is no layer's own time. "read" where its forward was not called
             because other code reads the weight: such a layer's work is not measured.
-        calls: in one step. operations, moved: of all calls, forward and backward: floating-point operations, and the
-            bytes that have to be read and written at least once.
+        calls: in one step, those that a backward repeats (activation checkpointing) among them. operations, moved: of
+            all calls, and of each backward that ran: floating-point operations, and the bytes that have to be read and
+            written at least once.
         forward, backward: seconds of a step, as measured. limit: the least seconds that the machine could take.
     """
 
@@ -85,6 +86,22 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
         nodes[name] = []
         marks: list[Any] = []
         firsts: list[int] = []
+        forwards: dict[torch.Size, Cost] = {}
+
+        def add(cost: Cost, calls: int = 0) -> None:
+            row.calls += calls
+            row.operations, row.moved = row.operations + cost.operations, row.moved + cost.moved
+
+        def count(input: Tensor, output: Tensor) -> None:
+            """The forward now, and its backward when it runs: what checkpointing repeats has none of its own."""
+            running: Any = step.state.installed.get(name, part)  # type: ignore[union-attr]
+            whole = running.cost(host, input, output, fraction)
+            with torch.no_grad():
+                forwards[input.shape] = forward = running.cost(host, input, output, fraction)
+            add(forward, calls=1)
+            if output.grad_fn is not None and not torch.autograd._profiler_enabled():
+                backward = Cost(whole.operations - forward.operations, whole.moved - forward.moved)
+                output.grad_fn.register_prehook(lambda _: add(backward))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if extension is not None:
@@ -96,20 +113,23 @@ def watched(step: Step) -> Iterator[tuple[dict[str, Layer], Nodes]]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nodes[name].append((firsts.pop(), sequence_number()))
             marks.pop().__exit__(None, None, None)
+            taken = None if extension is None else extension.taken_path()
+            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if output is None:  # checkpointing leaves a repeated forward once it has what it wants of it
+                if taken and inputs and inputs[0].shape in forwards:
+                    add(forwards[inputs[0].shape], calls=1)
+                return
             if extension is not None:
-                row.path = extension.taken_path() or "stock"
+                row.path = taken or "stock"
             frame = current()
             if frame is not None and frame.ready is not None and name in frame.ready:
                 row.path = "together"
             row.gate = gate_of(gate)
-            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if inputs and isinstance(output, Tensor):  # nn.MultiheadAttention gives a tuple: not measured
-                running: Any = step.state.installed.get(name, part)  # type: ignore[union-attr]
-                operations, moved = running.cost(host, inputs[0], output, fraction)
-                row.calls, row.operations, row.moved = row.calls + 1, row.operations + operations, row.moved + moved
+                count(inputs[0], output)
 
         handles.append(host.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(host.register_forward_hook(after, with_kwargs=True))
+        handles.append(host.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     if step.state is not None:
         for name, part, gate in step.state.gated():

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import ConfigError
 from ..model import TaskModel
+from ..train.precision import TYPES
 from .layers import Layer, fill_times, watched
 from .machine import Machine, measure
 from .memory import Memory
@@ -120,13 +121,14 @@ def profile(
         task: by default the active one; None and none active is the base (phase "infer" only).
         phase: "train" or "infer".
         optimizer: "sgd" (momentum) or "adamw", whose state counts as memory.
-        amp: "bf16" for autocast.
+        amp: "bf16" or "fp16" for autocast; losses are not scaled here.
         loss: `loss(outputs) -> scalar`; by default cross-entropy to class 0, or a mean square.
         steps: that are timed, after two that are not.
         machine: roofs measured before (:func:`measure`).
 
     Raises:
-        ConfigError: an argument that is none of these, or a task with nothing to train.
+        ConfigError: an argument that is none of these, or a task with nothing to train; inside of `torch.autocast`,
+            which would be in the layers' times and not in their limits.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps: expected an int >= 1, got {steps!r}")
@@ -134,7 +136,7 @@ def profile(
         raise ConfigError(f"machine: expected what measure() gives, got {type(machine).__name__}")
     name = model.active_task if task is None and isinstance(model, TaskModel) else task
     step = Step(model, inputs, name, phase, optimizer, amp, loss)
-    dtype = torch.bfloat16 if amp else next(iter(model.base.parameters())).dtype
+    dtype = TYPES[amp] if amp else next(iter(model.base.parameters())).dtype
     machine = measure(step.device, dtype) if machine is None else machine
 
     def repeat() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import TaskModel
 
 
 @dataclass
 class Memory:
-    """Bytes at the moment of a step when most are in use.
+    """Bytes at the moment of a step when most are in use; printed as a table in MB, with their sum.
 
     Attributes:
         weights: the base's parameters and buffers, whole weights of a merged task, casts kept for autocast.
@@ -38,6 +39,10 @@ class Memory:
         """The sum of the parts, in bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
 
+    def __str__(self) -> str:
+        lines = [(part.name, getattr(self, part.name)) for part in fields(self) if getattr(self, part.name)]
+        return "\n".join(f"{name:12}{count / 1e6:10.1f} MB" for name, count in [*lines, ("peak", self.peak)])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: bytes by part, and the peak."""
         return {**asdict(self), "peak": self.peak}
@@ -49,11 +54,28 @@ def size(tensors: Iterable[Tensor | None]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
+def _cast_holders(model: TaskModel) -> list[nn.Module]:
+    """What may keep a weight in autocast's type."""
+    return [*model.modules(), *(part for name in model.tasks for part in model.state(name).installed.values())]
+
+
 def casts(model: TaskModel) -> list[Tensor]:
     """The weights that are kept in autocast's type."""
-    installed = [part for name in model.tasks for part in model.state(name).installed.values()]
-    kept = [module.__dict__.get("_taps_cast") for module in (*model.modules(), *installed)]
+    kept = [module.__dict__.get("_taps_cast") for module in _cast_holders(model)]
     return [found[1] for found in kept if found is not None]
+
+
+@contextmanager
+def casts_kept(model: TaskModel) -> Iterator[None]:
+    """Afterwards a model keeps the casts that it kept before, and no others."""
+    before = [(module, module.__dict__.get("_taps_cast")) for module in _cast_holders(model)]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            module.__dict__.pop("_taps_cast", None)
+            if kept is not None:
+                module.__dict__["_taps_cast"] = kept
 
 
 def merged(model: TaskModel) -> list[Tensor]:

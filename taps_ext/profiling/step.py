@@ -16,9 +16,11 @@ from ..errors import ConfigError, TapsError
 from ..methods.base import one_of
 from ..model import TaskModel
 from ..train.gradients import add_gradients
+from ..train.precision import TYPES, autocast
 from ..train.state import restore, snapshot
 from ..train.stepper import on_cuda
 from ..train.task import predictions
+from .memory import casts_kept
 
 PHASES = ("train", "infer")
 OPTIMIZERS = ("sgd", "adamw")
@@ -55,7 +57,7 @@ class Step:
         one_of(phase, PHASES, "phase")
         one_of(optimizer, OPTIMIZERS, "optimizer")
         if amp is not None:
-            one_of(amp, ("bf16",), "amp")
+            one_of(amp, tuple(TYPES), "amp")
         if isinstance(inputs, (Tensor, str)) or not isinstance(inputs, Sequence):
             raise ConfigError(f"inputs: expected a tuple of the forward's arguments, got {type(inputs).__name__}")
         if not inputs:
@@ -67,6 +69,11 @@ class Step:
             raise ConfigError("model: expected a base with parameters, got one without")
         if parameter.is_meta:
             raise ConfigError("model: expected weights on a device, got them on meta; build the model on the CPU")
+        if torch.is_autocast_enabled(parameter.device.type):
+            raise ConfigError(
+                "amp: a step is profiled under the autocast that amp names; call it outside of torch.autocast, got "
+                f"amp={amp!r} inside of {torch.get_autocast_dtype(parameter.device.type)}"
+            )
         if task is None and phase == "train":
             raise ConfigError("task: expected the name of a task to train, got None; the base does not train")
         self.model, self.task, self.phase, self.amp, self.own_loss = model, task, phase, amp, loss
@@ -85,14 +92,15 @@ class Step:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The model in the phase's mode; afterwards values, modes, gradients and random numbers are as they were."""
+        """The model in the phase's mode; afterwards values, casts, modes, gradients and random numbers are as they
+        were."""
         modes = [(module, module.training) for module in self.model.modules()]
         kept = None if self.state is None else snapshot(self.state)
         grads = [(p, p.grad) for p in self.model.parameters()]
         devices = [self.device] if self.device.type == "cuda" else []
         self.model.train(self.phase == "train")
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), casts_kept(self.model):
                 yield
         finally:
             for module, mode in modes:
@@ -121,8 +129,7 @@ class Step:
         return found.float().square().mean()
 
     def forward(self) -> Any:
-        autocast = nullcontext() if self.amp is None else torch.autocast(self.device.type, torch.bfloat16)
-        with torch.set_grad_enabled(self.phase == "train"), autocast:
+        with torch.set_grad_enabled(self.phase == "train"), autocast(self.amp, self.device):
             return self.model(*self.inputs, task=self.task)
 
     @contextmanager

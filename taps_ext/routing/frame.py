@@ -35,7 +35,8 @@ Stacks = Mapping[str, tuple[Part, ...]]
 
 class Frame(NamedTuple):
     """One forward: stacks and their bindings by module name, where entered modules are noted, the sample that closed
-    layers learn from, the gates where the host knows them all, and weights that were made before the base runs."""
+    layers learn from, the gates where the host knows them all, weights that were made before the base runs, and whether
+    it is a method that runs in place of the forward, whose settings are its user's."""
 
     stacks: Stacks
     entered: set[str]
@@ -43,6 +44,7 @@ class Frame(NamedTuple):
     bound: Mapping[str, Placed] = {}
     settings: Mapping[str, tuple[Any, ...]] | None = None
     ready: Ready | None = None
+    method: bool = False
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)

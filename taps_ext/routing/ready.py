@@ -20,6 +20,14 @@ def misplaced(name: str) -> TapsError:
     )
 
 
+def re_registered(name: str, what: str) -> TapsError:
+    return TapsError(
+        f"{name}: {what} since the model was adapted, as by pruning, a norm of weights or another parametrisation, and "
+        "its tasks know no such base; undo that (prune.remove, remove_parametrizations), or do it before TaskModel "
+        "takes the base"
+    )
+
+
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 

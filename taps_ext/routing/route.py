@@ -7,6 +7,7 @@ unloading is the identity. `frame.py` says which task that is.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,13 +30,14 @@ from ..parts.host import (
     alone,
     bias_name,
     held,
+    is_setting,
     original_class,
     resting_weight,
     stock_forward,
     weight_name,
 )
 from ..parts.part import Below, forward_of
-from .frame import Frame, current, in_backward, running
+from .frame import Frame, current, enter, in_backward, leave, running
 from .ready import misplaced
 
 # Set while a module's own train() runs, whose settings are not its user's.
@@ -84,7 +86,7 @@ class _Routed(nn.Module):
     _taps_weights: Mapping[str, tuple[str, nn.Module]] = {}  # a weight's name here -> of its parts, and their host
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__getstate__().items() if key != "_taps_cast"}
+        state = {key: value for key, value in self.__getstate__().items() if key not in ("_taps_cast", "_taps_owner")}
         return _rebuild, (original_class(self), *type(self)._taps_route), state  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> _Routed:
@@ -101,16 +103,28 @@ class _Routed(nn.Module):
                 part.mode()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_buffers", ()) and not is_compiling():  # `self.steps += 1` in a method
+            stack = _stack(self, current())
+            if stack and stack[-1].sets(name, value):
+                return
         super().__setattr__(name, value)
         if name not in self.__dict__:
             return
         token.note()
         if name == "training":
             return
-        stack = _stack(self, running(self))
-        if not (stack and stack[-1].sets(name, value)) and not torch.compiler.is_compiling() and _set_by_user():
+        frame = running(self)
+        stack = _stack(self, frame)
+        # Of a method that has run nothing yet: it is there to set this.
+        for_all = frame is not None and frame.method and not frame.entered and is_setting(value)
+        taken = stack and stack[-1].sets(name, value)
+        if (for_all or (not taken and _set_by_user())) and not torch.compiler.is_compiling():
             self.__dict__["_taps_set"] = {**self.__dict__.get("_taps_set", {}), name: None}
             self.__dict__["_taps_sets"] = self.__dict__.get("_taps_sets", 0) + 1
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        token.note()  # a parameter may have gone
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         frame = current() or running(self)
@@ -199,6 +213,45 @@ def _enter(module: nn.Module, frame: Frame, key: str) -> None:
         own = [key for key, value in module._parameters.items() if value is not None]
     if not key or all(f"{name}.{other}" in frame.entered for other in own):
         frame.entered.add(name)
+
+
+# Methods of torch's modules that give their tensors new values.
+_RESETS = ("reset_parameters", "_reset_parameters", "reset_running_stats")
+
+
+def _reset(key: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The statistics of the active task's norm start anew; the base's tensors do not.
+
+    Raises:
+        UnsupportedModuleError: anything else that would write to the base.
+    """
+    method = functools.partial(getattr(original_class(module), key), module, *args, **kwargs)
+    if not _set_by_user():  # its own code, which a forward's checks look after
+        return method()
+    statistics = key == "reset_running_stats"
+    if statistics and module._buffers.get("running_mean") is None:
+        return method()
+    owner = module.__dict__.get("_taps_owner", lambda: None)()
+    frame = None if owner is None else owner.active_frame()
+    stack = _stack(module, frame)
+    if statistics and frame is not None and stack:
+        below = _below(module, frame, stack)
+        if stack[-1].reads(below, "running_mean", lambda _: None, fused=False) is not NotImplemented:
+            entered = enter(frame)
+            try:
+                return method()
+            finally:
+                leave(entered)
+    advice = "reset it before it is wrapped"
+    if statistics:
+        advice = "name a task with norms of its own, whose statistics are meant: with model.use_task(name): ..."
+    raise UnsupportedModuleError(
+        f"{module.__dict__['_taps_name']}: {key} would write to the base, which is frozen; {advice}"
+    )
+
+
+def _resetter(key: str) -> Callable[..., Any]:
+    return lambda module, *args, **kwargs: _reset(key, module, *args, **kwargs)
 
 
 def _read_weight(module: nn.Module) -> Any:
@@ -332,7 +385,10 @@ def _router(module: nn.Module) -> Any:
 @functools.cache
 def _routed_class(cls: Any, router: Any, keys: tuple[str, ...]) -> type[nn.Module]:
     reads = {key: _property(key, functools.partial(_read, key)) for key in keys}
-    return type(cls.__name__, (router, cls), {"__module__": cls.__module__, "_taps_route": (router, keys), **reads})
+    resets = {key: _resetter(key) for key in _RESETS if hasattr(cls, key)}
+    return type(
+        cls.__name__, (router, cls), {"__module__": cls.__module__, "_taps_route": (router, keys), **reads, **resets}
+    )
 
 
 def route(module: nn.Module, name: str, *, fused: bool = False) -> None:
@@ -360,6 +416,14 @@ def gated(module: nn.Module, name: str, host: nn.Module) -> None:
         module.__dict__["_taps_weights"] = {**module._taps_weights, weight_name(host): (name, host)}
 
 
+def claim(base: nn.Module, owner: nn.Module) -> None:
+    """Tell the routed modules of a base whose tasks stand on them."""
+    found = weakref.ref(owner)
+    for module in base.modules():
+        if isinstance(module, _Routed):
+            module.__dict__["_taps_owner"] = found
+
+
 def is_stock(module: nn.Module) -> bool:
     """True for a routed linear or convolution layer with the stock forward, whose bindings are called with more."""
     return isinstance(module, _RoutedLayer)
@@ -379,6 +443,7 @@ def _rebuild(cls: Any, router: Any, keys: tuple[str, ...]) -> nn.Module:
 def unroute(module: nn.Module) -> None:
     """Undo `route`, leaving nothing behind."""
     if isinstance(module, _Routed):
-        module.__class__ = module.__dict__["_taps_class"]
+        kind: Any = original_class(module)
+        module.__class__ = kind
         for key in ROUTING:
             module.__dict__.pop(key, None)

@@ -47,16 +47,21 @@ def check_tensors(
             raise DtypeMismatchError(path, f"tensor {show(name)}: expected {dtype}, got {tensor.dtype}")
 
 
-def check_parent(expected: str, got: str, *, path: Path) -> None:
+PARENT_ADVICE = (
+    "load the architecture and weights that it was trained on, in that type (allow_dtype_cast=True where the base was "
+    "cast since), or, where tasks were trained together, put their shared file beside it (or name that in shared=)"
+)
+"""What to do about another parent, in Python's words; the command line has its own."""
+
+
+def check_parent(expected: str, got: str, *, path: Path, hint: str = "") -> None:
     """Raises ParentMismatchError unless the parent that the file names (`got`) is the one at hand
-    (`expected`).
+    (`expected`). `hint`: what may be the matter beside.
     """
     if expected != got:
         raise ParentMismatchError(
             path,
-            f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; load the architecture "
-            "and weights that it was trained on, in that type (allow_dtype_cast=True where the base was cast since), "
-            "or, where tasks were trained together, put their shared file beside it (or name that in shared=)",
+            f"belongs to another base (or shared file): {show(got)}, and this one is {expected}; {PARENT_ADVICE}{hint}",
         )
 
 

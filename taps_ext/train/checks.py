@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -72,12 +73,52 @@ def check_targets(task: Task, targets: Tensor, classes: int | None, argument: st
         classes: outputs of the task's linear head (None: not known).
         outputs: the model's, where they are known already; only `[B, classes]` says what targets must be like.
     """
+    check_shapes(task, targets, argument, outputs)
     _check_loss(task, targets, classes, argument, outputs)
     if targets.is_floating_point() and any(metric is accuracy for metric in task.metrics.values()):
         raise ConfigError(
             f"{argument}: expected int64 labels, of which accuracy can be told, got {targets.dtype} "
             f"{list(targets.shape)}; give the task metrics of its own, or metrics={{}} to select by the loss"
         )
+
+
+# Losses of torch's that compare element by element, and what they are told is broadcast where shapes differ.
+_ELEMENTWISE = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.poisson_nll_loss,
+    F.kl_div,
+    F.soft_margin_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+)
+
+
+def check_shapes(task: Task, targets: Tensor, argument: str, outputs: Any) -> None:
+    """Raise ConfigError where a loss that compares element by element is given targets of another shape than the
+    outputs: `[N]` against `[N, 1]` would be broadcast to all pairs, `[N, N]`. A function of the user's may reshape."""
+    loss: Any = task.loss.func if isinstance(task.loss, functools.partial) else task.loss
+    known = loss if loss in _ELEMENTWISE else type(loss)
+    if known not in _ELEMENTWISE or not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
+        return
+    advice = "give targets of that shape"
+    if outputs.numel() == targets.numel():
+        advice += f", such as y.reshape({', '.join(map(str, (-1, *outputs.shape[1:])))})"
+    raise ConfigError(
+        f"{argument}: expected targets {list(outputs.shape)} like the outputs, which {known.__name__} compares element "
+        f"by element, got {list(targets.shape)}; {advice}"
+    )
 
 
 def _check_loss(task: Task, targets: Tensor, classes: int | None, argument: str, outputs: Any) -> None:

@@ -6,19 +6,47 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError, suggestion
 from ..methods.base import number, one_of
+from ..methods.keywords import Keywords
 from .weighting import WEIGHTINGS
 
 MIXES = ("all", "proportional", "uniform", "temperature", "round-robin")
 
 
+def device_named(name: Any) -> torch.device:
+    """The device of that name, which need not be on this machine.
+
+    Raises:
+        ConfigError: no device has it.
+    """
+    if isinstance(name, (str, torch.device)):
+        with suppress(RuntimeError):
+            return torch.device(name)
+    raise ConfigError(f"device: expected cpu or cuda[:N], got {name!r}")
+
+
+def check_device(name: Any) -> None:
+    """Raise ConfigError unless tensors can live on the device (None: wherever they are)."""
+    if name is None:
+        return
+    device = device_named(name)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"device: {str(name)!r} is not usable here: {reason}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train. All tasks of one `fit` share it.
+class TrainConfig(Keywords):
+    """How to train. All tasks of one `fit` share it. A misspelt keyword is a ConfigError with a suggestion.
 
     Attributes:
         epochs, batch_size: passes over the training data, samples in one forward.
@@ -152,6 +180,10 @@ class TrainConfig:
             if beta == 1:
                 raise ConfigError(f"betas: expected numbers below 1, got {self.betas!r}")
         object.__setattr__(self, "betas", betas)
+        if self.device is not None:
+            if device_named(self.device).type == "meta":
+                raise ConfigError("device: expected one that computes, got 'meta'")
+            object.__setattr__(self, "device", str(self.device))  # JSON has no devices
         if self.out is not None and not isinstance(self.out, (str, os.PathLike)):
             raise ConfigError(f"out: expected a folder's path or None, got {self.out!r}")
         if not isinstance(self.tensorboard, bool):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
+from ..methods.keywords import Keywords
 from ..store import fingerprint
 from .fetch import Batch, Epochs, FetchEach, Key, Reader
 from .metrics import Metric, hits
@@ -34,7 +35,7 @@ def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -
     """What losses and metrics see of a task's forward on a batch: inputs in a mapping are the forward's keywords.
 
     Raises:
-        ConfigError: a batch of one sample before a batch norm in training.
+        ConfigError: a batch of one sample before a batch norm in training; uint8 inputs that the base does not take.
     """
     try:
         if isinstance(inputs, Mapping):
@@ -47,6 +48,16 @@ def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -
         raise ConfigError(
             f"task {task!r}: expected batches of two samples or more, of which a batch norm has statistics, got one of "
             f"a single sample; drop_last=True leaves out the last one of a DataLoader ({error})"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        if getattr(inputs, "dtype", None) not in (torch.uint8, np.uint8):  # as some bases take them
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"task {task!r}: expected images as the base takes them, floating point and normalised as in its "
+            f"pretraining, got uint8 {list(inputs.shape)}, on which it fails ({reason}); x.float() / 255 is in [0, 1]"
         ) from error
 
 
@@ -83,7 +94,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Keywords):
     """What one task trains on.
 
     Attributes:
@@ -95,10 +106,11 @@ class Task:
             Selection uses only this split.
         test: like `train`; evaluated once at the end, never used to choose anything.
         loss: `loss(outputs, targets) -> scalar`, a mean over the batch. `outputs` is what the base returns; of a
-            transformers `ModelOutput` it is the logits. Means of batches are weighted by their samples; those of
-            `F.cross_entropy` (also in a `functools.partial`, and `nn.CrossEntropyLoss`, without class weights) by the
-            targets that they do not ignore, so that means over splits and accumulated steps are exact. A batch all of
-            whose targets are ignored is passed over.
+            transformers `ModelOutput` it is the logits. Losses of torch's that compare element by element want targets
+            in the outputs' shape: `[N, 1]` for a head of one output. Means of batches are weighted by their samples;
+            those of `F.cross_entropy` (also in a `functools.partial`, and `nn.CrossEntropyLoss`, without class weights)
+            by the targets that they do not ignore, so that means over splits and accumulated steps are exact. A batch
+            all of whose targets are ignored is passed over.
         metrics: name -> `metric(outputs, targets) -> float`, a mean over the batch, whose values are weighted by the
             batches' samples; or an object with `update(outputs, targets)`, `compute()` and `reset()`, as torchmetrics'
             are, or `whole(function)`, which are computed over the whole split. The first one selects, or the loss if

@@ -23,9 +23,10 @@ from ..model import TaskModel
 from ..model.state import Family
 from ..store.names import file_name
 from . import randomness
+from .alone import alone
 from .callbacks import Callback, RunInfo, Told, check_callbacks
 from .checks import check_item, check_sample, check_targets
-from .config import TrainConfig
+from .config import TrainConfig, check_device
 from .fetch import Epochs
 from .identity import describe
 from .interrupt import Stop, TrainingInterrupted
@@ -127,11 +128,8 @@ class Trainer:
         self.reading: list[Epochs] = []
         self.out = None if config.out is None else Path(config.out)
         if config.device is not None:
-            try:
-                model.to(config.device)
-            except (RuntimeError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"device: expected cpu or cuda[:N], got {config.device!r}: {reason}") from None
+            check_device(config.device)
+            model.to(config.device)
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +154,7 @@ class Trainer:
             TrainingInterrupted: after Ctrl-C, a termination or a hang-up, once the state is written.
             DivergedError: too many steps in a row whose losses or gradients are not finite.
             TaskFileError: a damaged file of a finished task or family, or a damaged state.
+            ConfigError: another run trains into `out`.
 
         A task that was finished before an interruption comes back from its file: outputs, reports and what is saved of
         it are those of a run that was not interrupted. Its closed Deltas are not in the file; they would be zeros if it
@@ -186,7 +185,7 @@ class Trainer:
         was_training = self.model.training
         results: dict[str, Result] = {}
         try:
-            with randomness.forked(self.device), Stop() as stop:
+            with alone(self.out), randomness.forked(self.device), Stop() as stop:
                 together = mode != "incremental" and self._together(resume)
                 if together:
                     results = self._fit_together(resume, stop, mode)

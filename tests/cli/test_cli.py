@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from taps_ext import store
 from taps_ext.cli import COMMANDS, main
+from taps_ext.train.alone import alone
 from taps_ext.zoo import SmallResNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +169,10 @@ def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path
     [
         ("nonsense", ["key=value", "'nonsense'"]),
         ("trian.lr=1", ["unknown section 'trian'", "did you mean 'train'"]),
+        ("lr=0.1", ["unknown section 'lr'", "did you mean 'train.lr'?"]),
+        ("epoch=1", ["did you mean 'train.epochs'?"]),
+        ("lam=0.1", ["did you mean 'method.lam'?"]),
+        ("seed=1", ["did you mean 'base.seed' or 'data.seed' or 'train.seed'?"]),
         ("train.lrr=1", ["unknown key 'lrr'", "did you mean 'lr'"]),
         ("train.lr=fast", ["lr: expected a number", "'fast'"]),
         ("train.betas=3", ["betas", "expected two numbers"]),
@@ -202,6 +208,8 @@ def test_a_task_does_not_depend_on_the_others(call, folder: Path, tmp_path: Path
         ("data=3", ["data: expected a section"]),
         ("base='timm:resnet18'", ["base: expected a section"]),
         ("base.head_module=5", ["base.head_module", "got 5"]),
+        ("base.head_module=['fc', 5]", ["base.head_module", "['fc', 5]"]),
+        ("base.head_module=['fc', 'fc']", ["head_module: expected each module once, got 'fc' again"]),
         ("train.out=5", ["train.out: expected a folder, got 5"]),
     ],
 )
@@ -232,6 +240,45 @@ def test_base_without_weights_is_refused(call, folder: Path, tmp_path: Path) -> 
         "base.weights",
         "random",
     )
+
+
+def test_a_file_of_another_base_is_told_in_the_words_of_the_command_line(call, folder: Path) -> None:
+    file, other = folder / "out/parity.taps", ["--set", "base.weights=random", "--set", "base.seed=1"]
+    wrong = call("eval", file, "--config", folder / "c.toml", *other)
+    refused(wrong, "belongs to another base", "name the architecture and weights", "--config", "--base and --weights")
+    assert "allow_dtype_cast" not in wrong[2] and "shared=" not in wrong[2]
+
+
+def test_an_archive_is_no_task_file(call, folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "parity.zip", "w") as archive:
+        archive.write(folder / "out/parity.taps", "parity.taps")
+    for command in ("eval", "merge"):
+        more = [] if command == "eval" else ["--out", tmp_path / "a.safetensors"]
+        refused(
+            call(command, tmp_path / "parity.zip", "--config", folder / "c.toml", *more), "parity.zip", "zip archive"
+        )
+    refused(call("inspect", tmp_path / "parity.zip"), "parity.zip", "zip archive")
+
+
+def test_two_runs_in_one_folder(call, folder: Path, tmp_path: Path) -> None:
+    with alone(tmp_path):
+        busy = call("train", folder / "c.toml", f"train.out={tmp_path}")
+    refused(busy, "out: expected a folder that no other run trains into", f"process {os.getpid()}")
+    assert os.listdir(tmp_path) == []
+
+
+def test_uint8_images_of_a_function(call, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bytes_for_cli.py").write_text(
+        "import torch\n"
+        "class Bytes:\n"
+        "    classes = ['even', 'odd']\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, i): return torch.zeros(1, 16, 16, dtype=torch.uint8), i % 2\n"
+        "def make(): return Bytes(), None, Bytes()\n"
+    )
+    text = CONFIG.replace("npz:digits.npz", "python:bytes_for_cli.make").replace('"base', f'"{folder}/base')
+    (tmp_path / "c.toml").write_text(text)
+    refused(call("train", tmp_path / "c.toml"), "images are torch.uint8", "x.float() / 255")
 
 
 def test_a_module_beside_the_configuration(call, folder: Path, tmp_path: Path) -> None:

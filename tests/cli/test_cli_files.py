@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_cli import folder, refused  # noqa: F401  (fixtures)
 
 from taps_ext import ops, store
@@ -200,6 +202,21 @@ def test_env(call) -> None:
     assert code == 0 and facts["extension"]["loaded"] == ops.HAS_EXTENSION
     code, out, _ = call("env")
     assert code == 0 and facts["torch"] in out
+
+
+@pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the extension is not built")
+@pytest.mark.parametrize(("built", "words"), [("90", "NO KERNELS"), ("80-real 90", ""), (None, "NO CUDA kernels")])
+def test_env_says_that_a_device_has_no_kernels(call, monkeypatch: pytest.MonkeyPatch, built, words) -> None:
+    """An A100 beside an extension for Hopper alone: what to install is said."""
+    info = {**ops._C.build_info(), "cuda": built and {"version": "13.0", "architectures": built}}
+    a100 = SimpleNamespace(name="NVIDIA A100", major=8, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(ops._C, "build_info", lambda: info)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: a100)
+    code, out, _ = call("env")
+    assert code == 0 and "NVIDIA A100, 80 GiB, compute capability 8.0" in out and words in out
+    assert ("TAPS_CUDA_ARCHITECTURES=80-real" in out) is bool(words)
+    assert ("NO " in out) is bool(words)
 
 
 @pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the extension is not built")

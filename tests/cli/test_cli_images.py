@@ -1,5 +1,6 @@
 """Images become a base's inputs as in its pretraining, and as in the task's training."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,24 @@ def test_predict_makes_images_as_training_did(call, folder: Path, tmp_path: Path
         )
     wrong = call("predict", file, tmp_path / "grey.png", *base, "--size", 17)
     refused(wrong, f"data.size: {file} was trained with 16, got 17")
+
+
+def test_eval_makes_images_as_training_did(call, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of a source whose images have another size, and with nothing said of theirs on the command line."""
+    file = folder / "out/parity.taps"
+    base = ["--base", "python:taps_ext.zoo.small_resnet", "--weights", folder / "base.safetensors"]
+    base += ["--set", "base.args={widths=[8,16],blocks=1,stem_stride=2}", "--source", f"npz:{folder}/digits.npz"]
+    code, out, err = call("eval", file, *base, "--json")
+    assert (code, err) == (0, "")
+    assert (
+        json.loads(out)[0]["accuracy"]
+        == json.loads(call("eval", file, "--config", folder / "c.toml", "--json")[1])[0]["accuracy"]
+    )
+    refused(call("eval", file, *base, "--size", 8), "trained on images with height 16, got 8")
+
+
+def test_eval_normalises_as_training_did(call, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = ["data.normalize=[[0.5],[0.25]]", f"train.out={tmp_path}", "train.epochs=1"]
+    assert call("train", folder / "c.toml", "--quiet", *other)[0] == 0
+    assert stored_geometry(store.load(tmp_path / "parity.taps"))["normalize"] == [[0.5], [0.25]]
+    assert call("eval", tmp_path / "parity.taps", "--config", folder / "c.toml")[0] == 0

@@ -98,23 +98,24 @@ template <class T, class D>
 void launch_rows(LinearProduct args, unsigned slices) {
   const Grid grid = plan_rows(args, slices);
   args.slices = static_cast<int>(grid.slices), args.depth_of_split = grid.depth_of_split;
-  with_activation<T, T, D>(Product::kForward, args, [&](auto instance) {
+  with_activation<T, T, D>(Product::kForward, grid.kind, [&](auto instance) {
     using Body = typename decltype(instance)::type;
-    product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+    if constexpr (std::is_same_v<typename Body::Tile, Warps>)
+      product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
   });
   must(cudaGetLastError(), "launch");
 }
 
 // One product with W of T and Delta of D against whole numbers; T is float for tf32.
 template <class T, class D>
-bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits) {
+bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits, Tiles tiles) {
   const bool forward = kind == Product::kForward, weight = kind == Product::kWeightGradient;
   const int64_t depth = forward ? k : weight ? m : n, rows = weight ? n : m, columns = forward ? n : k;
-  const int64_t tiles = (n + 63) / 64 * ((k + 63) / 64);
+  const int64_t blocks = (n + 63) / 64 * ((k + 63) / 64);
   Both<T> x(m * k), dy(m * n), w(n * k), out(weight ? 1 : rows * columns);
   Both<D> d(n * k), ddelta(n * k);
   Both<float> score(1);
-  Both<double> memory(weight ? tiles : (splits * rows * columns + 1) / 2);
+  Both<double> memory(weight ? blocks : (splits * rows * columns + 1) / 2);
   fill(x, 1), fill(dy, 2), fill(w, 3), fill(d, 4);
   score.host[0] = open ? 0.2f : 0.05f;
   score.up();
@@ -131,13 +132,10 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   } else if (without_tiles) {
     if constexpr (sizeof(T) == 2) launch_rows<T, D>(args, splits > 1 ? 4 : 1);
   } else {
-    if (!forward) {
-      launch<InputGradient<MoreRows, T, T, D>>(args, rows, columns);
-    } else if (m <= kFewRows) {
-      launch<Forward<FewRows, T, T, D>>(args, rows, columns);
-    } else {
-      launch<Forward<MoreRows, T, T, D>>(args, rows, columns);
-    }
+    with_activation<T, T, D>(kind, tiles, [&](auto instance) {
+      using Body = typename decltype(instance)::type;
+      if constexpr (!std::is_same_v<typename Body::Tile, Warps>) launch<Body>(args, rows, columns);
+    });
     if (splits > 1) sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
   }
   must(cudaDeviceSynchronize(), "product");
@@ -160,7 +158,7 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
       if (!good) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, got);
     }
   }
-  for (int64_t i = 0; weight && i < tiles; ++i) got_dot += memory.host[i];
+  for (int64_t i = 0; weight && i < blocks; ++i) got_dot += memory.host[i];
   return good && got_dot == dot;  // whole numbers below 2^53
 }
 
@@ -173,10 +171,16 @@ int failures_of(const char* name) {
         for (const Product kind : {Product::kForward, Product::kInputGradient, Product::kWeightGradient}) {
           for (int variant = 0; variant < 6; ++variant) {
             const int splits = kind == Product::kWeightGradient || variant < 3 ? 1 : 3;
-            if (agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits)) continue;
-            std::printf("%s: product %d of %lld x %lld x %lld, variant %d failed\n", name, static_cast<int>(kind),
-                        (long long)m, (long long)n, (long long)k, variant);
-            ++failures;
+            for (const Tiles tiles : {Tiles::kFewRows, Tiles::kMoreRows, Tiles::kWide, Tiles::kWidest}) {
+              const bool forward = kind == Product::kForward;
+              if ((tiles == Tiles::kFewRows) != (m <= kFewRows) || (!forward && tiles > Tiles::kMoreRows)) continue;
+              if (agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits, tiles))
+                continue;
+              std::printf("%s: product %d of %lld x %lld x %lld, variant %d, tiles %d failed\n", name,
+                          static_cast<int>(kind), (long long)m, (long long)n, (long long)k, variant,
+                          static_cast<int>(tiles));
+              ++failures;
+            }
           }
         }
       }

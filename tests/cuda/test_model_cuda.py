@@ -160,7 +160,8 @@ def stepped(model: TaskModel, optimizer: torch.optim.Optimizer, x: torch.Tensor,
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(model(x, task="t"), y).backward()
     add_gradients(model.sparsity_loss("t"), [p for group in optimizer.param_groups for p in group["params"]])
-    optimizer.step()
+    with model.resting(optimizer):
+        optimizer.step()
 
 
 def test_a_step_has_three_launches_for_its_weights() -> None:
@@ -208,12 +209,19 @@ def test_gathered_gradients_are_those_of_single_layers(layout, monkeypatch) -> N
 
 
 def test_a_captured_step_equals_the_eager_one() -> None:
-    """Device gates, momentum, the penalty and the optimizer in one graph; nothing in it waits for the host."""
+    """Device gates, momentum, decay, the penalty and the optimizer in one graph; nothing in it waits for the host, and
+    a closed Delta rests."""
     torch.use_deterministic_algorithms(True)
     try:
         eager, captured = (build(TapsConfig(lam=1.0), "device", torch.float32).cuda().train() for _ in range(2))
+        closed = [next(m.state("t").gated())[1] for m in (eager, captured)]
+        with torch.no_grad():
+            for part in closed:
+                part.gate.score.fill_(-10.0)
+                part.change.delta.fill_(0.01)
         x, y = images(4).cuda(), torch.arange(4).cuda()
-        optimizers = [torch.optim.SGD(m.parameter_groups(lr=0.05), momentum=0.9, fused=True) for m in (eager, captured)]
+        groups = [m.parameter_groups(lr=0.05, weight_decay=0.1) for m in (eager, captured)]
+        optimizers = [torch.optim.SGD(g, momentum=0.9, fused=True) for g in groups]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -236,6 +244,7 @@ def test_a_captured_step_equals_the_eager_one() -> None:
         torch.use_deterministic_algorithms(False)
     for (name, one), (_, other) in zip(eager.named_parameters(), captured.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+    assert all(torch.equal(part.change.delta, torch.full_like(part.change.delta, 0.01)) for part in closed)
 
 
 def peak_of(step: Callable[[], None]) -> int:

@@ -241,6 +241,11 @@ def nothing(): return None
 def incomplete(): return {"train": dataset(), "classes": ["a"]}
 def surplus(): return {"train": dataset(), "test": dataset(), "classes": ["a", "b"], "tset": 1}
 def lists(): return {"train": 3, "test": dataset(), "classes": ["a", "b"]}
+class Bytes:
+    classes = ["a", "b"]
+    def __len__(self): return 4
+    def __getitem__(self, index): return torch.zeros(3, 6, 6, dtype=torch.uint8), int(y[index])
+def bytes_(): return Bytes(), None, Bytes()
 constant = 3
 """
 
@@ -278,6 +283,7 @@ def test_python_gets_the_arguments_it_names(module: str) -> None:
         ("incomplete", "missing test"),
         ("surplus", "unknown tset"),
         ("lists", "train is a int, expected a dataset"),
+        ("bytes_", r"train images are torch\.uint8, expected float32 in \[0, 1\]; x\.float\(\) / 255"),
         ("constant", "has no function 'constant'"),
         ("absent", "has no function 'absent'"),
     ],

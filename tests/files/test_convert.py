@@ -254,3 +254,19 @@ def test_arguments() -> None:
         tuned[0].weight.mul_(2)
     with pytest.raises(ConfigError, match=r"0\.weight: expected the base's values, since the task cannot hold it"):
         model.extract_task("u", tuned.state_dict(), config=without)
+
+
+def test_what_cannot_be_gated_may_be_left_to_the_base() -> None:
+    """A layer under weight norm, whose tensors the checkpoint has as the base has them."""
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.LSTMCell(4, 3), nn.Linear(3, 2))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[1].weight_hh.add_(1)
+        tuned[1].bias_ih.add_(1)
+    with pytest.raises(taps_ext.UnsupportedModuleError, match="0: expected a plain .*parametrised"):
+        taps_ext.TaskModel(copy.deepcopy(base)).extract_task("t", tuned.state_dict())
+    model = taps_ext.TaskModel(base, unsupported="freeze")
+    model.extract_task("t", tuned.state_dict())
+    assert [(row.layer, row.open) for row in model.report("t").rows] == [("1.weight_ih", False), ("1.weight_hh", True)]
+    own = model.task_state_dict("t")
+    assert all(torch.equal(own[name], value) for name, value in tuned.state_dict().items())

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from taps_ext import ops
+from taps_ext.extension import has_kernels
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ def fold(session: pytest.Session, items: list[pytest.Item]) -> None:
         reason = "no CUDA device"
     elif ops._C is None or not ops._C.build_info().get("cuda"):
         reason = "the extension was built without CUDA kernels"
+    elif not has_kernels(ops._C.build_info()["cuda"]["architectures"], torch.cuda.get_device_capability()):
+        reason = "the extension has no kernels for compute capability {}.{}".format(*torch.cuda.get_device_capability())
     else:
         return
     waiting = {item for item in items if item.get_closest_marker("cuda")}

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from taps_ext import ops
+from taps_ext.extension import has_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +102,7 @@ def test_some_stages_alone(job, monkeypatch, tmp_path, capsys) -> None:
         "==== two\ntwo" in (tmp_path / "log.txt").read_text()
         and "==== two\nagain" in (tmp_path / "log.txt").read_text()
     )
-    monkeypatch.setattr(job, "facts", lambda: {"commit": "another", "device": True})
+    monkeypatch.setattr(job, "facts", lambda: {"commit": "another", "torch": "2.11.0", "device": True})
     _, report = run(job, monkeypatch, tmp_path, stages, "--stage", "one")
     assert [r["stage"] for r in report["stages"]] == ["one"]
     with pytest.raises(SystemExit):
@@ -120,9 +128,12 @@ def test_nothing_is_lost(job, monkeypatch, tmp_path, capsys) -> None:
     (aside,) = tmp_path.glob("earlier-*-gpu.json")
     assert aside.read_text() == "{" and "is kept as earlier-" in capsys.readouterr().out
     monkeypatch.setattr(job, "facts", lambda: {"device": False, "torch": None})
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert job.main() == 2 and "cannot import torch" in capsys.readouterr().err
+    for more in ([], ["--rehearse"]):  # without torch there is nothing to rehearse either
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *more])
+        assert job.main() == 2
+        told = capsys.readouterr().err
+        assert "cannot import torch" in told and "PYTHON=" in told and "REHEARSE" not in told
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
@@ -185,8 +196,133 @@ def test_the_real_stages(job, tmp_path) -> None:
     halves = [stage.half for stage in stages]
     assert halves == sorted(halves) and {"tests", "bench-linear-short"} <= {s.name for s in stages if s.half == "A"}
     assert all("initcheck" not in stage.command or "conformance" in stage.name for stage in stages)
-    assert "-c" in job.stages(tmp_path, "90", prebuilt=True)[0].command
+    assert job.stages(tmp_path, "90", prebuilt=True)[0].command[1:] == ["tools/prebuilt.py", "90"]
+    compiled = [s.name for s in stages if any(w.startswith(str(tmp_path)) and Path(w).suffix == "" for w in s.command)]
+    assert compiled == [s.name for s in stages if s.nvcc]  # whoever runs or makes a program of the job's own
     for stage in stages:
         for word in stage.command:
             if word.endswith((".py", ".cu")):
                 assert (ROOT / word).exists(), word
+
+
+def test_without_nvcc_the_jobs_own_programs_are_skipped(job, monkeypatch, tmp_path) -> None:
+    stages = [
+        ("build", python(""), 60, False),
+        ("conformance", ["/no/such/program"], 60, True, False, "A", True),
+        ("tests", python(""), 60),
+    ]
+    _, report = run(job, monkeypatch, tmp_path, stages)
+    assert [(r["status"], r.get("why")) for r in report["stages"]][:2] == [("passed", None), ("skipped", "no nvcc")]
+    facts = job.facts()
+    monkeypatch.setattr(job, "facts", lambda: {**facts, "nvcc": "13.0.88"})
+    _, report = run(job, monkeypatch, tmp_path, stages)
+    assert report["stages"][1]["status"] == "failed"
+
+
+def test_a_copy_without_history_is_known_by_its_sources(job, tmp_path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "taps_ext").mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("one")
+    before = job.sources(tmp_path)
+    (tmp_path / "taps_ext" / "_C.so").write_text("what half A has built")
+    assert job.sources(tmp_path) == before and before.startswith("sources ")
+    (tmp_path / "csrc" / "a.cu").write_text("two")
+    changed = job.sources(tmp_path)
+    (tmp_path / "csrc" / "a.cu").rename(tmp_path / "csrc" / "b.cu")
+    assert len({before, changed, job.sources(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_stage_that_runs(number, tmp_path) -> None:
+    """A scheduler's SIGTERM must not leave a process that holds the device; what ended before is kept."""
+    pid = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    (tmp_path / "job.py").write_text(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('gpu_job', {str(ROOT / 'tools/gpu.py')!r})\n"
+        "job = sys.modules['gpu_job'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(job)\n"
+        "job.facts = lambda: {'commit': 'c0ffee', 'torch': '2.11.0', 'device': True}\n"
+        "job.stages = lambda *a, **k: [job.Stage('build', [sys.executable, '-c', ''], 60, False),\n"
+        f"                              job.Stage('sleeps', [sys.executable, '-c', {pid!r}], 60)]\n"
+        f"sys.argv = ['gpu.py', '--out', {str(tmp_path)!r}]\n"
+        "raise SystemExit(job.main())\n"
+    )
+    process = subprocess.Popen([sys.executable, str(tmp_path / "job.py")], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    pid = int((tmp_path / "pid").read_text())
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert [r["stage"] for r in json.loads((tmp_path / "gpu.json").read_text())["stages"]] == ["build"]
+
+
+@pytest.fixture
+def prebuilt():
+    spec = importlib.util.spec_from_file_location("prebuilt", ROOT / "tools/prebuilt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_wheels_extension_is_copied_into_the_tree(prebuilt, tmp_path) -> None:
+    tree, site = tmp_path / "taps_ext", tmp_path / "site" / "taps_ext"
+    tree.mkdir()
+    site.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="no extension for Python .*install the wheel, or copy"):
+        prebuilt.place(tree, [tmp_path / "nowhere", site])
+    (site / prebuilt.NAMES[0]).write_text("the wheel's")
+    assert "was copied from" in prebuilt.place(tree, [tmp_path / "nowhere", site])
+    assert (tree / prebuilt.NAMES[0]).read_text() == "the wheel's"
+    (site / prebuilt.NAMES[0]).write_text("another")
+    assert "is in taps_ext" in prebuilt.place(tree, [site])
+    assert (tree / prebuilt.NAMES[0]).read_text() == "the wheel's"
+
+
+def test_kernels_for_another_device_are_refused() -> None:
+    """Of the architectures alone: 86 is also in the version of nvcc 12.9.86."""
+    if ops._C is None or not (built := ops._C.build_info()["cuda"]):
+        pytest.skip("the extension is not built with CUDA")
+    for capability in ("75", built["version"].split(".")[-1].zfill(2)):
+        expected = has_kernels(built["architectures"], (int(capability[:-1]), int(capability[-1])))
+        done = subprocess.run(
+            [sys.executable, "tools/prebuilt.py", capability], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) is expected
+        assert expected or f"expected kernels for compute capability {capability}, got those for" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        ("90", ["9.0", "10.0", "12.0"], ["8.0", "8.9"]),
+        ("80-real", ["8.0", "8.6", "8.9"], ["7.5", "9.0"]),
+        ("86-real", ["8.6", "8.9"], ["8.0", "9.0"]),
+        ("80-virtual", ["8.0", "9.0", "12.0"], ["7.5"]),
+        ("90a-real", ["9.0"], ["8.0", "10.0"]),
+        ("90a", ["9.0"], ["10.0"]),
+        ("100f-real", ["10.0", "10.3"], ["9.0", "12.0"]),
+        ("80-real 86-real 89-real 90a-real 100-real 120", ["8.0", "8.7", "9.0", "10.3", "12.1"], ["7.5", "11.0"]),
+        ("80-real;120", ["8.9", "12.0"], ["9.0"]),
+        ("", [], ["9.0"]),
+    ],
+)
+def test_which_devices_an_architecture_serves(architectures, runs, does_not) -> None:
+    for capability in runs + does_not:
+        major, minor = map(int, capability.split("."))
+        assert has_kernels(architectures, (major, minor)) is (capability in runs), capability
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("name", ["linear", "reconstruct", "conv2d", "step"])
+def test_a_measurement_says_at_once_why_it_cannot_be(name, tmp_path) -> None:
+    command = [sys.executable, f"benchmarks/gpu_{name}.py", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for path, message in (
+        (tmp_path / "out.json", "error: no CUDA device here"),
+        (tmp_path / "missing" / "out.json", "error: --json: expected a file in a folder that is there, got"),
+    ):
+        done = subprocess.run([*command, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -40,7 +40,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @cache
 def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
-    """(kind, type, weight's, Delta's, its rows) -> kernel and shared memory; ("add", type) -> the one of splits."""
+    """(kind, type, weight's, Delta's, tile) -> kernel and shared memory; ("add", type) -> the one of splits."""
     found: dict[tuple[Any, ...], tuple[ptx.Kernel, int]] = {}
     short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
     for name, kernel in demangled(ptx.parse(text)).items():
@@ -50,23 +50,22 @@ def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
             found["weight", types[0], types[1]] = kernel, shared
         elif "Activation" in name:
             kind = "input" if re.search(r", true>, \d+u>\(", name) else "forward"
-            found[(kind, *types, 16 if "Shape<16," in name else 64)] = kernel, shared
-        elif rows := re.search(r"Rows<(\d),", name):
-            found[("forward", *types, int(rows[1]))] = kernel, shared
+            rows, columns = re.findall(r"Shape<(\d+), (\d+),", name)[0]
+            found[(kind, *types, (int(rows), int(columns)))] = kernel, shared
+        elif without := re.search(r"Rows<(\d),", name):
+            found[("forward", *types, (int(without[1]), 2))] = kernel, shared
         else:
             (one,) = re.findall(r"add_splits<taps::dev::(b?f16)>", name)
             found["add", one] = kernel, 0
     return found
 
 
-def rows_of(kind: str, rows: int) -> int:
-    """Rows that the kernel of a product is made for; up to four there are no tiles."""
-    return 64 if kind == "input" else next(most for most in (1, 4, 16, 64) if rows <= most or most == 64)
-
-
 @dataclass
 class Problem:
-    """A product. `offset`: elements that a matrix begins behind 16 bytes; `padding`: columns between its rows."""
+    """A product. `offset`: elements that a matrix begins behind 16 bytes; `padding`: columns between its rows.
+
+    `wide`: rows of the tiles of 128 columns, of a forward that has them.
+    """
 
     kind: str
     types: tuple[str, str, str]
@@ -79,6 +78,32 @@ class Problem:
     offset: int = 0
     padding: int = 0
     bias: bool = False
+    wide: int = 0
+
+    @property
+    def without_tiles(self) -> bool:
+        return self.rows <= 4 and self.kind == "forward"
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns; without tiles those of a warp."""
+        if self.wide:
+            return self.wide, 128
+        if self.without_tiles:
+            return 1 if self.rows == 1 else 4, 2
+        return (16, 32) if self.rows <= 16 and self.kind == "forward" else (64, 64)
+
+    @property
+    def depth(self) -> int:
+        """Of a step, or what a slice without tiles has a multiple of."""
+        if self.wide:
+            return 16 if self.types[2] == "f32" else 32
+        return 32 if self.tile[0] == 64 else 64
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        compute, _, delta = self.types
+        return ("weight", compute, delta) if self.kind == "weight" else (self.kind, *self.types, self.tile)
 
 
 class Case:
@@ -136,14 +161,11 @@ class Case:
         )
         self.field("result", "Q", result)
         self.field("ld_result", "q", columns)
-        made_for = 64 if p.kind == "weight" else rows_of(p.kind, m)
-        tile_rows, tile_columns, tile_depth = (16, 32, 64) if made_for == 16 else (64, 64, 32)
-        slices = 1  # of the depth in a block, where there are no tiles
-        if made_for <= 4:
-            while slices < p.splits:
-                slices *= 2
-            tile_rows, tile_columns, tile_depth = 4, 16 // slices, 64
-        splits = p.splits if made_for > 4 else 1
+        (tile_rows, tile_columns), tile_depth = p.tile, p.depth
+        splits, slices = p.splits, 1
+        if p.without_tiles:  # the block's warps share the depth, and no others
+            splits, slices = 1, 1 << (p.splits - 1).bit_length()
+            tile_columns *= 8 // slices
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
         scores = p.kind == "weight" and (p.open or p.on_device)
         memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * splits * rows * columns)
@@ -155,8 +177,7 @@ class Case:
         self.field("slices", "i", slices)
         per_split = -(-depth // (tile_depth * splits * slices)) * tile_depth
         self.field("depth_of_split", "q", depth if p.kind == "weight" else per_split)
-        key = ("weight", compute, of_delta) if p.kind == "weight" else (p.kind, *p.types, made_for)
-        kernel, shared = kernels[key]
+        kernel, shared = kernels[p.key]
         threads = 128 if p.kind == "weight" else 256
         for split in range(splits):
             for tile in range(tiles):
@@ -188,11 +209,12 @@ class Case:
 
 def random_problem(chance: random.Random) -> Problem:
     kind = chance.choice(KINDS)
+    rows = chance.choice((1, 2, 3, 4, 7, 16, 17, 33, 64, 65, 130))
     return Problem(
         kind=kind,
         types=chance.choice(TYPES),
-        rows=chance.choice((1, 2, 3, 4, 7, 16, 17, 33, 64, 65)),
-        outputs=chance.choice((1, 2, 8, 31, 32, 33, 64, 66, 97)),
+        rows=rows,
+        outputs=chance.choice((1, 2, 8, 31, 32, 33, 64, 66, 97, 130)),
         inputs=chance.choice((1, 2, 8, 30, 64, 65, 72, 130, 257, 320, 520, 1032)),
         open=chance.random() < 0.75,
         on_device=chance.random() < 0.5,
@@ -200,6 +222,7 @@ def random_problem(chance: random.Random) -> Problem:
         offset=chance.choice((0, 0, 0, 8, 1, 2, 4)),
         padding=chance.choice((0, 0, 8, 1, 2)),
         bias=chance.random() < 0.5,
+        wide=chance.choice((0, 64, 128)) if kind == "forward" and rows > 16 else 0,
     )
 
 
@@ -209,19 +232,14 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
     chance, loaded = random.Random(f"{SEED} ptx"), kernels(texts[architecture])
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
-    assert len(loaded) == 36
+    assert len(loaded) == 48
     for round_ in range(12 if THOROUGH else 1):
         waiting = {key for key in loaded if key[0] != "add"}
-        tries = 0
         while waiting:
             problem = random_problem(chance)
-            key = (problem.kind, *problem.types, rows_of(problem.kind, problem.rows))
-            if problem.kind == "weight":
-                key = ("weight", problem.types[0], problem.types[2])
-            tries += 1
-            if key not in waiting:
+            if problem.key not in waiting:
                 continue
-            waiting.discard(key)
+            waiting.discard(problem.key)
             try:
                 wrong = Case(problem, layout, numbers).wrong(loaded)
             except ptx.Fault as fault:
@@ -235,6 +253,7 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
 # A piece of the text, its change, and the product that shows it.
 DEEP = Problem("forward", ("bf16", "bf16", "bf16"), 40, 64, 320)
 FEW = Problem("forward", ("bf16", "bf16", "f32"), 9, 64, 520)
+WIDE = Problem("forward", ("bf16", "bf16", "bf16"), 70, 130, 320, wide=128)
 SHORT = Problem("forward", ("bf16", "bf16", "bf16"), 40, 33, 72, padding=8)
 BACK = Problem("input", ("f16", "f16", "f16"), 40, 70, 64)
 THREE = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 1032, splits=2)
@@ -242,6 +261,7 @@ ODD = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 65)
 GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
 CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),
+    "a copy too few is waited for, wide": (r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;", WIDE),
     "registers of A exchanged": (r"(mma\.sync\S+\s+\{[^}]*\}, \{%\w+, )(%\w+), (%\w+)(, %\w+\})", r"\1\3, \2\4", DEEP),
     "registers of B exchanged": (r"(mma\.sync\S+\s+\{[^}]*\}, \{[^}]*\}, \{)(%\w+), (%\w+)\}", r"\1\3, \2}", DEEP),
     "not transposed": (r"\.x4\.trans\.", ".x4.", BACK),

@@ -60,6 +60,7 @@ class Linear:
     splits: int = 1
     offset: int = 0
     padding: int = 0
+    wide: int = 0  # rows of tiles of 128 columns
     file = "linear"
     guess = False
 
@@ -69,11 +70,15 @@ class Linear:
         words += [] if self.opened else ["closed"]
         words += [f"{name}{n}" for name, n in (("offset", self.offset), ("padding", self.padding)) if n]
         words += [f"splits{self.splits}"] if self.splits > 1 else []
+        words += [f"tiles{self.wide}"] if self.wide else []
         return "-".join(words + ([] if self.architecture == "compute_90a" else [self.architecture]))
 
     @property
-    def few(self) -> bool:
-        return self.rows <= 16 and self.kind == "forward"
+    def tile(self) -> tuple[int, int, int]:
+        """Rows, columns, depth of a step."""
+        if self.wide:
+            return self.wide, 128, 16 if self.types[2] == "f32" else 32
+        return (16, 32, 64) if self.rows <= 16 and self.kind == "forward" else (64, 64, 32)
 
     @property
     def without_tiles(self) -> bool:
@@ -87,7 +92,8 @@ class Linear:
         if self.without_tiles:
             return rf"Rows<{1 if self.rows == 1 else 4}, {compute}, {weight}, {delta}>"
         turned = "true" if self.kind == "input" else "false"
-        return rf"Activation<taps::dev::Shape<{16 if self.few else 64},.*>, {compute}, {weight}, {delta}, {turned}>"
+        shape = rf"taps::dev::Shape<{self.tile[0]}, {self.tile[1]},.*>"
+        return rf"Activation<{shape}, {compute}, {weight}, {delta}, {turned}>"
 
     def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
         made = Layout(layout, "LinearProduct")
@@ -110,7 +116,7 @@ class Linear:
         if self.kind == "weight":
             made.object("score_gradient")
         made.set("scale", "d", 2.0)
-        tile_rows, tile_columns, tile_depth = (16, 32, 64) if self.few else (64, 64, 32)
+        tile_rows, tile_columns, tile_depth = self.tile
         splits, per_split = self.splits, -(-depth // (tile_depth * self.splits)) * tile_depth
         if self.without_tiles:  # as many slices of a block, each a whole number of lines of memory
             splits, tile_columns = 1, 16 // self.splits
@@ -311,7 +317,7 @@ class Convolved(Linear):
     @property
     def pattern(self) -> str:
         compute, weight, delta = (NAMES[one] for one in self.types)
-        return rf"Convolved<taps::dev::Shape<{16 if self.few else 64},.*>, {compute}, {weight}, {delta}>"
+        return rf"Convolved<taps::dev::Shape<{self.tile[0]},.*>, {compute}, {weight}, {delta}>"
 
     def launch(self, layout: Mapping[str, int], kernel: str, shared: int) -> Launch:
         one = super().launch({**layout, "LinearProduct": layout["Convolution"]}, kernel, shared)
@@ -502,6 +508,7 @@ LINEAR: list[Linear] = [
     *(Linear("forward", types, 16, 64, 832) for types in TYPES),
     *(Linear("forward", types, 64, 128, 416) for types in TYPES),
     *(Linear("forward", types, rows, 21, 1096, splits=2) for types in TYPES for rows in (1, 4)),  # slices of a block
+    *(Linear("forward", types, wide, 256, 416, wide=wide) for types in TYPES for wide in (64, 128)),
     *(Linear("input", types, 64, 416, 128) for types in TYPES),
     *(Linear("weight", types, 160, 128, 64) for types in (BF16, MIXED, HALF, MIXED_HALF)),
     # Tails in every direction: pieces of 4 bytes, and elements that are 2 bytes beside 4; rows apart; splits.
@@ -512,6 +519,8 @@ LINEAR: list[Linear] = [
     Linear("forward", BF16, 9, 31, 301),
     Linear("forward", BF16, 33, 60, 198, splits=2),
     Linear("forward", MIXED, 20, 33, 101, padding=2),
+    Linear("forward", MIXED, 35, 140, 198, splits=2, wide=64),
+    Linear("forward", BF16, 70, 133, 101, wide=128),
     Linear("input", BF16, 20, 100, 34),
     Linear("input", MIXED, 33, 70, 67, offset=1),
     Linear("weight", BF16, 40, 34, 66),
@@ -520,12 +529,14 @@ LINEAR: list[Linear] = [
     Linear("forward", BF16, 16, 64, 832, opened=False),
     Linear("forward", MIXED, 64, 128, 416, opened=False),
     Linear("forward", BF16, 4, 21, 1096, opened=False, splits=4),
+    Linear("forward", BF16, 128, 256, 416, opened=False, wide=128),
     Linear("input", WIDE, 64, 416, 128, opened=False),
     Linear("weight", BF16, 160, 128, 64, opened=False),
     # The other architecture.
     Linear("forward", HALF, 16, 64, 832, architecture="compute_80"),
     Linear("forward", HALF, 4, 21, 1096, architecture="compute_80", splits=2),
     Linear("forward", BF16, 64, 128, 416, architecture="compute_80"),
+    Linear("forward", BF16, 64, 256, 416, architecture="compute_80", wide=64),
     Linear("input", MIXED, 64, 416, 128, architecture="compute_80"),
     Linear("weight", MIXED, 160, 128, 64, architecture="compute_80"),
     *(AddSplits("forward", types, 33, 60, 198, splits=2) for types in (BF16, HALF)),
@@ -676,6 +687,7 @@ loops, before_slices, after_slices = (without_barriers(6, *places) for places in
 FEW, MORE = Linear("forward", BF16, 16, 64, 832), Linear("forward", MIXED, 64, 128, 416)
 IMAGES, IMAGE = convolved(BF16, 32, 8, 128), convolved(MIXED, 64, 4, 64)
 NO_TILES = Linear("forward", BF16, 4, 21, 1096, splits=2)
+WIDE_TILES = Linear("forward", MIXED, 128, 256, 416, wide=128)
 INPUT, WEIGHT = Linear("input", BF16, 64, 416, 128), Linear("weight", BF16, 160, 128, 64)
 PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "few rows, a group too few is waited for": (FEW, too_early),
@@ -690,6 +702,9 @@ PLANTED: dict[str, tuple[Case, Callable[[str], str]]] = {
     "more rows, no barrier in the loop": (MORE, loops),
     "more rows, no barrier before the slices' sums": (MORE, before_slices),
     "more rows, all blocks write one tile": (MORE, one_block),
+    "wide tiles, a group too few is waited for": (WIDE_TILES, too_early),
+    "wide tiles, no barrier in the loop": (WIDE_TILES, without_barriers(2, 0, 1)),
+    "wide tiles, all blocks write one tile": (WIDE_TILES, one_block),
     "input gradient, a group too few is waited for": (INPUT, too_early),
     "input gradient, no barrier in the loop": (INPUT, loops),
     "input gradient, no barrier behind the slices' sums": (INPUT, after_slices),

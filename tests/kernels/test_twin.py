@@ -17,7 +17,7 @@ PROGRAMS = {
     "conformance": (None, None),
     "elementwise": (464, 464),
     "unpack": (710, 710),
-    "linear": (440, 6552),
+    "linear": (823, 7424),
     "linear_weight": (423, 1944),
     "rows": (1366, 9516),
     "conv2d": (375, 2733),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -409,9 +410,9 @@ class TestFrozenByTheUser:
         model.save_task("t", tmp_path / "t.taps")
         fresh = TaskModel(self.base(), config).eval()  # of a base that nobody froze
         fresh.load_task(tmp_path / "t.taps")
+        fresh.save_task("t", tmp_path / "again.taps")
         with torch.no_grad():
             assert torch.equal(fresh(x, task="t"), model(x, task="t"))
-        fresh.save_task("t", tmp_path / "again.taps")
         assert (tmp_path / "again.taps").read_bytes() == (tmp_path / "t.taps").read_bytes()
 
     def test_globs_win(self) -> None:
@@ -489,3 +490,30 @@ def test_it_is_profiled(kind: str, phase: str) -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain(x)
         assert found.rows[0].operations == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind, gates", [("gained", "host"), ("experts", "device"), ("lstm", "host")])
+def test_it_compiles_and_has_functional_derivatives(kind: str, gates: str) -> None:
+    """And a pickled copy is the same model."""
+    torch._dynamo.reset()
+    _, _, model, x = wrapped(kind, gates=gates)
+    parts = {name: part for name, part, _ in model.state("t").gated()}
+    out = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), out)
+    out.square().sum().backward()
+    wanted = {name: part.change.delta.grad for name, part in parts.items()}
+    for part in parts.values():
+        part.change.delta.grad = None
+    compiled = torch.compile(model, backend="aot_eager")(x)
+    assert torch.equal(compiled, out)
+    compiled.square().sum().backward()
+    # Here a weight that is read several times (at most four) is made as often, and the gradient of each is rounded to
+    # float32: of no part of a sum that is four times as large as the largest element.
+    bounds = {name: 16 * 2.0**-24 * gradient.abs().max() for name, gradient in wanted.items()}
+    for name, part in parts.items():
+        assert (part.change.delta.grad - wanted[name]).abs().max() <= bounds[name]
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    grads = torch.func.grad(lambda v: torch.func.functional_call(model, v, (x,)).square().sum())(values)
+    found = {id(parameter): grads[name] for name, parameter in model.named_parameters()}
+    for name, part in parts.items():
+        assert (found[id(part.change.delta)] - wanted[name]).abs().max() <= bounds[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -195,7 +196,6 @@ class TakesTask(nn.Module):
             lambda: MethodConfig.from_dict({"method": "taps", "lamb": 1}),
             "unknown key 'lamb' .did you mean 'lam'",
         ),
-        (lambda: MethodConfig.from_dict({"method": "taps"}), "lam"),
     ],
 )
 def test_mistakes_are_named(call, message) -> None:
@@ -264,6 +264,47 @@ def test_training_the_bare_base_by_mistake_is_said() -> None:
         model(images())
 
 
+def test_the_bare_base_in_evaluation_is_said_once_unless_it_was_asked_for() -> None:
+    model = tiny().eval()
+    x = images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)  # which has no task
+        model.add_task("t", num_classes=2)
+        model(x, task="t"), model(x, task=None)
+        with model.use_task("t"):
+            model(x)
+        with model.use_task(None):
+            model(x)
+    for run in (model, torch.no_grad()(model)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(x)
+        assert [(w.filename, "no task is active" in str(w.message)) for w in said] == [(__file__, True)][: run is model]
+    other = tiny().eval()
+    other.add_task("t", num_classes=2)
+    other.set_task("t")
+    other.set_task(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other(x)
+
+
+def test_use_task_restores_a_task_that_was_renamed_meanwhile() -> None:
+    model = tiny()
+    for name in ("a", "b"):
+        model.add_task(name, num_classes=2)
+    model.set_task("a")
+    with model.use_task("b"):
+        model.rename_task("a", "c")
+        model.rename_task("b", "a")
+        assert model.active_task == "a"
+    assert model.active_task == "c"
+    with model.use_task("a"):
+        model.delete_task("c")
+    assert model.active_task is None
+
+
 def test_tied_weights_are_refused() -> None:
     base = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     base[1].weight = base[0].weight
@@ -318,3 +359,11 @@ def test_the_bare_base_ignores_training_mode() -> None:
 
 def test_public_names() -> None:
     assert all(hasattr(taps_ext, name) for name in taps_ext.__all__)
+
+
+def test_a_base_on_meta_is_refused() -> None:
+    with torch.device("meta"):
+        model = TaskModel(TinyNet(), TapsConfig(lam=1.0))
+    with pytest.raises(ConfigError, match="weight: expected one on a device, got one on meta"):
+        model.add_task("t", num_classes=3)
+    assert model.tasks == []

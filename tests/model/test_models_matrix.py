@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    patch.syspath_prepend(BENCHMARKS)
     import model_catalogue
-    import models
-    from model_catalogue import Entry
+
+    # Under a name of its own: the tests' helpers have a module `models`.
+    spec = importlib.util.spec_from_file_location("benchmark_models", BENCHMARKS / "models.py")
+    models = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+Entry = model_catalogue.Entry
 
 SMOKE = (
     "by hand:unet",
@@ -77,7 +83,7 @@ class Forgets(Small):
             self.body.weight.add_(Forgets.built)
 
 
-def entry_of(build: type[nn.Module]) -> Entry:
+def entry_of(build: type[nn.Module]) -> model_catalogue.Entry:
     return Entry(f"here:{build.__name__}", "test", build, model_catalogue.values(4, 6))
 
 
@@ -96,7 +102,7 @@ def test_what_is_wrong_is_called_so(promise: str, monkeypatch: pytest.MonkeyPatc
     """The plain model is given another value than the task."""
     made, replaced = models.plain_of, models.replace
 
-    def off(entry: Entry, model: nn.Module) -> tuple[nn.Module, dict[str, object]]:
+    def off(entry: model_catalogue.Entry, model: nn.Module) -> tuple[nn.Module, dict[str, object]]:
         plain, stands = made(entry, model)
         with torch.no_grad():
             plain.body.weight[0, 0] += 1e-6

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taps_ext import ConfigError, TapsConfig, TaskModel
+from taps_ext.methods import taps
 from taps_ext.methods.taps import draw
 from taps_ext.parts.sampling import Sample, rows_of
 
@@ -357,6 +358,53 @@ def test_a_sample_that_no_layer_can_use_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.ones(4, 4).double(), x)  # four rows of x to each "sample"
+
+
+class Listed(nn.Module):
+    """Takes images as detectors do, and stacks what it makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Tensor:
+        return self.fc(self.hidden(torch.stack([image.mean((1, 2)) for image in x])))
+
+
+def scales(model: TaskModel, monkeypatch, *args: object) -> list[tuple[int, int]]:
+    """Samples and those drawn of them, in the forwards of one call."""
+    found = []
+
+    def noted(fraction: float, batch: int, device: torch.device) -> Sample:
+        sample = draw(fraction, batch, device)
+        found.append((batch, len(sample.rows)))
+        return sample
+
+    monkeypatch.setattr(taps, "draw", noted)
+    model(*args)
+    return found
+
+
+def test_a_tensor_that_is_broadcast_over_the_batch_counts_no_samples(monkeypatch) -> None:
+    model, x = adapted(Masked(), 0.25, opened=0), torch.randn(16, 3).double()
+    assert scales(model, monkeypatch, torch.ones(1, 3).double(), x) == [(16, 4)]
+
+
+def test_a_list_of_images_is_a_batch_and_not_its_colours(monkeypatch) -> None:
+    model = adapted(Listed(), 0.25, opened=0)
+    x = [torch.randn(3, 8 + size, 9).double() for size in range(8)]
+    assert scales(model, monkeypatch, x, [{"boxes": torch.ones(5, 4)} for _ in x]) == [(8, 2)]
+
+
+@pytest.mark.parametrize("base", [Masked, Listed])
+def test_a_batch_of_one_is_said(base) -> None:
+    """Of which nothing can be left out: what was asked for has no effect."""
+    model, one = adapted(base(), 0.25, opened=0), torch.randn(1, 3).double()
+    args = (one, one) if base is Masked else ([torch.randn(3, 8, 8).double()],)
+    with pytest.warns(
+        UserWarning, match=r"gate_fraction: expected several samples to draw from, got one in dimension 0"
+    ):
+        model(*args)
 
 
 def test_batch_dim(monkeypatch) -> None:

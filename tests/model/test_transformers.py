@@ -100,6 +100,59 @@ def test_labels_of_another_number_of_classes_are_refused() -> None:
     assert torch.equal(output.loss, F.cross_entropy(output.logits, y))
 
 
+LANGUAGE = {
+    "GPT2LMHeadModel": {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "LlamaForCausalLM": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "T5ForConditionalGeneration": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+}
+
+
+def language(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    config = kind.config_class(vocab_size=50, **LANGUAGE[name])
+    config.decoder_start_token_id = 0
+    return kind(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*has parameters of its own")
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language_models_learn_by_their_labels(name: str) -> None:
+    """Their loss counts words, whatever `num_labels` says; a head for other words is refused where that is known."""
+    base = language(name)
+    assert base.config.num_labels == 2
+    model = TaskModel(base, TapsConfig(lam=0.01)).train()
+    model.add_task("own")
+    model.add_task("new", num_classes=50)
+    words = torch.randint(1, 50, (2, 6))
+    for task in model.tasks:
+        optimizer = torch.optim.Adam(model.parameter_groups(task, lr=0.01))
+        losses = []
+        for _ in range(8):
+            loss = model(input_ids=words, labels=words, task=task).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+    model.add_task("few", num_classes=7)
+    if name.startswith("T5"):  # whose loss goes by the outputs
+        few = words % 7
+        output = model(input_ids=words, labels=few, task="few")
+        assert torch.equal(output.loss, F.cross_entropy(output.logits.view(-1, 7), few.view(-1)))
+        return
+    with pytest.raises(ConfigError, match=r"labels: .* loss over 50 classes and task 'few' has 7"):
+        model(input_ids=words, labels=words, task="few")
+    assert model(input_ids=words, task="few").logits.shape == (2, 6, 7)
+
+
 def test_a_merged_copy_computes_its_loss_and_loads_back(tmp_path) -> None:
     base, x, y = vit(), pictures(), torch.tensor([0, 1, 6, 2])
     model = TaskModel(base, TapsConfig(lam=0.5)).eval()

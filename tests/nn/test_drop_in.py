@@ -247,3 +247,10 @@ def test_what_cannot_be_converted_is_told(net) -> None:
             convert(adapted)
     with pytest.raises(ConfigError, match="expected drop-in layers with learned gates, got none"):
         sparsity_loss(net, 1.0)
+
+
+@pytest.mark.parametrize("make", [lambda: TapsLinear(6, 3, device="meta"), lambda: TapsConv2d(3, 4, 3, device="meta")])
+def test_a_layer_on_meta_is_refused(make) -> None:
+    """What `to_empty` gives it later would be no score."""
+    with pytest.raises(ConfigError, match="weight: expected one on a device, got one on meta; build .* on the CPU"):
+        make()

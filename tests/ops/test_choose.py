@@ -84,7 +84,8 @@ def decisions(choose: Callable[..., str], kind: str) -> bytes:
 def test_the_decisions_are_the_same_as_before(kind) -> None:
     """The file was written by the function that the rules replaced, on CUDA with 64 rows in place of 128.
 
-    Convolutions on CUDA are by the rule of shallow ones, and a matrix unit fuses up to 15 rows instead of 32.
+    Large layers of 65 to 128 rows on CUDA are by the rule of wide tiles, convolutions by that of shallow ones, and a
+    matrix unit fuses up to 15 rows instead of 32.
     """
     want = zlib.decompress(base64.b64decode(json.loads(GOLDEN.read_text(encoding="utf-8"))[kind]))
     if decisions(_C.choose, kind) != want:

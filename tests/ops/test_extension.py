@@ -115,6 +115,9 @@ def test_choice_of_path():
     assert _C.choose(open=True, fusable=True, rows=64, cuda=True) == "fused"
     assert _C.choose(open=False, same_dtype=False, fusable=True, rows=1) == "rebuild"  # torch's to the bit
     assert _C.choose(open=True, fusable=True, rows=65, cuda=True) == "rebuild"
+    wide = {"open": True, "fusable": True, "cuda": True, "outputs": 2560, "inputs": 2048}
+    assert [_C.choose(rows=rows, **wide) for rows in (65, 128, 129)] == ["fused", "fused", "rebuild"]
+    assert _C.choose(rows=128, **{**wide, "inputs": 2047}) == "rebuild"
     assert _C.choose(open=False, fusable=True, rows=1) == "stock"
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     _C.force_path("rebuild")

@@ -296,7 +296,7 @@ def test_roofs() -> None:
     [
         ({"phase": "training"}, "phase: expected one of .* got 'training' .did you mean 'train'"),
         ({"optimizer": "adam"}, "optimizer: expected one of"),
-        ({"amp": "fp16"}, "amp: expected one of"),
+        ({"amp": "fp8"}, "amp: expected one of"),
         ({"inputs": torch.zeros(1, 3, 8, 8)}, "inputs: expected a tuple"),
         ({"inputs": ()}, "inputs: expected the forward's arguments, got none"),
         ({"loss": "ce"}, "loss: expected a function of the outputs, got str"),
@@ -380,3 +380,38 @@ def test_inside_inference_mode() -> None:
     with torch.inference_mode():
         found = profile(model, (images(2),), task="t", steps=1, machine=ROOFS)
     assert found.memory.gradients > 0
+
+
+def test_what_is_printed_of_memory_has_its_peak() -> None:
+    lines = str(Memory(weights=2_000_000, workspace=500_000)).splitlines()
+    assert [line.split() for line in lines] == [
+        ["weights", "2.0", "MB"],
+        ["workspace", "0.5", "MB"],
+        ["peak", "2.5", "MB"],
+    ]
+
+
+def test_fp16_is_profiled_as_it_is_trained() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=4)
+    x = torch.randn(4, 8)
+    assert estimate(model, (x,), task="t", amp="fp16").peak == estimate(model, (x,), task="t", amp="bf16").peak
+    found = profile(model, (x,), task="t", amp="fp16", steps=1, machine=ROOFS)
+    assert found.rows[0].forward > 0
+    with pytest.raises(ConfigError, match="amp: expected one of"):
+        estimate(model, (x,), task="t", amp="fp8")
+
+
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_an_autocast_around_a_profile_is_refused(amp) -> None:
+    """Layers' limits would be those of another type."""
+    model = TaskModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), TapsConfig(lam=1.0))
+    model.add_task("t", num_classes=4)
+    for measured in (profile, estimate):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ConfigError, match="amp: .*outside of torch.autocast"),
+        ):
+            measured(model, (torch.randn(4, 8),), task="t", amp=amp)
+    with torch.autocast("cpu", enabled=False):
+        estimate(model, (torch.randn(4, 8),), task="t", amp=amp)

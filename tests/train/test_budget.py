@@ -20,7 +20,9 @@ SIZES = (3, 17, 64, 5, 40)  # outputs of the layers, of 8 inputs each
 
 def layered(scores, gates: str = "host", threshold: float = 0.1, **overrides) -> TaskModel:
     base = nn.Sequential(*(nn.Linear(8, size, bias=False) for size in SIZES), nn.Linear(8, 2))
-    model = TaskModel(base, TapsConfig(lam=0.5, threshold=threshold, overrides=overrides), gates=gates)
+    model = TaskModel(
+        base, TapsConfig(threshold=threshold, score_init=max(threshold, 0.15), overrides=overrides), gates=gates
+    )
     model.add_task("t")
     with torch.no_grad():
         for (_, _, gate), score in zip(model.state("t").gated(), scores, strict=True):

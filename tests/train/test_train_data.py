@@ -202,7 +202,8 @@ def _noisy(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lambda: (nn.Linear(2, 2), {}), "model: expected a TaskModel, got Linear"),
         (lambda: (build(), [Task(train=data())]), "tasks: expected a Mapping, got list"),
         (lambda: (build(), {}, {"epochs": 3}), "config: expected a TrainConfig, got dict"),
-        (lambda: (build(), {}, TrainConfig(device="gpu")), "device: expected cpu or cuda"),
+        (lambda: (build(), {}, TrainConfig(device="gpu")), r"device: expected cpu or cuda\[:N\], got 'gpu'$"),
+        (lambda: (build(), {}, TrainConfig(device="cuda:99")), "device: 'cuda:99' is not usable here: "),
         (
             lambda: (build(), {"t": Task(train=data(), labels=["a"])}),
             r"tasks\['t'\]\.labels: expected 4 names .*, got 1",

@@ -3,6 +3,7 @@ by the name of the argument."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from taps_ext import ConfigError, RcmConfig, TaskModel
+from taps_ext import ConfigError, RcmConfig, TapsConfig, TaskModel
 from taps_ext.methods import rcm
 from taps_ext.train import (
     Callback,
@@ -370,3 +371,68 @@ def test_a_family_in_no_file_is_said_before_the_first_step(tmp_path) -> None:
     other.load_task(result.file)
     x = data(48, 1)[0]
     assert torch.equal(other.eval()(x, task="t"), model.eval()(x, task="t"))
+
+
+LOSSES = [
+    F.mse_loss,
+    F.l1_loss,
+    nn.SmoothL1Loss(),
+    nn.HuberLoss(),
+    functools.partial(F.mse_loss, reduction="mean"),
+    nn.BCEWithLogitsLoss(),
+]
+
+
+def of_one_output() -> TaskModel:
+    model = TaskModel(settle(TinyNet()), TapsConfig())
+    model.add_task("t", num_classes=1)
+    return model
+
+
+def regression(loss, *shape: int) -> Task:
+    """One number for each image."""
+    x = data()[0]
+    return Task(train=(x, x.mean((1, 2, 3)).reshape(shape)), loss=loss, metrics={})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("mode", ["incremental", "evaluate"])
+def test_targets_that_would_be_broadcast_are_refused(loss, mode: str) -> None:
+    """[N] against [N, 1] is a mean over all pairs, which trains towards the mean of all targets."""
+    model = of_one_output()
+    message = (
+        r"expected targets \[\d+, 1\] like the outputs, which \w+ compares .*, got \[\d+\]; .* y\.reshape\(-1, 1\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        if mode == "evaluate":
+            task = regression(loss, -1)
+            Trainer(model, {"t": task}, TrainConfig(), quiet=True).evaluate("t", task.train)
+        else:
+            trained(regression(loss, -1), model)
+    assert trained(regression(F.mse_loss, -1, 1), model).epoch >= 0
+
+
+def test_a_loss_of_ones_own_may_reshape() -> None:
+    assert told(lambda: trained(regression(lambda o, t: F.mse_loss(o.squeeze(1), t), -1), of_one_output())) == []
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "loader"])
+def test_uint8_images_that_the_base_does_not_take(kind: str) -> None:
+    x, y = data()
+    bytes_ = (x.sigmoid() * 255).to(torch.uint8)
+    made = {"tensor": (bytes_, y), "array": (bytes_.numpy(), y.numpy())}
+    train = made.get(kind) or DataLoader(TensorDataset(bytes_, y), batch_size=16)
+    message = r"task 't': expected images .*, got uint8 \[16, .* \(input: expected dtype .*\); x\.float\(\) / 255"
+    with pytest.raises(ConfigError, match=message):
+        trained(Task(train=train, val=(bytes_, y)))
+
+
+def test_uint8_images_that_the_base_takes() -> None:
+    class Scaled(TinyNet):
+        def forward(self, x):
+            return super().forward(x.float() / 255)
+
+    model = TaskModel(settle(Scaled()), TapsConfig())
+    model.add_task("t", num_classes=4)
+    x, y = data()
+    assert trained(Task(train=((x.sigmoid() * 255).to(torch.uint8), y)), model).epoch >= 0

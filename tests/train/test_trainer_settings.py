@@ -313,3 +313,10 @@ def test_transforms_resume_bit_equal(where: str, kind: str, tmp_path) -> None:
     plain = build()
     fit(plain, task={"train": data(), "val": val})
     assert not equal(tensors(plain), want)
+
+
+def test_a_device_is_looked_at_when_it_is_set() -> None:
+    for device in ("gpu", "cuda:x", 0, "", "meta"):
+        with pytest.raises(ConfigError, match="device: expected"):
+            TrainConfig(device=device)
+    assert TrainConfig(device=torch.device("cuda:99")).to_dict()["device"] == "cuda:99"

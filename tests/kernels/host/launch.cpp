@@ -45,7 +45,8 @@ void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns) {
 
 template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
-  dev::with_instance<T>(kind, args, [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
+  dev::with_instance<T>(kind, args, grid.kind,
+                        [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
   if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs);
 }
 

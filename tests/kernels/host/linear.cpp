@@ -12,19 +12,17 @@ constexpr std::pair<Known, double> kGates[] = {
     {Known::kClosed, 0.0}, {Known::kOpen, 0.0}, {Known::kRead, 0.15}, {Known::kRead, 0.05}, {Known::kReadDouble, 0.1}};
 
 template <class T, class W, class D>
+std::string one(Product kind, const Problem& problem, Tiles tiles) {
+  std::string wrong;
+  with_activation<T, W, D>(
+      kind, tiles, [&](auto instance) { wrong = check<typename decltype(instance)::type, T, W, D>(kind, problem); });
+  return wrong;
+}
+template <class T, class W, class D>
 std::string one(Product kind, const Problem& problem) {
-  if (kind == Product::kInputGradient) return check<InputGradient<MoreRows, T, W, D>, T, W, D>(kind, problem);
-  if constexpr (sizeof(T) == 2) {  // as with_instance has it, which knows no tf32
-    LinearProduct p;
-    p.rows = problem.m;
-    std::string wrong;
-    with_activation<T, W, D>(
-        kind, p, [&](auto instance) { wrong = check<typename decltype(instance)::type, T, W, D>(kind, problem); });
-    return wrong;
-  } else {
-    return problem.m <= kFewRows ? check<Forward<FewRows, T, W, D>, T, W, D>(kind, problem)
-                                 : check<Forward<MoreRows, T, W, D>, T, W, D>(kind, problem);
-  }
+  const bool none = sizeof(T) == 2 && kind == Product::kForward && problem.m <= Warps::kMostRows;
+  if (none) return one<T, W, D>(kind, problem, problem.m == 1 ? Tiles::kOneRow : Tiles::kFourRows);
+  return one<T, W, D>(kind, problem, problem.m <= kFewRows ? Tiles::kFewRows : Tiles::kMoreRows);
 }
 
 // A quarter of the small shapes, each with a gate and a split; or, with an argument to the program, all of them, for
@@ -66,12 +64,46 @@ TAPS_CASE(input_gradient_f16_delta_f16) { return shapes<f16, f16, f16>(Product::
 TAPS_CASE(input_gradient_f16_autocast) { return shapes<f16, float, float>(Product::kInputGradient); }
 TAPS_CASE(input_gradient_tf32) { return shapes<float, float, float>(Product::kInputGradient); }
 
+// Wide tiles of 64 and of 128 rows: half of the shapes, of more than few rows, each with a gate and a split; or all.
+template <class T, class W, class D>
+std::string wide_shapes() {
+  int i = 0;
+  for (const int64_t m : kSizes) {
+    for (const int64_t n : kSizes) {
+      for (const int64_t k : kSizes) {
+        for (const Tiles tiles : {Tiles::kWide, Tiles::kWidest}) {
+          ++i;
+          if (m <= kFewRows || (!every_shape && (m * n * k > 300000 || i % 4 > 1))) continue;
+          Problem problem{m, n, k};
+          std::tie(problem.gate, problem.score) = kGates[i / 2 % 5];
+          problem.splits = i % 7 % 3 + 1;
+          problem.bias = i / 4 % 2 == 0;
+          problem.padding = i % 11 == 0 ? 8 : i % 11 == 1 ? 2 : 0;
+          problem.offset = i % 13 == 0 ? 1 : i % 13 == 1 ? 8 : 0;
+          problem.seed = static_cast<uint64_t>(i % 5);
+          if (std::string wrong = one<T, W, D>(Product::kForward, problem, tiles); !wrong.empty()) return wrong;
+          ++host::problems();
+        }
+      }
+    }
+  }
+  return "";
+}
+TAPS_CASE(wide_bf16_delta_bf16) { return wide_shapes<bf16, bf16, bf16>(); }
+TAPS_CASE(wide_bf16_delta_fp32) { return wide_shapes<bf16, bf16, float>(); }
+TAPS_CASE(wide_f16_autocast) { return wide_shapes<f16, float, float>(); }
+
 TAPS_CASE(every_gate_and_split_of_one_shape) {
   for (const Product kind : {Product::kForward, Product::kInputGradient}) {
     for (const auto& [gate, score] : kGates) {
       for (const int splits : {1, 2, 5}) {
         Problem problem{33, 65, 257, gate, score, splits, true};
-        if (std::string wrong = one<bf16, bf16, float>(kind, problem); !wrong.empty()) return wrong;
+        std::string wrong = one<bf16, bf16, float>(kind, problem);
+        problem.m = 130, problem.n = 129;
+        for (const Tiles tiles : {Tiles::kWide, Tiles::kWidest}) {
+          if (wrong.empty() && kind == Product::kForward) wrong = one<bf16, bf16, bf16>(kind, problem, tiles);
+        }
+        if (!wrong.empty()) return wrong;
       }
     }
   }
@@ -86,6 +118,10 @@ TAPS_CASE(leading_dimensions_and_offsets) {
         Problem problem{20, 40, 96};
         problem.padding = padding, problem.offset = offset, problem.bias = true;
         std::string wrong = one<f16, f16, float>(kind, problem);
+        for (const Tiles tiles : {Tiles::kWide, Tiles::kWidest}) {
+          if (wrong.empty()) wrong = one<bf16, bf16, bf16>(kind, problem, tiles);
+          if (wrong.empty()) wrong = one<f16, float, float>(kind, problem, tiles);
+        }
         problem.m = 3, problem.splits = 2;
         if (wrong.empty()) wrong = one<f16, f16, float>(kind, problem);
         problem.m = 5;
@@ -117,7 +153,7 @@ TAPS_CASE(planned_splits) {
     // The plan itself: every depth exactly once, and no split without a depth.
     for (const int64_t columns : {64, 1024, 4096, 5000}) {
       for (const int64_t depth : {0, 1, 255, 4096, 4097}) {
-        const Grid grid = plan(16, columns, depth, 16, 32, 64, columns * depth * 6, multiprocessors);
+        const Grid grid = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, multiprocessors);
         split = split || grid.splits > 1;
         const int64_t covered = grid.splits * grid.depth_of_split, without_last = covered - grid.depth_of_split;
         if (covered < depth || (grid.splits > 1 && without_last >= depth)) return "plan of " + std::to_string(depth);
@@ -126,6 +162,25 @@ TAPS_CASE(planned_splits) {
     }
   }
   return split ? "" : "expected a plan that splits";
+}
+
+// Tiles as they are planned, of every kind, and the kernels without any.
+TAPS_CASE(planned_tiles) {
+  const std::pair<Problem, Tiles> problems[] = {{{1, 200, 100}, Tiles::kOneRow},   {{4, 200, 100}, Tiles::kFourRows},
+                                                {{16, 200, 100}, Tiles::kFewRows}, {{40, 60, 100}, Tiles::kMoreRows},
+                                                {{40, 384, 100}, Tiles::kWide},    {{64, 384, 320}, Tiles::kWide},
+                                                {{100, 300, 100}, Tiles::kWidest}, {{300, 300, 70}, Tiles::kWidest}};
+  for (auto [problem, tiles] : problems) {
+    problem.splits = 0, problem.multiprocessors = 1;
+    LinearProduct product;
+    product.rows = problem.m, product.outputs = problem.n, product.inputs = problem.k;
+    product.delta.data = &product, product.delta_dtype = Dtype::kBFloat16;
+    const Tiles planned = plan(Product::kForward, product, 1).kind;
+    if (planned != tiles) return problem.name() + ": tiles " + std::to_string(static_cast<int>(planned));
+    if (std::string wrong = one<bf16, bf16, bf16>(Product::kForward, problem, tiles); !wrong.empty()) return wrong;
+    ++host::problems();
+  }
+  return "";
 }
 
 TAPS_CASE(splits_are_added_in_order) { return check_splits(); }

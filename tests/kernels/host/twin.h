@@ -84,7 +84,6 @@ inline unsigned warp() { return twin::thread() >> 5; }
 inline unsigned nthreads() { return twin::threads(); }
 inline unsigned bid_x() { return twin::block().x; }
 inline unsigned bid_y() { return twin::block().y; }
-inline unsigned bid_z() { return twin::block().z; }
 inline unsigned nblocks_x() { return twin::grid().x; }
 inline sh<unsigned char> arena() { return {}; }
 template <class T>
