@@ -6,11 +6,21 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModuleError, suggestion
 from ..parts import Own, Part
-from ..parts.host import GATED_TYPES, base_weight, host_of, hosts_by_name, is_norm, owner_of, weight_name
+from ..parts.host import (
+    GATED_TYPES,
+    base_bias,
+    base_weight,
+    bias_name,
+    host_of,
+    hosts_by_name,
+    is_norm,
+    owner_of,
+    weight_name,
+)
 from .caches import appeared
 from .weights import KNOWN_TYPES, TABLES, globs, hosts_in, refusal
 
@@ -40,7 +50,8 @@ class Scan:
             transformers' Conv1D), or one weight of a module that has more of its own (recurrent layers, experts).
         norms: normalisation layers. others: modules that own further parameters or buffers.
         head: the head's name, or None.
-        frozen: names of parameters that the user froze before the base was adapted.
+        frozen: names of parameters that the user froze before the base was adapted. left: those of weights that
+            `exclude_modules` names by themselves. any_weight: whether the base has weights that are not of `gated`.
     """
 
     order: dict[str, int] = field(default_factory=dict)
@@ -50,11 +61,13 @@ class Scan:
     others: dict[str, nn.Module] = field(default_factory=dict)
     head: str | None = None
     frozen: frozenset[str] = frozenset()
+    left: frozenset[str] = frozenset()
+    any_weight: bool = False
 
     @property
     def reach(self) -> Reach:
         """What files keep of how it was made."""
-        return Reach(self.frozen, bool(self.rebuilt))
+        return Reach(self.frozen, self.any_weight)
 
     @property
     def weights(self) -> dict[str, nn.Module]:
@@ -62,9 +75,15 @@ class Scan:
         both = {**self.gated, **self.rebuilt}
         return {name: both[name] for name in sorted(both, key=self.order.__getitem__)}
 
+    def bias(self, name: str, host: nn.Module) -> Tensor | None:
+        """The base's bias of a layer, of which a task may have one of its own; None where there is none, or where the
+        user froze it."""
+        full = f"{name}.{bias_name(host)}" if name else bias_name(host)
+        return None if full in self.frozen else base_bias(host)
+
     def owned(self, name: str, module: nn.Module) -> list[str]:
         """The names of a module's parameters that a task may have of its own: neither gated nor frozen."""
-        taken = {*self.rebuilt, *self.frozen}
+        taken = {*self.rebuilt, *self.frozen, *self.left}
         held = [key for key, parameter in module._parameters.items() if parameter is not None]
         return [key for key in held if (f"{name}.{key}" if name else key) not in taken]
 
@@ -166,13 +185,16 @@ def shared_tensors(base: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-def frozen_by_user(base: nn.Module, head: str | None) -> frozenset[str]:
-    """The floating-point parameters outside the head that require no gradient, where others do."""
-    named = {
-        n: p for n, p in base.named_parameters() if p.is_floating_point() and not inside(n.rpartition(".")[0], head)
-    }
-    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
-    return frozenset(frozen if len(frozen) < len(named) else ())
+def trainable(base: nn.Module) -> dict[str, bool]:
+    """Whether each floating-point parameter requires a gradient now."""
+    return {name: p.requires_grad for name, p in base.named_parameters() if p.is_floating_point()}
+
+
+def frozen_by_user(flags: Mapping[str, bool], heads: Iterable[str]) -> frozenset[str]:
+    """The parameters outside the heads that require no gradient, where others do. `flags`: of :func:`trainable`."""
+    kept = list(heads)
+    body = {n: flag for n, flag in flags.items() if not any(inside(n.rpartition(".")[0], head) for head in kept)}
+    return frozenset(name for name, flag in body.items() if not flag) if any(body.values()) else frozenset()
 
 
 def check_shared(base: nn.Module, modules: Iterable[str], heads: Collection[str] = ()) -> None:
@@ -274,6 +296,8 @@ def scan(
         return any(name == other or (other and inside(name, other)) for other in dropped)
 
     chosen = [name for name in chosen if not left(name)]
+    others = [host for hosts in known.values() for host in hosts if not isinstance(host_of(base, host), GATED_TYPES)]
+    result.any_weight, result.left = bool(others), frozenset(name for name in others if left(name))
     refused = {name: reasons[name] for name in chosen if name in reasons}
     first: dict[int, str] = {}
     for name in chosen:

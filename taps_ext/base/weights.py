@@ -23,7 +23,7 @@ KNOWN_TYPES: tuple[type[nn.Module], ...] = (
 TABLES = (nn.Embedding, nn.EmbeddingBag)  # looked up, not multiplied with: gated on request
 
 # What people call the weights of layers that they write: not position tables, class tokens, queries and biases.
-_CALLED = re.compile(r"(?:^|_)(?:weight|kernel|filter|matrix|proj|projection|w)s?\d*(?:_|$)")
+_CALLED = re.compile(r"(?:^|_)(?:weight|kernel|filter|matrix|proj|projection|w)s?\d*(?:_|$)|^W(?:_?\w)?$")
 
 
 def _weights(module: nn.Module, *, asked: bool) -> list[str]:
@@ -36,7 +36,9 @@ def _weights(module: nn.Module, *, asked: bool) -> list[str]:
         if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
             continue
         wide = sum(size > 1 for size in parameter.shape) >= 2
-        if "bias" not in key and (known or (wide and _CALLED.search(key) is not None)):
+        if (asked and not known and wide) or (
+            "bias" not in key and (known or (wide and _CALLED.search(key) is not None))
+        ):
             found.append(key)
     return found
 

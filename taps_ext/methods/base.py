@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.scan import Scan
 from ..errors import ConfigError, TapsError, suggestion
 from ..parts import Part
+from ..parts.host import owner_of
 from ..parts.sampling import Sample
 from .keywords import Keywords
 
@@ -68,6 +69,15 @@ def number(value: Any, argument: str, low: float, high: float = float("inf"), *,
     if not good or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise ConfigError(f"{argument}: expected a number in {bracket}{low}, {high}], got {value!r}")
+
+
+def none_of_these(method: str, base: Scan) -> ConfigError:
+    """Of a base, or of a choice of its layers, that holds weights of other kinds alone than a method changes."""
+    name, host = next(iter(base.rebuilt.items()))
+    return ConfigError(
+        f"{method}: expected linear layers or 2-d convolutions, which it changes, got none: {name} is a "
+        f"{type(owner_of(host)).__name__}, whose weight TapsConfig and FullConfig change"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from ..base.scan import Scan
 from ..parts import Gate, Layer, Part
-from ..parts.host import base_bias
 from .base import MethodConfig, register_method
 
 
 def _is_bias(name: str) -> bool:
-    """True for a parameter's name that says so: "bias", and "q_bias" of some attentions."""
-    return name == "bias" or name.endswith("_bias")
+    """True for a parameter's name that says so: "bias", "q_bias" of attentions, "bias_ih_l0" of recurrent layers."""
+    return name.startswith("bias") or name.endswith("_bias")
 
 
 @register_method("bitfit")
@@ -29,6 +28,6 @@ class BitFitConfig(MethodConfig):
         layers: dict[str, Part] = {
             name: Layer(Gate(learn=False, open=False), None, bias=bias)
             for name, host in base.weights.items()
-            if (bias := base_bias(host)) is not None
+            if (bias := base.bias(name, host)) is not None
         }
         return {**layers, **base.own({**base.norms, **base.others}, buffers=False, only=_is_bias)}

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from ..base.scan import Scan
 from ..parts import Dense, Gate, Layer, Part
-from ..parts.host import base_bias
 from .base import MethodConfig, register_method
 
 
 def trained_layers(base: Scan, names: Collection[str]) -> dict[str, Part]:
     """An open Delta and a bias of its own for each of these layers, in module order."""
     return {
-        name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host))
+        name: Layer(Gate(learn=False), Dense(host), bias=base.bias(name, host))
         for name, host in base.weights.items()
         if name in names
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..base.scan import Scan
 from ..errors import ConfigError
 from ..parts import Gate, Layer, LowRank, Part
-from .base import MethodConfig, number, one_of, register_method
+from .base import MethodConfig, none_of_these, number, one_of, register_method
 from .taps import check_start, gate_penalty
 
 
@@ -62,6 +62,8 @@ class LoraConfig(MethodConfig):
             for name, host in base.gated.items()
             if not (isinstance(host, nn.Conv2d) and host.groups != 1)
         }
+        if not layers and base.rebuilt:
+            raise none_of_these(self.method, base)
         return {**layers, **(base.own(base.norms) if self.norm == "task" else {})}
 
     def begin(self, base: Scan, parts: Mapping[str, Part], shared: Mapping[str, Part]) -> None:

@@ -93,7 +93,7 @@ class RcmConfig(MethodConfig):
         layers: dict[str, Part] = {name: self._over(host) for name, host in modulated.items()}
         if self.private_shortcuts:
             layers |= {
-                name: Layer(Gate(learn=False), Dense(host), bias=base_bias(host))
+                name: Layer(Gate(learn=False), Dense(host), bias=base.bias(name, host))
                 for name, host in base.gated.items()
                 if _shortcut(name, host)
             }

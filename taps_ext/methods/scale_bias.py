@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..base.scan import Scan
 from ..errors import ConfigError
 from ..parts import Gate, Layer, Part, Rows
-from ..parts.host import base_bias
 from .base import MethodConfig, one_of, register_method
 from .depthwise import depthwise_layers
 from .full import trained_layers
@@ -52,7 +51,7 @@ class ScaleBiasConfig(MethodConfig):
         parts: dict[str, Part] = dict(base.own(base.norms, buffers=self.statistics == "task"))
         if not base.norms:
             for name, host in base.gated.items():
-                if (bias := base_bias(host)) is not None:
+                if (bias := base.bias(name, host)) is not None:
                     parts[name] = Layer(Gate(learn=False), Rows(host), bias=bias)
         return {**parts, **depthwise_layers(base)} if self.depthwise else parts
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..base.scan import Scan
 from ..parts import Gate, Layer, Part, Singular
-from .base import MethodConfig, one_of, register_method
+from .base import MethodConfig, none_of_these, one_of, register_method
 
 
 @register_method("singular")
@@ -31,4 +31,6 @@ class SingularConfig(MethodConfig):
     def parts(self, base: Scan) -> dict[str, Part]:
         """Factors on every layer, and norms where they are the task's."""
         layers: dict[str, Part] = {n: Layer(Gate(learn=False), Singular(host)) for n, host in base.gated.items()}
+        if not layers and base.rebuilt:
+            raise none_of_these(self.method, base)
         return {**layers, **(base.own(base.norms) if self.norm == "task" else {})}

@@ -18,7 +18,6 @@ from ..errors import ConfigError, suggestion
 from ..ops.constant import constant
 from ..parts import Dense, Gate, Layer, Part
 from ..parts.change import without_autocast
-from ..parts.host import base_bias
 from ..parts.sampling import Sample
 from .base import MethodConfig, number, one_of, register_method
 
@@ -89,9 +88,9 @@ class TapsConfig(MethodConfig):
         """A learned gate and a Delta on every layer, and the norms and other tensors that the settings name."""
         weights = base.weights
         if not weights and self.exclude_modules is None:
+            why = "all were frozen before the base was wrapped" if base.frozen else "none has a weight"
             warnings.warn(
-                "TapsConfig: no layer outside the head can be gated: none has a weight, and no parameter is called "
-                "one; name modules in target_modules",
+                f"TapsConfig: no layer outside the head can be gated: {why}; name modules in target_modules",
                 stacklevel=3,
             )
         settings: dict[str, dict[str, Any]] = {name: {} for name in weights}
@@ -101,7 +100,7 @@ class TapsConfig(MethodConfig):
         parts: dict[str, Part] = {}
         for name, host in weights.items():
             gate = Gate(**{"threshold": self.threshold, "score_init": self.score_init, **settings[name]})
-            parts[name] = Layer(gate, Dense(host), bias=base_bias(host) if self.others == "task" else None)
+            parts[name] = Layer(gate, Dense(host), bias=base.bias(name, host) if self.others == "task" else None)
         if self.norm == "task":
             parts |= base.own(base.norms)
         if self.others == "task":

@@ -47,7 +47,8 @@ def resting(optimizer: torch.optim.Optimizer, states: Iterable[TaskState]) -> It
                 is_open = score >= gate.threshold  # now: the step moves the score
                 for p in changes:
                     before.append((p, p.detach().clone(), _kept(optimizer, p, score), is_open))
-        yield
+    yield
+    with torch.no_grad():
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         for parameter, value, kept, is_open in before:
             torch.where(is_open, parameter, value, out=parameter)

@@ -22,7 +22,7 @@ from ..base.guard import Guard
 from ..base.head import head_path, head_paths, make_head
 from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
-from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan
+from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan, trainable
 from ..errors import ConfigError, TapsError, suggestion
 from ..files import checkpoint, merge
 from ..files import task as task_file
@@ -130,7 +130,7 @@ class TaskModel(EntryPoints, Untraced):
         self._mirror = Mirror()
         self._caches = Caches(base)
         own(base, self, self._flags)
-        self._frozen = frozen_by_user(base, self._head)
+        self._trainable = trainable(base)
         base.requires_grad_(False)
         self._guard = Guard()
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
@@ -399,7 +399,7 @@ class TaskModel(EntryPoints, Untraced):
             target=config.target_modules,
             exclude=config.exclude_modules,
             heads=heads[1:],
-            reach=Reach(self._frozen if frozen else frozenset(), any_weight=True),
+            reach=Reach(frozen_by_user(self._trainable, heads) if frozen else frozenset(), any_weight=True),
             freeze_unsupported=self.unsupported == "freeze",
         )
 

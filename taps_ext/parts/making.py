@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import UnsupportedModuleError
 from .host import base_weight, owner_of, weight_name
 from .part import Below, Part
 
-Made = Mapping[tuple[int, str], Tensor]
-"""W_t by the `id` of its module and its name there."""
 
-_made: ContextVar[Made] = ContextVar("taps_ext_made", default={})  # noqa: B039  (never written to)
+class Made(NamedTuple):
+    """W_t by the `id` of its module and its name there, of one frame: another forward inside has its own."""
+
+    frame: object
+    weights: Mapping[tuple[int, str], Tensor]
+
+
+_made: ContextVar[Made] = ContextVar("taps_ext_made", default=Made(None, {}))  # noqa: B039  (never written to)
 made = _made.get
 
 # What every saved tensor is asked: the tensor itself, or how to make it again.
@@ -92,36 +98,57 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def run(
-    forward: Callable[..., Any], over: Iterable[tuple[Part, Below]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any],
+    over: Iterable[tuple[Part, Below]],
+    frame: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Call a module's forward, during which its weights are those of parts.
 
     Args:
-        over: the uppermost part over each weight, and what it stands on.
+        over: the uppermost part over each weight, and what it stands on. frame: the forward of the whole model.
 
     Raises:
-        RuntimeError: in backward, where W, Delta or the gate was written to since.
+        UnsupportedModuleError: the forward writes to a weight. RuntimeError: in backward, where W, Delta or the gate
+            was written to since.
     """
-    weights, recipes = dict(made()), dict[int, _Recipe]()
+    outer = made()
+    weights = dict(outer.weights) if outer.frame is frame else {}
+    recipes: dict[int, _Recipe] = {}
+    versions: list[tuple[Below, Tensor, int]] = []
     for part, below in over:
         host = below.host
-        recipe = _Recipe(part, below)
-        weight = recipe.make()
-        weights[id(owner_of(host)), weight_name(host)] = weight
-        own = {t.untyped_storage()._cdata for t in (base_weight(host), *part.parameters()) if _plain(t)}
-        if torch.is_grad_enabled() and _plain(weight):
-            storage = weight.untyped_storage()._cdata
-            if storage not in own:
+        if torch.is_grad_enabled():
+            recipe = _Recipe(part, below)
+            weight = recipe.make()
+            own = {t.untyped_storage()._cdata for t in (base_weight(host), *part.parameters()) if _plain(t)}
+            if _plain(weight) and (storage := weight.untyped_storage()._cdata) not in own:
                 recipes[storage] = recipe
-    token = _made.set(weights)
+        else:
+            with ops.lending():
+                weight = part.weight_over(below)
+        weights[id(owner_of(host)), weight_name(host)] = weight
+        if not weight.is_inference():
+            versions.append((below, weight, weight._version))
+    token = _made.set(Made(frame, weights))
     try:
-        if not recipes:
-            return forward(*args, **kwargs)
-        hooks = _Hooks(recipes)
-        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-            return forward(*args, **kwargs)
+        if recipes:
+            hooks = _Hooks(recipes)
+            with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+                output = forward(*args, **kwargs)
+        else:
+            output = forward(*args, **kwargs)
     finally:
         _made.reset(token)
+    for below, weight, before in versions:
+        if weight._version != before:
+            raise UnsupportedModuleError(
+                f"{type(owner_of(below.host)).__name__}: its {weight_name(below.host)} is written to in the module's "
+                "forward, which would change a W_t that is made anew each time, not the task; write to it outside, or "
+                "name the layer in exclude_modules"
+            )
+    return output
 
 
 def _plain(tensor: Tensor) -> bool:

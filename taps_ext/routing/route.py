@@ -131,11 +131,13 @@ class _Routed(nn.Module):
         if frame is None:
             return super().forward(*args, **kwargs)
         name: str = self.__dict__["_taps_name"]
-        frame.entered.add(name)
         if self._taps_weights and (over := _over(self, frame)):
+            if all(found != name for found, _ in self._taps_weights.values()):
+                frame.entered.add(name)
             if is_compiling() or reference.may_be_transformed():  # its weights are read one by one
                 return super().forward(*args, **kwargs)
-            return making.run(super().forward, over, args, kwargs)
+            return making.run(super().forward, over, frame, args, kwargs)
+        frame.entered.add(name)
         placed = frame.bound.get(name)
         if placed is not None and not is_compiling():
             bound, host = placed
@@ -154,7 +156,6 @@ def _over(module: _Routed, frame: Frame) -> list[tuple[Any, Below]]:
     for name, host in module._taps_weights.values():
         stack = frame.stacks.get(name)
         if stack:
-            frame.entered.add(name)
             found.append((stack[-1], _below(host, frame, stack)))
     return found
 
@@ -184,11 +185,15 @@ def _read(key: str, module: nn.Module) -> Any:
 
     A method that is not forward reads it, or someone else (fused encoder layers, whoever indexes a ParameterList).
     """
-    made = making.made()
-    if made and (weight := made.get((id(module), key))) is not None:
-        return weight
-    frame = running(module)
     slots: Mapping[str, tuple[str, nn.Module]] = module.__dict__.get("_taps_weights", {})
+    frame = running(module)
+    if key in slots and frame is not None:
+        made = making.made()
+        if made.frame is frame and (weight := made.weights.get((id(module), key))) is not None:
+            frame.entered.add(slots[key][0])
+            return weight
+    elif key in slots and _mode.get() is not None:
+        raise _read_in_mode(slots[key][0])
     if frame is not None and key in slots:
         name, host = slots[key]
         over = frame.stacks.get(name)
@@ -254,13 +259,17 @@ def _resetter(key: str) -> Callable[..., Any]:
     return lambda module, *args, **kwargs: _reset(key, module, *args, **kwargs)
 
 
+def _read_in_mode(name: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"{name}: its weight is read when the model's mode changes, where no task runs: what is made of it there would "
+        "serve all tasks; name the layer in exclude_modules"
+    )
+
+
 def _read_weight(module: nn.Module) -> Any:
     """The base's weight, or during a task's forward the task's."""
     if _mode.get() is not None and "_taps_gated" in module.__dict__ and not _stack(module, running(module)):
-        raise UnsupportedModuleError(
-            f"{module.__dict__['_taps_name']}: its weight is read when the model's mode changes, where no task "
-            "runs: what is made of it there would serve all tasks; name the layer in exclude_modules"
-        )
+        raise _read_in_mode(module.__dict__["_taps_name"])
     return _read(weight_name(module), module)
 
 

@@ -517,3 +517,137 @@ def test_it_compiles_and_has_functional_derivatives(kind: str, gates: str) -> No
     found = {id(parameter): grads[name] for name, parameter in model.named_parameters()}
     for name, part in parts.items():
         assert (found[id(part.change.delta)] - wanted[name]).abs().max() <= bounds[name]
+
+
+class Writes(nn.Module):
+    """Holds its weight within bounds in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.randn(6, 6))
+        self.w_out = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.w_in.clamp_(-0.1, 0.1)
+        return x @ self.w_in @ self.w_out
+
+
+@pytest.mark.parametrize("score", [0.15, 0.05], ids=["open", "closed"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_forward_that_writes_to_its_weight_is_refused(score: float, gradients: bool) -> None:
+    model = TaskModel(nn.Sequential(Writes()), TapsConfig(lam=1.0))
+    model.add_task("t")
+    for _, part, _ in model.state("t").gated():
+        with torch.no_grad():
+            part.gate.score.fill_(score)
+    # Of a closed one torch itself says so first, in training: it is a view of W.
+    words = "modified inplace" if gradients and score < 0.1 else "Writes: its w_in is written"
+    with torch.set_grad_enabled(gradients), pytest.raises((UnsupportedModuleError, RuntimeError), match=words):
+        model(torch.randn(2, 6), task="t")
+
+
+def test_a_weight_that_nobody_reads_is_named() -> None:
+    """One that is cached, or left out: its task tensors have no effect."""
+
+    class Caches(Writes):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "cache"):
+                self.cache = self.w_out.detach().clone()
+            return x @ self.w_in @ self.cache
+
+    base = nn.Sequential(Caches())
+    base(torch.randn(2, 6))
+    model = TaskModel(base, TapsConfig(lam=1.0))
+    model.add_task("t")
+    with pytest.raises(taps_ext.BypassedLayerError, match=r"0\.w_out"):
+        model(torch.randn(2, 6), task="t")
+
+
+def test_a_weight_that_is_read_when_the_mode_changes_is_named() -> None:
+    class Fuses(Writes):
+        def train(self, mode: bool = True) -> Fuses:
+            self.fused = None if mode else (self.w_in @ self.w_out).detach()
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.w_in @ self.w_out if self.fused is None else self.fused)
+
+    model = TaskModel(nn.Sequential(Fuses()).train(), TapsConfig(lam=1.0))
+    model.add_task("t")
+    with pytest.raises(UnsupportedModuleError, match=r"0\.w_in: its weight is read when the model's mode changes"):
+        model.eval()
+
+
+def test_another_forward_inside_has_weights_of_its_own() -> None:
+    """A hook in a module runs the base, as a teacher."""
+
+    class Holds(Writes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x @ self.w_in) @ self.w_out
+
+    base = nn.Sequential(Holds())
+    model, x = TaskModel(base, TapsConfig(lam=1.0)).eval(), torch.randn(2, 6)
+    model.add_task("t")
+    with torch.no_grad():
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.fill_(1.0)
+        want, inner, seen = model(x, task=None), [True], []
+
+        def teach(module: nn.Module, args: object, output: Tensor) -> None:
+            if inner and inner.pop():
+                seen.append(model(x, task=None))
+
+        base[0].act.register_forward_hook(teach)
+        model(x, task="t")
+    assert torch.equal(seen[0], want)
+
+
+def test_a_weight_that_is_excluded_by_itself_stays_the_bases(tmp_path) -> None:
+    for config in (FullConfig(exclude_modules=["0.cell.weight_hh*"]), FullConfig(exclude_modules=["0.cell.weight*"])):
+        base = nn.Sequential(Recurrent(nn.GRU(6, 5, batch_first=True)))
+        model, x = TaskModel(base, config), torch.randn(2, 3, 6)
+        model.add_task("t")
+        assert not any("weight_hh" in name for name, _ in model.state("t").named_parameters())
+        model.eval()
+        model.save_task("t", tmp_path / "t.taps")
+        model.load_task(tmp_path / "t.taps", "u")
+        with torch.no_grad():
+            assert torch.equal(model(x, task="u"), model(x, task="t"))
+        (tmp_path / "t.taps").unlink()
+
+
+def test_a_bias_that_was_frozen_stays_the_bases() -> None:
+    for config in (FullConfig(), taps_ext.BitFitConfig(), TapsConfig(lam=1.0, others="task")):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        base[0].bias.requires_grad_(False)
+        model = TaskModel(base, config)
+        model.add_task("t", num_classes=2)
+        names = [name for name, _ in model.state("t").named_parameters()]
+        assert "parts./1.bias" in names and "parts./0.bias" not in names
+
+
+def test_who_freezes_is_judged_by_the_head_that_the_task_has() -> None:
+    base = nn.Sequential()
+    base.add_module("body", nn.Linear(4, 4))
+    base.add_module("score", nn.Sequential(nn.Linear(4, 2)))
+    base.add_module("end", nn.Identity())
+    base.requires_grad_(False)
+    base.score.requires_grad_(True)
+    model = TaskModel(base, FullConfig())
+    model.add_task("t", num_classes=3, head_module="score.0")
+    assert [row.layer for row in model.report("t").rows] == ["body"]
+
+
+def test_methods_of_other_layers_say_so() -> None:
+    for config in (taps_ext.LoraConfig(rank=2), taps_ext.SingularConfig()):
+        model = TaskModel(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(8, 2)), config)
+        with pytest.raises(taps_ext.ConfigError, match="expected linear layers or 2-d convolutions.* 0 is a Conv1d"):
+            model.add_task("t", num_classes=2)
+    recurrent = TaskModel(nn.Sequential(nn.GRUCell(4, 4), nn.Linear(4, 2)), taps_ext.BitFitConfig())
+    recurrent.add_task("t", num_classes=2)
+    assert {"parts./0.bias_ih", "parts./0.bias_hh"} <= {n for n, _ in recurrent.state("t").named_parameters()}
