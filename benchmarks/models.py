@@ -203,28 +203,32 @@ def fresh(entry: Entry) -> nn.Module:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What a refusal asks for: globs to exclude, to leave what cannot be gated to the base, all classifiers' names."""
+    """What refusals ask for: globs to exclude, to leave what cannot be gated to the base, the names of classifiers, a
+    first forward in training mode."""
 
     exclude: tuple[str, ...] = ()
     unsupported: str = "raise"
     heads: tuple[str, ...] = ()
+    train_first: bool = False
 
     def after(self, failed: dict[str, dict[str, str]]) -> Remedy:
         """With what these messages ask for."""
-        exclude, unsupported, heads = list(self.exclude), self.unsupported, self.heads
+        exclude, unsupported, heads, first = list(self.exclude), self.unsupported, self.heads, self.train_first
         for failure in failed.values():
             message = failure["message"]
             if "unsupported='freeze'" in message:
                 unsupported = "freeze"
             elif found := re.search(r"say head_module=(\[.*?\])", message):
                 heads = tuple(ast.literal_eval(found[1]))
+            elif "run one forward in train() mode first" in message and not self.train_first:
+                first = True
             elif found := re.search(r"exclude_modules \((\[.*?\])\)", message):
                 exclude += ast.literal_eval(found[1])
             elif found := re.search(r"never called forward on (.*?), so their", message):
                 exclude += found[1].split(", ")
             elif found := re.match(r"\w+: (\S+): .*name the layer in exclude_modules", message):
                 exclude.append(found[1])
-        return Remedy(tuple(dict.fromkeys(exclude)), unsupported, heads)
+        return Remedy(tuple(dict.fromkeys(exclude)), unsupported, heads, first)
 
 
 def wrap(entry: Entry, base: nn.Module, remedy: Remedy, method: Any = TapsConfig) -> TaskModel:
@@ -237,6 +241,9 @@ def adapt(entry: Entry, base: nn.Module, remedy: Remedy, method: Any = TapsConfi
     model = wrap(entry, base, remedy, method)
     torch.manual_seed(2)
     model.add_task("t", num_classes=None if entry.own_head or model._head is None else CLASSES)
+    if remedy.train_first and method is TapsConfig:  # the step of check_full begins where the plain model's does
+        call(entry, model.train(), task="t")
+        model.eval()
     return model
 
 
