@@ -115,7 +115,7 @@ def test_generate_runs_one_task_throughout(make, how) -> None:
 
 
 def test_a_copy_generates_as_the_model_does() -> None:
-    model = two_tasks(gpt2, LoraConfig(rank=2))
+    model = two_tasks(llama, LoraConfig(rank=2))
     model.set_task("a")
     prompt = torch.randint(3, 50, (2, 5))
     want = model.generate(prompt, max_new_tokens=4)
