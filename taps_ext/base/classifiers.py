@@ -42,7 +42,8 @@ def check_one(base: nn.Module, head: str | None) -> None:
     raise ConfigError(
         f"head_module: {', '.join(found[:-1])} and {found[-1]} look like classifiers of this base alike; for a head in "
         f"the place of each say head_module={found!r} (add_task then makes all by num_classes, or copies them), or "
-        f"head_module={found[0]!r} for a head there alone, beside which the others are layers like any"
+        f"head_module={found[0]!r} for a head there alone, beside which the others are layers like any; "
+        "head_module=[] for none, where the task has no head and all are layers"
     )
 
 

@@ -52,7 +52,8 @@ def head_path(base: nn.Module, name: str | None = None) -> str | None:
 
 
 def head_paths(base: nn.Module, names: str | Sequence[str] | None = None) -> list[str]:
-    """The heads called `names`, one or several, or the one that is found, if any: each by its first name.
+    """The heads called `names`, one or several, or none of `[]`, or the one that is found, if any: each by its first
+    name.
 
     Raises:
         ConfigError: no name, the same one twice, one that the base has not, or among several one of no linear layer.
@@ -60,8 +61,6 @@ def head_paths(base: nn.Module, names: str | Sequence[str] | None = None) -> lis
     if not isinstance(names, (list, tuple)):
         path = head_path(base, names)  # type: ignore[arg-type]
         return [] if path is None else [path]
-    if not names:
-        raise ConfigError(f"head_module: expected a module's name such as 'fc', or a list of some, got {names!r}")
     paths = [str(head_path(base, "" if name is None else name)) for name in names]
     for name, path in zip(names, paths, strict=True):
         if paths.count(path) > 1:

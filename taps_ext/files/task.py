@@ -18,7 +18,7 @@ from .. import store
 from ..base.caches import passing
 from ..base.fingerprint import base_fingerprint
 from ..base.head import own_head
-from ..base.scan import Reach, scan
+from ..base.scan import Reach, inside, scan
 from ..errors import ConfigError, GateError, TapsError
 from ..methods import MethodConfig, UnknownMethod
 from ..parts import Part, part_kinds
@@ -239,6 +239,8 @@ def build(
             parts[name].grow(base_weight(host))
         if each is not None:
             parts[name] = each(name, parts[name]) or parts[name]
+    if default_head is not None and any(inside(name, default_head) for name in parts):
+        default_head, further = None, ()  # to a task without a head the base's own is a layer like any
     heads = further if head_path is None else further_heads(parts, head_path)
     _check_method(file, config, base, head_path or default_head, heads, parts, reach)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None

@@ -77,6 +77,8 @@ class EntryPoints(nn.Module):
         return _of_base(self, modules["base"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "task":
+            raise AttributeError("task: expected model.set_task(name), or model(x, task=name), got an assignment")
         modules = self.__dict__.get("_modules", {})
         free = name.startswith("_") or name in self.__dict__ or name in modules or hasattr(type(self), name)
         if not free and "base" in modules and hasattr(modules["base"], name):

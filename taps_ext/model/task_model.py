@@ -76,7 +76,8 @@ class TaskModel(EntryPoints, Untraced):
         gates: "host" decides on the host which layers are closed, so that they cost what the base costs;
             "device" reads scores where they live, for captured graphs and compilation without recompiling.
         head_module: the classifier's name, where it is not found (see :func:`taps_ext.base.head.find_head`); a list of
-            names where the base has several classifiers, each of which tasks get a linear head in the place of.
+            names where the base has several classifiers, each of which tasks get a linear head in the place of; `[]`
+            for tasks without a head, to which the base's own is a layer like any (a language model's words).
         batch_dim: which dimension of the forward's tensors counts samples: that of the first which has more than one
             there; with 0 a list of images `[C, H, W]` counts as many as it has.
         unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
@@ -360,6 +361,12 @@ class TaskModel(EntryPoints, Untraced):
             )
         if config.own_head and head_module is None and not self._head_named:
             check_one(self.base, path)
+        sizes = {one: getattr(self.base.get_submodule(one), "out_features", None) for one in heads}
+        if len(heads) > 1 and num_classes is not None and len(set(sizes.values())) > 1:
+            raise ConfigError(
+                f"num_classes: expected none for heads of several sizes ({sizes}), got {num_classes}; name the module "
+                "that holds them in head_module, and give one of your own as head"
+            )
         if len(heads) > 1 and head is not None:
             raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
@@ -683,6 +690,7 @@ class TaskModel(EntryPoints, Untraced):
             raise TapsError(f"merge_task: task {self._merged!r} is merged already; call unmerge_task() first")
         self._install_merged(name)
         self._merged = name
+        self._warned_of_base = False  # one that runs the base now may have meant the merged task
 
     def _install_merged(self, name: str) -> None:
         state = self.state(name)

@@ -435,3 +435,9 @@ def test_a_setting_that_a_method_makes_holds_for_all(train: bool, active: str | 
     plain.set_shift(3)
     assert torch.equal(plain(x), after[2])
     assert torch.equal(model._plain_copy("b").eval()(x), after[1])
+
+
+def test_a_task_is_not_set_by_assignment() -> None:
+    model = TaskModel(nn.Linear(2, 2))
+    with pytest.raises(AttributeError, match="task: expected model.set_task"):
+        model.task = "a"

@@ -95,7 +95,6 @@ def test_a_head_in_the_place_of_each(config, where: str, classes: int | None, tm
 def test_a_module_that_is_no_head() -> None:
     base = distilled()
     for said, message in (
-        ([], r"expected a module's name such as 'fc', or a list of some, got \[\]"),
         (["head", "head"], "expected each module once, got 'head' again"),
         (["head", "norm"], "expected linear layers where there are several, got 'norm', a LayerNorm"),
         (["head", None], "expected a module's name such as 'fc', got ''"),
@@ -169,3 +168,33 @@ def test_a_distilled_transformer_learns_with_both(tmp_path) -> None:
     fresh.load_task(tmp_path / "t.taps")
     with torch.no_grad():
         assert same_bits(fresh(x, task="t"), model.eval()(x, task="t"))
+
+
+@pytest.mark.parametrize("config", [TapsConfig(lam=0.5), FullConfig()], ids=["taps", "full"])
+def test_a_task_without_a_head(config, tmp_path) -> None:
+    """The base's own is a layer like any; whoever loads the file need not say so."""
+    base, x = distilled(), torch.randn(2, 8)
+    model = TaskModel(copy.deepcopy(base), config, head_module=[]).eval()
+    model.add_task("t")
+    assert {"head", "head_dist"} <= {row.layer for row in model.report("t").rows}
+    with pytest.raises(ConfigError, match="head_module: no linear classifier"):
+        model.add_task("u", num_classes=3)
+    with torch.no_grad():
+        for _, part, _ in model.state("t").gated():
+            part.change.delta.normal_(0, 0.1)
+        want = model(x, task="t")
+        model.save_task("t", tmp_path / "t.taps")
+        for heads in ([], BOTH, None):
+            fresh = TaskModel(copy.deepcopy(base), config, head_module=heads).eval()
+            fresh.load_task(tmp_path / "t.taps")
+            assert same_bits(fresh(x, task="t"), want)
+
+
+def test_heads_of_several_sizes_get_no_number_of_classes() -> None:
+    base = nn.Sequential(nn.Linear(4, 4))
+    base.add_module("scores", nn.Linear(4, 3))
+    base.add_module("boxes", nn.Linear(4, 12))
+    model = TaskModel(base, TapsConfig(lam=0.5), head_module=["scores", "boxes"])
+    with pytest.raises(ConfigError, match="num_classes: expected none for heads of several sizes .*'boxes': 12"):
+        model.add_task("t", num_classes=2)
+    model.add_task("t")
