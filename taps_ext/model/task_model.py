@@ -371,7 +371,8 @@ class TaskModel(EntryPoints, Untraced):
             raise ConfigError(f"head: expected num_classes, which makes a head for each of {heads}, got a module")
         own = make_head(self.base, path, num_classes, head, self) if config.own_head else None
         others = {other: make_head(self.base, other, num_classes, None, self) for other in heads[1:]}
-        found = self._scan(config, heads)
+        known = self.families.get(config.family)
+        found = self._scan(config, heads, reach=None if known is None else known.reach)
         parts = _checked(config.parts(found), config)
         check_kept(self.base, [n for n, part in parts.items() if part.gate is not None])
         family = self._family(config, found)
@@ -391,22 +392,32 @@ class TaskModel(EntryPoints, Untraced):
                 stacklevel=3,
             )
 
-    def _scan(self, config: MethodConfig, heads: Sequence[str] | None = None, *, frozen: bool = True) -> Scan:
+    def _scan(
+        self,
+        config: MethodConfig,
+        heads: Sequence[str] | None = None,
+        *,
+        frozen: bool = True,
+        reach: Reach | None = None,
+    ) -> Scan:
         """What a method may put parts over.
 
         Args:
             heads: the modules that are left to heads, by default the model's.
             frozen: what the user froze stays the base's; False for a checkpoint, which may have changed it.
+            reach: what of the base the tasks of a family were given, for another one.
         """
         heads = self._heads if heads is None else heads
         head = next(iter(heads), None)
+        if reach is None:
+            reach = Reach(frozen_by_user(self._trainable, heads) if frozen else frozenset(), any_weight=True)
         return scan(
             self.base,
             head,
             target=config.target_modules,
             exclude=config.exclude_modules,
             heads=heads[1:],
-            reach=Reach(frozen_by_user(self._trainable, heads) if frozen else frozenset(), any_weight=True),
+            reach=reach,
             freeze_unsupported=self.unsupported == "freeze",
         )
 

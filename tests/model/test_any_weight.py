@@ -651,3 +651,22 @@ def test_methods_of_other_layers_say_so() -> None:
     recurrent = TaskModel(nn.Sequential(nn.GRUCell(4, 4), nn.Linear(4, 2)), taps_ext.BitFitConfig())
     recurrent.add_task("t", num_classes=2)
     assert {"parts./0.bias_ih", "parts./0.bias_hh"} <= {n for n, _ in recurrent.state("t").named_parameters()}
+
+
+def test_a_familys_tasks_are_given_what_the_family_was(tmp_path) -> None:
+    """Of a base with a frozen layer: a task that is added where nobody froze it builds on the same shared parts."""
+
+    def base() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(5, 5), nn.Flatten(), nn.Linear(20, 2))
+
+    frozen = base()
+    frozen[0].requires_grad_(False)
+    model = TaskModel(frozen, taps_ext.JointTapsConfig(lam=0.5))
+    model.add_task("t", num_classes=2)
+    (family,) = model.families
+    model.save_shared(family, tmp_path / "shared.taps")
+    fresh = TaskModel(base(), taps_ext.JointTapsConfig(lam=0.5))
+    fresh.load_shared(tmp_path / "shared.taps")
+    fresh.add_task("u", num_classes=2)
+    assert [row.layer for row in fresh.report("u").rows] == ["1"]

@@ -4,6 +4,7 @@ by the name of the argument."""
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 
@@ -395,7 +396,7 @@ def regression(loss, *shape: int) -> Task:
     return Task(train=(x, x.mean((1, 2, 3)).reshape(shape)), loss=loss, metrics={})
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: re.sub(" at 0x[0-9a-f]+", "", str(loss)))
 @pytest.mark.parametrize("mode", ["incremental", "evaluate"])
 def test_targets_that_would_be_broadcast_are_refused(loss, mode: str) -> None:
     """[N] against [N, 1] is a mean over all pairs, which trains towards the mean of all targets."""
