@@ -17,10 +17,9 @@ bool every_shape = false;  // with any argument to the program
 
 template <class T, class W, class D>
 std::string one(const FewRowsProblem& problem) {
-  LinearProduct p;
-  p.rows = problem.m;
+  const Tiles tiles = problem.m == 1 ? Tiles::kOneRow : Tiles::kFourRows;
   std::string wrong = "no kernel";
-  with_activation<T, W, D>(Product::kForward, p, [&](auto instance) {
+  with_activation<T, W, D>(Product::kForward, tiles, [&](auto instance) {
     using Body = typename decltype(instance)::type;
     if constexpr (kInSlices<Body>) wrong = check_rows<Body, T, W, D>(problem);
   });
