@@ -97,8 +97,7 @@ class Guard:
     def written(self, base: nn.Module, head: str | None) -> str | None:
         """What has been written to the base's parameters outside the head, or is about to be, in words, or None.
 
-        For every forward in training: versions are compared, which takes less than a hundredth of a layer's time, and
-        values of those parameters alone whose versions are others than they were. Whether one requires gradients is
+        For every forward in training: versions are compared, and values of those parameters alone whose versions are others than they were. Whether one requires gradients is
         asked in the first of these forwards, and after each `train()`. Buffers, and writes that leave no trace in
         versions, are found when a task is saved.
         """

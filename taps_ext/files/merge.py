@@ -106,8 +106,6 @@ def plain_copy(base: nn.Module, stacks: Stacks, head_path: str | None, flags: Fl
 def _tell_config(model: Any, head: nn.Module) -> None:
     """A transformers model computes its loss by the number of classes in its config, and is loaded by that."""
     config, outputs = getattr(model, "config", None), getattr(head, "out_features", None)
-    if getattr(config, "tie_word_embeddings", None) is True and config is not None:
-        config.tie_word_embeddings = False  # the head has a weight of its own now, which tying would drop
     known = getattr(config, "num_labels", None)
     if config is not None and isinstance(known, int) and isinstance(outputs, int) and known != outputs:
         config.num_labels = outputs

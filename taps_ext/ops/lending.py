@@ -28,9 +28,8 @@ class _Pool(threading.local):
         free = [buffer for buffer in self.buffers if _users(buffer) == 1]
         found = min((b for b in free if b.nbytes() >= nbytes), key=lambda b: b.nbytes(), default=None)
         if found is None:
-            self.buffers = [
-                buffer for buffer in self.buffers if _users(buffer) > 1
-            ]  # those that are free are too small
+            # Those that are free are too small.
+            self.buffers = [buffer for buffer in self.buffers if _users(buffer) > 1]
             found = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
             self.buffers.append(found)
         return found
