@@ -97,8 +97,9 @@ class Guard:
     def written(self, base: nn.Module, head: str | None) -> str | None:
         """What has been written to the base's parameters outside the head, or is about to be, in words, or None.
 
-        For every forward in training: versions are compared, and values of those parameters alone whose versions are others than they were. Whether one requires gradients is
-        asked in the first of these forwards, and after each `train()`. Buffers, and writes that leave no trace in
+        For every forward in training: versions are compared, and values of those parameters alone whose versions are
+        others than they were. Whether one requires gradients is asked in the first of these forwards, and after each
+        `train()`. Buffers, and writes that leave no trace in
         versions, are found when a task is saved.
         """
         watched = self._watch(base) if self.watched is None else self.watched
