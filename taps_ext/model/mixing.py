@@ -47,8 +47,7 @@ def run_mixed(model: TaskModel, entry: str | None, tasks: Any, args: Any, kwargs
 
 def _layers_of(model: TaskModel, entry: str | None, found: Sequence[Share], args: Any, kwargs: Any) -> _Known | None:
     """Where the base has samples, if the batch is to go layer by layer."""
-    wanted = forced == "layers" or (forced is None and _pays(model))
-    if not wanted or model.row_invariant or len(found) == 1 or entry is not None:
+    if not goes_by_layers(model) or len(found) == 1 or entry is not None:
         return None
     if torch.compiler.is_compiling() or reference.may_be_transformed() or kwargs.get("labels") is not None:
         return None
@@ -58,9 +57,13 @@ def _layers_of(model: TaskModel, entry: str | None, found: Sequence[Share], args
     return known if all(_fits(model, share, known) for share in found) else None
 
 
-def _pays(model: TaskModel) -> bool:
-    """On a GPU a task's few samples leave most of it idle, and a launch serves all tasks (predicted). On a CPU the
+def goes_by_layers(model: TaskModel) -> bool:
+    """Whether a batch of several tasks takes one pass of the base, where that can be.
+
+    On a GPU a task's few samples leave most of it idle, and a launch serves all tasks (predicted). On a CPU the
     samples of one task are as many as a cache likes, and W_t of a layer is read once either way (docs/mixed.md)."""
+    if forced is not None or model.row_invariant:
+        return forced == "layers" and not model.row_invariant
     return next(model.base.parameters()).is_cuda
 
 
