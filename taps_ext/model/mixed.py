@@ -26,6 +26,7 @@ class Share(NamedTuple):
         return (first, count) if torch.equal(self.rows, torch.arange(first, first + count)) else None
 
 
+@torch.compiler.disable
 def shares(tasks: Sequence[str | None], known: Mapping[str, Any]) -> list[Share]:
     """The samples of each task that is present, in the order of first appearance.
 
@@ -45,6 +46,7 @@ def shares(tasks: Sequence[str | None], known: Mapping[str, Any]) -> list[Share]
     return [Share(name, torch.tensor(rows)) for name, rows in found.items()]
 
 
+@torch.compiler.disable
 def check_batch(tasks: Sequence[Any], args: Any, kwargs: Any, dim: int) -> None:
     """Raise ConfigError unless the forward's arguments hold as many samples as there are names."""
     batch = batch_size(args, kwargs, dim)
@@ -65,6 +67,7 @@ def _rows_of(tensor: Tensor, dim: int, share: Share) -> Tensor:
     return picked.contiguous(memory_format=last) if channels_last else picked
 
 
+@torch.compiler.disable
 def cut(value: Any, share: Share, batch: int, dim: int) -> Any:
     """Those arguments that hold a sample for each of the batch, with the samples of one task; all others as they are.
 

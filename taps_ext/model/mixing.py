@@ -30,6 +30,7 @@ forced: str | None = None
 _SIGNATURES = 64  # of inputs, whose layouts are kept
 
 
+@torch.compiler.disable(recursive=False)
 def run_mixed(model: TaskModel, entry: str | None, tasks: Any, args: Any, kwargs: Any) -> MixedOutput:
     """The base, or its method `entry`, on a batch of several tasks. Raises as :meth:`TaskModel.forward` says."""
     found = shares(tasks, model._names)
@@ -45,6 +46,7 @@ def run_mixed(model: TaskModel, entry: str | None, tasks: Any, args: Any, kwargs
     return MixedOutput(outputs, batch, dim, "tasks")
 
 
+@torch.compiler.disable
 def _layers_of(model: TaskModel, entry: str | None, found: Sequence[Share], args: Any, kwargs: Any) -> _Known | None:
     """Where the base has samples, if the batch is to go layer by layer."""
     if not goes_by_layers(model) or len(found) == 1 or entry is not None:
@@ -164,6 +166,7 @@ def _few(leaf: Tensor, rows: Sequence[int], batch: int, dim: int) -> Tensor:
     return picked
 
 
+@torch.compiler.disable
 def _by_layers(
     model: TaskModel, found: Sequence[Share], known: _Known, batch: int, args: Any, kwargs: Any
 ) -> list[tuple[Share, Any]]:

@@ -323,6 +323,22 @@ def test_task_and_tasks_together() -> None:
         TaskModel(nn.Linear(2, 2), row_invariant=1)
 
 
+@pytest.mark.parametrize("road", ROADS)
+def test_another_mix_compiles_nothing_anew(road: str) -> None:
+    torch._dynamo.reset()
+    model, x = several("small", "taps").float(), torch.randn(6, 3, 8, 8)
+    mixing.forced = road
+    graphs: list[object] = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    counts = []
+    for names in (["a", "b", None, "a", "b", "a"], ["b", "b", None, "a", "a", "a"], ["a", "a", "b", None, "a", "b"]):
+        with torch.no_grad():
+            got, want = compiled(x, tasks=names), model(x, tasks=names)
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+        counts.append(len(graphs))
+    assert counts[1] == counts[2]
+
+
 def test_packed_merged_and_loaded_tasks_are_in_a_batch(tmp_path) -> None:
     model, x = several("conv", "full").float(), images("conv")
     model.pack_task("a", codec="int8")
