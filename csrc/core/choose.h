@@ -110,7 +110,9 @@ constexpr Rule kTable[] = {
     {"other", kPredicted, kProduct, kCpu, kOther, kAny, 16, 0, 32, kAll, 3 << 17, 0},
 };
 
-constexpr long long kMostApartRows = 64;  // evidence "apart"
+// Evidence "apart": so many rows of a task from so many weights on.
+constexpr long long kMostApartRows = 8, kLeastApartWeights = 1 << 20;
+constexpr long long kLeastOfOneRow = 1 << 18;
 
 }  // namespace rules
 
@@ -157,8 +159,9 @@ struct MixedProblem {
 };
 
 constexpr Mixing choose_mixing(const MixedProblem& problem) {
-  const bool apart = problem.addable && !problem.fused && problem.rows <= rules::kMostApartRows;
-  return apart ? Mixing::kApart : Mixing::kOwn;
+  if (!problem.addable || problem.fused || problem.rows > rules::kMostApartRows) return Mixing::kOwn;
+  const long long least = problem.rows == 1 ? rules::kLeastOfOneRow : rules::kLeastApartWeights;
+  return problem.outputs * problem.inputs >= least ? Mixing::kApart : Mixing::kOwn;
 }
 
 // --- for tests and profilers ---------------------------------------------------------------------
