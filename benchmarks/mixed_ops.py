@@ -242,7 +242,10 @@ def main() -> None:
         with torch.no_grad():
             times = interleaved(make(), args.seconds, CPU)
         over = {variant: seconds / times["base"] for variant, seconds in times.items() if variant != "base"}
-        print(f"{name:70s} {1e3 * times['base']:9.3f} ms  " + "  ".join(f"{k} {v:.2f}" for k, v in over.items()), flush=True)
+        print(
+            f"{name:70s} {1e3 * times['base']:9.3f} ms  " + "  ".join(f"{k} {v:.2f}" for k, v in over.items()),
+            flush=True,
+        )
         rows.append({"name": name, "base_ms": 1e3 * times["base"], "over_base": over})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

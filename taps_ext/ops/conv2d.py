@@ -277,7 +277,7 @@ def data_gradient_like(dy: Tensor, x: Tensor | None, input_size: Any, weight: Te
     stride, padding, dilation, groups = geometry
     if x is not None:
         arguments = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
-        return torch.ops.aten.convolution_backward(dy, x, weight_t, None, *arguments)[0]  # type: ignore[no-any-return]
+        return torch.ops.aten.convolution_backward(dy, x, weight_t, None, *arguments)[0]
     sizes = zip(input_size, dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     more = [whole - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for whole, y, k, s, p, d in sizes]
     made: Tensor = torch.ops.aten.convolution(dy, weight_t, None, stride, padding, dilation, True, more, groups)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-
 _KNOWN = {1: True, 0: False, -1: None}  # a gate in lists
 
 
@@ -169,7 +168,9 @@ def _mixed_conv2d_backward(
 def _each_rank(input: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None], task_ids: Tensor) -> list[int]:
     """For each task what one product with A and one with B multiply; of ids on a device all rows are of the widest."""
     rows = input.shape[:-1].numel()
-    of_rows = [0 if d is None or u is None else 2 * d.shape[0] * (d.shape[1] + u.shape[0]) for d, u in zip(a, b, strict=True)]
+    of_rows = [
+        0 if d is None or u is None else 2 * d.shape[0] * (d.shape[1] + u.shape[0]) for d, u in zip(a, b, strict=True)
+    ]
     if type(task_ids) is not Tensor or task_ids.device.type != "cpu":
         widest = max(of_rows, default=0)
         return [rows * one if one == widest and of_rows.index(one) == task else 0 for task, one in enumerate(of_rows)]

@@ -25,6 +25,7 @@ from .mixed_call import (
     in_order,
     keep,
     kept,
+    learned,
     present,
     wants_gradient,
 )
@@ -60,7 +61,8 @@ def mixed_linear(
 
     Returns:
         `[..., N]` in the compute dtype. All rows of the base and of closed tasks are one product with W. A task without
-        samples gets no gradient where the ids are on a CPU, else zeros; nor does the Delta of a gate of False: it rests.
+        samples gets no gradient where the ids are on a CPU, else zeros. A Delta whose gate is False gets none: it
+        rests.
 
     Raises:
         ValueError: shapes that do not fit, lists of different lengths, ids of no task where the host can see them; gate
@@ -153,7 +155,6 @@ class MixedLinear(torch.autograd.Function):
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, deltas, scores, task_ids, bias, gates, threshold, _ = inputs
     expect_tracked("mixed_linear", deltas, scores)
-    dinput, dweight, ddeltas, dscores, _, dbias, *_ = ctx.needs_input_grad
     keep(
         ctx,
         input,
@@ -162,7 +163,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         task_ids,
         Tasks(deltas, scores, gates),
         threshold,
-        (dinput, dweight, dbias, ddeltas, dscores),
+        (*learned([input, weight, bias]), learned(deltas), learned(scores)),
         [True] * len(deltas),
     )
 

@@ -14,7 +14,6 @@ from torch.compiler import is_compiling
 
 from .. import reference
 from .call import autocast_dtype
-from .constant import constant
 from .reconstruct import check_gate
 
 KNOWN = {True: 1, False: 0, None: -1}  # a gate as the operators take it in lists
@@ -44,7 +43,12 @@ def check_ids(task_ids: Any, tasks: int, rows: int, name: str) -> None:
 
 def check_values(task_ids: Tensor, tasks: int) -> None:
     """Raise where an id on a CPU is that of no task; the operators look by themselves."""
-    if task_ids.device.type == "cpu" and not is_compiling() and task_ids.numel() and not reference.transformed(task_ids):
+    if (
+        task_ids.device.type == "cpu"
+        and not is_compiling()
+        and task_ids.numel()
+        and not reference.transformed(task_ids)
+    ):
         least, most = (int(value) for value in task_ids.aminmax())
         if least < -1 or most >= tasks:
             wrong = least if least < -1 else most
@@ -106,10 +110,10 @@ def checked_input(input: Any, weight: Any, bias: Any) -> Tensor:
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     dtype = autocast_dtype(input)
     if dtype is not None:
-        return input.to(dtype)  # type: ignore[no-any-return]
+        return input.to(dtype)
     if input.dtype != weight.dtype:
         raise TypeError(f"input: expected dtype {weight.dtype} like weight (or autocast), got {input.dtype}")
-    return input  # type: ignore[no-any-return]
+    return input
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -117,16 +121,21 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def learned(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Which of them ask for a gradient: of lists `needs_input_grad` says it in an operator's backward alone."""
+    return [tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
 def filled(tasks: Tasks, weight: Tensor) -> Tasks:
     """Without a None, which torch's autograd of operators does not know in lists: a task that has no Delta is closed,
-    and its Delta, of which nothing is read, is W."""
+    its Delta, of which nothing is read, is W, and its score one that nothing asks a gradient of."""
     none: Tensor | None = None
     deltas, scores, gates = list(tasks.deltas), list(tasks.scores), list(tasks.gates)
     for task, delta in enumerate(deltas):
         if delta is None:
-            deltas[task], gates[task] = weight.detach(), 0
+            deltas[task], scores[task], gates[task] = weight.detach(), None, 0
         if scores[task] is None:
-            none = constant((0.0,), weight.device, torch.float32) if none is None else none
+            none = weight.new_zeros(1, dtype=torch.float32) if none is None else none
             scores[task] = none
     return Tasks(deltas, scores, gates)
 
@@ -178,9 +187,7 @@ def keep(
     dinput, dweight, dbias, needs_deltas, needs_scores = needs
     each = list(zip(tasks.deltas, tasks.gates, there, strict=True))
     ddeltas = [n and is_there and gate != 0 for n, (_, gate, is_there) in zip(needs_deltas, each, strict=True)]
-    dscores = [
-        n and is_there and delta is not None for n, (delta, _, is_there) in zip(needs_scores, each, strict=True)
-    ]
+    dscores = [n and is_there and delta is not None for n, (delta, _, is_there) in zip(needs_scores, each, strict=True)]
     moved = [dinput and is_there and gate != 0 for _, gate, is_there in each]
     read = [any(uses) for uses in zip(ddeltas, dscores, moved, strict=True)]
     ctx.wanted = Wanted([dinput, dbias, dweight], ddeltas, dscores)

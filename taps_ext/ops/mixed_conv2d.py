@@ -27,6 +27,7 @@ from .mixed_call import (
     in_order,
     keep,
     kept,
+    learned,
     present,
     wants_gradient,
 )
@@ -166,7 +167,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, deltas, scores, task_ids, bias, stride, padding, dilation, groups, gates, threshold, _ = inputs
     expect_tracked("mixed_conv2d", deltas, scores)
     ctx.geometry = Geometry(stride, padding, dilation, groups), tuple(input.shape[-2:])
-    dinput, dweight, ddeltas, dscores, _, dbias, *_ = ctx.needs_input_grad
     keep(
         ctx,
         input,
@@ -175,7 +175,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         task_ids,
         Tasks(deltas, scores, gates),
         threshold,
-        (dinput, dweight, dbias, ddeltas, dscores),
+        (*learned([input, weight, bias]), learned(deltas), learned(scores)),
         [True] * len(deltas),
     )
 

@@ -13,7 +13,7 @@ from .. import reference
 from ..extension import C
 from .call import autocast_dtype, below_autograd, register_autograd
 from .fakes import empty, gradient_like, register_fake
-from .mixed_call import check_ids, check_values, expect_tracked, listed, present, wants_gradient
+from .mixed_call import check_ids, check_values, expect_tracked, learned, listed, present, wants_gradient
 from .once import once_differentiable
 
 
@@ -39,8 +39,8 @@ def mixed_lowrank(
         samples gets no gradient where the ids are on a CPU, else zeros.
 
     Raises:
-        ValueError: shapes that do not fit, lists of different lengths, factors of no task, ids of no task where the host
-            can see them.
+        ValueError: shapes that do not fit, lists of different lengths, factors of no task, ids of no task where the
+            host can see them.
         TypeError: an argument of another kind; factors of another dtype than the input's outside autocast.
         RuntimeError: what the kernels find: ids of no task, devices.
     """
@@ -119,9 +119,7 @@ class MixedLowRank(torch.autograd.Function):
     """The products with a gradient, for eager calls. They are small: backward does them again, and keeps what came."""
 
     @staticmethod
-    def forward(
-        ctx: Any, scales: list[float], input: Tensor, task_ids: Tensor, *factors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, scales: list[float], input: Tensor, task_ids: Tensor, *factors: Tensor | None) -> Tensor:
         count = len(scales)
         a, b = list(factors[:count]), list(factors[count:])
         output = product(input, a, b, task_ids, scales)
@@ -143,8 +141,7 @@ class MixedLowRank(torch.autograd.Function):
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, a, b, task_ids, scales = inputs
     expect_tracked("mixed_lowrank", a, b)
-    of_input, of_a, of_b, *_ = ctx.needs_input_grad
-    ctx.scales, ctx.wanted = scales, (of_input, list(of_a), list(of_b))
+    ctx.scales, ctx.wanted = scales, (input.requires_grad, learned(a), learned(b))
     ctx.save_for_backward(input, task_ids, *a, *b)
 
 

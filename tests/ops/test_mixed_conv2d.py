@@ -23,7 +23,9 @@ def check_draw(seed: int) -> None:
     stock = F.conv2d(got.input, got.weight, got.bias, **geometry)
     assert y.stride() == stock.stride() or y.numel() == 0
     with torch.no_grad():
-        torch.testing.assert_close(mixed_conv2d(*got[:6], gates=got.gates, **geometry), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            mixed_conv2d(*got[:6], gates=got.gates, **geometry), expected, rtol=1e-10, atol=1e-10
+        )
     grad = torch.randn_like(y)
     y.backward(grad)
     if not expected.numel():
@@ -107,7 +109,11 @@ def test_gradcheck() -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_same_padding_and_permutation() -> None:
-    x, weight, ids = torch.randn(6, 2, 5, 4, dtype=F64), torch.randn(4, 2, 2, 4, dtype=F64), torch.tensor([1, 0, -1, 1, 0, 1])
+    x, weight, ids = (
+        torch.randn(6, 2, 5, 4, dtype=F64),
+        torch.randn(4, 2, 2, 4, dtype=F64),
+        torch.tensor([1, 0, -1, 1, 0, 1]),
+    )
     deltas, order = [torch.randn(4, 2, 2, 4, dtype=F64) for _ in range(2)], torch.randperm(6)
     y = mixed_conv2d(x, weight, deltas, None, ids, padding="same", gates=[True, True])
     moved = mixed_conv2d(x[order], weight, deltas, None, ids[order], padding="same", gates=[True, True])
