@@ -9,9 +9,10 @@
 // everything. The forward ops take both for their gradient alone, where the host knows the gate to
 // be closed and the weight needs no gradient of its own.
 //
-// To come, proven possible by the probes below (lists of optional tensors, packed parts):
-//   mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids,
-//                Tensor? bias, float threshold) -> Tensor
+// The mixed ops are of T tasks: a Delta (None: that task is the base), a score and a gate (1, 0, or -1 where the score
+// is read) for each. task_ids [B] is int64, unsorted, -1 for the base. What comes in has B times as many rows (images),
+// one sample's behind the other. Their backward ops return (input, bias, weight, deltas', scores') gradients, as far as
+// the masks ask for them, zeros for a task that has no samples.
 #include "ops.h"
 
 namespace taps {
@@ -84,6 +85,30 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
       "Tensor weight, Tensor? delta, Tensor? score, bool? gate, float threshold, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, bool[5] output_mask, "
       "Tensor? rows, float row_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Each row of x [..., K] by the W_t of its sample's task. `training`: as in gated_linear, of each product by itself.
+  m.def(
+      "mixed_linear(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids, Tensor? bias, "
+      "int[] gates, float threshold, bool training=False) -> Tensor");
+  m.def(
+      "mixed_linear_backward(Tensor grad_output, Tensor? input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, "
+      "Tensor task_ids, int[] gates, float threshold, bool[3] input_bias_weight, bool[] delta_mask, "
+      "bool[] score_mask) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  // Each image of x [k * B, C, H, W] by the W_t of its sample's task.
+  m.def(
+      "mixed_conv2d(Tensor input, Tensor weight, Tensor?[] deltas, Tensor?[] scores, Tensor task_ids, Tensor? bias, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, int[] gates, float threshold, "
+      "bool training=False) -> Tensor");
+  m.def(
+      "mixed_conv2d_backward(Tensor grad_output, Tensor? input, SymInt[2] input_size, Tensor weight, "
+      "Tensor?[] deltas, Tensor?[] scores, Tensor task_ids, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, int[] gates, float threshold, bool[3] input_bias_weight, bool[] delta_mask, "
+      "bool[] score_mask) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[])");
+  // scales[t] * (x a[t]^T) b[t]^T for each row of x [..., K] of task t, a[t] [r_t, K] and b[t] [N, r_t] in x's dtype;
+  // zeros for the base and where both are None. Its backward returns (input, a's, b's) gradients.
+  m.def("mixed_lowrank(Tensor input, Tensor?[] a, Tensor?[] b, Tensor task_ids, float[] scales) -> Tensor");
+  m.def(
+      "mixed_lowrank_backward(Tensor grad_output, Tensor input, Tensor?[] a, Tensor?[] b, Tensor task_ids, "
+      "float[] scales, bool input_mask, bool[] a_mask, bool[] b_mask) -> (Tensor, Tensor[], Tensor[])");
   // Patches (docs/patch.md, cpu/patch.h), on the CPU: vectors of uint8, in units of 1, 2, 4 or 8 bytes. A sum of 128
   // bits is told as two numbers.
   m.def("patch_sum(Tensor bytes, int first_word) -> int[]");
@@ -128,6 +153,12 @@ STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("patch_write", TORCH_BOX(&taps::patch_write));
   m.impl("patch_swap", TORCH_BOX(&taps::patch_swap));
   m.impl("packed_linear", TORCH_BOX(&taps::packed_linear));
+  m.impl("mixed_linear", TORCH_BOX(&taps::mixed_linear));
+  m.impl("mixed_linear_backward", TORCH_BOX(&taps::mixed_linear_backward));
+  m.impl("mixed_conv2d", TORCH_BOX(&taps::mixed_conv2d));
+  m.impl("mixed_conv2d_backward", TORCH_BOX(&taps::mixed_conv2d_backward));
+  m.impl("mixed_lowrank", TORCH_BOX(&taps::mixed_lowrank));
+  m.impl("mixed_lowrank_backward", TORCH_BOX(&taps::mixed_lowrank_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CompositeExplicitAutograd, m) {

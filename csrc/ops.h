@@ -4,6 +4,7 @@
 
 #include "core/gradient.h"
 #include "core/layer.h"
+#include "core/mixed.h"
 
 namespace taps {
 
@@ -45,6 +46,37 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
                             std::optional<bool> gate, double threshold, const Ints& stride, const Ints& padding,
                             const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
                             const OptionalTensor& rows, double row_scale);
+
+// Mixed batches.
+Tensor mixed_linear(const Tensor& input, const Tensor& weight, const std::vector<OptionalTensor>& deltas,
+                    const std::vector<OptionalTensor>& scores, const Tensor& task_ids, const OptionalTensor& bias,
+                    const Ints& gates, double threshold, bool training);
+
+MixedGrads mixed_linear_backward(const Tensor& grad_output, const OptionalTensor& input, const Tensor& weight,
+                                 const std::vector<OptionalTensor>& deltas, const std::vector<OptionalTensor>& scores,
+                                 const Tensor& task_ids, const Ints& gates, double threshold,
+                                 const std::vector<bool>& input_bias_weight, const std::vector<bool>& delta_mask,
+                                 const std::vector<bool>& score_mask);
+
+Tensor mixed_conv2d(const Tensor& input, const Tensor& weight, const std::vector<OptionalTensor>& deltas,
+                    const std::vector<OptionalTensor>& scores, const Tensor& task_ids, const OptionalTensor& bias,
+                    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, const Ints& gates,
+                    double threshold, bool training);
+
+MixedGrads mixed_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
+                                 const Tensor& weight, const std::vector<OptionalTensor>& deltas,
+                                 const std::vector<OptionalTensor>& scores, const Tensor& task_ids, const Ints& stride,
+                                 const Ints& padding, const Ints& dilation, int64_t groups, const Ints& gates,
+                                 double threshold, const std::vector<bool>& input_bias_weight,
+                                 const std::vector<bool>& delta_mask, const std::vector<bool>& score_mask);
+
+Tensor mixed_lowrank(const Tensor& input, const std::vector<OptionalTensor>& a, const std::vector<OptionalTensor>& b,
+                     const Tensor& task_ids, const std::vector<double>& scales);
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_lowrank_backward(
+    const Tensor& grad_output, const Tensor& input, const std::vector<OptionalTensor>& a,
+    const std::vector<OptionalTensor>& b, const Tensor& task_ids, const std::vector<double>& scales, bool input_mask,
+    const std::vector<bool>& a_mask, const std::vector<bool>& b_mask);
 
 // Patches: bytes of tensors on the CPU, with what cpu/patch.h says of them as a list of numbers.
 std::vector<int64_t> patch_sum(const Tensor& bytes, int64_t first_word);

@@ -157,6 +157,18 @@ class Change(nn.Module):
 
     forward = product  # so that hooks (pruning's, for one) can be run around it
 
+    @classmethod
+    def mixed(
+        cls,
+        changes: Sequence[tuple[Change, Gate] | None],
+        host: nn.Module,
+        input: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+    ) -> Tensor | None:
+        """As `Part.mixed` has it, with changes of this kind and their gates, and a bias for all."""
+        return None
+
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)

@@ -13,7 +13,7 @@ from . import bind, sampling
 from .bind import Bound, Road
 from .change import Change, register_change
 from .gate import Gate
-from .host import Op, base_weight, resting_weight, weight_name
+from .host import Op, base_weight, op_of, resting_weight, weight_name
 from .sampling import Sample
 
 
@@ -43,6 +43,32 @@ class Dense(Change):
     ) -> Tensor:
         tensors = (input, weight, self.delta, gate.score, bias)
         return sampling.run(op.gated, op.trailing, sample, *tensors, *op.geometry, **self._known(gate))
+
+    @classmethod
+    def mixed(
+        cls,
+        changes: Sequence[tuple[Change, Gate] | None],
+        host: nn.Module,
+        input: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+    ) -> Tensor | None:
+        gates = [None if found is None else found[1] for found in changes]
+        thresholds = {gate.threshold for gate in gates if gate is not None and gate.known is None}
+        if len(thresholds) > 1:  # which only a device that reads the scores has to know
+            return None
+        deltas = [None if found is None else found[0]._parameters["delta"] for found in changes]
+        scores = [
+            gate.score if gate is not None and (gate.learns or gate.known is None) and delta is not None else None
+            for gate, delta in zip(gates, deltas, strict=True)
+        ]
+        known = [False if gate is None else gate.known for gate in gates]
+        op, input = op_of(host, input)
+        weight = resting_weight(host, base_weight(host), input)
+        run: Any = ops.mixed_linear if op.geometry == () else ops.mixed_conv2d
+        threshold = {"threshold": thresholds.pop()} if thresholds else {}
+        made: Tensor = run(input, weight, deltas, scores, ids, bias, *op.geometry, gates=known, **threshold)
+        return made
 
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         if gate.shut:

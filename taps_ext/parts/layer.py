@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +74,10 @@ def _product(below: Below, product: Callable[[Tensor], Tensor], input: Tensor) -
         raise
     except (RuntimeError, TypeError):
         return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _gate_facts(record: Record) -> dict[str, Any]:
@@ -215,6 +219,33 @@ class Layer(Part):
         closed = change is None or (gate.known is False and not learns)
         closed = closed or (change is not None and change.replaces and gate.known is True and not change.trains)
         return closed and not _autocast()
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Part | None], host: nn.Module, input: Tensor, ids: Tensor) -> Tensor | None:
+        changes: list[tuple[Change, Gate] | None] = []
+        own = False
+        for part in parts:
+            if part is None:
+                changes.append(None)
+                continue
+            if not isinstance(part, Layer) or type(part) is not Layer or part.change is None:
+                return None
+            if _hooked(part) or _hooked(part.change):
+                return None
+            own = own or part.bias is not None
+            changes.append((part.change, part.gate))
+        kinds = {type(found[0]) for found in changes if found is not None}
+        if len(kinds) != 1:
+            return None
+        bias = base_bias(host)
+        made = kinds.pop().mixed(changes, host, input, None if own else bias, ids)
+        if made is None or not own or bias is None:
+            return made
+        below = Below(host)
+        of_tasks = torch.stack([bias if part is None else part.bias_over(below) for part in parts])  # type: ignore[misc]
+        rows = of_tasks.to(made.dtype)[ids.repeat_interleave(len(made) // len(ids))]
+        before, after = (made.dim() - 2, 0) if isinstance(host, nn.Linear) else (0, made.dim() - 2)
+        return made + rows.view(len(made), *(1,) * before, -1, *(1,) * after)
 
     def idle(self) -> bool:
         return self.bias is None and (self.change is None or self.gate.shut)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import mixed_lowrank
 from .change import Change, register_change
 from .gate import Gate
-from .host import base_weight
+from .host import base_weight, resting_weight
 
 if TYPE_CHECKING:
     from .part import Below
@@ -79,6 +80,30 @@ class LowRank(Change):
         return gate.select(closed + self.scale * added, closed)
 
     forward = product
+
+    @classmethod
+    def mixed(
+        cls,
+        changes: Sequence[tuple[Change, Gate] | None],
+        host: nn.Module,
+        input: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+    ) -> Tensor | None:
+        """The base's product once, and one call for what all tasks add."""
+        found: list[Any] = [None if pair is None else pair[0] for pair in changes]
+        if not isinstance(host, nn.Linear) or any(change is not None and change.owed for change in found):
+            return None
+        if any(pair is not None and (pair[1].known is not True or pair[1].learns) for pair in changes):
+            return None  # a score learns from the difference that its gate makes
+        factors = {
+            name: [None if change is None else change._parameters[name].to(input.dtype) for change in found]
+            for name in ("down", "up")
+        }
+        scales = [0.0 if change is None else change.scale for change in found]
+        weight = resting_weight(host, base_weight(host), input)
+        added = mixed_lowrank(input, factors["down"], factors["up"], ids, scales)
+        return F.linear(input, weight, bias) + added
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         if self.owed:

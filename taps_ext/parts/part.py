@@ -7,7 +7,7 @@ part's kind.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -193,6 +193,17 @@ class Part(nn.Module):
     def unread(self, below: Below) -> Tensor:
         """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""
         return self.weight_over(below)
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Part | None], host: nn.Module, input: Tensor, ids: Tensor) -> Tensor | None:
+        """The product of a stock host with a batch of several tasks, by as few calls as there are; None where each
+        task's rows are to go through its own part.
+
+        Args:
+            parts: of this kind, by task; None is the base. input: `[samples * k, ...]`, sample after sample. ids: the
+                task of each sample.
+        """
+        return None
 
     def idle(self) -> bool:
         """True where it is what lies below in outputs and gradients, so that its samples may run with the base's."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..errors import ConfigError, TapsError, UnsupportedModuleError
 from ..parts.host import is_norm
 from .frame import Call, Frame, enter, leave, sequence_number
+from .route import is_stock
 
 
 class Place(NamedTuple):
@@ -200,6 +201,7 @@ class Mixture:
         self.batch, self.segments = batch, tuple(segments)
         self.layouts, self.within, self.heads = found, within, heads
         self.padded: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._known_ids: dict[torch.device, Tensor] = {}
 
     def _acts(self, segment: Segment, names: Sequence[str]) -> bool:
         return any(not part.idle() for name in names for part in segment.frame.stacks.get(name, ()))
@@ -236,7 +238,34 @@ class Mixture:
                 f"{name}: expected arguments and outputs with a dimension of samples, got "
                 f"{[list(tensor.shape) for tensor in tensors]}; row_invariant=True runs a batch's tasks one by one"
             )
-        return self._apart(module, name, frame, acting, layout, leaves, spec)
+        made = self._together(module, name, acting, layout, args, kwargs)
+        return self._apart(module, name, frame, acting, layout, leaves, spec) if made is None else made
+
+    def _together(
+        self, module: nn.Module, name: str, acting: Sequence[bool], layout: Layout, args: Any, kwargs: Any
+    ) -> Tensor | None:
+        """A linear or convolution layer in as few calls as what tasks have there takes; None for task by task."""
+        place, out = layout.inputs[0], layout.outputs[0]
+        if place is None or out is None or place.dim or out.dim or place.before != 1:
+            return None
+        if kwargs or len(args) != 1 or not is_stock(module):
+            return None
+        stacks = [
+            one.frame.stacks.get(name, ()) if acts else () for one, acts in zip(self.segments, acting, strict=True)
+        ]
+        if any(len(stack) > 1 for stack in stacks) or any(one.frame.sample is not None for one in self.segments):
+            return None
+        parts = [stack[0] if stack else None for stack in stacks]
+        kinds = {type(part) for part in parts if part is not None}
+        return kinds.pop().mixed(parts, module, args[0], self._ids(args[0].device)) if len(kinds) == 1 else None
+
+    def _ids(self, device: torch.device) -> Tensor:
+        """The place among the segments of each sample, int64 `[batch]`."""
+        if device not in self._known_ids:
+            sizes = torch.tensor([one.size for one in self.segments])
+            found = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+            self._known_ids[device] = found.to(device, non_blocking=True)
+        return self._known_ids[device]
 
     def _apart(
         self,

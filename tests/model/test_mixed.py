@@ -235,6 +235,24 @@ def test_closed_for_all_is_one_call_and_counted() -> None:
     assert calls.count("aten::conv2d") == 3  # the base's, once for all
 
 
+@pytest.mark.parametrize(
+    ("base", "case", "op", "layers"),
+    [("vit", "full", "mixed_linear", 2), ("conv", "full", "mixed_conv2d", 3), ("vit", "lora", "mixed_lowrank", 2)],
+    ids=["linear", "convolution", "lowrank"],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_a_layers_product_is_one_call_for_all_tasks(base: str, case: str, op: str, layers: int, training: bool) -> None:
+    """Of ViT those that attention does not read, of the convolutions all three (what the linear ones add beside)."""
+    model = several(base, case).float().train(training)
+    mixing.forced = "layers"
+    x, names = images(base), ["a", "b", None, "a", "b", "a"]
+    with torch.set_grad_enabled(training):
+        model(x, tasks=names)
+        with torch.profiler.profile() as seen:
+            model(x, tasks=names)
+    assert [event.name for event in seen.events()].count(f"taps_ext::{op}") == layers
+
+
 def test_dropout_and_statistics_are_the_tasks_own() -> None:
     torch.manual_seed(0)
     model = TaskModel(settle(TinyNet()), TapsConfig(lam=0.5)).train()
