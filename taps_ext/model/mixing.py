@@ -6,7 +6,8 @@ task's samples through the whole base by themselves, to the bit as separate call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 # For tests and measurements: None leaves it to what was measured.
 forced: str | None = None
 
+# Of inputs that go through the base at a time on a CPU without gradients: eight images of 224 pixels in fp32, of which
+# ResNet-50 and ViT-S are served best by four to eight (docs/mixed.md). 0: the whole batch.
+piece_bytes = 8 * 3 * 224 * 224 * 4
+
 _SIGNATURES = 64  # of inputs, whose layouts are kept
 
 
@@ -35,7 +40,18 @@ def run_mixed(model: TaskModel, entry: str | None, tasks: Any, args: Any, kwargs
     """The base, or its method `entry`, on a batch of several tasks. Raises as :meth:`TaskModel.forward` says."""
     found = shares(tasks, model._names)
     check_batch(tasks, args, kwargs, model.batch_dim)
-    batch, dim = len(tasks), model.batch_dim
+    batch = len(tasks)
+    if (size := _piece(model, entry, args, kwargs)) < batch:
+        known = _known(model, args, kwargs)
+        if known.outputs is not None:
+            return _in_pieces(model, found, size, known.outputs, batch, args, kwargs)
+    return _whole(model, entry, found, batch, args, kwargs)
+
+
+def _whole(
+    model: TaskModel, entry: str | None, found: Sequence[Share], batch: int, args: Any, kwargs: Any
+) -> MixedOutput:
+    dim = model.batch_dim
     known = _layers_of(model, entry, found, args, kwargs)
     if known is not None:
         return MixedOutput(_by_layers(model, found, known, batch, args, kwargs), batch, dim, "layers")
@@ -46,14 +62,80 @@ def run_mixed(model: TaskModel, entry: str | None, tasks: Any, args: Any, kwargs
     return MixedOutput(outputs, batch, dim, "tasks")
 
 
+def _plain(entry: str | None, args: Any, kwargs: Any) -> bool:
+    """A forward on tensors that returns what each sample gives, in eager mode."""
+    if entry is not None or torch.compiler.is_compiling() or reference.may_be_transformed():
+        return False
+    return kwargs.get("labels") is None and not any(isinstance(leaf, list) for leaf in (*args, *kwargs.values()))
+
+
+def _piece(model: TaskModel, entry: str | None, args: Any, kwargs: Any) -> int:
+    """How many samples go through the base at a time."""
+    whole = sys.maxsize
+    if model.row_invariant or model.training or torch.is_grad_enabled() or not _plain(entry, args, kwargs):
+        return whole
+    largest = 0
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > model.batch_dim:
+            if leaf.device.type != "cpu":
+                return whole
+            largest = max(largest, leaf.nbytes // max(1, leaf.shape[model.batch_dim]))
+    return max(1, piece_bytes // largest) if largest and piece_bytes else whole
+
+
+@torch.compiler.disable
+def _in_pieces(
+    model: TaskModel, found: Sequence[Share], size: int, places: Places, batch: int, args: Any, kwargs: Any
+) -> MixedOutput:
+    """A few samples after the other, those of a task together, so that what layers hand on stays in cache."""
+    made: dict[str | None, list[tuple[Tensor, Any]]] = {share.task: [] for share in found}
+    roads = set()
+    for piece in _pieces(found, size):
+        sorted_rows = Share(None, torch.cat([share.rows for share in piece]))
+        own = cut((args, kwargs), sorted_rows, batch, model.batch_dim)
+        first, here = 0, []
+        for share in piece:
+            here.append(Share(share.task, torch.arange(first, first + len(share.rows))))
+            first += len(share.rows)
+        out = _whole(model, None, here, first, *own)
+        roads.add(out.road)
+        for share in piece:
+            made[share.task].append((share.rows, out[share.task][1]))
+    parts = []
+    for task, outputs in made.items():
+        leaves = [tree_flatten(output) for _, output in outputs]
+        joined, where = [], iter(places)
+        for values in zip(*(flat[0] for flat in leaves), strict=True):
+            place = next(where) if isinstance(values[0], Tensor) else None
+            counts = [len(rows) for rows, _ in outputs]
+            joined.append(values[0] if place is None or len(values) == 1 else place.join(values, counts))
+        own_rows = torch.cat([rows for rows, _ in outputs])
+        parts.append((Share(task, own_rows), tree_unflatten(joined, leaves[0][1])))
+    return MixedOutput(parts, batch, model.batch_dim, "layers" if "layers" in roads else "tasks")
+
+
+def _pieces(found: Sequence[Share], size: int) -> Iterator[list[Share]]:
+    """Whole tasks while they fit, larger ones in equal parts."""
+    piece: list[Share] = []
+    room = size
+    for share in found:
+        count = len(share.rows)
+        if count > room and piece:
+            yield piece
+            piece, room = [], size
+        if count <= room:
+            piece.append(share)
+            room -= count
+            continue
+        yield from ([Share(share.task, rows)] for rows in share.rows.tensor_split(-(-count // size)))
+    if piece:
+        yield piece
+
+
 @torch.compiler.disable
 def _layers_of(model: TaskModel, entry: str | None, found: Sequence[Share], args: Any, kwargs: Any) -> _Known | None:
     """Where the base has samples, if the batch is to go layer by layer."""
-    if not goes_by_layers(model) or len(found) == 1 or entry is not None:
-        return None
-    if torch.compiler.is_compiling() or reference.may_be_transformed() or kwargs.get("labels") is not None:
-        return None
-    if any(isinstance(leaf, list) for leaf in (*args, *kwargs.values())):
+    if not goes_by_layers(model) or len(found) == 1 or not _plain(entry, args, kwargs):
         return None
     known = _known(model, args, kwargs)
     return known if all(_fits(model, share, known) for share in found) else None

@@ -341,6 +341,30 @@ def test_task_and_tasks_together() -> None:
         TaskModel(nn.Linear(2, 2), row_invariant=1)
 
 
+@pytest.mark.parametrize("images_at_a_time", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("road", ROADS)
+def test_a_large_batch_goes_in_pieces(road: str, images_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = plain_and_checkpointed(False)
+    model.double().eval()
+    x = torch.randn(11, 3, 8, 8, dtype=torch.double)
+    names = ["a", "b", "a", None, "a", "b", "a", "a", None, "a", "a"]
+    monkeypatch.setattr(mixing, "piece_bytes", images_at_a_time * x[0].nbytes)
+    mixing.forced = road
+    seen: list[int] = []
+    model.base.norm.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        out = model(x, tasks=names)
+        assert images_at_a_time > 11 or max(seen[:-1]) <= max(3, images_at_a_time)  # three where samples are looked for
+        for row, name in enumerate(names):
+            want = model(x[row : row + 1], task=name)["logits"]
+            assert (list(out)[row]["logits"] - want[0]).abs().max() < EXACT
+    indices, output = out["a"]
+    assert indices.tolist() == [0, 2, 4, 6, 7, 9, 10] and len(output["logits"]) == 7
+    seen.clear()
+    model(x, tasks=names)  # with gradients: whole
+    assert max(seen) == (11 if road == "layers" else 7)
+
+
 @pytest.mark.parametrize("road", ROADS)
 def test_another_mix_compiles_nothing_anew(road: str) -> None:
     torch._dynamo.reset()
