@@ -1,6 +1,7 @@
 """Serving many tasks of one base: the engine, and HTTP over it (`http.py`, which needs the extra `serve`)."""
 
-from .engine import Answer, Engine
+from .core import Answer
+from .engine import Engine
 from .errors import (
     EngineClosedError,
     InputError,
