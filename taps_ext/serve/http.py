@@ -251,9 +251,8 @@ def make_app(
             return _problem(error)
         finally:
             held -= told
-        return Prediction(
-            task=task, label=labels[0]["label"], top=[Score(**label) for label in labels], digest=found.facts.digest
-        )
+        scored = [Score(**label) for label in labels]
+        return Prediction(task=task, label=scored[0].label, top=scored, digest=found.facts.digest)
 
     @app.get("/tasks", summary="The tasks of the folder.")
     def tasks() -> dict[str, Any]:

@@ -94,6 +94,7 @@ class Loader(Worker):
         Raises:
             As :meth:`TaskFolder.add`, and what is wrong with the task on this base; then everything is as it was.
         """
+        self._check_open()  # the worker may be at its last batch
         with self._loading:
             self._check_open()
             found = read(self.folder, file)
@@ -127,6 +128,7 @@ class Loader(Worker):
         Raises:
             ConfigError: no such task. TaskFileError: what is wrong with the file; a state that is in memory stays.
         """
+        self._check_open()  # the worker may be at its last batch
         with self._loading:
             self._check_open()
             if name not in self.folder:
