@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -98,9 +99,11 @@ def status_of(error: BaseException) -> int:
     return 503 if isinstance(error, (QueueFullError, EngineClosedError, TaskReplacedError)) else 500
 
 
-def _problem(error: BaseException) -> JSONResponse:
+def _problem(error: BaseException, folder: str) -> JSONResponse:
+    """The answer that an error is; where the folder lies is nobody's business outside."""
     status = status_of(error)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error).replace(f" in {folder}", "").replace(f"{folder}{os.sep}", "")
+    text = " ".join(text.split()) or type(error).__name__
     if not isinstance(error, (TapsError, _Refused)):
         text = f"the model failed on this input: {text:.300}"
     headers = {"Retry-After": "1"} if status == 503 else {}
@@ -177,7 +180,7 @@ def make_app(
     held = 0  # bytes of bodies
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return _problem(error)
+        return _problem(error, str(engine.folder.path))
 
     for kind in (_Refused, TapsError):
         app.add_exception_handler(kind, answer)
@@ -248,7 +251,7 @@ def make_app(
         except (_Refused, TapsError):
             raise
         except Exception as error:
-            return _problem(error)
+            return _problem(error, str(engine.folder.path))
         finally:
             held -= told
         scored = [Score(**label) for label in labels]

@@ -421,6 +421,17 @@ def test_one_sample_for_all_says_what_inputs_are(folder: TaskFolder, tmp_path: P
             engine.predict(samples(1)[0, :, :4], "free")
 
 
+def test_switching_the_active_task_costs_no_more_than_a_hundred_microseconds(folder: TaskFolder) -> None:
+    made = model()
+    names = [made.load_task(folder.file(f"t{i}")) for i in range(TASKS)]
+    taken = []
+    for i in range(200):
+        begin = time.perf_counter()
+        made.set_task(names[i % TASKS])
+        taken.append(time.perf_counter() - begin)
+    assert sorted(taken)[100] <= 100e-6
+
+
 # ------------------------------------------------------------------------------------------------- counters
 
 

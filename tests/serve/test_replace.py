@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peak import resident
 from serving import answers, folder_of, is_close, model, samples, write
 
 from taps_ext import ConfigError, TaskFileError, TaskFolder
@@ -92,8 +94,11 @@ def test_files_that_others_write_are_served_after_reload(folder: TaskFolder, tmp
 
 def traffic(
     path: Path, *, seconds: float, threads: int, tasks: int, versions: int, engine: dict[str, object]
-) -> Engine:
-    """Threads that ask, and one that adds, replaces and removes, for so long; every answer is checked. The statistics."""
+) -> dict[str, Any]:
+    """Threads that ask, and one that adds, replaces and removes, for so long; every answer is checked.
+
+    Returns the statistics, the process's memory at each second, and how many changes there were.
+    """
     files = {
         (t, v): write(path / f"{t}-{v}.taps", f"t{t}", 1000 * t + v) for t in range(tasks) for v in range(versions)
     }
@@ -144,7 +149,10 @@ def traffic(
     with Engine(model(), folder, **engine) as served:  # type: ignore[arg-type]
         with ThreadPoolExecutor(threads + 1) as pool:
             running = [pool.submit(ask, i, served) for i in range(threads)] + [pool.submit(change, served)]
-            time.sleep(seconds)
+            end, memory = time.monotonic() + seconds, list[int]()
+            while (left := end - time.monotonic()) > 0 and not problems:
+                time.sleep(min(left, 1.0))
+                memory.append(resident("VmRSS"))
             stop.set()
             for future in running:
                 future.result(60)
@@ -154,7 +162,7 @@ def traffic(
         assert stats["requests"] == sum(checked) == stats["answers"] + stats["errors"].get("UnknownTaskError", 0)
         assert set(stats["errors"]) <= {"UnknownTaskError"} and stats["queued_samples"] == 0
         until_idle(served)
-    return stats
+    return {**stats, "memory": memory, "changes": sum(map(len, history)) - tasks}
 
 
 def until_idle(served: Engine) -> None:
