@@ -8,8 +8,9 @@ when a state is loaded; saving a task compares values as ever.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,43 +24,50 @@ T = TypeVar("T")
 _MOST = 64  # answers; configs that name other layers ask for other scans
 
 
-def _modules(base: nn.Module) -> list[nn.Module]:
-    return list(base.modules())
+class _State(NamedTuple):
+    """A base at one moment, and what was found of it then."""
 
+    held: Held | None
+    modules: list[nn.Module]
+    found: dict[Hashable, Any]
 
-def _has_no_versions(held: Held) -> bool:
-    return any(version < 0 for _, version, _ in held.stamps.values())
+    def same(self, other: _State) -> bool:
+        if self.held is None or other.held is None or self.held.stamps != other.held.stamps:
+            return False
+        return len(self.modules) == len(other.modules) and all(map(operator.is_, self.modules, other.modules))
+
+    @property
+    def has_versions(self) -> bool:
+        """False for a base with tensors made in inference mode, which tell no writes."""
+        return self.held is not None and all(version >= 0 for _, version, _ in self.held.stamps.values())
 
 
 class Known:
     """Answers about one base, dropped when something in it has changed."""
 
     def __init__(self) -> None:
-        self._held: Held | None = None
-        self._modules: list[nn.Module] = []
-        self._found: dict[Hashable, Any] = {}
+        self._state = _State(None, [], {})  # swapped whole: several threads may ask
 
     def __getstate__(self) -> dict[str, Any]:
         return Known().__dict__  # a copy's base is another
 
     def forget(self) -> None:
         """The base is about to change, or may have."""
-        self._held, self._modules, self._found = None, [], {}
+        self._state = _State(None, [], {})
 
     @torch.compiler.disable
     def _get(self, base: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
-        held, modules = Held(base), _modules(base)
-        same = self._held is not None and self._held.stamps == held.stamps
-        if not same or len(modules) != len(self._modules) or any(map(_differ, modules, self._modules)):
-            self.forget()
-        if key in self._found:
-            return cast("T", self._found[key])
+        now, state = _State(Held(base), list(base.modules()), {}), self._state
+        if not now.same(state):
+            state = now
+        if key in state.found:
+            return cast("T", state.found[key])
         found = make()
-        if not _has_no_versions(held) and Held(base).stamps == held.stamps:  # inference tensors tell no writes
-            if len(self._found) >= _MOST:
-                self._found = {}
-            self._held, self._modules = held, modules
-            self._found[key] = found
+        if now.has_versions and now.same(_State(Held(base), list(base.modules()), {})):
+            if len(state.found) >= _MOST:
+                state = now
+            state.found[key] = found
+            self._state = state
         return found
 
     def fingerprint(self, base: nn.Module, head: str | None) -> str:
@@ -95,7 +103,3 @@ class Known:
             return made
 
         return self._get(base, ("guard",), make)
-
-
-def _differ(one: nn.Module, other: nn.Module) -> bool:
-    return one is not other

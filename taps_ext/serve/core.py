@@ -69,6 +69,7 @@ class Core:
         self._numbers = itertools.count(1)
         self._closing = self._broken = False
         self._loading = threading.Lock()  # held from the reading of a file until its state is in the model
+        self._threads: list[threading.Thread] = []  # the worker and the loader
         self._loads: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
 
     @contextmanager

@@ -133,6 +133,7 @@ class Engine(Loader):
 
     def predict(self, input: Tensor, task: str | None) -> Any:
         """The same, once it is there. Raises what is wrong with the request."""
+        self._check_thread()
         return self.submit(input, task).result()
 
     async def predict_async(self, input: Tensor, task: str | None) -> Any:

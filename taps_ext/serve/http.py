@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -102,8 +104,9 @@ def status_of(error: BaseException) -> int:
 def _problem(error: BaseException, folder: str) -> JSONResponse:
     """The answer that an error is; where the folder lies is nobody's business outside."""
     status = status_of(error)
-    text = str(error).replace(f" in {folder}", "").replace(f"{folder}{os.sep}", "")
-    text = " ".join(text.split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if folder not in ("", "."):
+        text = text.replace(f" in {folder}", "").replace(f"{folder}{os.sep}", "")
     if not isinstance(error, (TapsError, _Refused)):
         text = f"the model failed on this input: {text:.300}"
     headers = {"Retry-After": "1"} if status == 503 else {}
@@ -182,8 +185,22 @@ def make_app(
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return _problem(error, str(engine.folder.path))
 
-    for kind in (_Refused, TapsError):
-        app.add_exception_handler(kind, answer)
+    async def unfit(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return _problem(_Refused(422, f"{first['loc'][-1]}: {first['msg']}"), "")
+
+    async def other(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _problem(_Refused(error.status_code, f"{request.url.path}: {error.detail}"), "")
+
+    for kind, handler in (
+        (_Refused, answer),
+        (TapsError, answer),
+        (RequestValidationError, unfit),
+        (HTTPException, other),
+    ):
+        app.add_exception_handler(kind, handler)
 
     async def body_of(request: Request) -> tuple[bytes, bool]:
         """(the file's bytes, whether it is an array)."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from os import PathLike
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TapsError
 from ..files.folder import NameTakenError
 from .building import Brought, bring, read
 from .errors import EngineClosedError, UnknownTaskError
@@ -94,6 +95,7 @@ class Loader(Worker):
         Raises:
             As :meth:`TaskFolder.add`, and what is wrong with the task on this base; then everything is as it was.
         """
+        self._check_thread()
         self._check_open()  # the worker may be at its last batch
         with self._loading:
             self._check_open()
@@ -128,6 +130,7 @@ class Loader(Worker):
         Raises:
             ConfigError: no such task. TaskFileError: what is wrong with the file; a state that is in memory stays.
         """
+        self._check_thread()
         self._check_open()  # the worker may be at its last batch
         with self._loading:
             self._check_open()
@@ -138,6 +141,11 @@ class Loader(Worker):
             loaded = self._brought(read(self.folder, self.folder.file(name)), name, entry)
             with self._locked():
                 self._swap(self._tasks.entries.setdefault(name, Entry(name)), loaded)
+
+    def _check_thread(self) -> None:
+        """Raise where the worker itself would wait for the worker: in a callback of a future."""
+        if threading.current_thread() is self._threads[0]:
+            raise TapsError("called in a future's callback, which must not wait: use submit, or another thread")
 
     def remove(self, name: str) -> None:
         """Delete a task's file. Requests that are in the queue are answered, later ones are for an unknown task.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from serving import GEOMETRY, SIDE, answers, folder_of, is_close, model, samples, write
 
-from taps_ext import ConfigError, JointTapsConfig, TaskFileError, TaskFolder, TaskModel
+from taps_ext import ConfigError, JointTapsConfig, TapsError, TaskFileError, TaskFolder, TaskModel
 from taps_ext.serve import (
     Engine,
     EngineClosedError,
@@ -164,6 +164,26 @@ def test_packed_in_memory_as_in_the_file_or_as_asked(folder: TaskFolder, tmp_pat
             assert engine.stats()["resident_bytes"] == small < nbytes
     with pytest.raises(ConfigError, match="codec"):
         Engine(model(), folder, pack="int9")
+
+
+def test_a_callback_asks_for_more_and_must_not_wait(folder: TaskFolder) -> None:
+    with Engine(model(), folder) as engine:
+        found: list[object] = []
+
+        def next_one(future: Future[torch.Tensor]) -> None:
+            for wait in (lambda: engine.predict(samples(1), "t1"), lambda: engine.reload("t1")):
+                with pytest.raises(TapsError, match="must not wait"):
+                    wait()
+            found.append(engine.submit(samples(1), "t1"))
+
+        asked = engine.submit(samples(1), "t0")
+        asked.add_done_callback(next_one)
+        until(lambda: len(found) == 1)
+        assert found[0].result(30).shape == (1, 4)  # type: ignore[attr-defined]
+        again: list[object] = []  # an error is told where nothing is locked
+        bad = engine.submit(samples(1)[:, :2], "t0")
+        bad.add_done_callback(lambda _: again.append(engine.stats()["requests"]))
+        until(lambda: again == [3])
 
 
 # ---------------------------------------------------------------------------------------- what is in memory
