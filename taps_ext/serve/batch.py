@@ -36,19 +36,16 @@ def run(
     if len(inputs) == 1 and len(inputs[0]) > most:
         pieces = [run(model, [piece], names, device, most)[0] for piece in inputs[0].split(most)]
         return [_joined(pieces)]
-    order = sorted(range(len(inputs)), key=lambda i: names[i] or "")  # a task's rows lie together
-    x = torch.cat([inputs[i] for i in order]) if len(order) > 1 else inputs[0]
-    each = [names[i] for i in order for _ in range(len(inputs[i]))]
+    x = torch.cat(list(inputs)) if len(inputs) > 1 else inputs[0]
+    each = [name for name, input in zip(names, inputs, strict=True) for _ in range(len(input))]
     with torch.no_grad():
         outputs = _mixed(model, x.to(device), each)
     places = {name: {row: place for place, row in enumerate(found[0].tolist())} for name, found in outputs.items()}
-    answers: list[Any] = [None] * len(inputs)
-    begin = 0
-    for i in order:
-        name, end = names[i], begin + len(inputs[i])
-        index = torch.tensor([places[name][row] for row in range(begin, end)])
-        answers[i] = _rows(outputs[name][1], index, len(places[name]), inputs[i].device)
-        begin = end
+    answers, begin = [], 0
+    for name, input in zip(names, inputs, strict=True):
+        index = torch.tensor([places[name][row] for row in range(begin, begin + len(input))])
+        answers.append(_rows(outputs[name][1], index, len(places[name]), input.device))
+        begin += len(input)
     return answers
 
 

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -236,6 +236,34 @@ def test_a_task_in_the_queue_is_answered_before_it_goes(
         for (i, row), future in futures.items():
             assert is_close(future.result(30), wanted[i][row])
         assert engine.stats()["resident_bytes"] <= 2 * nbytes
+
+
+def test_busy_tasks_make_room_for_one_that_comes(folder: TaskFolder, wanted: list[torch.Tensor], nbytes: int) -> None:
+    """Of two for which there always are more requests than a batch takes, one goes for a third, and comes again."""
+    x, stop = samples(8), threading.Event()
+
+    def ask(engine: Engine, i: int) -> int:
+        asked: list[Future[torch.Tensor]] = []
+        while not stop.is_set():
+            asked.append(engine.submit(x[i], f"t{i}"))
+            if len(asked) > 40:
+                assert is_close(asked[-40].result(30), wanted[i][i])
+        assert all(is_close(future.result(30), wanted[i][i]) for future in asked[-40:])
+        return len(asked)
+
+    with (
+        Engine(model(), folder, max_resident_bytes=2 * nbytes, max_batch=4, pin=["t0"]) as engine,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        engine.predict(x[1], "t1")
+        busy = [pool.submit(ask, engine, i) for i in (0, 1)]
+        try:
+            until(lambda: engine.stats()["queued_samples"] > 60)
+            for _ in range(3):
+                assert is_close(engine.submit(x[2], "t2").result(20), wanted[2][2])
+        finally:
+            stop.set()
+        assert all(future.result(60) > 40 for future in busy)
 
 
 def test_families_are_shared_and_go_with_their_last_task(tmp_path: Path) -> None:
