@@ -30,6 +30,7 @@
 #   make serve-soak    the engine at length: 32 tasks change under traffic for ten minutes, 1,000 tasks with 64 in memory,
 #                      64 clients (a quarter of an hour)
 #   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
+#   make mixed         batches of several tasks beside the base alone and six other ways (an hour and a half), resumable
 #   make models        every promise of TaskModel on 200 small models of timm, torchvision, transformers (half an hour),
 #                      resumable; prints the table of docs/models.md
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
@@ -90,7 +91,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table serve-soak compare-study compare-table task-files codecs storage data-path models flops memory gpu
+  fraction-table serve-soak compare-study compare-table task-files codecs storage data-path mixed models flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -201,6 +202,11 @@ serve-soak: build
 
 data-path: build
 	$(PY) benchmarks/data_path.py
+
+mixed: build
+	mkdir -p $(OF_MACHINE)
+	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl
+	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl --table
 
 # One thread: the models are small.
 models: build

@@ -30,7 +30,7 @@ from .methods import (
     TapsConfig,
     register_method,
 )
-from .model import ByResolution, Packing, Report, TaskModel, fold_norms
+from .model import ByResolution, MixedOutput, Packing, Report, TaskModel, fold_norms
 from .ops import gated_conv2d, gated_linear
 from .profiling import Memory, Operations, Profile, estimate, operations
 from .profiling import profile as profile  # nor this: torch.profiler has one
@@ -54,6 +54,7 @@ __all__ = [
     "LoraConfig",
     "Memory",
     "MethodConfig",
+    "MixedOutput",
     "Operations",
     "Packing",
     "ProbeConfig",

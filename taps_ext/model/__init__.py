@@ -2,8 +2,9 @@
 
 from ..files.pack import PackedRow, Packing
 from .fold import Folded, fold_norms
+from .mixed import MixedOutput
 from .report import Report, Row
 from .resolution import ByResolution
 from .task_model import TaskModel
 
-__all__ = ["ByResolution", "Folded", "PackedRow", "Packing", "Report", "Row", "TaskModel", "fold_norms"]
+__all__ = ["ByResolution", "Folded", "MixedOutput", "PackedRow", "Packing", "Report", "Row", "TaskModel", "fold_norms"]

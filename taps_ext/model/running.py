@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @torch.compiler.disable(recursive=False)
-def _run(model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+def run_frame(
+    model: TaskModel, task: str | None, frame: Frame, args: Any, kwargs: Any, entry: str | None = None
+) -> Any:
     """Call the base, or its method `entry`, in a frame; where gradients may flow, remember it for recomputation."""
     remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # compiled graphs recompute themselves
     first = sequence_number() if remember else 0
@@ -58,55 +61,89 @@ def run_base(model: TaskModel, args: Any, kwargs: Any, entry: str | None = None)
             return enter_method(model, base, entry, lambda: getattr(base, entry)(*args, **kwargs))
     frame = Frame({}, set(), method=entry is not None)
     if entry is None:
-        return _run(model, None, frame, args, kwargs)
-    return enter_method(model, model.base, entry, lambda: _run(model, None, frame, args, kwargs, entry))
+        return run_frame(model, None, frame, args, kwargs)
+    return enter_method(model, model.base, entry, lambda: run_frame(model, None, frame, args, kwargs, entry))
 
 
-def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any, entry: str | None = None) -> Any:
-    """The base, or its method `entry`, with one task's parts. Raises as :meth:`TaskModel.forward` says, and for a
-    method as :func:`.entry.enter`."""
+def prepared(
+    model: TaskModel,
+    name: str,
+    state: TaskState,
+    args: Any,
+    kwargs: Any,
+    entry: str | None = None,
+    *,
+    together: bool = True,
+) -> Frame:
+    """The frame of one task's forward.
+
+    Args:
+        args, kwargs: what the task's samples are found by. together: its W_t may be made at once, before the base runs.
+    """
     if entry is None:
         _check_labels(model, name, state, args, kwargs)
+    check_guard(model, name)
+    bindings = state.catch_up()
+    sample = _sample(model, name, state, args, kwargs)
+    ready, bound = None, bindings.bound
+    if together and (
+        entry is None or model.training
+    ):  # methods such as `generate` mostly turn gradients off themselves
+        ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
+    return Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready, entry is not None)
+
+
+def check_guard(model: TaskModel, name: str) -> None:
+    """Raise TapsError where something wrote to the base before a step of a task."""
     if model._guard.held is None:
         model._guard.note(model.base)
     elif model.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         problem = model._guard.written(model.base, model._head)
         if problem is not None:
             raise TapsError(f"task {name!r}: {problem}")
-    bindings = state.catch_up()
-    sample = _sample(model, name, state, args, kwargs)
-    ready, bound = None, bindings.bound
-    if entry is None or model.training:  # methods such as `generate` mostly turn gradients off by themselves
-        ready, bound = gathered(bindings.gathering, bindings.bound, sampled=sample is not None)
-    frame = Frame(bindings.stacks, set(), sample, bound, bindings.settings, ready, entry is not None)
+
+
+def run_task(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: Any, entry: str | None = None) -> Any:
+    """The base, or its method `entry`, with one task's parts. Raises as :meth:`TaskModel.forward` says, and for a
+    method as :func:`.entry.enter`."""
+    frame = prepared(model, name, state, args, kwargs, entry)
+    run = functools.partial(run_frame, model, name, frame, args, kwargs)
     if entry is not None:
         state.check_hosts()
-        output = enter_method(model, model.base, entry, lambda: _run(model, name, frame, args, kwargs, entry))
-    elif model.training and not state.watched:
-        output = _watched(model, name, state, frame, args, kwargs)
+        output = enter_method(model, model.base, entry, lambda: run(entry))
     else:
-        output = _run(model, name, frame, args, kwargs)
+        output = watched(model, [(name, state)], run)
+    warn_of_sample(model, name, frame.sample)
+    if entry is not None:  # which may run a part of the model: what it leaves out is no mistake
+        return output
+    check_seen(model, name, state, frame.entered)
+    return output
+
+
+def warn_of_sample(model: TaskModel, name: str, sample: Sample | None) -> None:
+    """Say so where `gate_fraction` saved nothing."""
     if sample is not None and sample.batch == 1:
         warnings.warn(
             f"gate_fraction: expected several samples to draw from, got one in dimension {model.batch_dim} (batch_dim) "
             f"of the forward's tensors: score gradients of task {name!r} are exact, and nothing is saved",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif sample is not None and sample.fits and not any(sample.fits):
         warnings.warn(
             f"gate_fraction: no closed layer of task {name!r} has an input made of the {sample.batch} samples that the "
             f"forward's tensors have in dimension {model.batch_dim} (batch_dim): score gradients are exact, and "
             "nothing is saved",
-            stacklevel=3,
+            stacklevel=4,
         )
-    if entry is not None:  # which may run a part of the model: what it leaves out is no mistake
-        return output
+
+
+def check_seen(model: TaskModel, name: str, state: TaskState, entered: set[str]) -> None:
+    """Raise BypassedLayerError where a forward left out what the task has."""
     seen = state.seen.get(model.training)
-    if seen is None or not frame.entered.issuperset(seen):
-        _check_entered(model, name, state, frame.entered)
+    if seen is None or not entered.issuperset(seen):
+        _check_entered(model, name, state, entered)
     if model.training and not state.entered.issuperset(state.modules_used):
-        state.entered |= frame.entered  # evaluation may leave out what training runs
-    return output
+        state.entered |= entered  # evaluation may leave out what training runs
 
 
 def _check_entered(model: TaskModel, name: str, state: TaskState, entered: set[str]) -> None:
@@ -140,14 +177,18 @@ def _sample(model: TaskModel, name: str, state: TaskState, args: Any, kwargs: An
         raise ConfigError(f"{error} (task {name!r}, batch_dim = {model.batch_dim})") from None
 
 
-def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: Any, kwargs: Any) -> Any:
-    """The first forward in training mode, which proves that it leaves the base's tensors alone."""
+def watched(model: TaskModel, states: Sequence[tuple[str, TaskState]], run: Callable[[], Any]) -> Any:
+    """Run a forward; the first one of these tasks in training mode has to prove that it leaves the base's tensors
+    alone."""
+    fresh = [(name, state) for name, state in states if model.training and not state.watched]
+    if not fresh:
+        return run()
 
     def versions() -> dict[str, tuple[torch.Tensor, int]]:
         return {name: (t, t._version) for name, t in tensors(model.base) if not t.is_inference()}
 
-    before = versions()
-    output = _run(model, name, frame, args, kwargs)
+    name, before = fresh[0][0], versions()
+    output = run()
     for tensor, now in versions().items():
         was = before.get(tensor)
         if was is not None and was[0] is now[0] and was[1] == now[1]:
@@ -165,7 +206,8 @@ def _watched(model: TaskModel, name: str, state: TaskState, frame: Frame, args: 
             f"task {name!r}: training wrote to the base's {tensor}, which no task owns; "
             'give it to the task (others="task") or freeze the module that writes it'
         )
-    state.watched = True
+    for _, state in fresh:
+        state.watched = True
     return output
 
 

@@ -37,6 +37,7 @@ from ..routing.frame import Frame, in_backward, recomputed_call, running_node
 from ..routing.route import claim, gated, route, unroute, whole_model
 from . import groups, packing, rest, stream
 from .entry import ACTIVE, EntryPoints
+from .mixing import run_mixed
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
@@ -83,6 +84,7 @@ class TaskModel(EntryPoints, Untraced):
             there; with 0 a list of images `[C, H, W]` counts as many as it has.
         unsupported: "raise" refuses a base with weights that cannot be gated, naming them all; "freeze" leaves them to
             the base.
+        row_invariant: True gives a task's samples in a batch of several tasks, to the bit, what they are given alone.
 
     Parameters of the base that do not require a gradient now stay the base's in every task, unless its config's
     `target_modules` name their layer; where nothing outside the head requires one, that says nothing.
@@ -101,9 +103,12 @@ class TaskModel(EntryPoints, Untraced):
         head_module: str | Sequence[str] | None = None,
         batch_dim: int = 0,
         unsupported: str = "raise",
+        row_invariant: bool = False,
     ) -> None:
         super().__init__()
         check_base(base)
+        if not isinstance(row_invariant, bool):
+            raise ConfigError(f"row_invariant: expected a bool, got {row_invariant!r}")
         if unsupported not in ("raise", "freeze"):
             hint = suggestion(str(unsupported), ("raise", "freeze"))
             raise ConfigError(f"unsupported: expected 'raise' or 'freeze', got {unsupported!r}{hint}")
@@ -116,7 +121,8 @@ class TaskModel(EntryPoints, Untraced):
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ConfigError(f"batch_dim: expected an int >= 0, got {batch_dim!r}")
         self.default_config, self.gates, self.batch_dim = config, gates, batch_dim
-        self.unsupported = unsupported
+        self.unsupported, self.row_invariant = unsupported, row_invariant
+        self._layouts: dict[Any, Any] = {}  # of batches of several tasks
         self.base = base
         self._states = nn.ModuleDict()
         self._names: dict[str, TaskState] = {}
@@ -184,6 +190,8 @@ class TaskModel(EntryPoints, Untraced):
 
         Args:
             task: the task of this call; by default the active one. None is the base, as it was before.
+            tasks: a task's name or None for each sample of the batch, in its order: a :class:`MixedOutput`
+                (docs/mixed.md).
             args, kwargs: what the base's forward takes.
 
         Raises:
@@ -204,7 +212,9 @@ class TaskModel(EntryPoints, Untraced):
         if nn.Module.__call__ is not MODULE_CALL:
             check_symbolic(args, kwargs)
         if tasks is not None:
-            raise ConfigError("tasks: mixed-task batches are not built yet; call the model once for each task")
+            if task is not ACTIVE:
+                raise ConfigError(f"task: expected one of task and tasks, got both, task={task!r}")
+            return run_mixed(self, entry, tasks, args, kwargs)
         repeated = recomputed_call(owner=self) if in_backward() else None
         unknown = in_backward() and repeated is None and torch.is_grad_enabled()
         if task is not ACTIVE:
@@ -222,6 +232,12 @@ class TaskModel(EntryPoints, Untraced):
             if task is ACTIVE and self._names:
                 self._warn_of_base(6 if entry is None else 4)
             return run_base(self, args, kwargs, entry)
+        return run_task(self, name, self._begin(name), args, kwargs, entry)
+
+    def _begin(self, name: str) -> TaskState:
+        """Bring a task up to date for a forward, or one that is recomputed in backward."""
+        repeated = recomputed_call(owner=self) if in_backward() else None
+        unknown = in_backward() and repeated is None and torch.is_grad_enabled()
         state = self.state(name)
         if self.gates == "host":
             state.refresh()
@@ -234,7 +250,7 @@ class TaskModel(EntryPoints, Untraced):
             self._not_merged(name, "training")
         if learning and not torch._C._are_functorch_transforms_active():
             state.rest()
-        return run_task(self, name, state, args, kwargs, entry)
+        return state
 
     def _warn_of_base(self, level: int) -> None:
         """Say that no task runs: in training always, else once, and not to who asked for that by `set_task(None)`.

@@ -216,6 +216,9 @@ class Layer(Part):
         closed = closed or (change is not None and change.replaces and gate.known is True and not change.trains)
         return closed and not _autocast()
 
+    def idle(self) -> bool:
+        return self.bias is None and (self.change is None or self.gate.shut)
+
     def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
         return bound(self, host, self._roads) if stock else None
 

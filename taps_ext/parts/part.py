@@ -194,6 +194,10 @@ class Part(nn.Module):
         """A tensor with the derivatives of :meth:`weight_over`, of whose values only shape and type count."""
         return self.weight_over(below)
 
+    def idle(self) -> bool:
+        """True where it is what lies below in outputs and gradients, so that its samples may run with the base's."""
+        return False
+
     def rests(self, below: Below) -> bool:
         """True where a reader of the weight may have a plain tensor at once: what it trains has no say in it, and no
         cast is to be kept."""

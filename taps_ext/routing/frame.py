@@ -35,8 +35,9 @@ Stacks = Mapping[str, tuple[Part, ...]]
 
 class Frame(NamedTuple):
     """One forward: stacks and their bindings by module name, where entered modules are noted, the sample that closed
-    layers learn from, the gates where the host knows them all, weights that were made before the base runs, and whether
-    it is a method that runs in place of the forward, whose settings are its user's."""
+    layers learn from, the gates where the host knows them all, weights that were made before the base runs, whether it
+    is a method that runs in place of the forward, whose settings are its user's, and of a batch of several tasks what
+    runs them, in the place of stacks."""
 
     stacks: Stacks
     entered: set[str]
@@ -45,6 +46,7 @@ class Frame(NamedTuple):
     settings: Mapping[str, tuple[Any, ...]] | None = None
     ready: Ready | None = None
     method: bool = False
+    mixture: Any = None
 
 
 _frame: ContextVar[Frame | None] = ContextVar("taps_ext_frame", default=None)
@@ -102,7 +104,8 @@ class Call:
     def __init__(self, owner: nn.Module, task: str | None, frame: Frame, first: int, outputs: Any) -> None:
         self.owner, self.task, self.frame = weakref.ref(owner), task, frame
         self.first, self.last, self.thread = first, sequence_number(), threading.get_ident()
-        self.settings = settings(frame.stacks) if frame.settings is None else frame.settings
+        self.frames = [frame] if frame.mixture is None else [one.frame for one in frame.mixture.segments]
+        self.settings = [settings(f.stacks) if f.settings is None else f.settings for f in self.frames]
         nodes: list[Any] = [t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None]
         with _lock:
             _threads.setdefault(owner, set()).add(self.thread)
@@ -116,9 +119,10 @@ class Call:
 
     def check_gates(self, names: Iterable[str] | None = None) -> None:
         """Raise GateError if a layer's gate is not the one that the forward ran with."""
-        for name in self.settings if names is None else names:
-            if name in self.settings and _setting(self.frame.stacks.get(name, ())) != self.settings[name]:
-                raise gate_changed(name)
+        for frame, known in zip(self.frames, self.settings, strict=True):
+            for name in known if names is None else names:
+                if name in known and _setting(frame.stacks.get(name, ())) != known[name]:
+                    raise gate_changed(name)
 
     def covers(self, number: int, module: nn.Module | None, owner: nn.Module | None) -> bool:
         """True if a node of this number may belong to this forward, of this owner or with this module."""
@@ -147,6 +151,21 @@ def running_node() -> int:
     return -1 if node is None else int(node._sequence_nr())
 
 
+def _innermost(found: list[Call]) -> list[Call]:
+    """Of a forward within another one, which a batch of several tasks may have, the inner one alone."""
+    return [
+        call
+        for call in found
+        if not any(
+            call.thread == inner.thread
+            and (call.first, inner.last) != (inner.first, call.last)
+            and call.first <= inner.first
+            and inner.last <= call.last
+            for inner in found
+        )
+    ]
+
+
 def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None = None) -> Call | None:
     """The call whose forward the running backward node belongs to, or None if it is not known.
 
@@ -155,7 +174,7 @@ def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None 
     """
     number, here = running_node(), threading.get_ident()
     with _lock:
-        found = [call for call in _calls if call.covers(number, module, owner)]
+        found = _innermost([call for call in _calls if call.covers(number, module, owner)])
         threads = set() if not found else _threads.get(found[0].owner(), set())  # type: ignore[arg-type]
     # Numbers are a thread's own: a call of another thread is the one only if that thread alone has run forwards.
     if len(found) > 1 or (found and found[0].thread != here and threads != {found[0].thread}):

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from .. import reference
 from ..errors import UnsupportedModuleError
-from ..parts import making, token
+from ..parts import Part, making, reads, token
 from ..parts.host import (
     GATED_TYPES,
     NORM_TYPES,
@@ -130,6 +130,8 @@ class _Routed(nn.Module):
         frame = current() or running(self)
         if frame is None:
             return super().forward(*args, **kwargs)
+        if frame.mixture is not None:
+            return frame.mixture.run(self, frame, super().forward, args, kwargs)
         name: str = self.__dict__["_taps_name"]
         if self._taps_weights and (over := _over(self, frame)):
             if all(found != name for found, _ in self._taps_weights.values()):
@@ -187,6 +189,8 @@ def _read(key: str, module: nn.Module) -> Any:
     """
     slots: Mapping[str, tuple[str, nn.Module]] = module.__dict__.get("_taps_weights", {})
     frame = running(module)
+    if frame is not None and frame.mixture is not None:
+        return _read_mixed(key, module, slots.get(key), frame)
     if key in slots and frame is not None:
         made = making.made()
         if made.frame is frame and (weight := made.weights.get((id(module), key))) is not None:
@@ -207,6 +211,19 @@ def _read(key: str, module: nn.Module) -> Any:
     enter = functools.partial(_enter, module, frame)
     found = stack[-1].reads(_below(module, frame, stack), key, enter, fused="_taps_fused" in module.__dict__)
     return held(module, key) if found is NotImplemented else found
+
+
+def _read_mixed(key: str, module: nn.Module, slot: tuple[str, nn.Module] | None, frame: Frame) -> Any:
+    """The base's own tensor, of which no task of a batch has another: it is known who uses the values of one."""
+    own, mixture = held(module, key), frame.mixture
+    name, host = slot or (module.__dict__["_taps_name"], module)
+    if own is None or not mixture.touches(name):
+        frame.entered.add(name)
+        return own
+    if key == weight_name(host) and type(own) in (torch.Tensor, nn.Parameter):
+        return reads.TaskWeight.of(Below(host), Part(), lambda _: mixture.reads(name))
+    mixture.reads(name)
+    return own
 
 
 def _enter(module: nn.Module, frame: Frame, key: str) -> None:
@@ -289,7 +306,10 @@ class _Reads(_Routed):
     """A layer whose own forward reads its weight: nothing else is needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stack = _stack(self, running(self))
+        frame = running(self)
+        if frame is not None and frame.mixture is not None:
+            return frame.mixture.run(self, frame, super(_Routed, self).forward, args, kwargs)
+        stack = _stack(self, frame)
         if not (stack and stack[-1].runs_host):
             return super().forward(*args, **kwargs)
         return super(_Routed, self).forward(*args, **kwargs)
@@ -332,10 +352,15 @@ class _RoutedLayer(_Readable):
         name: str = self.__dict__["_taps_name"]
         frame = running(self)
         if frame is not None:
+            if frame.mixture is not None:
+                return frame.mixture.run(self, frame, self._taps_base, (input,), {})
             frame.entered.add(name)
         stack = _stack(self, frame)
         if stack and frame is not None:
             return forward_of(stack[-1])(_below(self, frame, stack), input)
+        return self._taps_base(input)
+
+    def _taps_base(self, input: torch.Tensor) -> Any:
         weight = resting_weight(self, held(self, "weight"), input)
         return stock_forward(self, input, weight, held(self, "bias"))
 

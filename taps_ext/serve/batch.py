@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +11,6 @@ from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from ..model import TaskModel
-
-
-def _mixed(model: TaskModel, x: Tensor, names: Sequence[str | None]) -> Mapping[str | None, tuple[Tensor, Any]]:
-    """By task: which rows of `x` are its own, in order, and what it makes of them. One task a row."""
-    rows: dict[str | None, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, []).append(row)
-    found = {}
-    for name, own in rows.items():
-        index = torch.tensor(own, device=x.device)
-        found[name] = index, model(x if len(rows) == 1 else x[index], task=name)
-    return found
 
 
 def run(
@@ -36,16 +24,19 @@ def run(
     if len(inputs) == 1 and len(inputs[0]) > most:
         pieces = [run(model, [piece], names, device, most)[0] for piece in inputs[0].split(most)]
         return [_joined(pieces)]
-    x = torch.cat(list(inputs)) if len(inputs) > 1 else inputs[0]
-    each = [name for name, input in zip(names, inputs, strict=True) for _ in range(len(input))]
+    order = sorted(range(len(inputs)), key=lambda i: names[i] or "")  # a task's rows that lie together are not copied
+    x = torch.cat([inputs[i] for i in order]) if len(order) > 1 else inputs[0]
+    each = [names[i] for i in order for _ in range(len(inputs[i]))]
     with torch.no_grad():
-        outputs = _mixed(model, x.to(device), each)
-    places = {name: {row: place for place, row in enumerate(found[0].tolist())} for name, found in outputs.items()}
-    answers, begin = [], 0
-    for name, input in zip(names, inputs, strict=True):
-        index = torch.tensor([places[name][row] for row in range(begin, begin + len(input))])
-        answers.append(_rows(outputs[name][1], index, len(places[name]), input.device))
-        begin += len(input)
+        outputs = model(x.to(device), tasks=each)
+    places = {name: {row: place for place, row in enumerate(rows.tolist())} for name, (rows, _) in outputs.items()}
+    answers: list[Any] = [None] * len(inputs)
+    begin = 0
+    for i in order:
+        name, end = names[i], begin + len(inputs[i])
+        index = torch.tensor([places[name][row] for row in range(begin, end)])
+        answers[i] = _rows(outputs[name][1], index, len(places[name]), inputs[i].device)
+        begin = end
     return answers
 
 

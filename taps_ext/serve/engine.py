@@ -73,6 +73,8 @@ class Engine(Loader):
             raise ConfigError(f"model: expected a TaskModel, got {type(model).__name__}")
         if any(module.training for module in (model, model.base)):
             raise ConfigError("model: expected one in evaluation mode, got training mode; call eval() first")
+        if model.batch_dim != 0:
+            raise ConfigError(f"model: expected one with batch_dim = 0, got {model.batch_dim}")
         _check_limit("max_resident_bytes", max_resident_bytes, none=True)
         _check_limit("max_batch", max_batch)
         _check_limit("max_queue", max_queue)

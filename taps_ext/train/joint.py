@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..model import TaskModel
+from ..model.mixing import goes_by_layers
 from ..model.state import Parts, TaskState
 from .average import Average
 from .callbacks import Told
@@ -32,7 +33,7 @@ from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
-from .task import Task, augmented, outputs_of
+from .task import Task, augmented, mixed_outputs_of, outputs_of, together
 from .weighting import weighted, weighting_of
 
 
@@ -60,11 +61,19 @@ class JointProgress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Drawn(NamedTuple):
+    """One batch of a task; `weight`: how much in it counts."""
+
+    inputs: Any
+    targets: Any
+    weight: float
+
+
 class JointRun:
     """The training of several tasks together.
 
-    A step adds up the means of its tasks' losses, task by task, and divides the gradients of what they share by their
-    number; a task that a step has not is not touched by it.
+    A step adds up the means of its tasks' losses, on a GPU in one pass of the base, and divides the gradients of what
+    they share by their number; a task that a step has not is not touched by it.
 
     Args:
         batches: of the training splits. evaluate: metrics of each task, as it is now, on its validation split.
@@ -178,7 +187,7 @@ class JointRun:
         self.stepper.rates(self.progress.steps, steps_per_epoch)
         optimizer.zero_grad(set_to_none=True)
         self.guard.before()
-        found = {name: self._gradients(name) for name in names}
+        found = self._gradients(names)
         for name in names:
             self.progress.taken[name] = self.progress.taken.get(name, 0) + 1
         losses = {name: pair for name, pair in found.items() if pair is not None}
@@ -225,39 +234,63 @@ class JointRun:
         self.guard.undo(f"epoch {progress.epoch}, step {progress.step}: {problem}", self.stepper.parameters)
         return True
 
-    def _gradients(self, name: str) -> tuple[float, float] | None:
-        """Those of the mean loss over one batch of a task, and of its penalty; returns the loss and what it is the mean
-        of: samples, or their parts that count. None where nothing counts: then the step has not got the task."""
-        config, progress, task = self.config, self.progress, self.tasks[name]
-        taken = progress.taken.get(name, 0)
+    def _gradients(self, names: tuple[str, ...]) -> dict[str, tuple[float, float] | None]:
+        """Those of the mean loss over one batch of each task, and of its penalty; by task the loss and what it is the
+        mean of: samples, or their parts that count. None where nothing counts: then the step has not got the task."""
+        drawn = {name: self._draw(name) for name in names}
+        batches = {name: batch for name, batch in drawn.items() if batch is not None}
+        found: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
+        joined = together({n: batch.inputs for n, batch in batches.items()}) if self._mixes(batches) else None
+        if joined is not None:
+            losses = self._mixed_losses(batches, *joined)
+            self.stepper.backward(torch.stack([weighted(self.weighting, n, loss) for n, loss in losses.items()]).sum())
+            found |= {name: (float(loss.detach()), batches[name].weight) for name, loss in losses.items()}
+        for name, batch in batches.items():
+            if joined is None:
+                loss = self._loss(name, batch)
+                found[name] = float(loss.detach()), batch.weight
+                self.stepper.backward(weighted(self.weighting, name, loss))
+            if self.progress.epoch >= self.config.warmup_epochs and not self.shared_first:
+                penalty = self.model.sparsity_loss(name)
+                if penalty.requires_grad:
+                    self.stepper.add(penalty)
+        return found
+
+    def _mixes(self, batches: Mapping[str, Drawn]) -> bool:
+        """One pass for all tasks, where that is what a batch of several takes; else one after another takes less
+        memory, since each backward frees what its forward kept."""
+        return len(batches) > 1 and goes_by_layers(self.model)
+
+    def _draw(self, name: str) -> Drawn | None:
+        """The next batch of a task, or None where nothing in it counts."""
+        task, taken = self.tasks[name], self.progress.taken.get(name, 0)
         lap, batch = divmod(taken, self.sizes[name])
         if name not in self.streams or batch == 0:
             self.streams[name] = self.batches[name].epoch(lap, skip=batch)
         inputs, targets = next(self.streams[name])
         weight = weight_of(task.loss, targets)
-        if not weight:
-            return None
-        loss = self._loss(name, augmented(task.augment, inputs, hash((config.seed, lap, batch)) % 2**63), targets)
-        value = float(loss.detach())
-        self.stepper.backward(weighted(self.weighting, name, loss))
-        if progress.epoch >= config.warmup_epochs and not self.shared_first:
-            penalty = self.model.sparsity_loss(name)
-            if penalty.requires_grad:
-                self.stepper.add(penalty)
-        return value, weight
+        seed = hash((self.config.seed, lap, batch)) % 2**63
+        return Drawn(augmented(task.augment, inputs, seed), targets, weight) if weight else None
 
-    def _loss(self, name: str, inputs: Any, targets: Any) -> Tensor:
+    def _loss(self, name: str, batch: Drawn) -> Tensor:
+        with autocast(self.config.amp, self.device):
+            return self._loss_of(name, outputs_of(self.model, batch.inputs, name, self.device), batch.targets)
+
+    def _mixed_losses(self, batches: Mapping[str, Drawn], inputs: Any, tasks: list[str]) -> dict[str, Tensor]:
+        with autocast(self.config.amp, self.device):
+            outputs = mixed_outputs_of(self.model, inputs, tasks, self.device)
+            return {name: self._loss_of(name, outputs[name], batch.targets) for name, batch in batches.items()}
+
+    def _loss_of(self, name: str, outputs: Any, targets: Any) -> Tensor:
         config, task = self.config, self.tasks[name]
-        with autocast(config.amp, self.device):
-            outputs = outputs_of(self.model, inputs, name, self.device)
-            if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
-                outputs = outputs.float()
-            check_targets(
-                task, targets, getattr(self.states[name].head, "out_features", None), f"tasks[{name!r}].train", outputs
-            )
-            if config.label_smoothing:
-                return F.cross_entropy(outputs, targets.to(self.device), label_smoothing=config.label_smoothing)
-            return checked_loss(task.loss(outputs, targets.to(self.device)), f"tasks[{name!r}].loss")
+        if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+            outputs = outputs.float()
+        check_targets(
+            task, targets, getattr(self.states[name].head, "out_features", None), f"tasks[{name!r}].train", outputs
+        )
+        if config.label_smoothing:
+            return F.cross_entropy(outputs, targets.to(self.device), label_smoothing=config.label_smoothing)
+        return checked_loss(task.loss(outputs, targets.to(self.device)), f"tasks[{name!r}].loss")
 
     # -- epochs
 

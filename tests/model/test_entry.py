@@ -343,7 +343,7 @@ def test_arguments_called_task_and_tasks() -> None:
     model.base.my_kinds = lambda x, kind: model.base.kinds(x, task=kind)
     assert model.my_kinds(x, "retrieval", task="a") is x
     assert model.many(x, tasks=3, task="a") == 3
-    with pytest.raises(ConfigError, match="tasks: mixed-task batches"):
+    with pytest.raises(ConfigError, match="expected one of task and tasks, got both"):
         model.others(x, tasks=3, task="a")
     assert model.others(x, task="a", more=1) == {"more": 1}
     with pytest.raises(ConfigError, match="expected one of .*, got 'c'"):

@@ -456,6 +456,8 @@ def test_arguments_that_make_no_sense(folder: TaskFolder, words: dict[str, objec
         Engine(model(), folder, **words)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected one in evaluation mode"):
         Engine(model().train(), folder)
+    with pytest.raises(ConfigError, match="batch_dim = 0, got 1"):
+        Engine(TaskModel(model().unload(), batch_dim=1).eval(), folder)
     with pytest.raises(ConfigError, match="model: expected a TaskModel, got Sequential"):
         Engine(model().unload(), folder)  # type: ignore[arg-type]
 

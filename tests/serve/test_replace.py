@@ -174,7 +174,7 @@ def until_idle(served: Engine) -> None:
     raise AssertionError(f"{served.model.tasks} are in the model, and {served.resident} in use")
 
 
-@pytest.mark.parametrize("room", ["all", "some"])
+@pytest.mark.parametrize("room", [pytest.param("all", marks=pytest.mark.thorough), "some"])
 def test_replaced_under_traffic(tmp_path: Path, room: str) -> None:
     """With room for all, and for two of four, so that they come and go meanwhile."""
     one = bytes_of(_state_of(write(tmp_path / "one.taps", "one", 0)))

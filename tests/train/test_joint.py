@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import taps_ext.model.mixing as mixing
 from taps_ext import (
     ConfigError,
     FullConfig,
@@ -393,3 +394,22 @@ def test_lean_needs_something_to_share() -> None:
         Trainer(model_of("ab", TapsConfig(lam=0.1)), tasks(), config(), quiet=True).fit("lean")
     with pytest.raises(ConfigError, match=r"mode: expected one of .* got 'together'"):
         Trainer(model_of(), tasks(), config(), quiet=True).fit("together")
+
+
+def test_one_pass_for_all_tasks_trains_what_one_after_another_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 but for Deltas and scores, which are stored in float32: each of the 15 steps may round them another
+    way, by 2**-24 of values below one."""
+    found = []
+    for road in ("layers", "tasks"):
+        monkeypatch.setattr(mixing, "forced", road)
+        passes: list[int] = []
+        model = model_of("abc").double()
+        model.base.hidden.register_forward_pre_hook(lambda module, args, seen=passes: seen.append(len(args[0])))
+        given = {name: Task(train=(data(name)[0].double(), data(name)[1])) for name in "abc"}
+        Trainer(model, tasks=given, config=config(mix="all", select="last")).fit(mode="joint")
+        found.append((values(model), passes))
+    (mixed, together), (alone, apart) = found
+    assert max(together) == 24 and max(apart) == 8  # three batches of eight in one pass
+    assert mixed.keys() == alone.keys()
+    for key, tensor in alone.items():
+        assert (mixed[key].double() - tensor.double()).abs().max() < 15 * 2**-24, key

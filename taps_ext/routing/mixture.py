@@ -1,0 +1,341 @@
+"""Several tasks in one pass: at each base module the samples that a task changes go their task's way, all others the
+base's, together.
+
+The batch is sorted by task before the base runs, so that a task's samples lie side by side wherever the model keeps
+samples in one dimension. Where that is, in what each module takes and returns, is found out by running the base on two
+and on three samples (:class:`Probe`): sizes alone would take 64 windows for 64 samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from ..errors import ConfigError, TapsError, UnsupportedModuleError
+from ..parts.host import is_norm
+from .frame import Call, Frame, enter, leave, sequence_number
+
+
+class Place(NamedTuple):
+    """Where a tensor has its samples: in dimension `dim`, whose size is `before * samples * after`."""
+
+    dim: int
+    before: int = 1
+    after: int = 1
+
+    def cut(self, tensor: Tensor, batch: int, first: int, count: int) -> Tensor:
+        """The rows of `count` samples from `first` on."""
+        if self.before == 1:
+            return tensor.narrow(self.dim, first * self.after, count * self.after)
+        apart = tensor.unflatten(self.dim, (self.before, batch, self.after)).narrow(self.dim + 1, first, count)
+        return apart.flatten(self.dim, self.dim + 2)
+
+    def join(self, pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        """The rows of all samples again."""
+        if self.before == 1:
+            return torch.cat(list(pieces), self.dim)
+        apart = [
+            piece.unflatten(self.dim, (self.before, count, self.after))
+            for piece, count in zip(pieces, counts, strict=True)
+        ]
+        return torch.cat(apart, self.dim + 1).flatten(self.dim, self.dim + 2)
+
+
+Places = tuple[Place | None, ...]
+"""Of the tensors among arguments or outputs, in their order; None has no samples."""
+
+
+class Layout(NamedTuple):
+    """Where one module has its samples."""
+
+    inputs: Places
+    outputs: Places
+
+    @property
+    def apart(self) -> bool:
+        """Whether one task's rows can be run by themselves."""
+        return any(place is not None for place in self.inputs) and None not in self.outputs
+
+
+class _Seen(NamedTuple):
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _signature(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.dim() for tensor in tensors)
+
+
+Layouts = Mapping[tuple[str, tuple[int, ...]], Layout | None]
+"""By module name and the numbers of its arguments' dimensions; None where two calls differ."""
+
+
+class Probe:
+    """Notes what each routed module takes and returns while the base runs.
+
+    Attributes:
+        seen: by module name, of each call. read: modules whose tensors code outside of routed modules reads. within:
+            by the module whose forward it is the others whose tensors it reads (attention its projections').
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[_Seen]] = {}
+        self.read: set[str] = set()
+        self.within: dict[str, set[str]] = {}
+        self._inside: list[str] = []
+
+    def run(self, module: nn.Module, frame: Frame, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The base's own forward of a module."""
+        inputs = [leaf.detach() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name: str = module.__dict__["_taps_name"]
+        self._inside.append(name)
+        try:
+            output = base(*args, **kwargs)
+        finally:
+            self._inside.pop()
+        outputs = [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.seen.setdefault(name, []).append(_Seen(inputs, outputs))
+        return output
+
+    def touches(self, name: str) -> bool:
+        """Whether it matters who reads a module's tensors: not where its own forward does."""
+        return name not in self._inside
+
+    def reads(self, name: str) -> None:
+        """A tensor of a module is used by other code."""
+        if self._inside:
+            self.within.setdefault(self._inside[-1], set()).add(name)
+        else:
+            self.read.add(name)
+
+
+def layouts(two: Probe, three: Probe) -> dict[tuple[str, tuple[int, ...]], Layout | None]:
+    """Where samples are, by two runs of the base: on samples a and b, and on a, b and b."""
+    found: dict[tuple[str, tuple[int, ...]], Layout | None] = {}
+    for name, calls in three.seen.items():
+        fewer = two.seen.get(name, [])
+        for place, call in enumerate(calls):
+            key = name, _signature(call.inputs)
+            layout = None
+            if len(fewer) == len(calls):
+                inputs = places(fewer[place].inputs, call.inputs)
+                outputs = places(fewer[place].outputs, call.outputs)
+                layout = None if inputs is None or outputs is None else Layout(inputs, outputs)
+            found[key] = layout if found.get(key, layout) == layout else None
+    return found
+
+
+def places(two: Sequence[Tensor], three: Sequence[Tensor]) -> Places | None:
+    """Where the tensors of two runs, on samples a and b and on a, b and b, have them; None where nothing says so."""
+    if len(two) != len(three):
+        return None
+    found: list[Place | None] = []
+    for a, b in zip(two, three, strict=True):
+        differing = [dim for dim in range(b.dim()) if a.dim() == b.dim() and a.shape[dim] != b.shape[dim]]
+        if a.dim() != b.dim() or len(differing) > 1:
+            return None
+        if not differing:
+            found.append(None)
+            continue
+        dim = differing[0]
+        each, rest = divmod(b.shape[dim], 3)
+        if rest or a.shape[dim] != 2 * each:
+            return None
+        found.append(_place(b, dim, each))
+    return tuple(found)
+
+
+def _place(three: Tensor, dim: int, each: int) -> Place:
+    """Whether a sample's rows lie side by side, or those of all samples in turns: the second and third samples are the
+    same, so that theirs are."""
+    if each == 1:
+        return Place(dim)
+
+    def apart(shape: tuple[int, int], where: int) -> float:
+        rows = three.unflatten(dim, shape).double()
+        difference = rows.select(where, 1) - rows.select(where, 2)
+        return float(difference.abs().nan_to_num().sum())
+
+    return Place(dim, 1, each) if apart((3, each), dim) <= apart((each, 3), dim + 1) else Place(dim, each, 1)
+
+
+class Segment(NamedTuple):
+    """The samples of one task in a sorted batch: its frame, and which they are. Of the base the frame has no stacks."""
+
+    task: str | None
+    frame: Frame
+    first: int
+    size: int
+
+
+class Mixture:
+    """One forward of a sorted batch of several tasks.
+
+    Args:
+        owner: the TaskModel. batch: samples in it. segments: its tasks, one after the other. found: where the base has
+            samples for such inputs. within: whose tensors a module's forward reads beside its own.
+        heads: the modules that tasks' heads replace, whose outputs may differ in their last size.
+
+    Attributes:
+        padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, and
+            the sizes by segment.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        batch: int,
+        segments: Sequence[Segment],
+        found: Layouts,
+        within: Mapping[str, frozenset[str]],
+        heads: frozenset[str],
+    ) -> None:
+        self._owner = weakref.ref(owner)  # graphs hold this
+        self.batch, self.segments = batch, tuple(segments)
+        self.layouts, self.within, self.heads = found, within, heads
+        self.padded: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def _acts(self, segment: Segment, names: Sequence[str]) -> bool:
+        return any(not part.idle() for name in names for part in segment.frame.stacks.get(name, ()))
+
+    def touches(self, name: str) -> bool:
+        """Whether a task changes anything at a module."""
+        return any(self._acts(segment, (name,)) for segment in self.segments)
+
+    def reads(self, name: str) -> None:
+        """Raise UnsupportedModuleError: code that reads a tensor gets one, and tasks have several."""
+        raise UnsupportedModuleError(
+            f"{name}: its tensors are used by other code than its own forward, which takes those of one task; "
+            "row_invariant=True runs a batch's tasks one by one"
+        )
+
+    def run(self, module: nn.Module, frame: Frame, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """One module: the rows of each task that changes something there its way, all others the base's.
+
+        Raises:
+            UnsupportedModuleError: the module's arguments or outputs are not made of samples, naming it.
+        """
+        name: str = module.__dict__["_taps_name"]
+        slots: Mapping[str, tuple[str, nn.Module]] = module.__dict__.get("_taps_weights", {})
+        names = (name, *(found for found, _ in slots.values() if found != name), *self.within.get(name, ()))
+        frame.entered.update(names)
+        acting = [self._acts(segment, names) for segment in self.segments]
+        if not any(acting):
+            return base(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        layout = self.layouts.get((name, _signature(tensors)))
+        if layout is None or not layout.apart:
+            raise UnsupportedModuleError(
+                f"{name}: expected arguments and outputs with a dimension of samples, got "
+                f"{[list(tensor.shape) for tensor in tensors]}; row_invariant=True runs a batch's tasks one by one"
+            )
+        return self._apart(module, name, frame, acting, layout, leaves, spec)
+
+    def _apart(
+        self,
+        module: nn.Module,
+        name: str,
+        frame: Frame,
+        acting: Sequence[bool],
+        layout: Layout,
+        leaves: list[Any],
+        spec: TreeSpec,
+    ) -> Any:
+        """Task by task, as separate runs would, and neighbours that change nothing together."""
+        pieces: list[Any] = []
+        counts: list[int] = []
+        rest = Frame({}, frame.entered, method=frame.method)
+        for one, first, count in self._runs(acting):
+            own = rest if one is None else one.frame
+            rows = iter(layout.inputs)
+            cut = [self._cut(leaf, next(rows), first, count) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(cut, spec)
+            pieces.append(self._one(module, name, own, one, args, kwargs))
+            counts.append(count)
+        if len(pieces) == 1:
+            return pieces[0]
+        flat = [tree_flatten(piece) for piece in pieces]
+        if any(found[1] != flat[0][1] for found in flat):
+            raise TapsError(
+                f"{name}: expected outputs of one structure from all tasks, got {[str(f[1]) for f in flat]}"
+            )
+        joined, where = [], iter(layout.outputs)
+        for values in zip(*(found[0] for found in flat), strict=True):
+            place = next(where) if isinstance(values[0], Tensor) else None
+            joined.append(values[0] if place is None else self._join(name, values, counts, place))
+        return tree_unflatten(joined, flat[0][1])
+
+    def _runs(self, acting: Sequence[bool]) -> Iterator[tuple[Segment | None, int, int]]:
+        """(segment, first, count) of what runs by itself; None is neighbours that the base serves."""
+        begun, length = 0, 0
+        for segment, acts in zip(self.segments, acting, strict=True):
+            if not acts:
+                begun = begun if length else segment.first
+                length += segment.size
+                continue
+            if length:
+                yield None, begun, length
+                length = 0
+            yield segment, segment.first, segment.size
+        if length:
+            yield None, begun, length
+
+    def _cut(self, leaf: Tensor, place: Place | None, first: int, count: int) -> Tensor:
+        return leaf if place is None else place.cut(leaf, self.batch, first, count)
+
+    def _one(self, module: nn.Module, name: str, frame: Frame, one: Segment | None, args: Any, kwargs: Any) -> Any:
+        owner = self._owner()
+        # What is recomputed within it in backward has these rows alone.
+        remember = bool(module._modules) and torch.is_grad_enabled() and owner is not None
+        first = sequence_number() if remember else 0
+        with running_in(frame):
+            try:
+                output = module.forward(*args, **kwargs)
+            except ValueError as error:
+                if one is None or not is_norm(module):
+                    raise
+                raise ConfigError(
+                    f"{name}: task {one.task!r} has {one.size} samples in this batch, too few for statistics of its "
+                    f"own ({error})"
+                ) from error
+        if remember:
+            assert owner is not None
+            Call(owner, None if one is None else one.task, frame, first, output)
+        return output
+
+    def _join(self, name: str, values: Sequence[Tensor], counts: Sequence[int], place: Place) -> Tensor:
+        sizes = [value.shape[-1] for value in values]
+        if name in self.heads and len({*sizes}) > 1 and place.dim != values[0].dim() - 1:
+            largest = max(sizes)
+            values = [nn.functional.pad(value, (0, largest - value.shape[-1])) for value in values]
+            joined = place.join(values, counts)
+            by_segment = self._spread(sizes, counts)
+            self.padded.append((joined, by_segment))
+            return joined
+        return place.join(values, counts)
+
+    def _spread(self, sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+        """What runs had, by segment."""
+        found: list[int] = []
+        for size, count in zip(sizes, counts, strict=True):
+            while count > 0:
+                count -= self.segments[len(found)].size
+                found.append(size)
+        return tuple(found)
+
+
+@contextmanager
+def running_in(frame: Frame) -> Iterator[None]:
+    """Inside, modules run in this frame."""
+    token = enter(frame)
+    try:
+        yield
+    finally:
+        leave(token)
