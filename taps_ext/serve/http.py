@@ -65,12 +65,15 @@ class Problem(BaseModel):
     kind: str
 
 
-class _Refused(Exception):
+class _Refused(TapsError):
     """An answer that is an error of HTTP's own."""
 
-    def __init__(self, status: int, problem: str) -> None:
+    def __init__(self, problem: str, status: int = 400) -> None:
         super().__init__(problem)
-        self.status = status
+        self.problem, self.status = problem, status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem, self.status)
 
 
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
@@ -107,7 +110,7 @@ def _problem(error: BaseException, folder: str) -> JSONResponse:
     text = " ".join(str(error).split()) or type(error).__name__
     if folder not in ("", "."):
         text = text.replace(f" in {folder}", "").replace(f"{folder}{os.sep}", "")
-    if not isinstance(error, (TapsError, _Refused)):
+    if not isinstance(error, TapsError):
         text = f"the model failed on this input: {text:.300}"
     headers = {"Retry-After": "1"} if status == 503 else {}
     if status in (408, 413):
@@ -122,7 +125,7 @@ def _told(request: Request, most: int) -> int:
     if not told.isdecimal():
         return most
     if int(told) > most:
-        raise _Refused(413, f"body: expected at most {most} bytes, got {told}")
+        raise _Refused(f"body: expected at most {most} bytes, got {told}", 413)
     return int(told)
 
 
@@ -132,7 +135,7 @@ async def _read(request: Request, most: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size > most:
-            raise _Refused(413, f"body: expected at most {most} bytes, got more")
+            raise _Refused(f"body: expected at most {most} bytes, got more", 413)
         parts.append(part)
     return b"".join(parts)
 
@@ -188,18 +191,13 @@ def make_app(
     async def unfit(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return _problem(_Refused(422, f"{first['loc'][-1]}: {first['msg']}"), "")
+        return _problem(_Refused(f"{first['loc'][-1]}: {first['msg']}", 422), "")
 
     async def other(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _problem(_Refused(error.status_code, f"{request.url.path}: {error.detail}"), "")
+        return _problem(_Refused(f"{request.url.path}: {error.detail}", error.status_code), "")
 
-    for kind, handler in (
-        (_Refused, answer),
-        (TapsError, answer),
-        (RequestValidationError, unfit),
-        (HTTPException, other),
-    ):
+    for kind, handler in ((TapsError, answer), (RequestValidationError, unfit), (HTTPException, other)):
         app.add_exception_handler(kind, handler)
 
     async def body_of(request: Request) -> tuple[bytes, bool]:
@@ -207,13 +205,13 @@ def make_app(
         kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
         form, array = kind == "multipart/form-data", kind == "application/x-npy"
         if not (form or array or kind == "application/octet-stream" or kind.startswith("image/")):
-            raise _Refused(415, f"content-type: expected image/*, application/x-npy or a form, got {kind:.80}")
+            raise _Refused(f"content-type: expected image/*, application/x-npy or a form, got {kind:.80}", 415)
         try:
             body = await asyncio.wait_for(_read(request, max_body), body_seconds)
         except (TimeoutError, asyncio.TimeoutError):
-            raise _Refused(408, f"body: expected all of it within {body_seconds:g} seconds") from None
+            raise _Refused(f"body: expected all of it within {body_seconds:g} seconds", 408) from None
         except ClientDisconnect:
-            raise _Refused(400, "body: the connection was closed before its end") from None
+            raise _Refused("body: the connection was closed before its end", 400) from None
         return (await _file_of(request, body) if form else body), array
 
     async def made(body: bytes, array: bool, facts: Facts) -> torch.Tensor:
@@ -265,7 +263,7 @@ def make_app(
             if not torch.isfinite(row).all():
                 raise TapsError(f"task {task!r}: expected finite scores as its output, got Inf or NaN")
             labels = top_labels(row.float().softmax(0), found.facts.labels, top, f"task {task!r}")
-        except (_Refused, TapsError):
+        except TapsError:
             raise
         except Exception as error:
             return _problem(error, str(engine.folder.path))

@@ -430,7 +430,7 @@ def test_closing_answers_what_waits_and_refuses_what_comes(folder: TaskFolder, g
 
 def test_a_mistake_in_the_worker_leaves_nobody_waiting(folder: TaskFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    engine = Engine(model(), folder, max_delay=0.0, pin=["t0"])
+    engine = Engine(model(), folder, max_delay=0.3, pin=["t0"])
     monkeypatch.setattr(batches, "run", lambda *_: [])  # one answer for no request
     futures = [engine.submit(samples(1)[0], "t0"), engine.submit(samples(1)[0], "t1")]
     assert all(isinstance(future.exception(30), (ValueError, EngineClosedError)) for future in futures)
