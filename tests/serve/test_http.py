@@ -252,7 +252,7 @@ def test_slow_and_broken_clients_hold_up_nobody(server: Server) -> None:
         connection.sendall(head + body[:10])
         slow.append(connection)
     begin = time.monotonic()
-    assert server.post("t0", body)[0] == 200 and time.monotonic() - begin < 1.0
+    assert server.post("t0", body)[0] == 200 and time.monotonic() - begin < 5  # one after another they take eight
     for connection in slow[:4]:
         connection.close()  # in the middle
     for connection in slow[4:]:  # the time for a body is over
