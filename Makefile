@@ -27,6 +27,8 @@
 #   make codecs        what each codec makes of the files of make task-files (five minutes), docs/codecs.png
 #   make storage       packing, files and patches beside memcpy, bare reads and plain torch (four minutes, a quiet
 #                      machine)
+#   make serve-soak    the engine at length: 32 tasks change under traffic for ten minutes, 1,000 tasks with 64 in memory,
+#                      64 clients (a quarter of an hour)
 #   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
 #   make mixed         batches of several tasks beside the base alone and six other ways (an hour and a half), resumable
 #   make models        every promise of TaskModel on 200 small models of timm, torchvision, transformers (half an hour),
@@ -89,7 +91,7 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table compare-study compare-table task-files codecs storage data-path mixed models flops memory gpu
+  fraction-table serve-soak compare-study compare-table task-files codecs storage data-path mixed models flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -194,6 +196,9 @@ fraction: build
 
 fraction-table: build
 	$(PY) benchmarks/fraction.py table $(FRACTION)
+
+serve-soak: build
+	TAPS_THOROUGH=1 OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -s tests/serve -m thorough --durations=10
 
 data-path: build
 	$(PY) benchmarks/data_path.py

@@ -2,6 +2,7 @@
 
 from . import nn as nn  # not in __all__: `import *` must leave torch's alone
 from . import patch as patch
+from . import serve as serve
 from .errors import (
     BaseAttributeError,
     BypassedLayerError,

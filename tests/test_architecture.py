@@ -20,7 +20,7 @@ ROOMS = [
     {"", "zoo"},
     {"study"},
     {"profiling"},
-    {"train"},
+    {"train", "serve"},
     {"plot", "data", "nn"},
     {"model"},
     {"files"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -64,6 +65,15 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
+
+
+def nbytes(text: str) -> int:
+    """An argument type: bytes >= 1, as :func:`size` writes them (2GB, 1.5 MB, 512)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[kMG]?B)\s*", text)
+    value = 0 if found is None else round(float(found[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}.get(found[2][:1], 1))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected bytes such as 512, 200MB or 1.5GB, got {text!r}")
+    return value
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

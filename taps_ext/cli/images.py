@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..files.images import stored
 from .common import say
 
 if TYPE_CHECKING:
@@ -52,16 +52,7 @@ def _of_base(base: Mapping[str, Any]) -> Any:
 
 def stored_geometry(file: TaskFile) -> dict[str, Any] | None:
     """What a task file says of its inputs, or None. Raises ConfigError if that is not what we write."""
-    text = file.extra.get("preprocessing")
-    if text is None:
-        return None
-    try:
-        found = json.loads(text)
-        if set(found) != {"channels", "height", "width", "normalize"}:
-            return None  # a note of the user's own
-        return dict(found)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file.path}: preprocessing: expected JSON, got {text[:60]!r}") from error
+    return stored(file.extra, file.path)
 
 
 def check_geometry(file: TaskFile, now: Mapping[str, Any]) -> None:

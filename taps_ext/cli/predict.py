@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import TaskModel, store
     from ..data.folder import read_image
     from ..data.source import Options, apply_normalize
-    from ..train.task import predictions
+    from ..model.outputs import predictions, top_labels
 
     config = config_from(args)
     task = store.load(args.file, kind="task")
@@ -74,16 +74,9 @@ def run(args: argparse.Namespace) -> int:
         stacked = torch.stack(images).to(args.device or "cpu")
         batches = [predictions(model(batch, task=name)) for batch in stacked.split(64)]
         chances = torch.cat(batches).float().softmax(dim=-1).cpu()
-    labels = task.labels or [str(i) for i in range(chances.shape[1])]
-    if len(labels) != chances.shape[1]:
-        raise ConfigError(f"{args.file}: names {len(labels)} labels for {chances.shape[1]} outputs")
     found = []
     for file, row in zip(args.images, chances, strict=True):
-        best = row.topk(min(args.top, len(labels)))
-        top = [
-            {"label": labels[i], "probability": p}
-            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        top = top_labels(row, task.labels or None, args.top, args.file)
         found.append({"image": file, "label": top[0]["label"], "top": top})
     if args.json:
         emit({"file": args.file, "task": name, "predictions": found})

@@ -9,6 +9,7 @@ image under two names are not detected.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from .source import Options, Source, Statistics, apply_normalize, check_normaliz
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Pillow's names of what :data:`EXTENSIONS` are; it can open more, some by programs of others."""
+
+
 def read_image(path: Path, size: int, channels: int) -> Tensor:
     """One image, float32 [channels, size, size] in [0, 1].
 
@@ -34,18 +39,53 @@ def read_image(path: Path, size: int, channels: int) -> Tensor:
         SourceError: no image, truncated, absurdly large, or more than 8 bits deep; the message names the
             file.
     """
+    return _decoded(path, f" {path}", size, size, channels)
+
+
+def decode_image(body: bytes, height: int, width: int, channels: int, most: int) -> Tensor:
+    """The same from a file's bytes, which nobody vouches for: float32 [channels, height, width].
+
+    Args:
+        most: pixels that the image may have; one that says that it has more is not decoded.
+
+    Raises:
+        SourceError: as above, and another format than those of :data:`FORMATS`.
+    """
+    try:
+        return _decoded(io.BytesIO(body), "", height, width, channels, most, FORMATS)
+    except (SourceError, MemoryError):
+        raise
+    except Exception as error:  # what damaged bytes raise in one of many decoders
+        raise SourceError(f"cannot read image: {type(error).__name__}: {error}") from error
+
+
+def _decoded(
+    file: Path | io.BytesIO,
+    name: str,
+    height: int,
+    width: int,
+    channels: int,
+    most: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Tensor:
     image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
-        with image_module.open(path) as image:
+        with image_module.open(file, formats=formats) as image:
+            if most is not None and image.width * image.height > most:
+                got = f"{image.width} x {image.height}"
+                raise SourceError(f"cannot read image{name}: expected at most {most} pixels, got {got}")
             if image.mode.startswith(("I", "F")):
-                raise SourceError(f"cannot read image {path}: mode {image.mode} is deeper than 8 bits")
+                raise SourceError(f"cannot read image{name}: mode {image.mode} is deeper than 8 bits")
             image = operations.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            image = operations.fit(image, (size, size), method=image_module.Resampling.BILINEAR)
+            image = operations.fit(image, (width, height), method=image_module.Resampling.BILINEAR)
     except SourceError:
         raise
+    except image_module.UnidentifiedImageError as error:
+        what = "expected a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM" if formats else str(error)
+        raise SourceError(f"cannot read image{name}: {what}") from error
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-        raise SourceError(f"cannot read image {path}: {error}") from error
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).view(size, size, channels)
+        raise SourceError(f"cannot read image{name}: {error}") from error
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).view(height, width, channels)
     return pixels.permute(2, 0, 1).float().div_(255)
 
 

@@ -78,7 +78,11 @@ class TaskFolder:
 
     def shared(self, name: str) -> Path | None:
         """The file of the family that a task builds on, if it is in the folder."""
-        path = self._shared(self.header(name).metadata.parent)
+        return self.family(self.header(name).metadata.parent)
+
+    def family(self, digest: str) -> Path | None:
+        """The file of the family of this digest, if it is in the folder."""
+        path = self._shared(digest)
         return path if path.is_file() else None
 
     def header(self, name: str) -> store.FileHeader:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .. import store
 from ..base.caches import passing
-from ..base.fingerprint import base_fingerprint
 from ..base.head import own_head
-from ..base.scan import Reach, inside, scan
+from ..base.known import Known
+from ..base.scan import Reach, inside
 from ..errors import ConfigError, GateError, TapsError
 from ..methods import MethodConfig, UnknownMethod
 from ..parts import Part, part_kinds
@@ -142,12 +142,20 @@ def beside(file: store.TaskFile) -> Path | None:
     return None
 
 
-def belongs(file: store.TaskFile, base: nn.Module, head: str | None) -> bool:
-    """True if a file was trained on this base, outside of the module `head`."""
-    return (head is None or head in dict(base.named_modules())) and base_fingerprint(base, head) == file.parent
+def belongs(file: store.TaskFile, base: nn.Module, head: str | None, known: Known | None = None) -> bool:
+    """True if a file was trained on this base, outside of the module `head`. `known`: what was found of it before."""
+    known = Known() if known is None else known
+    return (head is None or head in dict(base.named_modules())) and known.fingerprint(base, head) == file.parent
 
 
-def check_parent(file: store.TaskFile, base: nn.Module, head: str | None, *, allow_dtype_cast: bool = False) -> None:
+def check_parent(
+    file: store.TaskFile,
+    base: nn.Module,
+    head: str | None,
+    *,
+    allow_dtype_cast: bool = False,
+    known: Known | None = None,
+) -> None:
     """Raise unless a file belongs to this base, outside of the module `head`.
 
     A cast base has other bytes, so `allow_dtype_cast` takes the parent on trust where the file's types differ from the
@@ -160,7 +168,7 @@ def check_parent(file: store.TaskFile, base: nn.Module, head: str | None, *, all
         raise ParentMismatchError(
             file.path, f"belongs to another base: it replaces the head {head!r}, which this one lacks"
         )
-    found = base_fingerprint(base, head)
+    found = (Known() if known is None else known).fingerprint(base, head)
     if not (allow_dtype_cast and found != file.parent and _is_cast(file, base)):
         store.check_parent(found, file.parent, path=Path(file.path), hint=_hint(base))
 
@@ -202,6 +210,7 @@ def build(
     allow_dtype_cast: bool = False,
     whole: bool = False,
     each: Callable[[str, Part], Part | None] | None = None,
+    known: Known | None = None,
 ) -> Read:
     """The parts that a file describes, with every tensor checked against the base before one is copied.
 
@@ -212,6 +221,7 @@ def build(
         allow_dtype_cast: floating-point tensors take the types that this base has.
         whole: with the Deltas of closed layers, which no file holds, in memory.
         each: takes a part's values as soon as it was read, and gives the part back, which may be without them then.
+        known: what was found of the base before.
 
     Raises:
         TaskFileError: a missing, unexpected or ill-shaped tensor, named; parts that the base or the file's own method
@@ -242,7 +252,8 @@ def build(
     if default_head is not None and any(inside(name, default_head) for name in parts):
         default_head, further = None, ()  # to a task without a head the base's own is a layer like any
     heads = further if head_path is None else further_heads(parts, head_path)
-    _check_method(file, config, base, head_path or default_head, heads, parts, reach)
+    known = Known() if known is None else known
+    _check_method(file, config, base, head_path or default_head, heads, parts, reach, known)
     outputs = getattr(parts[head_path].replacement, "out_features", None) if head_path is not None else None
     if file.labels is not None and isinstance(outputs, int) and len(file.labels) != outputs:
         raise MetadataError(file.path, f"taps.labels: expected {outputs} names (the head), got {len(file.labels)}")
@@ -266,6 +277,7 @@ def _check_method(
     further: Sequence[str],
     parts: dict[str, Part],
     reach: Reach,
+    known: Known,
 ) -> None:
     """Refuse parts that the file's own method would not have made, where it is known.
 
@@ -275,7 +287,7 @@ def _check_method(
         return
     try:
         patterns = {"target": config.target_modules, "exclude": config.exclude_modules}
-        found = scan(base, head_path, **patterns, heads=further, reach=reach, freeze_unsupported=True)
+        found = known.scan(base, head_path, **patterns, heads=further, reach=reach, freeze_unsupported=True)
         with bare():
             wanted = (config.shared if file.kind == "shared" else config.parts)(found)
     except ConfigError as error:

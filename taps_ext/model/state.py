@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from .. import store
+from ..base.guard import Held
 from ..base.scan import Reach, in_order
 from ..errors import ConfigError, GateError, TapsError, UnsupportedModuleError
 from ..methods import MethodConfig
@@ -204,6 +205,7 @@ class Family(Parts):
     def __init__(self, base: nn.Module, name: str, config: MethodConfig, parts: Mapping[str, Part]) -> None:
         super().__init__(base, parts)
         self.name, self.config, self.digest, self._held = name, config, "", ""
+        self._unwritten: Held | None = None  # its tensors when their content was last found to be the file's
         for layer, _, gate in self.gated():
             if gate.learn:
                 raise ConfigError(f"shared: {layer}: expected a fixed gate in a shared part, got a learned one")
@@ -216,6 +218,10 @@ class Family(Parts):
         self.digest, self._held = digest, self._content()
         self.requires_grad_(False)
         self.train(False)  # nor do batches move the statistics of its norms
+        self._unwritten = Held(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_unwritten": None}  # a copy's tensors are others
 
     def train(self, mode: bool = True) -> Family:
         super().train(mode and not self.digest)
@@ -253,8 +259,11 @@ class Family(Parts):
         self.check_kept("save_task")
         return self.digest
 
-    def check_kept(self, action: str) -> None:
-        """Raise TapsError if it is not what its file holds any more."""
+    def check_kept(self, action: str, *, by_versions: bool = False) -> None:
+        """Raise TapsError if it is not what its file holds any more. `by_versions`: tensors to which torch has seen no
+        write are taken to be the same."""
+        if by_versions and self._unwritten is not None and self._unwritten.changed(self) is None:
+            return
         if self._content() != self._held:
             raise TapsError(
                 f"{action}: the family {self.name!r} has changed, or was cast, since it was saved; call "

@@ -20,6 +20,7 @@ from ..base.classifiers import check_one
 from ..base.fingerprint import base_fingerprint
 from ..base.guard import Guard
 from ..base.head import head_path, head_paths, make_head
+from ..base.known import Known
 from ..base.offload import check_present
 from ..base.ownership import check_base, disown, own
 from ..base.scan import Reach, Scan, check_kept, check_shared, frozen_by_user, inside, match, scan, trainable
@@ -139,7 +140,7 @@ class TaskModel(EntryPoints, Untraced):
         own(base, self, self._flags)
         self._trainable = trainable(base)
         base.requires_grad_(False)
-        self._guard = Guard()
+        self._guard, self._known = Guard(), Known()
         routed: tuple[type[nn.Module], ...] = (*GATED_TYPES, *NORM_TYPES)
         encoders = [module for module in base.modules() if isinstance(module, nn.TransformerEncoderLayer)]
         fused = {part for encoder in encoders for part in encoder.modules()}
@@ -164,6 +165,7 @@ class TaskModel(EntryPoints, Untraced):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         if self._names:
             self._guard.forget(self.base, self._head)
+        self._known.forget()
         result = super()._apply(*args, **kwargs)
         self._caches.follow(self.base, args[0] if args else kwargs["fn"])
         if self._merged is not None:  # of what the weights are now
@@ -273,6 +275,7 @@ class TaskModel(EntryPoints, Untraced):
         with whole_model(mode):
             super().train(mode)
         self._guard.asks = True
+        self._known.forget()
         if not mode and not torch.compiler.is_compiling():
             for state in self._names.values():
                 state.look_again()
@@ -441,8 +444,11 @@ class TaskModel(EntryPoints, Untraced):
     def _shared(family: Family | None) -> Mapping[str, Part]:
         return {} if family is None else family.table
 
-    def _install(self, name: str, state: TaskState) -> None:
-        if not self._names:
+    def _install(self, name: str, state: TaskState, *, loaded: bool = False) -> None:
+        """Add a task. `loaded`: from a file, so that what was found of the base by versions holds (`base/known.py`)."""
+        if not self._names and loaded:
+            self._guard = self._known.guard(self.base)
+        elif not self._names:
             self._guard = Guard()  # the base's tensors may have been loaded since
             self._guard.note(self.base)
         if state.family is not None and state.family.name not in self.families:
@@ -468,6 +474,7 @@ class TaskModel(EntryPoints, Untraced):
         if self._merged is not None:
             raise TapsError(f"load_state_dict: task {self._merged!r} is merged; call unmerge_task() first")
         self._guard = Guard()  # the base's own may come with it
+        self._known.forget()
         super()._load_from_state_dict(*args)
 
     def delete_task(self, name: str) -> None:
@@ -814,17 +821,65 @@ class TaskModel(EntryPoints, Untraced):
         check_present(self.base)
         with self._opened(path) as file:
             name = self._new_name(file.name if name is None else name)
-            family = self._parent_of(file, shared, allow_dtype_cast)
-            read = task_file.build(
-                file,
-                self.base,
-                head,
-                default_head=self._head,
-                further=self._heads[1:],
-                allow_dtype_cast=allow_dtype_cast,
-            )
-        self._install(name, self._state_of(read, family))
+            state = self._prepare(file, head, shared, allow_dtype_cast)
+        self._install(name, state, loaded=True)
         return name
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare_task(
+        self, file: store.TaskFile, *, shared: store.TaskFile | None = None, codec: str | None = None
+    ) -> TaskState:
+        """The task in a file as `store.load` has read it, built and checked, for :meth:`install_task`: the long half of
+        :meth:`load_task`, which changes nothing here and may run beside forwards in another thread.
+
+        Args:
+            shared: the file of the family that the task builds on, where that is not loaded. Nothing is looked for.
+            codec: holds the Deltas of open layers in this one, as :meth:`pack_task`; a packed task stays as it is.
+
+        Raises:
+            TaskFileError: as :meth:`load_task`. ConfigError: an unknown codec; a Delta that is not finite.
+        """
+        self._loaded()
+        check_present(self.base)
+        head = task_file.head_of(file)
+        at_hand = any(family.digest == file.parent for family in self.families.values())
+        if shared is None and not at_hand:
+            task_file.check_parent(file, self.base, head, known=self._known)
+        state = self._prepare(file, None, shared, False)
+        if codec is not None and not any(part.packed for _, part, _ in state.gated()):
+            opened = state.open_layers()
+            found, _ = packing.pack(file.name, state, self.base, Rule.of(codec, None, None), opened, {})
+            state.exchange(found)
+        return state
+
+    def install_task(self, state: TaskState, name: str) -> None:
+        """Add a task that :meth:`prepare_task` has built: the short half, for a moment when no forward runs.
+
+        Raises:
+            ConfigError: a taken or bad name.
+        """
+        self._loaded()
+        self._install(self._new_name(name), state, loaded=True)
+
+    def _prepare(
+        self,
+        file: store.TaskFile,
+        head: nn.Module | None,
+        shared: str | PathLike[str] | store.TaskFile | None,
+        allow_dtype_cast: bool,
+    ) -> TaskState:
+        family = self._parent_of(file, shared, allow_dtype_cast)
+        read = task_file.build(
+            file,
+            self.base,
+            head,
+            default_head=self._head,
+            further=self._heads[1:],
+            allow_dtype_cast=allow_dtype_cast,
+            known=self._known,
+        )
+        return self._state_of(read, family)
 
     @staticmethod
     @contextmanager
@@ -979,10 +1034,31 @@ class TaskModel(EntryPoints, Untraced):
         self._family_name(file.name)
         return self._built_family(file, allow_dtype_cast=allow_dtype_cast)
 
+    def delete_family(self, name: str) -> None:
+        """Forget a family that no task builds on, as those of files are kept when their last task goes.
+
+        Raises:
+            ConfigError: an unknown family, or one that a task builds on, naming it.
+        """
+        family = self.families.get(name)
+        if family is None:
+            hint = suggestion(str(name), self.families)
+            raise ConfigError(f"family: expected one of {list(self.families)}, got {name!r}{hint}")
+        users = [task for task, state in self._names.items() if state.family is family]
+        if users:
+            raise ConfigError(f"family: {name!r} is what task {users[0]!r} builds on; delete that first")
+        del self._families[module_key(name)]
+        token.note()
+
     def _built_family(self, file: store.TaskFile, *, allow_dtype_cast: bool = False) -> Family:
-        task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast)
+        task_file.check_parent(file, self.base, self._head, allow_dtype_cast=allow_dtype_cast, known=self._known)
         read = task_file.build(
-            file, self.base, default_head=self._head, further=self._heads[1:], allow_dtype_cast=allow_dtype_cast
+            file,
+            self.base,
+            default_head=self._head,
+            further=self._heads[1:],
+            allow_dtype_cast=allow_dtype_cast,
+            known=self._known,
         )
         family = Family(self.base, file.name, read.config, read.parts)
         family.reach = read.reach
@@ -990,7 +1066,7 @@ class TaskModel(EntryPoints, Untraced):
         return family
 
     def _parent_of(
-        self, file: store.TaskFile, shared: str | PathLike[str] | None, allow_dtype_cast: bool
+        self, file: store.TaskFile, shared: str | PathLike[str] | store.TaskFile | None, allow_dtype_cast: bool
     ) -> Family | None:
         """The family that a task's file builds on, by digest: among those at hand, in `shared`, or beside the file;
         None where it builds on the base.
@@ -1001,17 +1077,19 @@ class TaskModel(EntryPoints, Untraced):
         for family in self.families.values():
             if family.digest == file.parent:
                 if not allow_dtype_cast:  # cast it has other bytes
-                    family.check_kept("load_task")
+                    family.check_kept("load_task", by_versions=True)
                 return family
         if shared is None:
-            if task_file.belongs(file, self.base, task_file.head_of(file)):
+            if task_file.belongs(file, self.base, task_file.head_of(file), self._known):
                 return None  # and nothing beside it needs a look
             shared = task_file.beside(file)
         if shared is not None:
-            parent = store.load(Path(shared), kind="shared")
+            parent = shared if isinstance(shared, store.TaskFile) else store.load(Path(shared), kind="shared")
             store.check_parent(parent.digest, file.parent, path=file.path)
             return self._read_family(parent, allow_dtype_cast=allow_dtype_cast)
-        task_file.check_parent(file, self.base, task_file.head_of(file), allow_dtype_cast=allow_dtype_cast)
+        task_file.check_parent(
+            file, self.base, task_file.head_of(file), allow_dtype_cast=allow_dtype_cast, known=self._known
+        )
         return None
 
     # -- plain checkpoints
@@ -1161,6 +1239,7 @@ class TaskModel(EntryPoints, Untraced):
             unroute(module)
         self._flags.restore(self.base)
         self._flags = None
+        self._known.forget()
         disown(self.base)
         forget(self.base)
         self._states, self._names, self._mirror = nn.ModuleDict(), {}, Mirror()

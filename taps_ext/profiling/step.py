@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import ConfigError, TapsError
 from ..methods.base import one_of
 from ..model import TaskModel
+from ..model.outputs import predictions
 from ..train.gradients import add_gradients
 from ..train.precision import TYPES, autocast
 from ..train.state import restore, snapshot
 from ..train.stepper import on_cuda
-from ..train.task import predictions
 from .memory import casts_kept
 
 PHASES = ("train", "infer")

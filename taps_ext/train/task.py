@@ -19,16 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from ..data.arrays import ArrayDataset
 from ..errors import ConfigError
 from ..methods.keywords import Keywords
+from ..model.outputs import predictions
 from ..store import fingerprint
 from .fetch import Batch, Epochs, FetchEach, Key, Reader
 from .metrics import Metric, hits
 from .randomness import forked, seed_host
-
-
-def predictions(outputs: Any) -> Any:
-    """What losses and metrics see: the model's outputs, or the `logits` of a transformers `ModelOutput`."""
-    logits = getattr(outputs, "logits", None)
-    return logits if isinstance(logits, Tensor) else outputs
 
 
 def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -> Any:

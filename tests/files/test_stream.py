@@ -18,7 +18,7 @@ from test_convert import Small, fine_tuned, small_resnet
 from torch import Tensor, nn
 
 from taps_ext import ConfigError, FullConfig, JointTapsConfig, LoraConfig, TapsConfig, TapsError, TaskModel, store
-from taps_ext.files import task as task_file
+from taps_ext.base import known
 from taps_ext.store import shards as sharding
 from taps_ext.store.errors import (
     BadPathError,
@@ -446,7 +446,7 @@ def test_a_bad_out_is_refused_before_a_tensor_is_read(tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(sharding.Shard, "read", read)
     monkeypatch.setattr(store.io, "_read_tensor", read)
-    monkeypatch.setattr(task_file, "base_fingerprint", read)
+    monkeypatch.setattr(known, "base_fingerprint", read)
     for out, error, problem in (
         (str(tmp_path), NotRegularFileError, "expected a file to replace, got a folder"),
         ("a\0b", BadPathError, "expected a path, got one with embedded null"),
