@@ -84,6 +84,11 @@ def _setting(stack: tuple[Part, ...]) -> tuple[Any, ...]:
     return tuple(setting for part in stack if (setting := part.setting()))
 
 
+def _prefix(module: str) -> str:
+    """What the names of all modules inside of one begin with."""
+    return f"{module}." if module else ""
+
+
 def gate_changed(name: str) -> GateError:
     return GateError(
         f"{name}: its gate changed between forward and the recomputation in backward; run backward before changing "
@@ -98,11 +103,20 @@ class Call:
         owner: the TaskModel. task: the name that ran, or None for the base.
         first: `sequence_number()` before the forward.
         outputs: whatever the base returned.
+        within: the module whose forward alone this was, with the rows of one task of a batch; None for a whole base.
     """
 
     @torch.compiler.disable
-    def __init__(self, owner: nn.Module, task: str | None, frame: Frame, first: int, outputs: Any) -> None:
-        self.owner, self.task, self.frame = weakref.ref(owner), task, frame
+    def __init__(
+        self,
+        owner: nn.Module,
+        task: str | None,
+        frame: Frame,
+        first: int,
+        outputs: Any,
+        within: str | None = None,
+    ) -> None:
+        self.owner, self.task, self.frame, self.within = weakref.ref(owner), task, frame, within
         self.first, self.last, self.thread = first, sequence_number(), threading.get_ident()
         self.frames = [frame] if frame.mixture is None else [one.frame for one in frame.mixture.segments]
         self.settings = [settings(f.stacks) if f.settings is None else f.settings for f in self.frames]
@@ -124,14 +138,19 @@ class Call:
                 if name in known and _setting(frame.stacks.get(name, ())) != known[name]:
                     raise gate_changed(name)
 
-    def covers(self, number: int, module: nn.Module | None, owner: nn.Module | None) -> bool:
-        """True if a node of this number may belong to this forward, of this owner or with this module."""
+    def covers(self, number: int, module: nn.Module | None, owner: nn.Module | None, *, runs: bool = False) -> bool:
+        """True if a node of this number may belong to this forward, of this owner or with this module; `runs`: it is
+        the module's own forward that is repeated."""
         mine: Any = self.owner()
         if mine is None or not self.first <= number < self.last:
             return False
         if module is None:
-            return mine is owner
-        return bool(mine.base.get_submodule(module.__dict__["_taps_name"]) is module)
+            return mine is owner and self.within is None
+        name: str = module.__dict__["_taps_name"]
+        # What is repeated may hold the whole of a module whose rows were dealt out: then they are again.
+        if self.within is not None and (runs if name == self.within else not name.startswith(_prefix(self.within))):
+            return False
+        return bool(mine.base.get_submodule(name) is module)
 
 
 _calls: weakref.WeakSet[Call] = weakref.WeakSet()
@@ -166,7 +185,9 @@ def _innermost(found: list[Call]) -> list[Call]:
     ]
 
 
-def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None = None) -> Call | None:
+def recomputed_call(
+    module: nn.Module | None = None, *, owner: nn.Module | None = None, runs: bool = False
+) -> Call | None:
     """The call whose forward the running backward node belongs to, or None if it is not known.
 
     Raises:
@@ -174,7 +195,7 @@ def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None 
     """
     number, here = running_node(), threading.get_ident()
     with _lock:
-        found = _innermost([call for call in _calls if call.covers(number, module, owner)])
+        found = _innermost([call for call in _calls if call.covers(number, module, owner, runs=runs)])
         threads = set() if not found else _threads.get(found[0].owner(), set())  # type: ignore[arg-type]
     # Numbers are a thread's own: a call of another thread is the one only if that thread alone has run forwards.
     if len(found) > 1 or (found and found[0].thread != here and threads != {found[0].thread}):
@@ -186,8 +207,8 @@ def recomputed_call(module: nn.Module | None = None, *, owner: nn.Module | None 
     return found[0] if found else None
 
 
-def running(module: nn.Module) -> Frame | None:
-    """The frame in which a routed module runs, or None outside of every TaskModel.
+def running(module: nn.Module, *, runs: bool = False) -> Frame | None:
+    """The frame in which a routed module runs, or None outside of every TaskModel. `runs`: asked by its forward.
 
     Raises:
         TapsError: the module is recomputed in a backward, and its task or its gate then is not known any more.
@@ -195,7 +216,7 @@ def running(module: nn.Module) -> Frame | None:
     frame = _frame.get()
     if frame is not None or not in_backward():
         return frame
-    call = recomputed_call(module)
+    call = recomputed_call(module, runs=runs)
     name = module.__dict__["_taps_name"]
     if call is not None:
         call.check_gates([name])

@@ -336,7 +336,7 @@ class Mixture:
                 ) from error
         if remember:
             assert owner is not None
-            Call(owner, None if one is None else one.task, frame, first, output)
+            Call(owner, None if one is None else one.task, frame, first, output, within=name)
         return output
 
     def _join(self, name: str, values: Sequence[Tensor], counts: Sequence[int], place: Place) -> Tensor:

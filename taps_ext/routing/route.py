@@ -127,7 +127,7 @@ class _Routed(nn.Module):
         token.note()  # a parameter may have gone
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        frame = current() or running(self)
+        frame = current() or running(self, runs=True)
         if frame is None:
             return super().forward(*args, **kwargs)
         if frame.mixture is not None:
@@ -306,7 +306,7 @@ class _Reads(_Routed):
     """A layer whose own forward reads its weight: nothing else is needed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        frame = running(self)
+        frame = running(self, runs=True)
         if frame is not None and frame.mixture is not None:
             return frame.mixture.run(self, frame, super(_Routed, self).forward, args, kwargs)
         stack = _stack(self, frame)
