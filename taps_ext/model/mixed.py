@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ConfigError, suggestion
 from ..parts.sampling import batch_size
+from ..routing.mixture import Places
 
 
 class Share(NamedTuple):
@@ -100,9 +101,11 @@ class MixedOutput:
         road: how it was made, "layers" or "tasks" (docs/mixed.md).
     """
 
-    def __init__(self, parts: Sequence[tuple[Share, Any]], batch: int, dim: int, road: str) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Share, Any]], batch: int, dim: int, road: str, places: Places | None = None
+    ) -> None:
         self._parts = {share.task: (share.rows, output) for share, output in parts}
-        self._batch, self._dim, self.road = batch, dim, road
+        self._batch, self._dim, self.road, self._places = batch, dim, road, places
 
     @property
     def tasks(self) -> list[str | None]:
@@ -133,7 +136,7 @@ class MixedOutput:
         found: list[Any] = [None] * self._batch
         for rows, output in self._parts.values():
             for place, row in enumerate(rows.tolist()):
-                found[row] = _one(output, place, len(rows), self._dim)
+                found[row] = _one(output, place, len(rows), self._dim, self._places)
         return iter(found)
 
     def __repr__(self) -> str:
@@ -141,9 +144,17 @@ class MixedOutput:
         return f"MixedOutput({self._batch} samples: {counts})"
 
 
-def _one(output: Any, place: int, count: int, dim: int) -> Any:
+def _one(output: Any, place: int, count: int, dim: int, places: Places | None) -> Any:
     if isinstance(output, list) and len(output) == count and not any(isinstance(item, Tensor) for item in output):
         return output[place]
+
+    leaves, spec = tree_flatten(output)
+    if places is not None and len(places) == sum(isinstance(leaf, Tensor) for leaf in leaves):
+        where = iter(places)
+        at = [next(where) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        return tree_unflatten(
+            [leaf if p is None else p.one(leaf, count, place) for leaf, p in zip(leaves, at, strict=True)], spec
+        )
 
     def of(leaf: Any) -> Any:
         holds = isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == count

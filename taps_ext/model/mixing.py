@@ -19,6 +19,7 @@ from ..errors import UnsupportedModuleError
 from ..parts.sampling import batch_size
 from ..routing.frame import Frame
 from ..routing.mixture import Layouts, Mixture, Places, Probe, Segment, layouts, places, running_in
+from ..routing.still import Still
 from .mixed import MixedOutput, Share, check_batch, cut, shares
 from .running import check_seen, prepared, run_frame, warn_of_sample, watched
 
@@ -31,6 +32,8 @@ forced: str | None = None
 # Of inputs that go through the base at a time on a CPU without gradients: eight images of 224 pixels in fp32, of which
 # ResNet-50 and ViT-S are served best by four to eight (docs/mixed.md). 0: the whole batch.
 piece_bytes = 8 * 3 * 224 * 224 * 4
+
+_PLAIN = (Tensor, type(None), bool, int, float, str)
 
 _SIGNATURES = 64  # of inputs, whose layouts are kept
 
@@ -53,20 +56,27 @@ def _whole(
 ) -> MixedOutput:
     dim = model.batch_dim
     known = _layers_of(model, entry, found, args, kwargs)
-    if known is not None:
-        return MixedOutput(_by_layers(model, found, known, batch, args, kwargs), batch, dim, "layers")
-    outputs = []
+    # In training the base still evaluates: its samples cannot share a pass with those that dropout is for.
+    pass_of = [share for share in found if share.task is not None or not model.training] if known is not None else []
+    outputs = dict(_by_layers(model, pass_of, known, batch, args, kwargs)) if known is not None else {}
     for share in found:
-        rows = cut((args, kwargs), share, batch, dim)
-        outputs.append((share, model._forward(entry, share.task, None, *rows)))
-    return MixedOutput(outputs, batch, dim, "tasks")
+        if share.task not in outputs:
+            rows = cut((args, kwargs), share, batch, dim)
+            outputs[share.task] = model._forward(entry, share.task, None, *rows)
+    places = None
+    if dim and _plain(entry, args, kwargs):  # else outputs have theirs where the inputs do
+        places = (known or _known(model, args, kwargs)).outputs
+    parts = [(share, outputs[share.task]) for share in found]
+    return MixedOutput(parts, batch, dim, "tasks" if known is None else "layers", places)
 
 
 def _plain(entry: str | None, args: Any, kwargs: Any) -> bool:
     """A forward on tensors that returns what each sample gives, in eager mode."""
     if entry is not None or torch.compiler.is_compiling() or reference.may_be_transformed():
         return False
-    return kwargs.get("labels") is None and not any(isinstance(leaf, list) for leaf in (*args, *kwargs.values()))
+    if kwargs.get("labels") is not None or any(isinstance(leaf, list) for leaf in (*args, *kwargs.values())):
+        return False
+    return all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((args, kwargs)))  # others (caches) are no sample's
 
 
 def _piece(model: TaskModel, entry: str | None, args: Any, kwargs: Any) -> int:
@@ -104,6 +114,8 @@ def _in_pieces(
     parts = []
     for task, outputs in made.items():
         leaves = [tree_flatten(output) for _, output in outputs]
+        if any(sum(isinstance(leaf, Tensor) for leaf in flat) != len(places) for flat, _ in leaves):
+            return _whole(model, None, found, batch, args, kwargs)  # a head of another make than the base's
         joined, where = [], iter(places)
         for values in zip(*(flat[0] for flat in leaves), strict=True):
             place = next(where) if isinstance(values[0], Tensor) else None
@@ -111,7 +123,8 @@ def _in_pieces(
             joined.append(values[0] if place is None or len(values) == 1 else place.join(values, counts))
         own_rows = torch.cat([rows for rows, _ in outputs])
         parts.append((Share(task, own_rows), tree_unflatten(joined, leaves[0][1])))
-    return MixedOutput(parts, batch, model.batch_dim, "layers" if "layers" in roads else "tasks")
+    where_of = places if model.batch_dim else None
+    return MixedOutput(parts, batch, model.batch_dim, "layers" if "layers" in roads else "tasks", where_of)
 
 
 def _pieces(found: Sequence[Share], size: int) -> Iterator[list[Share]]:
@@ -185,9 +198,11 @@ def _fits(model: TaskModel, share: Share, known: _Known) -> bool:
 
 def _known(model: TaskModel, args: Any, kwargs: Any) -> _Known:
     """Where the base has samples for such inputs, found out once."""
-    leaves, dim = tree_leaves((args, kwargs)), model.batch_dim
+    leaves, spec = tree_flatten((args, kwargs))
+    dim, batch = model.batch_dim, batch_size(args, kwargs, model.batch_dim)
     signature = (
-        *(_key(leaf, dim) for leaf in leaves),
+        str(spec),
+        *(_key(leaf, dim, batch) for leaf in leaves),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         model.training,
@@ -199,10 +214,12 @@ def _known(model: TaskModel, args: Any, kwargs: Any) -> _Known:
     return known
 
 
-def _key(leaf: Any, dim: int) -> Any:
+def _key(leaf: Any, dim: int, batch: int | None) -> Any:
     if isinstance(leaf, Tensor):
-        shape = tuple(leaf.shape)
-        return (*shape[:dim], *shape[dim + 1 :]), leaf.dtype, leaf.device
+        shape: tuple[int | None, ...] = tuple(leaf.shape)
+        if len(shape) > dim and shape[dim] == batch:
+            shape = (*shape[:dim], None, *shape[dim + 1 :])
+        return shape, leaf.dtype, leaf.device
     return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf)
 
 
@@ -212,9 +229,10 @@ def _probe(model: TaskModel, args: Any, kwargs: Any) -> _Known:
     leaves, spec = tree_flatten((args, kwargs))
     dim = model.batch_dim
     batch = batch_size(args, kwargs, dim)
-    assert batch is not None and batch > 1  # several tasks have a sample each
-    runs = []
-    for rows in ((0, batch - 1), (0, batch - 1, batch - 1)):
+    assert batch is not None
+    last, watch = batch - 1, Still()
+
+    def run(*rows: int) -> tuple[Probe, list[Any]]:
         few = [_few(leaf, rows, batch, dim) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         probe = Probe()
         some, named = tree_unflatten(few, spec)
@@ -222,17 +240,40 @@ def _probe(model: TaskModel, args: Any, kwargs: Any) -> _Known:
         with (
             torch.random.fork_rng([*{device.index or 0 for device in devices}]),
             running_in(Frame({}, set(), mixture=probe)),
+            watch,
         ):
-            output = model.base(*some, **named)
-        runs.append((probe, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]))
-    (two, first), (three, second) = runs
-    outputs = places(first, second)
-    if outputs is not None:  # what has no samples must be no sum over them
-        constant = all(
-            place is not None or torch.equal(a, b) for a, b, place in zip(first, second, outputs, strict=True)
-        )
-        outputs = outputs if constant else None
+            return probe, tree_leaves(model.base(*some, **named))
+
+    (two, first), (three, second) = run(0, last), run(0, last, last)
+    outputs = None if watch.ragged else _places_of(first, second)
+    if outputs is not None and None in outputs:  # what has no samples must say nothing of them, nor be their largest
+        others = [[leaf for leaf in run(*rows)[1] if isinstance(leaf, Tensor)] for rows in ((0, 0), (last, last))]
+        kept = [leaf for leaf in second if isinstance(leaf, Tensor)]
+        for other in ([leaf for leaf in first if isinstance(leaf, Tensor)], *others):
+            if any(place is None and not torch.equal(a, b) for a, b, place in zip(kept, other, outputs, strict=True)):
+                outputs = None
+                break
     return _Known(layouts(two, three), (two, three), outputs)
+
+
+def _places_of(two: Sequence[Any], three: Sequence[Any]) -> Places | None:
+    """Where the base's outputs have samples, of which the first is the same in both; None where they hold something
+    that cannot be dealt out, or where a sample's own depends on the others."""
+    if len(two) != len(three) or not all(isinstance(leaf, _PLAIN) for leaf in three):
+        return None
+    if any(not isinstance(a, Tensor) and a != b for a, b in zip(two, three, strict=True)):
+        return None
+    pairs = [(a, b) for a, b in zip(two, three, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
+    found = places([a for a, _ in pairs], [b for _, b in pairs])
+    for (a, b), place in zip(pairs, found or (), strict=False):
+        if place is None or not b.is_floating_point():
+            continue
+        one, other = place.cut(a, 2, 0, 1).double(), place.cut(b, 3, 0, 1).double()
+        # Products of other sizes round otherwise: by far less than the root of the type's resolution.
+        bound = torch.finfo(b.dtype).eps ** 0.5 * max(1.0, float(other.nan_to_num().abs().amax())) if b.numel() else 0.0
+        if float((one - other).nan_to_num().abs().sum()) > bound * max(1, one.numel()):
+            return None
+    return found
 
 
 def _few(leaf: Tensor, rows: Sequence[int], batch: int, dim: int) -> Tensor:
@@ -251,9 +292,10 @@ def _few(leaf: Tensor, rows: Sequence[int], batch: int, dim: int) -> Tensor:
 @torch.compiler.disable
 def _by_layers(
     model: TaskModel, found: Sequence[Share], known: _Known, batch: int, args: Any, kwargs: Any
-) -> list[tuple[Share, Any]]:
-    dim = model.batch_dim
-    args, kwargs = cut((args, kwargs), Share(None, torch.cat([share.rows for share in found])), batch, dim)
+) -> list[tuple[str | None, Any]]:
+    dim, rows = model.batch_dim, torch.cat([share.rows for share in found])
+    args, kwargs = cut((args, kwargs), Share(None, rows), batch, dim)
+    batch = len(rows)
     segments, states, first = [], [], 0
     for share in found:
         size = len(share.rows)
@@ -274,7 +316,7 @@ def _by_layers(
         if segment.task is not None:
             warn_of_sample(model, segment.task, segment.frame.sample)
             check_seen(model, segment.task, model.state(segment.task), frame.entered | segment.frame.entered)
-    return list(zip(found, _outputs(mixture, known, output), strict=True))
+    return list(zip((share.task for share in found), _outputs(mixture, known, output), strict=True))
 
 
 def _outputs(mixture: Mixture, known: _Known, output: Any) -> list[Any]:
@@ -282,21 +324,22 @@ def _outputs(mixture: Mixture, known: _Known, output: Any) -> list[Any]:
     leaves, spec = tree_flatten(output)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     assert known.outputs is not None
-    for padded, _ in mixture.padded:
+    guarded, mixture.padded = mixture.padded, []  # which hold the graph that holds the mixture
+    for padded, _, _ in guarded:
         if all(padded is not leaf for leaf in tensors):
             raise UnsupportedModuleError(
                 "tasks: heads of several sizes need a base that returns what its head gives, and this one computes on; "
                 "row_invariant=True runs a batch's tasks one by one"
             )
-    sizes = {id(padded): by_segment for padded, by_segment in mixture.padded}
+    sizes = {id(padded): (plain, by_segment) for padded, plain, by_segment in guarded}
     found = []
     for place, segment in enumerate(mixture.segments):
         where = iter(known.outputs)
         own = []
         for leaf in leaves:
             if isinstance(leaf, Tensor) and (at := next(where)) is not None:
-                rows = at.cut(leaf, mixture.batch, segment.first, segment.size)
-                by_segment = sizes.get(id(leaf))
+                plain, by_segment = sizes.get(id(leaf), (leaf, None))
+                rows = at.cut(plain, mixture.batch, segment.first, segment.size)
                 leaf = rows if by_segment is None else rows[..., : by_segment[place]]
             own.append(leaf)
         found.append(tree_unflatten(own, spec))

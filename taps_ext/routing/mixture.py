@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..errors import ConfigError, TapsError, UnsupportedModuleError
 from ..parts.host import is_norm
-from .frame import Call, Frame, enter, leave, sequence_number
+from .frame import Call, Frame, enter, in_backward, leave, sequence_number
 from .route import is_stock
 
 
@@ -36,6 +36,11 @@ class Place(NamedTuple):
             return tensor.narrow(self.dim, first * self.after, count * self.after)
         apart = tensor.unflatten(self.dim, (self.before, batch, self.after)).narrow(self.dim + 1, first, count)
         return apart.flatten(self.dim, self.dim + 2)
+
+    def one(self, tensor: Tensor, batch: int, sample: int) -> Tensor:
+        """What one sample has, without the dimension of samples where it has one row there."""
+        rows = self.cut(tensor, batch, sample, 1)
+        return rows.squeeze(self.dim) if self.before == self.after == 1 else rows
 
     def join(self, pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """The rows of all samples again."""
@@ -90,6 +95,7 @@ class Probe:
         self.read: set[str] = set()
         self.within: dict[str, set[str]] = {}
         self._inside: list[str] = []
+        self._buffers: dict[tuple[int, str], Any] = {}
 
     def run(self, module: nn.Module, frame: Frame, base: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The base's own forward of a module."""
@@ -103,6 +109,16 @@ class Probe:
         outputs = [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         self.seen.setdefault(name, []).append(_Seen(inputs, outputs))
         return output
+
+    def buffer(self, module: nn.Module, key: str, own: Any) -> Any:
+        """A copy of a module's buffer, which the base may write to."""
+        copied = own.clone() if isinstance(own, Tensor) else own
+        return self._buffers.setdefault((id(module), key), copied)
+
+    def sets(self, module: nn.Module, key: str, value: Any) -> bool:
+        """A module's buffer is set: that of the copy."""
+        self._buffers[id(module), key] = value
+        return True
 
     def touches(self, name: str) -> bool:
         """Whether it matters who reads a module's tensors: not where its own forward does."""
@@ -148,13 +164,16 @@ def places(two: Sequence[Tensor], three: Sequence[Tensor]) -> Places | None:
         each, rest = divmod(b.shape[dim], 3)
         if rest or a.shape[dim] != 2 * each:
             return None
-        found.append(_place(b, dim, each))
+        place = _place(b, dim, each)
+        if place is None:
+            return None
+        found.append(place)
     return tuple(found)
 
 
-def _place(three: Tensor, dim: int, each: int) -> Place:
+def _place(three: Tensor, dim: int, each: int) -> Place | None:
     """Whether a sample's rows lie side by side, or those of all samples in turns: the second and third samples are the
-    same, so that theirs are."""
+    same, so that theirs are. None where neither is clearly so."""
     if each == 1:
         return Place(dim)
 
@@ -163,7 +182,24 @@ def _place(three: Tensor, dim: int, each: int) -> Place:
         difference = rows.select(where, 1) - rows.select(where, 2)
         return float(difference.abs().nan_to_num().sum())
 
-    return Place(dim, 1, each) if apart((3, each), dim) <= apart((each, 3), dim + 1) else Place(dim, each, 1)
+    together, turns = apart((3, each), dim), apart((each, 3), dim + 1)
+    if min(together, turns) > 0.1 * max(together, turns) or together == turns:
+        return None
+    return Place(dim, 1, each) if together < turns else Place(dim, each, 1)
+
+
+class _Padded(Tensor):
+    """Outputs of heads of several sizes, filled up with zeros: to be returned, not computed on."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__get__", "size", "dim", "numel", "__hash__", "__repr__"):
+            raise UnsupportedModuleError(
+                "tasks: heads of several sizes need a base that returns what its head gives, and this one computes on "
+                f"({func.__name__}); row_invariant=True runs a batch's tasks one by one"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class Segment(NamedTuple):
@@ -184,8 +220,8 @@ class Mixture:
         heads: the modules that tasks' heads replace, whose outputs may differ in their last size.
 
     Attributes:
-        padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, and
-            the sizes by segment.
+        padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, as
+            the base got it and as it is, and the sizes by segment. Whoever asks empties it: graphs hold this.
     """
 
     def __init__(
@@ -200,11 +236,19 @@ class Mixture:
         self._owner = weakref.ref(owner)  # graphs hold this
         self.batch, self.segments = batch, tuple(segments)
         self.layouts, self.within, self.heads = found, within, heads
-        self.padded: list[tuple[Tensor, tuple[int, ...]]] = []
+        self.padded: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
         self._known_ids: dict[torch.device, Tensor] = {}
 
     def _acts(self, segment: Segment, names: Sequence[str]) -> bool:
         return any(not part.idle() for name in names for part in segment.frame.stacks.get(name, ()))
+
+    def buffer(self, module: nn.Module, key: str, own: Any) -> Any:
+        """A module's buffer."""
+        return own
+
+    def sets(self, module: nn.Module, key: str, value: Any) -> bool:
+        """A module's buffer is set, which is the base's."""
+        return False
 
     def touches(self, name: str) -> bool:
         """Whether a task changes anything at a module."""
@@ -238,6 +282,12 @@ class Mixture:
                 f"{name}: expected arguments and outputs with a dimension of samples, got "
                 f"{[list(tensor.shape) for tensor in tensors]}; row_invariant=True runs a batch's tasks one by one"
             )
+        for tensor, place in zip(tensors, layout.inputs, strict=True):
+            if place is not None and tensor.shape[place.dim] != place.before * self.batch * place.after:
+                raise UnsupportedModuleError(
+                    f"{name}: expected equally many rows of each of the {self.batch} samples in dimension {place.dim}, "
+                    f"got {list(tensor.shape)}; row_invariant=True runs a batch's tasks one by one"
+                )
         made = self._together(module, name, acting, layout, args, kwargs)
         return self._apart(module, name, frame, acting, layout, leaves, spec) if made is None else made
 
@@ -295,6 +345,11 @@ class Mixture:
             raise TapsError(
                 f"{name}: expected outputs of one structure from all tasks, got {[str(f[1]) for f in flat]}"
             )
+        if len(layout.outputs) != (found := sum(isinstance(value, Tensor) for value in flat[0][0])):
+            raise UnsupportedModuleError(
+                f"{name}: expected {len(layout.outputs)} tensors as the base returns here, got {found} from tasks; "
+                "row_invariant=True runs a batch's tasks one by one"
+            )
         joined, where = [], iter(layout.outputs)
         for values in zip(*(found[0] for found in flat), strict=True):
             place = next(where) if isinstance(values[0], Tensor) else None
@@ -345,9 +400,11 @@ class Mixture:
             largest = max(sizes)
             values = [nn.functional.pad(value, (0, largest - value.shape[-1])) for value in values]
             joined = place.join(values, counts)
-            by_segment = self._spread(sizes, counts)
-            self.padded.append((joined, by_segment))
-            return joined
+            if in_backward():  # recomputed: what it is for was looked at in the forward
+                return joined
+            guarded = joined.as_subclass(_Padded)
+            self.padded.append((guarded, joined, self._spread(sizes, counts)))
+            return guarded
         return place.join(values, counts)
 
     def _spread(self, sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:

@@ -104,8 +104,11 @@ class _Routed(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_buffers", ()) and not is_compiling():  # `self.steps += 1` in a method
-            stack = _stack(self, current())
+            frame = current()
+            stack = _stack(self, frame)
             if stack and stack[-1].sets(name, value):
+                return
+            if frame is not None and frame.mixture is not None and frame.mixture.sets(self, name, value):
                 return
         super().__setattr__(name, value)
         if name not in self.__dict__:
@@ -219,7 +222,7 @@ def _read_mixed(key: str, module: nn.Module, slot: tuple[str, nn.Module] | None,
     name, host = slot or (module.__dict__["_taps_name"], module)
     if own is None or not mixture.touches(name):
         frame.entered.add(name)
-        return own
+        return mixture.buffer(module, key, own) if key in module._buffers else own
     if key == weight_name(host) and type(own) in (torch.Tensor, nn.Parameter):
         return reads.TaskWeight.of(Below(host), Part(), lambda _: mixture.reads(name))
     mixture.reads(name)

@@ -240,7 +240,8 @@ class JointRun:
         drawn = {name: self._draw(name) for name in names}
         batches = {name: batch for name, batch in drawn.items() if batch is not None}
         found: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
-        joined = together({n: batch.inputs for n, batch in batches.items()}) if self._mixes(batches) else None
+        inputs = {name: batch.inputs for name, batch in batches.items()}
+        joined = together(inputs, self.model.batch_dim) if self._mixes(batches) else None
         if joined is not None:
             losses = self._mixed_losses(batches, *joined)
             self.stepper.backward(torch.stack([weighted(self.weighting, n, loss) for n, loss in losses.items()]).sum())

@@ -56,19 +56,21 @@ def outputs_of(model: nn.Module, inputs: Any, task: str, device: torch.device) -
         ) from error
 
 
-def together(inputs: Mapping[str, Any]) -> tuple[Any, list[str]] | None:
-    """Batches of several tasks as one, and whose each of its samples is; None where their samples are not alike."""
+def together(inputs: Mapping[str, Any], dim: int = 0) -> tuple[Any, list[str]] | None:
+    """Batches of several tasks as one, and whose each of its samples is; None where their samples are not alike. `dim`:
+    that of samples."""
     batches = list(inputs.values())
     if all(isinstance(batch, Tensor) for batch in batches):
-        alike = {(batch.shape[1:], batch.dtype, batch.device) for batch in batches if batch.dim()}
-        if len(alike) != 1 or any(not batch.dim() for batch in batches):
+        if any(batch.dim() <= dim for batch in batches):
             return None
-        return torch.cat(batches), [name for name, batch in inputs.items() for _ in range(len(batch))]
+        if len({(batch.shape[:dim], batch.shape[dim + 1 :], batch.dtype, batch.device) for batch in batches}) != 1:
+            return None
+        return torch.cat(batches, dim), [name for name, batch in inputs.items() for _ in range(batch.shape[dim])]
     if not all(isinstance(batch, Mapping) and batch.keys() == batches[0].keys() for batch in batches):
         return None
     made, names = {}, None
     for key in batches[0]:
-        joined = together({name: batch[key] for name, batch in inputs.items()})
+        joined = together({name: batch[key] for name, batch in inputs.items()}, dim)
         if joined is None or (names is not None and names != joined[1]):
             return None
         made[key], names = joined
