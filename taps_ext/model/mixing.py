@@ -192,7 +192,10 @@ def _fits(model: TaskModel, share: Share, known: _Known) -> bool:
         return False
     if share.task is None:
         return True
-    stacks = model.state(share.task).stacks()
+    state = model.state(share.task)
+    if model.gates == "host":
+        state.refresh()  # a layer that has opened since the last forward is not idle
+    stacks = state.stacks()
     return all(name in known.fit for name, stack in stacks.items() if not all(part.idle() for part in stack))
 
 
@@ -325,13 +328,13 @@ def _outputs(mixture: Mixture, known: _Known, output: Any) -> list[Any]:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     assert known.outputs is not None
     guarded, mixture.padded = mixture.padded, []  # which hold the graph that holds the mixture
-    for padded, _, _ in guarded:
+    for padded, _ in guarded:
         if all(padded is not leaf for leaf in tensors):
             raise UnsupportedModuleError(
                 "tasks: heads of several sizes need a base that returns what its head gives, and this one computes on; "
                 "row_invariant=True runs a batch's tasks one by one"
             )
-    sizes = {id(padded): (plain, by_segment) for padded, plain, by_segment in guarded}
+    sizes = {id(padded): (padded.plain(), by_segment) for padded, by_segment in guarded}
     found = []
     for place, segment in enumerate(mixture.segments):
         where = iter(known.outputs)

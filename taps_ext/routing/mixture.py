@@ -188,7 +188,7 @@ def _place(three: Tensor, dim: int, each: int) -> Place | None:
     return Place(dim, 1, each) if together < turns else Place(dim, each, 1)
 
 
-class _Padded(Tensor):
+class Padded(Tensor):
     """Outputs of heads of several sizes, filled up with zeros: to be returned, not computed on."""
 
     @classmethod
@@ -200,6 +200,11 @@ class _Padded(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    def plain(self) -> Tensor:
+        """The tensor to take each task's own from."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
 
 
 class Segment(NamedTuple):
@@ -220,8 +225,8 @@ class Mixture:
         heads: the modules that tasks' heads replace, whose outputs may differ in their last size.
 
     Attributes:
-        padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, as
-            the base got it and as it is, and the sizes by segment. Whoever asks empties it: graphs hold this.
+        padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, and
+            the sizes by segment. Whoever asks empties it: graphs hold this.
     """
 
     def __init__(
@@ -236,7 +241,7 @@ class Mixture:
         self._owner = weakref.ref(owner)  # graphs hold this
         self.batch, self.segments = batch, tuple(segments)
         self.layouts, self.within, self.heads = found, within, heads
-        self.padded: list[tuple[Tensor, Tensor, tuple[int, ...]]] = []
+        self.padded: list[tuple[Padded, tuple[int, ...]]] = []
         self._known_ids: dict[torch.device, Tensor] = {}
 
     def _acts(self, segment: Segment, names: Sequence[str]) -> bool:
@@ -402,8 +407,8 @@ class Mixture:
             joined = place.join(values, counts)
             if in_backward():  # recomputed: what it is for was looked at in the forward
                 return joined
-            guarded = joined.as_subclass(_Padded)
-            self.padded.append((guarded, joined, self._spread(sizes, counts)))
+            guarded = joined.as_subclass(Padded)
+            self.padded.append((guarded, self._spread(sizes, counts)))
             return guarded
         return place.join(values, counts)
 
