@@ -84,7 +84,7 @@ def _setting(stack: tuple[Part, ...]) -> tuple[Any, ...]:
     return tuple(setting for part in stack if (setting := part.setting()))
 
 
-def _prefix(module: str) -> str:
+def prefix_of(module: str) -> str:
     """What the names of all modules inside of one begin with."""
     return f"{module}." if module else ""
 
@@ -148,7 +148,7 @@ class Call:
             return mine is owner and self.within is None
         name: str = module.__dict__["_taps_name"]
         # What is repeated may hold the whole of a module whose rows were dealt out: then they are again.
-        if self.within is not None and (runs if name == self.within else not name.startswith(_prefix(self.within))):
+        if self.within is not None and (runs if name == self.within else not name.startswith(prefix_of(self.within))):
             return False
         return bool(mine.base.get_submodule(name) is module)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..errors import ConfigError, TapsError, UnsupportedModuleError
 from ..parts.host import is_norm
-from .frame import Call, Frame, enter, in_backward, leave, sequence_number
+from .frame import Call, Frame, enter, in_backward, leave, prefix_of, sequence_number
 from .route import is_stock
 
 
@@ -401,7 +401,8 @@ class Mixture:
 
     def _join(self, name: str, values: Sequence[Tensor], counts: Sequence[int], place: Place) -> Tensor:
         sizes = [value.shape[-1] for value in values]
-        if name in self.heads and len({*sizes}) > 1 and place.dim != values[0].dim() - 1:
+        around = any(head == name or head.startswith(prefix_of(name)) for head in self.heads)
+        if around and len({*sizes}) > 1 and place.dim != values[0].dim() - 1:
             largest = max(sizes)
             values = [nn.functional.pad(value, (0, largest - value.shape[-1])) for value in values]
             joined = place.join(values, counts)

@@ -205,6 +205,24 @@ def test_a_layer_that_opened_unseen_is_found_before_the_road_is_taken() -> None:
             assert out.road == road and equal(out, separate(model, x, NAMES))
 
 
+class Token(Small):
+    """A tensor of the base itself, so that all of it acts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> object:
+        return super().forward(x * self.token)
+
+
+def test_heads_of_several_sizes_under_a_base_with_tensors_of_its_own() -> None:
+    model, x = two(Token(), FullConfig(), classes=(2, 4)), x_of(5, 5)
+    with torch.no_grad():
+        out = model(x, tasks=NAMES)
+        assert out.road == "layers" and equal(out, separate(model, x, NAMES))
+
+
 class Pair(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
