@@ -2,6 +2,7 @@
 // compile in a second and the CPU lanes can be compiled per instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/change.h"
@@ -250,6 +251,10 @@ void dot(const Dot& args);
 bool all_finite(const Walk<1>& walk, const void* data, Dtype dtype);
 int64_t linear_bytes(const LinearProduct& args);  // of `memory`
 void linear(const LinearProduct& args);           // the forward
+// Forwards of few rows each with one weight and Deltas of their own: the weight is read once. Each gives the bits that
+// it gives alone.
+int64_t linear_together_bytes(const LinearProduct* products, size_t count);
+void linear_together(const LinearProduct* products, size_t count, void* memory);
 int64_t conv2d_bytes(const Convolution& args);
 void conv2d(const Convolution& args);
 }  // namespace cpu

@@ -174,4 +174,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_path", [](std::optional<std::string> path) { taps::force_path(path.value_or("")); }, py::arg("path"),
       "Make every layer take this path; None lets choose() decide. For tests.");
+  m.def(
+      "choose_mixing",
+      [](bool addable, bool fused, long long rows, long long outputs, long long inputs) {
+        return std::string(taps::name_of(taps::choose_mixing({addable, fused, rows, outputs, inputs})));
+      },
+      py::kw_only(), py::arg("addable"), py::arg("fused"), py::arg("rows"), py::arg("outputs"), py::arg("inputs"),
+      "How an open task's rows of a mixed batch are multiplied: 'own' or 'apart'.");
+  m.def(
+      "force_mixing", [](std::optional<std::string> name) { taps::force_mixing(name.value_or("")); }, py::arg("mixing"),
+      "Make every open task of a mixed batch that may take this road; None lets choose_mixing() decide. For tests.");
 }

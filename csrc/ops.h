@@ -4,6 +4,7 @@
 
 #include "core/gradient.h"
 #include "core/layer.h"
+#include "core/mixed.h"
 
 namespace taps {
 
@@ -46,9 +47,7 @@ Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& inp
                             const Ints& dilation, int64_t groups, const std::vector<bool>& output_mask,
                             const OptionalTensor& rows, double row_scale);
 
-// Mixed batches. Gradients: of input, bias, weight, Deltas, scores.
-using MixedGrads = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>>;
-
+// Mixed batches.
 Tensor mixed_linear(const Tensor& input, const Tensor& weight, const std::vector<OptionalTensor>& deltas,
                     const std::vector<OptionalTensor>& scores, const Tensor& task_ids, const OptionalTensor& bias,
                     const Ints& gates, double threshold, bool training);

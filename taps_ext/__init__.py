@@ -30,7 +30,7 @@ from .methods import (
     register_method,
 )
 from .model import ByResolution, Packing, Report, TaskModel, fold_norms
-from .ops import gated_conv2d, gated_linear
+from .ops import gated_conv2d, gated_linear, mixed_conv2d, mixed_linear, mixed_lowrank
 from .profiling import Memory, Operations, Profile, estimate, operations
 from .profiling import profile as profile  # nor this: torch.profiler has one
 from .study import Comparison, compare
@@ -77,6 +77,9 @@ __all__ = [
     "fold_norms",
     "gated_conv2d",
     "gated_linear",
+    "mixed_conv2d",
+    "mixed_linear",
+    "mixed_lowrank",
     "operations",
     "register_method",
     "workspace_bytes",

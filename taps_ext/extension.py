@@ -22,6 +22,8 @@ OPERATORS = (
     ),
     *("gated_conv2d", "gated_conv2d_backward", "patch_sum", "patch_measure", "patch_encode", "patch_check"),
     *("patch_prove", "patch_write", "patch_swap"),
+    *("mixed_linear", "mixed_linear_backward", "mixed_conv2d", "mixed_conv2d_backward"),
+    *("mixed_lowrank", "mixed_lowrank_backward"),
 )
 """All that it registers: one that was compiled from older sources lacks some."""
 

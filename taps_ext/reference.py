@@ -13,7 +13,7 @@ be estimated from samples S of the batch B: dL/ds = |B| / |S| * <sum over S of G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -203,6 +203,113 @@ def gated_conv2d(
         return F.conv2d(x, w, own, stride, padding, dilation, groups)
 
     return _gated(layer, input, weight, delta, score, gate, threshold, rows, row_scale)
+
+
+# ------------------------------------------------------------------------------------------- samples of many tasks
+
+
+def _mixed(layer: Callable[[Tensor, int], Tensor], input: Tensor, ids: Tensor, tasks: int) -> Tensor:
+    """`layer(samples, task)` for the samples of each task, -1 for the base; `input` is [B * k, ...], sample-major.
+
+    Inside a transform no id can be looked at: each task's layer runs on all samples, and its results are selected.
+    """
+    count = ids.numel()
+    per = 1 if count == 0 else input.shape[0] // count
+    if count == 0 or input.shape[0] == 0:
+        return layer(input, -1)
+    if transformed(input, ids) or torch.compiler.is_compiling():
+        rows = ids.repeat_interleave(per)
+        output = layer(input, -1)
+        for task in range(tasks):
+            chosen = (rows == task).view(-1, *[1] * (output.dim() - 1))
+            output = torch.where(chosen, layer(input, task), output)
+        return output
+    places, parts = [], []
+    for task in range(-1, tasks):
+        at = (ids == task).nonzero().flatten()
+        if at.numel():
+            rows = (at[:, None] * per + torch.arange(per, device=at.device)).flatten()
+            places.append(rows)
+            parts.append(layer(input.index_select(0, rows), task))
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
+def mixed_linear(
+    input: Tensor,
+    weight: Tensor,
+    deltas: Sequence[Tensor | None],
+    scores: Sequence[Tensor | None] | None,
+    task_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gates: Sequence[bool | None] | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """:func:`gated_linear` of each row's own task; arguments as :func:`taps_ext.mixed_linear`."""
+
+    def layer(rows: Tensor, task: int) -> Tensor:
+        delta, score, gate = _of_task(deltas, scores, gates, task)
+        return gated_linear(rows, weight, delta, score, bias, gate=gate, threshold=threshold)
+
+    output = _mixed(layer, input.reshape(-1, input.shape[-1]), task_ids, len(deltas))
+    return output.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def mixed_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    deltas: Sequence[Tensor | None],
+    scores: Sequence[Tensor | None] | None,
+    task_ids: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    gates: Sequence[bool | None] | None = None,
+    threshold: float = 0.1,
+) -> Tensor:
+    """:func:`gated_conv2d` of each image's own task; arguments as :func:`taps_ext.mixed_conv2d`."""
+
+    def layer(images: Tensor, task: int) -> Tensor:
+        delta, score, gate = _of_task(deltas, scores, gates, task)
+        geometry = (stride, padding, dilation, groups)
+        return gated_conv2d(images, weight, delta, score, bias, *geometry, gate=gate, threshold=threshold)
+
+    return _mixed(layer, input, task_ids, len(deltas))
+
+
+def mixed_lowrank(
+    input: Tensor,
+    a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    task_ids: Tensor,
+    scales: Sequence[float],
+) -> Tensor:
+    """`scales[t] * (x a[t]^T) b[t]^T` for each row of task t of `input [..., K]`, zeros for the base and for None."""
+    outputs = next(up.shape[0] for up in b if up is not None)
+
+    def layer(rows: Tensor, task: int) -> Tensor:
+        down, up = (None, None) if task < 0 else (a[task], b[task])
+        if down is None or up is None:
+            return rows.new_zeros([rows.shape[0], outputs])
+        return scales[task] * F.linear(F.linear(rows, down), up)
+
+    output = _mixed(layer, input.reshape(-1, input.shape[-1]), task_ids, len(a))
+    return output.reshape(*input.shape[:-1], outputs)
+
+
+def _of_task(
+    deltas: Sequence[Tensor | None],
+    scores: Sequence[Tensor | None] | None,
+    gates: Sequence[bool | None] | None,
+    task: int,
+) -> tuple[Tensor | None, Tensor | None, bool | None]:
+    """Delta, score and gate of a task; of the base, and of a task that is it, none."""
+    if task < 0 or deltas[task] is None:
+        return None, None, False
+    return deltas[task], scores[task] if scores is not None else None, gates[task] if gates is not None else None
 
 
 def sparsity_loss(scores: Tensor, weights: Tensor, lam: float) -> Tensor:

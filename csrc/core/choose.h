@@ -110,6 +110,10 @@ constexpr Rule kTable[] = {
     {"other", kPredicted, kProduct, kCpu, kOther, kAny, 16, 0, 32, kAll, 3 << 17, 0},
 };
 
+// Evidence "apart": so many rows of a task from so many weights on.
+constexpr long long kMostApartRows = 8, kLeastApartWeights = 1 << 20;
+constexpr long long kLeastOfOneRow = 1 << 18;
+
 }  // namespace rules
 
 constexpr bool worth_fusing(const Problem& problem, Of of = Of::kProduct) {
@@ -136,6 +140,28 @@ constexpr Path choose(const Problem& problem) {
 // The weight gradient: kFused keeps G in registers, kRebuild has torch write it.
 constexpr Path choose_gradient(const Problem& problem) {
   return problem.fusable && worth_fusing(problem, Of::kGradient) ? Path::kFused : Path::kRebuild;
+}
+
+// --- mixed batches -------------------------------------------------------------------------------
+
+// How the rows of an open task are multiplied: kOwn, by a W_t of their own; kApart, with those of the base, by one
+// product of all such rows with W, and by Delta, whose product is added.
+enum class Mixing { kOwn, kApart };
+
+inline const char* name_of(Mixing mixing) { return mixing == Mixing::kOwn ? "own" : "apart"; }
+
+struct MixedProblem {
+  bool addable = false;  // one type of W, Delta and rows, and none that rounds a sum of two products
+  bool fused = false;    // a W_t of their own would be made in registers
+  long long rows = 0;    // of the task
+  long long outputs = 0;
+  long long inputs = 0;
+};
+
+constexpr Mixing choose_mixing(const MixedProblem& problem) {
+  if (!problem.addable || problem.fused || problem.rows > rules::kMostApartRows) return Mixing::kOwn;
+  const long long least = problem.rows == 1 ? rules::kLeastOfOneRow : rules::kLeastApartWeights;
+  return problem.outputs * problem.inputs >= least ? Mixing::kApart : Mixing::kOwn;
 }
 
 // --- for tests and profilers ---------------------------------------------------------------------
@@ -171,6 +197,25 @@ inline Path checked_path(const Problem& problem) {
         "path: fused is forced, but this layer cannot be: its types or layout, gradients, or no rows");
   }
   return static_cast<Path>(forced);
+}
+
+inline std::atomic<int>& forced_mixing() {
+  static std::atomic<int> mixing{-1};
+  return mixing;
+}
+
+inline void force_mixing(const std::string& name) {
+  if (name != "" && name != "own" && name != "apart") {
+    throw std::runtime_error("mixing: expected own, apart or None, got " + name);
+  }
+  forced_mixing() = name.empty() ? -1 : static_cast<int>(name == "own" ? Mixing::kOwn : Mixing::kApart);
+}
+
+// A forced one that cannot give the right answer is not taken: a batch has tasks of several kinds.
+inline Mixing chosen_mixing(const MixedProblem& problem) {
+  const int forced = forced_mixing().load(std::memory_order_relaxed);
+  if (forced < 0 || !problem.addable) return choose_mixing(problem);
+  return static_cast<Mixing>(forced);
 }
 
 // The path that this thread's last product with W_t took, or -1, and whether a predicted threshold had a say in it.

@@ -59,6 +59,19 @@ Tensor activation(const Described& like, int64_t columns) {
   return empty_strided(sizes, contiguous_strides(sizes), like.dtype, like.place);
 }
 
+Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight,
+                    const OptionalTensor& rows) {
+  if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
+  const Described x = check_activation(*input, "input", weight);
+  const LinearSizes sizes = check_linear(x, "input", weight, weight.sizes[1]);
+  const Ints expected = rows ? Ints{rows->numel(), sizes.inputs} : activation_shape(dy, sizes.inputs);
+  expect_shape(x, "input", Span(expected.data(), expected.size()));
+  if (x.dtype != dy.dtype) {
+    fail("input: expected dtype ", to_string(dy.dtype), " like grad_output, got ", to_string(x.dtype));
+  }
+  return as_matrix(x, sizes.rows, sizes.inputs);
+}
+
 Tensor matrix_view(const Tensor& activation, int64_t rows, int64_t columns) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {std::max<int64_t>(columns, 1), 1};
   return reshaped(activation, Span(sizes, 2), Span(strides, 2));

@@ -20,6 +20,10 @@ LinearSizes check_linear(const Described& activation, const char* name, const De
 // [..., C] as [rows, C]: a view where the leading dimensions lie evenly, else a copy.
 Tensor as_matrix(const Described& activation, int64_t rows, int64_t columns);
 
+// The input of the forward as a matrix [M, K], or the rows of it that were picked.
+Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight,
+                    const OptionalTensor& rows);
+
 Tensor transposed(const Tensor& matrix);
 
 // The shape of an activation with `columns` last; a new one of it.

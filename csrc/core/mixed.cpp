@@ -1,5 +1,6 @@
 #include "core/mixed.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -102,41 +103,127 @@ void for_samples(const std::vector<int64_t>& at, int64_t bytes, const Copy& copy
   });
 }
 
+int64_t sample_bytes(const Tensor& tensor, int64_t per) {
+  const int64_t count = tensor.size(0);
+  return count > 0 ? tensor.numel() / count * per * static_cast<int64_t>(tensor.element_size()) : 0;
+}
+
 }  // namespace
 
 Part::Part(const Tensor& whole, const std::vector<int64_t>& at, int64_t per, Use use, OptionalTensor* spare)
-    : whole_(whole), at_(at) {
-  const int64_t count = static_cast<int64_t>(at.size()), rows = count * per;
-  const Described described = describe(whole, "activation");
-  bytes_ = described.sizes[0] > 0 ? described.numel() / described.sizes[0] * per * size_of(described.dtype) : 0;
+    : whole_(whole), at_(at), bytes_(sample_bytes(whole, per)) {
+  const int64_t count = static_cast<int64_t>(at.size());
   own_ = at.back() - at.front() + 1 != count;
   if (!own_) {
-    matrix_ = narrowed(whole, at.front() * per, rows);
+    tensor_ = narrowed(whole, at.front() * per, count * per);
     return;
   }
-  if (spare == nullptr || !*spare || (*spare)->size(0) < rows) {
+  if (spare == nullptr || !*spare || (*spare)->size(0) < count * per) {
+    const Described described = describe(whole, "activation");
     Ints sizes(described.sizes.begin(), described.sizes.end());
-    sizes[0] = rows;
-    matrix_ = empty_strided(Span(sizes.data(), sizes.size()), described.strides, described.dtype, described.place);
-    if (spare != nullptr) *spare = matrix_;
+    sizes[0] = count * per;
+    tensor_ = empty_strided(Span(sizes.data(), sizes.size()), described.strides, described.dtype, described.place);
+    if (spare != nullptr) *spare = tensor_;
   } else {
-    matrix_ = narrowed(**spare, 0, rows);
+    tensor_ = narrowed(**spare, 0, count * per);
   }
   if (use == Use::kWrite) return;
-  const char* const from = static_cast<const char*>(described.data());
-  char* const to = static_cast<char*>(matrix_->data_ptr());
-  for_samples(at, bytes_, [&](int64_t apart, int64_t together) {
-    std::memcpy(to + together, from + apart, static_cast<size_t>(bytes_));
-  });
+  const char* const from = static_cast<const char*>(whole.data_ptr());
+  char* const to = static_cast<char*>(tensor_->data_ptr());
+  const auto bytes = static_cast<size_t>(bytes_);
+  for_samples(at, bytes_, [&](int64_t apart, int64_t together) { std::memcpy(to + together, from + apart, bytes); });
 }
 
 void Part::put() const {
   if (!own_) return;
   char* const to = static_cast<char*>(whole_.data_ptr());
-  const char* const from = static_cast<const char*>(matrix_->data_ptr());
-  for_samples(at_, bytes_, [&](int64_t apart, int64_t together) {
-    std::memcpy(to + apart, from + together, static_cast<size_t>(bytes_));
+  const char* const from = static_cast<const char*>(tensor_->data_ptr());
+  const auto bytes = static_cast<size_t>(bytes_);
+  for_samples(at_, bytes_, [&](int64_t apart, int64_t together) { std::memcpy(to + apart, from + together, bytes); });
+}
+
+Tensor in_samples(const Tensor& whole, const std::vector<Group>& groups) {
+  const Described described = describe(whole, "activation");
+  const int64_t count = described.sizes[0];
+  const bool dense =
+      is_dense(described.sizes, described.strides) && (count < 2 || described.strides[0] * count == described.numel());
+  const bool adjacent = std::all_of(groups.begin(), groups.end(), [](const Group& group) { return group.adjacent(); });
+  return dense || adjacent ? whole : call("aten::contiguous", "", whole, int32_t{0});
+}
+
+void put_samples(const Tensor& from, const std::vector<int64_t>& at, int64_t per, const Tensor& to) {
+  const Described result = describe(from, "result"), whole = describe(to, "result");
+  bool alike = true;
+  for (size_t dim = 0; dim < result.sizes.size(); ++dim) {
+    const bool same = result.strides[dim] == whole.strides[dim];
+    alike = alike && (same || result.sizes[dim] == 1);
+  }
+  if (!alike) {
+    const Tensor copy = empty_strided(result.sizes, whole.strides, result.dtype, result.place);
+    call("aten::copy_", "", copy, from, false);
+    return put_samples(copy, at, per, to);
+  }
+  const int64_t bytes = sample_bytes(from, per);
+  char* const behind = static_cast<char*>(to.data_ptr());
+  const char* const data = static_cast<const char*>(from.data_ptr());
+  for_samples(at, bytes, [&](int64_t apart, int64_t together) {
+    std::memcpy(behind + apart, data + together, static_cast<size_t>(bytes));
   });
+}
+
+std::vector<int64_t> united(const std::vector<const Group*>& groups) {
+  std::vector<int64_t> at;
+  for (const Group* group : groups) at.insert(at.end(), group->at.begin(), group->at.end());
+  std::sort(at.begin(), at.end());
+  return at;
+}
+
+// --- gradients -----------------------------------------------------------------------------------
+
+bool MixedWanted::weight_side() const {
+  const auto any = [](const std::vector<bool>& mask) {
+    return std::find(mask.begin(), mask.end(), true) != mask.end();
+  };
+  return weight || any(deltas) || any(scores);
+}
+
+MixedWanted check_mixed_masks(const std::vector<bool>& input_bias_weight, const std::vector<bool>& delta_mask,
+                              const std::vector<bool>& score_mask, const TaskWeights& weights) {
+  if (input_bias_weight.size() != 3) fail("input_bias_weight: expected 3 bools, got ", input_bias_weight.size());
+  const size_t tasks = weights.tasks.size();
+  if (delta_mask.size() != tasks) fail("delta_mask: expected ", tasks, " bools, got ", delta_mask.size());
+  if (score_mask.size() != tasks) fail("score_mask: expected ", tasks, " bools, got ", score_mask.size());
+  for (size_t task = 0; task < tasks; ++task) {
+    if ((delta_mask[task] || score_mask[task]) && !weights.tasks[task].delta) {
+      fail("deltas[", task, "]: expected a tensor, a gradient of this task is asked for; got None");
+    }
+    if (score_mask[task] && !weights.tasks[task].score) {
+      fail("scores[", task, "]: expected a tensor, its gradient is asked for; got None");
+    }
+  }
+  return {input_bias_weight[0], input_bias_weight[1], input_bias_weight[2], delta_mask, score_mask};
+}
+
+MixedGrads pack_mixed(const TaskWeights& weights, const MixedWanted& wanted, Dtype compute,
+                      const OptionalTensor& dinput, const OptionalTensor& dbias, const OptionalTensor& dweight,
+                      const TaskGrads& grads) {
+  const Place place = weights.base.weight.place;
+  const Dtype own = weights.base.weight.dtype;
+  std::vector<Tensor> deltas, scores;
+  for (size_t task = 0; task < weights.tasks.size(); ++task) {
+    const GatedWeight& w = weights.tasks[task];
+    const auto add = [&](std::vector<Tensor>& list, bool asked, const OptionalTensor& found,
+                         const std::optional<Described>& like, Dtype otherwise) {
+      list.push_back(!asked ? no_tensor(like ? like->dtype : otherwise, place) : found ? *found : zeros_like(*like));
+    };
+    add(deltas, wanted.deltas[task], grads.deltas[task], w.delta, own);
+    add(scores, wanted.scores[task], grads.scores[task], w.score, Dtype::kFloat32);
+  }
+  const auto or_nothing = [&](const OptionalTensor& tensor, Dtype dtype) {
+    return tensor ? *tensor : no_tensor(dtype, place);
+  };
+  return {or_nothing(dinput, compute), or_nothing(dbias, compute), or_nothing(dweight, own), std::move(deltas),
+          std::move(scores)};
 }
 
 }  // namespace taps

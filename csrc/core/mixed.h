@@ -54,16 +54,32 @@ std::vector<Group> grouped(const std::vector<int64_t>& ids, int64_t tasks, const
   return present;
 }
 
-// The rows of some samples in a dense matrix [B * per, C] on the CPU: a view of it where they are adjacent, else a
-// matrix of their own.
+// What a mixed backward op is asked for.
+struct MixedWanted {
+  bool input, bias, weight;
+  std::vector<bool> deltas, scores;
+
+  bool of(int64_t task) const {
+    return task >= 0 && (deltas[static_cast<size_t>(task)] || scores[static_cast<size_t>(task)]);
+  }
+  bool weight_side() const;
+};
+MixedWanted check_mixed_masks(const std::vector<bool>& input_bias_weight, const std::vector<bool>& delta_mask,
+                              const std::vector<bool>& score_mask, const TaskWeights& weights);
+
+// The samples of several groups, in ascending order.
+std::vector<int64_t> united(const std::vector<const Group*>& groups);
+
+// The rows (images) of some samples in a tensor [B * per, ...] on the CPU: a view where they are adjacent, else a
+// tensor of their own. What is not adjacent must lie without gaps, sample behind sample (in_samples).
 class Part {
  public:
   enum class Use { kRead, kWrite, kUpdate };
 
-  // `spare`: where a matrix of its own may lie, or none; it is made if need be, and kept for the next.
+  // `spare`: memory for a tensor of its own, kept for the next part; null where parts live at once.
   Part(const Tensor& whole, const std::vector<int64_t>& at, int64_t per, Use use, OptionalTensor* spare = nullptr);
 
-  const Tensor& matrix() const { return *matrix_; }
+  const Tensor& tensor() const { return *tensor_; }
   void put() const;  // what was written, to where it belongs
 
  private:
@@ -71,8 +87,28 @@ class Part {
   const std::vector<int64_t>& at_;
   int64_t bytes_;  // of a sample
   bool own_;
-  OptionalTensor matrix_;
+  OptionalTensor tensor_;
 };
+
+// The tensor itself, or a copy that is dense, where some of these groups are not adjacent in it.
+Tensor in_samples(const Tensor& whole, const std::vector<Group>& groups);
+
+// `from`, one sample behind the other, to where these samples are in `to`, which has its layout.
+void put_samples(const Tensor& from, const std::vector<int64_t>& at, int64_t per, const Tensor& to);
+
+// Gradients of Deltas and scores, as far as there are any.
+struct TaskGrads {
+  std::vector<OptionalTensor> deltas, scores;
+  explicit TaskGrads(size_t tasks) : deltas(tasks), scores(tasks) {}
+};
+
+using MixedGrads = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>,
+                              std::vector<Tensor>>;  // input, bias, weight, Deltas, scores
+
+// One that was not asked for is an empty tensor; of a task without samples, zeros.
+MixedGrads pack_mixed(const TaskWeights& weights, const MixedWanted& wanted, Dtype compute,
+                      const OptionalTensor& dinput, const OptionalTensor& dbias, const OptionalTensor& dweight,
+                      const TaskGrads& grads);
 
 // Rows [first, first + count) of a tensor, a view.
 Tensor narrowed(const Tensor& tensor, int64_t first, int64_t count);

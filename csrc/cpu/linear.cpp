@@ -9,7 +9,8 @@ namespace taps::cpu {
 namespace {
 
 constexpr int64_t kMeetingRows = 4, kDecoded = 1024;
-constexpr int64_t kMeeting = 1024;  // words: 4096 bytes, the sets of L1
+constexpr int64_t kMeeting = 1024;          // words: 4096 bytes, the sets of L1
+constexpr int64_t kBlockWeights = 1 << 14;  // of a block that serves several products before the next: 64 KB at most
 
 // Words between rows of a copy of x. A power of two would have rows meet in the same sets of L1.
 int64_t padded(int64_t words) {
@@ -94,22 +95,33 @@ void few_packed(const LinearProduct& args, const float* x, int64_t ld) {
   });
 }
 
-void few(const LinearProduct& args) {
-  const float* x = static_cast<const float*>(args.x.data);
-  int64_t ld = args.x.ld * size_of(args.compute) / 4;
-  if (linear_bytes(args) > 0) {
-    float* const copy = static_cast<float*>(args.memory);
-    ld = padded(words_of(args.compute, args.inputs));
-    for (int64_t row = 0; row < args.rows; ++row) copy_row(args, row, copy + row * ld, ld);
-    x = copy;
+// x as few rows are read: where it is, or copied to `memory`.
+struct Rows {
+  const float* x;
+  int64_t ld;
+};
+
+Rows rows_of(const LinearProduct& args, void* memory) {
+  if (linear_bytes(args) == 0) {
+    return {static_cast<const float*>(args.x.data), args.x.ld * size_of(args.compute) / 4};
   }
+  float* const copy = static_cast<float*>(memory);
+  const int64_t ld = padded(words_of(args.compute, args.inputs));
+  for (int64_t row = 0; row < args.rows; ++row) copy_row(args, row, copy + row * ld, ld);
+  return {copy, ld};
+}
+
+void few(const LinearProduct& args) {
+  const auto [x, ld] = rows_of(args, args.memory);
   const bool in_registers = args.packed.codec != Codec::kBitmask && args.compute == Dtype::kFloat32;
   if (args.packed.codes && !in_registers) return few_packed(args, x, ld);
   const FewRows run = few_rows();
   constexpr int64_t kTogether = kFewRowsOutputs;
   const int64_t grain = args.inputs * kTogether >= kGrain ? 1 : kGrain / (args.inputs * kTogether);
+  const float* const from = x;
+  const int64_t step = ld;
   parallel_for((args.outputs + kTogether - 1) / kTogether, grain, [&](int64_t begin, int64_t end) {
-    run(args, x, ld, begin * kTogether, end * kTogether < args.outputs ? end * kTogether : args.outputs);
+    run(args, from, step, begin * kTogether, end * kTogether < args.outputs ? end * kTogether : args.outputs);
   });
 }
 
@@ -130,6 +142,37 @@ void many(const LinearProduct& args) {
 void linear(const LinearProduct& args) {
   if (args.rows <= kFewRows) return few(args);
   many(args);
+}
+
+int64_t linear_together_bytes(const LinearProduct* products, size_t count) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < count; ++i) bytes += linear_bytes(products[i]);
+  return bytes;
+}
+
+// A thread goes through its outputs block by block, and through all products at each: what a block reads of the weight
+// stays in L1.
+void linear_together(const LinearProduct* products, size_t count, void* memory) {
+  if (count == 0) return;
+  std::vector<Rows> rows;
+  char* free = static_cast<char*>(memory);
+  for (size_t i = 0; i < count; ++i) {
+    rows.push_back(rows_of(products[i], free));
+    free += linear_bytes(products[i]);
+  }
+  const FewRows run = few_rows();
+  const int64_t outputs = products[0].outputs, weights = products[0].inputs * kFewRowsOutputs;
+  const int64_t work = weights * static_cast<int64_t>(count);
+  const int64_t grain = work >= kGrain ? 1 : kGrain / work;
+  const int64_t block = weights >= kBlockWeights ? 1 : kBlockWeights / weights;
+  parallel_for((outputs + kFewRowsOutputs - 1) / kFewRowsOutputs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t last = (first + block < end ? first + block : end) * kFewRowsOutputs;
+      for (size_t i = 0; i < count; ++i) {
+        run(products[i], rows[i].x, rows[i].ld, first * kFewRowsOutputs, last < outputs ? last : outputs);
+      }
+    }
+  });
 }
 
 }  // namespace taps::cpu

@@ -12,24 +12,6 @@
 namespace py = pybind11;
 
 namespace taps {
-namespace {
-
-// The input of the forward as a matrix [M, K], or the rows of it that were picked.
-Tensor input_matrix(const OptionalTensor& input, const Described& dy, const Described& weight,
-                    const OptionalTensor& rows) {
-  if (!input) fail("input: expected a tensor, weight gradients are asked for; got None");
-  const Described x = check_activation(*input, "input", weight);
-  const LinearSizes sizes = check_linear(x, "input", weight, weight.sizes[1]);
-  const Ints expected = rows ? Ints{rows->numel(), sizes.inputs} : activation_shape(dy, sizes.inputs);
-  expect_shape(x, "input", Span(expected.data(), expected.size()));
-  if (x.dtype != dy.dtype) {
-    fail("input: expected dtype ", to_string(dy.dtype), " like grad_output, got ", to_string(x.dtype));
-  }
-  return as_matrix(x, sizes.rows, sizes.inputs);
-}
-
-}  // namespace
-
 Tensor gated_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                     const OptionalTensor& bias, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
                     double, bool training) {

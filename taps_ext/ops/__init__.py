@@ -10,6 +10,9 @@ from .call import autocast_dtype
 from .conv2d import gated_conv2d
 from .lending import lending
 from .linear import gated_linear
+from .mixed import mixed_linear
+from .mixed_conv2d import mixed_conv2d
+from .mixed_lowrank import mixed_lowrank
 from .reconstruct import foreach_reconstruct_, reconstruct_
 from .weight import effective_weight, unread_weight
 from .weights import Gated, foreach_effective_weight
@@ -28,6 +31,9 @@ __all__ = [
     "gated_conv2d",
     "gated_linear",
     "lending",
+    "mixed_conv2d",
+    "mixed_linear",
+    "mixed_lowrank",
     "reconstruct_",
     "unread_weight",
 ]

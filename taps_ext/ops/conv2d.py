@@ -48,7 +48,7 @@ def two(value: int | Sequence[int]) -> tuple[int, ...]:
     return pair * 2 if len(pair) == 1 else pair
 
 
-def _padding(
+def symmetric_padding(
     padding: str | int | tuple[int, ...], weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Sequence[int], list[int] | None]:
     """Symmetric padding `[h, w]`, and what `F.pad` must add first where "same" is asymmetric."""
@@ -133,7 +133,7 @@ def gated_conv2d(
         known = {"gate": gate, "threshold": threshold, "rows": rows, "row_scale": row_scale}
         return reference.gated_conv2d(input, weight, delta, score, bias, stride, padding, dilation, groups, **known)
     steps, spread = two(stride), two(dilation)
-    pad, ahead = _padding(padding, weight, steps, spread)
+    pad, ahead = symmetric_padding(padding, weight, steps, spread)
     if ahead is not None:
         input = F.pad(input, ahead)
     shape = Geometry(steps, pad, spread, groups)
@@ -271,6 +271,19 @@ def _fake(
     return F.conv2d(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
 
 
+def data_gradient_like(dy: Tensor, x: Tensor | None, input_size: Any, weight: Tensor, geometry: Geometry) -> Tensor:
+    """A batch's dL/dx by the operators that run, since its strides are theirs."""
+    weight_t = weight.to(dy.dtype)
+    stride, padding, dilation, groups = geometry
+    if x is not None:
+        arguments = (stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        return torch.ops.aten.convolution_backward(dy, x, weight_t, None, *arguments)[0]
+    sizes = zip(input_size, dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    more = [whole - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for whole, y, k, s, p, d in sizes]
+    made: Tensor = torch.ops.aten.convolution(dy, weight_t, None, stride, padding, dilation, True, more, groups)
+    return made
+
+
 def _fake_backward(
     grad_output: Tensor,
     input: Any,
@@ -289,18 +302,11 @@ def _fake_backward(
     row_scale: float,
 ) -> tuple[Tensor, ...]:
     dinput = None
-    if output_mask[0]:  # by the operators that run, since its strides are theirs
+    if output_mask[0]:
         single = grad_output.dim() == 3
         dy, x = (t[None] if single and t is not None else t for t in (grad_output, input))
-        weight_t = weight.to(dy.dtype)
-        if x is not None and rows is None:
-            geometry = (stride, padding, dilation, False, [0, 0], groups)
-            backward = torch.ops.aten.convolution_backward
-            dinput = backward(dy, x, weight_t, None, *geometry, [True, False, False])[0]
-        else:
-            sizes = zip(input_size, dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-            more = [whole - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for whole, y, k, s, p, d in sizes]
-            dinput = torch.ops.aten.convolution(dy, weight_t, None, stride, padding, dilation, True, more, groups)
+        geometry = Geometry(stride, padding, dilation, groups)
+        dinput = data_gradient_like(dy, x if rows is None else None, input_size, weight, geometry)
         dinput = dinput[0] if single else dinput
     return gradients(dinput, grad_output, weight, delta, score, output_mask)
 

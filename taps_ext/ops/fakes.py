@@ -11,11 +11,12 @@ from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 
-def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What an operator gives in the place of a result that is not asked for."""
     return like.new_empty([0], dtype=dtype)
 
 
-def _gradient(of: Tensor) -> Tensor:
+def gradient_like(of: Tensor) -> Tensor:
     """Laid out as the operators make it: like a dense tensor, else contiguous."""
     return torch.empty_like(of) if is_non_overlapping_and_dense_or_false(of) else of.new_empty(of.shape)
 
@@ -25,11 +26,37 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """The results of a backward operator; one that `mask` does not ask for is empty."""
     return (
-        _empty(grad) if dinput is None else dinput,
-        _gradient(delta) if mask[1] else _empty(grad, (weight if delta is None else delta).dtype),
-        torch.empty_like(score) if mask[2] else _empty(grad, torch.float32 if score is None else score.dtype),
-        grad.new_empty([weight.shape[0]]) if mask[3] else _empty(grad),
-        _gradient(weight) if mask[4] else _empty(grad, weight.dtype),
+        empty(grad) if dinput is None else dinput,
+        gradient_like(delta) if mask[1] else empty(grad, (weight if delta is None else delta).dtype),
+        torch.empty_like(score) if mask[2] else empty(grad, torch.float32 if score is None else score.dtype),
+        grad.new_empty([weight.shape[0]]) if mask[3] else empty(grad),
+        gradient_like(weight) if mask[4] else empty(grad, weight.dtype),
+    )
+
+
+def mixed_gradients(
+    dinput: Tensor | None,
+    grad: Tensor,
+    weight: Tensor,
+    deltas: list[Any],
+    scores: list[Any],
+    mask: list[bool],
+    delta_mask: list[bool],
+    score_mask: list[bool],
+) -> tuple[Any, ...]:
+    """The results of a mixed batch's backward operator; `mask`: of input, bias and weight."""
+    return (
+        empty(grad) if dinput is None else dinput,
+        grad.new_empty([weight.shape[0]]) if mask[1] else empty(grad),
+        gradient_like(weight) if mask[2] else empty(grad, weight.dtype),
+        [
+            gradient_like(delta) if asked else empty(grad, (weight if delta is None else delta).dtype)
+            for delta, asked in zip(deltas, delta_mask, strict=True)
+        ],
+        [
+            torch.empty_like(score) if asked else empty(grad, torch.float32 if score is None else score.dtype)
+            for score, asked in zip(scores, score_mask, strict=True)
+        ],
     )
 
 

@@ -204,6 +204,85 @@ class Call:
         self.name = "gated_conv2d_backward"
         self.arguments = {**made, **parts, **geometry, "output_mask": self.mask(), **rows}
 
+    def of_tasks(self, shape: list[int], samples: int) -> dict[str, Any]:
+        """Weight, Deltas, scores, ids and gates of a mixed batch."""
+        first = self.parts(shape)
+        made: dict[str, Any] = {"weight": first["weight"], "deltas": [], "scores": [], "gates": []}
+        kind, count = self.kind, self.chance.randrange(4)
+        for _ in range(count):
+            one = self.parts(shape)
+            delta = one["delta"].to(first["delta"].dtype)
+            made["deltas"].append(self.chance.choice([delta, delta, delta, None]))
+            made["scores"].append(one["score"])
+            made["gates"].append({True: 1, False: 0, None: -1}[one["gate"]])
+        self.kind = kind
+        ids = [self.chance.randrange(-1, count) for _ in range(samples)]
+        made["task_ids"] = torch.tensor(ids, dtype=torch.int64)
+        return made
+
+    def mixed_masks(self, made: dict[str, Any]) -> dict[str, list[bool]]:
+        there = [delta is not None for delta in made["deltas"]]
+        names = ("delta_mask", "score_mask")
+        return {
+            "input_bias_weight": self.mask()[:3],
+            **{n: [t and self.chance.random() < 0.6 for t in there] for n in names},
+        }
+
+    def mixed_linear(self, backward: bool) -> None:
+        samples, per, n, k = self.chance.randrange(6), self.chance.choice([1, 1, 2, 30]), self.size(), self.size()
+        made = self.of_tasks([n, k], samples)
+        ids, weight = made.pop("task_ids"), made.pop("weight")
+        x = self.tensor([samples, per, k], self.kind)
+        gates = made.pop("gates")
+        rest = {"gates": gates, "threshold": 0.1}
+        if not backward:
+            bias = self.chance.choice([None, self.tensor([n], self.kind)])
+            self.name = "mixed_linear"
+            first = {"input": x, "weight": weight, **made, "task_ids": ids, "bias": bias}
+            self.arguments = {**first, **rest, "training": self.chance.random() < 0.3}
+            return
+        self.name, first = (
+            "mixed_linear_backward",
+            {"grad_output": self.tensor([samples, per, n], self.kind), "input": x},
+        )
+        self.arguments = {**first, "weight": weight, **made, "task_ids": ids, **rest, **self.mixed_masks(made)}
+
+    def mixed_conv2d(self, backward: bool) -> None:
+        samples, per, o, c = self.chance.randrange(5), self.chance.choice([1, 2]), self.size(), self.size()
+        kernel, size = [self.chance.randrange(1, 4) for _ in range(2)], [self.chance.randrange(4, 9) for _ in range(2)]
+        made = self.of_tasks([o, c, *kernel], samples)
+        ids, weight, gates = made.pop("task_ids"), made.pop("weight"), made.pop("gates")
+        geometry = {"stride": [1, 2], "padding": [1, 0], "dilation": [1, 1], "groups": 1}
+        x = self.tensor([samples * per, c, *size], self.kind)
+        rest = {**geometry, "gates": gates, "threshold": 0.1}
+        if not backward:
+            bias = self.chance.choice([None, self.tensor([o], self.kind)])
+            self.name = "mixed_conv2d"
+            first = {"input": x, "weight": weight, **made, "task_ids": ids, "bias": bias}
+            self.arguments = {**first, **rest, "training": self.chance.random() < 0.3}
+            return
+        result = [size[0] + 2 - kernel[0] + 1, (size[1] - kernel[1]) // 2 + 1]
+        grad = self.tensor([samples * per, o, *result], self.kind)
+        first = {"grad_output": grad, "input": x, "input_size": size, "weight": weight, **made, "task_ids": ids}
+        self.name, self.arguments = "mixed_conv2d_backward", {**first, **rest, **self.mixed_masks(made)}
+
+    def mixed_lowrank(self, backward: bool) -> None:
+        samples, per, n, k = self.chance.randrange(6), self.chance.choice([1, 2, 30]), self.size(), self.size()
+        kind, count = self.chance.choice(KINDS), self.chance.randrange(1, 4)
+        ranks = [self.chance.choice([0, 1, 2, 8]) for _ in range(count)]
+        a: list[Any] = [self.tensor([rank, k], kind) for rank in ranks]
+        b: list[Any] = [self.tensor([n, rank], kind) for rank in ranks]
+        if self.chance.random() < 0.3:
+            a[-1] = b[-1] = None
+        ids = torch.tensor([self.chance.randrange(-1, count) for _ in range(samples)], dtype=torch.int64)
+        made = {"input": self.tensor([samples, per, k], kind), "a": a, "b": b, "task_ids": ids, "scales": [2.0] * count}
+        self.name, self.arguments = "mixed_lowrank", made
+        if backward:
+            there = [one is not None for one in a]
+            masks = {"input_mask": True, "a_mask": there, "b_mask": there}
+            self.name += "_backward"
+            self.arguments = {"grad_output": self.tensor([samples, per, n], kind), **made, **masks}
+
     def plain(self, convolution: bool) -> None:
         """A function of the extension, which is called with whatever Python has."""
         (self.conv2d if convolution else self.linear)(False)
@@ -298,7 +377,9 @@ class Call:
     def harm(self, arguments: dict[str, Any], names: list[str]) -> None:
         name = self.chance.choice(names)
         value = arguments[name]
-        if name == "rows":
+        if name == "task_ids":
+            arguments[name] = self.harmed_rows(value)
+        elif name == "rows":
             arguments[name] = self.harmed_rows(torch.zeros(2, dtype=torch.int64) if value is None else value)
         elif isinstance(value, Tensor):
             others = [other for other in arguments.values() if isinstance(other, Tensor)]
@@ -317,6 +398,8 @@ class Call:
             changed = list(value)
             if self.chance.random() < 0.3:
                 changed = changed[:-1] if self.chance.random() < 0.5 else [*changed, changed[0]]
+            elif isinstance(changed[0], Tensor) and self.name.startswith("mixed"):  # others are harmed as they are made
+                changed[self.chance.randrange(len(changed))] = self.harmed(changed[0], 7)
             elif isinstance(changed[0], int):
                 changed[self.chance.randrange(len(changed))] = self.chance.choice([0, 3, *HUGE])
             arguments[name] = changed
@@ -333,6 +416,11 @@ class Call:
             lambda: self.linear(True),
             lambda: self.conv2d(False),
             lambda: self.conv2d(True),
+            lambda: self.mixed_linear(False),
+            lambda: self.mixed_linear(True),
+            lambda: self.mixed_conv2d(False),
+            lambda: self.mixed_conv2d(True),
+            lambda: self.mixed_lowrank(self.chance.random() < 0.5),
             lambda: self.plain(False),
             lambda: self.plain(True),
         ]
@@ -352,7 +440,8 @@ class Call:
             made = getattr(home, name)(*self.arguments.values())
         except Exception:
             return False
-        for result in made if isinstance(made, tuple) else (made,):
+        found = made if isinstance(made, tuple) else (made,)
+        for result in [one for some in found for one in (some if isinstance(some, list) else [some])]:
             if isinstance(result, Tensor) and result.device.type == "cpu":
                 result.detach().double().sum().item()
         return made is not None or "reconstruct" in self.name or self.name == "unpack"
