@@ -240,6 +240,13 @@ struct MixedBatch {
 };
 static_assert(sizeof(MixedBatch) <= 32764, "the arguments of a kernel");
 
+// What the rows of samples whose ids are of no task become, where a product has not looked at ids: NaN, all bits set.
+struct Spoil {
+  void* data = nullptr;  // samples of `words` 16-bit words, one behind the other
+  const int64_t* ids = nullptr;
+  int64_t ids_step = 1, samples = 0, words = 0, all_tasks = 0;
+};
+
 enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
 
 namespace cpu {
@@ -275,6 +282,7 @@ void linear(Product product, LinearProduct args, int device, void* stream);
 int64_t mixed_bytes(const MixedBatch& args);
 void mixed_order(MixedBatch& args, int device, void* stream);  // sets the scratch memory's parts
 void mixed(Product product, const MixedBatch& args, int device, void* stream);
+void spoil(const Spoil& args, int device, void* stream);
 // The same types; pixels of whole pieces of 16 bytes, W and Delta in rows of kH, kW, C, the result [rows, outputs].
 int64_t conv2d_bytes(const Convolution& args, int device);
 void conv2d(Convolution args, int device, void* stream);

@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kThreads) mixed_scores(const __grid_constant__
   dev::mixed_scores(args, count);
 }
 
+__global__ void __launch_bounds__(kThreads) spoil_samples(Spoil args) { dev::spoil_sample(args); }
+
 template <class Body>
 void launch_mixed(const MixedBatch& args, const dev::Grid& grid, cudaStream_t stream) {
   constexpr unsigned kShared = Body::Loop::kShared;
@@ -72,6 +74,13 @@ void mixed(Product product, const MixedBatch& args, int device, void* stream) {
   mixed_scores<kDotShared>
       <<<static_cast<unsigned>(args.count), kThreads, kDotShared, queue>>>(args, static_cast<int64_t>(grid.tiles));
   check(cudaGetLastError(), "scores of a mixed batch");
+}
+
+void spoil(const Spoil& args, int device, void* stream) {
+  if (args.samples == 0) return;
+  const DeviceGuard guard(device);
+  spoil_samples<<<static_cast<unsigned>(args.samples), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  check(cudaGetLastError(), "samples of no task");
 }
 
 }  // namespace taps::cuda

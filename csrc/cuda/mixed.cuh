@@ -332,6 +332,14 @@ TAPS_DEVICE void mixed_scores(const MixedBatch& m, int64_t count) {
   dot_finish(m.partials + bid_x() * count, count, m.product.scale, task.score_gradient, task.score_dtype);
 }
 
+// A block to a sample.
+TAPS_DEVICE void spoil_sample(const Spoil& args) {
+  const int64_t id = args.ids[bid_x() * args.ids_step];
+  if (id >= -1 && id < args.all_tasks) return;
+  uint16_t* const to = static_cast<uint16_t*>(args.data) + bid_x() * args.words;
+  for (int64_t i = tid(); i < args.words; i += nthreads()) to[i] = 0xffff;
+}
+
 // --- grids, on the host --------------------------------------------------------------------------------------------
 
 // Calls `launch(Instance<Body>())` with the kernel of an activation's product.

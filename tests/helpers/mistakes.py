@@ -271,7 +271,10 @@ MISTAKES = {
     "mixed: tiles before their ends": Mistake(
         "«block_sync(); → ;»  // the ends of all", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("ends",)
     ),
-    "mixed: a tile of the group before": Mistake("if («slot < ld(ends → slot <= ld(ends»", WRONG),
+    "mixed: a tile of the group before": Mistake(
+        "if («slot < ld(ends, static_cast<unsigned>(middle)) → slot <= ld(ends, static_cast<unsigned>(middle))») {",
+        WRONG,
+    ),
     "mixed: every tile of a group is its first": Mistake(
         "begin = ld(starts, static_cast<unsigned>(group)) * each + «within * tile → 0»;", WRONG
     ),
@@ -279,9 +282,11 @@ MISTAKES = {
         "begin, «left < tile ? left : tile → tile», 0}", f"{WRONG}|{BEYOND}"
     ),
     "mixed: one row of a sample for all": Mistake("static_cast<int32_t>(«at % each → at * 0»);", WRONG),
-    "mixed: rows that a tile has not": Mistake("there_ = «row < count → true»;", "uninitialised"),
+    "mixed: rows that a tile has not": Mistake(
+        "there_ = «row < count → true»;", "uninitialised|AddressSanitizer|runtime error"
+    ),
     "mixed: rows of pieces, one too many": Mistake(
-        "there = «row < count_ → row <= count_» && elements", "uninitialised"
+        "there = «row < count_ → row <= count_» && elements", "uninitialised|AddressSanitizer|runtime error"
     ),
     "mixed: columns of pieces, one too many": Mistake(
         "left = «depth - column → depth + 1 - column»;", f"{BEYOND}|{WRONG}"
@@ -328,10 +333,11 @@ MISTAKES = {
         "if («S::slice() != 0 → false») return;\n    const T* const bias = static_cast<const T*>(p.bias);\n    for_pairs",
         WRONG,
     ),
-    "mixed: a bias for the first of two": Mistake("if («bias && c + 1 < columns → false») second", WRONG),
+    "mixed: a bias for the first of two": Mistake("if (bias && «c + 1 < columns → false») second", WRONG),
     "mixed: a bias too many": Mistake("if (bias && «c + 1 < columns → c < columns») second", BEYOND),
     "mixed: rows of the result, one too many": Mistake(
-        "if («static_cast<int>(i) >= tile.rows → static_cast<int>(i) > tile.rows» ||", "uninitialised"
+        "if («static_cast<int>(i) >= tile.rows → static_cast<int>(i) > tile.rows» ||",
+        "uninitialised|AddressSanitizer|runtime error",
     ),
     "mixed: columns of the result, one too many": Mistake(
         "if («column + j + 1 < columns → column + j < columns») to[1]", f"{BEYOND}|{WRONG}"
@@ -340,7 +346,6 @@ MISTAKES = {
         "first = m.starts[«bid_y() + 1 → bid_y()»] * each", f"{WRONG}|{BEYOND}"
     ),
     "mixed: another task's gradient asked for": Mistake("task = m.tasks[«bid_y() → 0u»];\n    if", WRONG),
-    "mixed: Delta of a task without rows": Mistake("score_gradient = «rows > 0 → true» ?", WRONG),
     "mixed: no sum of a task without rows": Mistake("if («rows == 0 → false» && task.score_gradient", WRONG),
     "mixed: sums of all tasks in one place": Mistake("at = static_cast<int64_t>(«bid_y() → 0u») * nblocks_x()", WRONG),
     "mixed: sums of the first task for all": Mistake("m.partials + «bid_x() → 0u» * count", WRONG),

@@ -199,6 +199,10 @@ void mixed(Product product, const MixedBatch& args, int, void*) {
       [&] { dev::mixed_scores(args, static_cast<int64_t>(grid.tiles)); });
 }
 
+void spoil(const Spoil& args, int, void*) {
+  run({static_cast<unsigned>(args.samples)}, kThreads, 0, [&] { dev::spoil_sample(args); });
+}
+
 int64_t conv2d_bytes(const Convolution& args, int) {
   return dev::plan(Product::kForward, args, kMultiprocessors).bytes;
 }

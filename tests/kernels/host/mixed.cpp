@@ -194,6 +194,18 @@ TAPS_CASE(a_row_does_not_know_its_neighbours) {
   return "";
 }
 
+TAPS_CASE(samples_of_no_task) {
+  std::vector<uint16_t> data(5 * 7, 1);
+  const int64_t ids[] = {-1, 3, 2, -2, 0};
+  const taps::Spoil args{data.data(), ids, 1, 5, 7, 3};
+  const auto found = twin::launch({5}, kThreads, 0, [&] { spoil_sample(args); });
+  for (size_t i = 0; i < data.size(); ++i) {
+    const uint16_t want = i / 7 == 1 || i / 7 == 3 ? 0xffff : 1;
+    if (data[i] != want) return "word " + std::to_string(i) + " is " + std::to_string(data[i]);
+  }
+  return none(found);
+}
+
 // Nothing to do, and nothing to add up.
 TAPS_CASE(nothing) {
   using Body = MixedActivation<MoreRows, bf16, bf16, bf16, false>;

@@ -28,8 +28,9 @@ struct Mix {
   int64_t each = 1, n = 40, k = 72;
   bool bias = false;
   int64_t padding = 0, offset = 0, ids_step = 1;
-  bool spoiled = true;  // rows of no task are NaN, so that they show where they should not be
-  int poisoned = -1;  // a task whose Delta is NaN: it spoils its own rows alone
+  bool padded_weights = true;  // or the activations alone
+  bool spoiled = true;         // rows of no task are NaN, so that they show where they should not be
+  int poisoned = -1;           // a task whose Delta is NaN: it spoils its own rows alone
   uint64_t seed = 0;
   bool result = true, dot = true;  // of the weight gradient
   int launches = 1;                // that share the tasks
@@ -64,7 +65,7 @@ struct MixedTensors {
         x(s.rows(), s.k, s.padding, s.offset, random, 1.0f),
         dy(s.rows(), s.n, s.padding, s.offset, random, 1.0f),
         bias(1, s.n, 0, 0, random, 1.0f),
-        weight(s.n, s.k, s.padding, s.offset, random, 0.2f),
+        weight(s.n, s.k, s.padded_weights ? s.padding : 0, s.padded_weights ? s.offset : 0, random, 0.2f),
         scores(s.tasks.size()),
         wide_scores(s.tasks.size()),
         score_gradients(s.tasks.size(), 7.0),
@@ -86,7 +87,8 @@ struct MixedTensors {
     args.all_tasks = static_cast<int64_t>(s.tasks.size());
     for (size_t task = 0; task < s.tasks.size(); ++task) {
       const bool nothing = !s.open(static_cast<int64_t>(task)) || static_cast<int>(task) == s.poisoned;
-      deltas.emplace_back(s.n, s.k, s.padding, s.offset, random, nothing ? std::nanf("") : 0.2f);
+      deltas.emplace_back(s.n, s.k, s.padded_weights ? s.padding : 0, s.padded_weights ? s.offset : 0, random,
+                          nothing ? std::nanf("") : 0.2f);
       gradients.emplace_back(s.n, s.k, s.padding, s.offset, random, 0.0f);
       scores[task] = 0.1f;  // at the threshold, in fp32
       wide_scores[task] = 0.0999;
@@ -124,6 +126,10 @@ std::vector<twin::Finding> launch_mixed(Product kind, MixedBatch& args, std::vec
   memory.assign(static_cast<size_t>(bytes + 7) / 8, std::numeric_limits<double>::quiet_NaN());
   args.product.memory = memory.data();
   mixed_parts<S>(args);
+  // What is not set may not be used: as numbers of rows these are too large.
+  std::memset(args.tiles, 2,
+              static_cast<size_t>(reinterpret_cast<char*>(memory.data() + memory.size()) -
+                                  reinterpret_cast<char*>(args.tiles)));
   auto found = twin::launch({1}, kThreads, kOrderShared, [&] { order_samples(args); }, seed);
   const Grid grid = mixed_grid<S>(kind, args);
   if (!found.empty() || grid.tiles == 0 || grid.splits == 0) return found;

@@ -230,11 +230,11 @@ Mix mixed_batch() {
 }  // namespace
 
 TAPS_CASE(mixed_order) {
-  for (const int64_t samples : {40, 1030}) {  // more than are looked at at once
+  for (const int64_t samples : {0, 40, 1030}) {  // more than are looked at at once
     Mix s;
     s.tasks = {Stand::kOpen, Stand::kJoins, Stand::kClosed};
     for (int64_t i = 0; i < samples; ++i) s.ids.push_back(i * 5 % 7 - 2);
-    s.each = 3, s.n = s.k = 1, s.seed = static_cast<uint64_t>(samples % 2);
+    s.each = 3, s.n = s.k = 1, s.ids_step = 2, s.seed = static_cast<uint64_t>(samples % 4);
     if (std::string wrong = check_order(s, 16); !wrong.empty()) return wrong;
   }
   return "";
@@ -247,7 +247,10 @@ TAPS_CASE(mixed_products) {
       s.seed = seed, s.padding = padding, s.launches = padding == 1 ? 2 : 1;
       std::string wrong =
           check_mixed<MixedActivation<Square, bf16, bf16, float, false>, bf16, bf16, float>(Product::kForward, s);
-      s.k = 61;
+      s.padded_weights = false;
+      if (wrong.empty())
+        wrong = check_mixed<MixedActivation<Narrow, f16, f16, f16, false>, f16, f16, f16>(Product::kForward, s);
+      s.k = 61, s.padded_weights = true;
       if (wrong.empty())
         wrong = check_mixed<MixedActivation<Narrow, f16, f16, f16, false>, f16, f16, f16>(Product::kForward, s);
       s.n = 130;
@@ -267,7 +270,7 @@ TAPS_CASE(mixed_weight) {
       s.seed = seed, s.padding = padding, s.each = 9, s.n = padding == 0 ? 64 : 40, s.k = 33, s.spoiled = true;
       s.launches = padding == 2 ? 2 : 1;
       std::string wrong = check_mixed_weight<MixedWeightGradient<Square, bf16, float>, bf16, float>(s);
-      s.ids = {0, 4, 0, 7}, s.k = 40;  // tasks without a row, one whose Delta is NaN
+      s.ids = {7, 4, 0, 0}, s.k = 40, s.each = 16;  // whole stages, columns that end; tasks without a row
       if (wrong.empty()) wrong = check_mixed_weight<MixedWeightGradient<Square, f16, f16>, f16, f16>(s);
       if (!wrong.empty()) return wrong;
     }
