@@ -10,7 +10,9 @@ namespace taps {
 bool on_device(const Tensor& task_ids) {
   int32_t type = 0;
   check_torch(aoti_torch_get_device_type(task_ids.get(), &type), "task_ids");
-  return type == aoti_torch_device_type_cuda();
+  // In the twin's build ids on the CPU stand for ids on a device where the grouped kernels are forced.
+  return type == aoti_torch_device_type_cuda() ||
+         (cuda::kTwin && forced_path().load(std::memory_order_relaxed) == static_cast<int>(Path::kFused));
 }
 
 void fail_on_device_ids(const char* what) {
@@ -22,34 +24,30 @@ bool all_closed(const TaskWeights& weights) {
   return std::all_of(weights.tasks.begin(), weights.tasks.end(), [](const GatedWeight& w) { return w.known_closed(); });
 }
 
-namespace {
-
-Tensor empty_ids(int64_t count, bool cuda, int32_t index) {
-  const int64_t stride = 1;
+Tensor on_host(const std::vector<int64_t>& values) {
+  const int64_t count = static_cast<int64_t>(values.size()), stride = 1;
   AtenTensorHandle handle = nullptr;
   check_torch(
-      aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_int64(),
-                               cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), index, &handle),
+      aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &handle),
       "task_ids");
-  return Tensor(handle);
-}
-
-Tensor on_host(const std::vector<int64_t>& values) {
-  const Tensor ids = empty_ids(static_cast<int64_t>(values.size()), false, 0);
+  const Tensor ids(handle);
   if (!values.empty()) std::memcpy(ids.data_ptr(), values.data(), values.size() * sizeof(int64_t));
   return ids;
 }
 
-// Numbers of the host where the activations are. The copy is from pinned memory, which nobody waits for.
-Tensor to_place(const Tensor& ids, Place place) {
-  if (!place.cuda) return ids;
-  const Tensor pinned = call("aten::pin_memory", "", ids, std::nullopt);
-  const Tensor there = empty_ids(ids.numel(), true, place.index);
+Tensor to_place(const Tensor& numbers, Place place) {
+  if (!place.cuda) return numbers;
+  const Tensor pinned = call("aten::pin_memory", "", numbers, std::nullopt);
+  const int64_t count = numbers.numel(), stride = 1;
+  int32_t dtype = 0;
+  check_torch(aoti_torch_get_dtype(numbers.get(), &dtype), "numbers");
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch_empty_strided(1, &count, &stride, dtype, aoti_torch_device_type_cuda(), place.index, &handle),
+              "numbers");
+  const Tensor there(handle);
   call("aten::copy_", "", there, pinned, true);
   return there;
 }
-
-}  // namespace
 
 void spoil_unknown(const Tensor& result, const Tensor& task_ids, int64_t tasks) {
   const Described facts = describe(result, "result");

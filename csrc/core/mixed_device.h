@@ -34,6 +34,10 @@ std::optional<Order> order_of(const TaskWeights& weights, const Tensor& task_ids
 // Samples by such an index, each laid out as it is.
 Tensor in_order(const Tensor& whole, const Tensor& index);
 
+// Numbers of the host where the activations are, from memory that nobody waits for.
+Tensor to_place(const Tensor& numbers, Place place);
+Tensor on_host(const std::vector<int64_t>& values);
+
 // --- grouped -------------------------------------------------------------------------------------
 
 // Whether the products of these rows are grouped: that of device ids must be, and raises where it cannot be.

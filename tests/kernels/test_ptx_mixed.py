@@ -17,9 +17,9 @@ import numpy as np
 import ptx
 import pytest
 from ptx_files import CODES, HELD, Arguments, demangled, layout_of, needs_nvcc, number, stored, text_of
-from stages import SEED, THOROUGH
+from stages import SEED
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.thorough]
 ARCHITECTURES = ("compute_80", "compute_90a")
 TYPES = [("bf16", "bf16", "bf16"), ("bf16", "bf16", "f32"), ("bf16", "f32", "f32")]
 TYPES += [("f16", "f16", "f16"), ("f16", "f16", "f32"), ("f16", "f32", "f32")]
@@ -41,19 +41,19 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @cache
 def kernels(text: str) -> dict[tuple[str, ...], tuple[ptx.Kernel, int]]:
-    """("order",), ("scores",) or (product, type, weight's, Delta's) -> kernel and shared memory."""
+    """("order",), ("scores",), ("spoil",) or (product, type, weight's, Delta's) -> kernel and shared memory."""
     found: dict[tuple[str, ...], tuple[ptx.Kernel, int]] = {}
     short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
     for name, kernel in demangled(ptx.parse(text)).items():
-        (shared,) = re.findall(r"(\d+)u>\(", name)
+        shared = int(match[1]) if (match := re.search(r"(\d+)u>\(", name)) else 0
         types = [short[one] for one in re.findall(r", (taps::dev::b?f16|float)(?=[,>])", name)]
         if "MixedActivation" in name:
             key = ("input" if re.search(r", true>, \d+u>\(", name) else "forward", *types)
         elif "MixedWeightGradient" in name:
             key = ("weight", *types)
         else:
-            key = ("order" if "order_samples" in name else "scores",)
-        found[key] = kernel, int(shared)
+            key = (next(one for one in ("order", "scores", "spoil") if one in name),)
+        found[key] = kernel, shared
     return found
 
 
@@ -248,17 +248,31 @@ def test_random_batches(architecture, texts, layout, record_property) -> None:
     chance, loaded = random.Random(f"{SEED} ptx mixed"), kernels(texts[architecture])
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
-    assert len(loaded) == 18
-    for round_ in range(4 if THOROUGH else 1):
-        for key in loaded:
-            if key in (("order",), ("scores",)):
-                continue
-            problem = random_problem(chance, key)
-            try:
-                said = wrong(problem, texts[architecture], layout, numbers)
-            except ptx.Fault as fault:
-                said = str(fault)
-            assert not said, f"{problem}, round {round_}: {said}"
+    assert len(loaded) == 19
+    for key in loaded:
+        if len(key) == 1:
+            continue
+        problem = random_problem(chance, key)
+        try:
+            said = wrong(problem, texts[architecture], layout, numbers)
+        except ptx.Fault as fault:
+            said = str(fault)
+        assert not said, f"{problem}: {said}"
+
+
+def test_samples_of_no_task(texts, layout) -> None:
+    memory, arguments = ptx.Memory(1 << 16, ptx.GLOBAL_BASE, "global"), Arguments(layout, "Spoil")
+    before = np.ones((5, 300), np.uint16)
+    at = memory.put(before)
+    arguments.set("data", "Q", at)
+    arguments.set("ids", "Q", memory.put(np.array([-1, 3, 2, -2, 1 << 40], np.int64)))
+    for name, value in (("ids_step", 1), ("samples", 5), ("words", 300), ("all_tasks", 3)):
+        arguments.set(name, "q", value)
+    kernel, _ = kernels(texts["compute_90a"])[("spoil",)]
+    for sample in range(5):
+        ptx.Block(kernel, memory, bytes(arguments.bytes), 256, (sample, 0), (5, 1), 0).run()
+    before[[1, 3, 4]] = 0xFFFF
+    assert (memory.get(at, np.uint16, 1500).reshape(5, 300) == before).all()
 
 
 # A piece of the text, its change, and the batch that shows it.

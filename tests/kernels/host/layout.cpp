@@ -91,6 +91,13 @@ int main() {
   TAPS_FIELD(MixedTask, score_gradient);
   TAPS_FIELD(MixedTask, score_dtype);
   TAPS_FIELD(MixedTask, joins);
+  std::printf("Spoil %zu\n", sizeof(taps::Spoil));
+  TAPS_FIELD(Spoil, data);
+  TAPS_FIELD(Spoil, ids);
+  TAPS_FIELD(Spoil, ids_step);
+  TAPS_FIELD(Spoil, samples);
+  TAPS_FIELD(Spoil, words);
+  TAPS_FIELD(Spoil, all_tasks);
   std::printf("Depthwise %zu\n", sizeof(taps::Depthwise));
   TAPS_PRODUCT(Depthwise);
   TAPS_FIELD(Depthwise, batch);
