@@ -152,7 +152,10 @@ class Picked {
     using Mine = Share<kPieceBytes>;
     const int column = Mine::column(), left = depth - column;
     const int elements = left >= Mine::kPiece ? Mine::kPiece : (left > 0 ? left : 0);
-    for (int row = Mine::row(); row < S::kRows; row += Mine::kPass) {
+#pragma unroll
+    for (int pass = 0; pass < (S::kRows + Mine::kPass - 1) / Mine::kPass; ++pass) {
+      const int row = Mine::row() + pass * Mine::kPass;
+      if (S::kRows % Mine::kPass != 0 && row >= S::kRows) break;
       const bool there = row < count_ && elements > 0;
       const T* from = data_;
       if (there) from += ld(rows_, static_cast<unsigned>(row)) * ld_ + at_ + column;

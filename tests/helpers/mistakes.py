@@ -296,7 +296,8 @@ MISTAKES = {
         "if («Mine::kPass == S::kRows || Mine::row() < S::kRows → true»)", r"(?:race|out of range) at|expected .*, got"
     ),
     "mixed: pieces of 16 bytes of rows off them": Mistake(
-        "«return piece_ == 16; → return true;» }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n    using Mine",
+        "«return piece_ == 16; → return true;» }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n"
+        "    using Mine",
         r"misaligned at ([\w.]+):(\d+)",
         ("cp_async<",),
     ),
@@ -304,7 +305,8 @@ MISTAKES = {
         "there = kWhole || («row < depth → true» && elements > 0);", f"{WRONG}|{BEYOND}"
     ),
     "mixed: columns at the edge taken for whole ones": Mistake(
-        "piece_ == 16 && «left_ == kAcross → true»; }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n    pieces",
+        "piece_ == 16 && «left_ == kAcross → true»; }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n"
+        "    pieces",
         f"{WRONG}|{BEYOND}",
     ),
     "mixed: columns of G's depth, one too many": Mistake(
@@ -330,7 +332,8 @@ MISTAKES = {
     "mixed: the first task's Delta": Mistake("m.tasks[«task → 0»].delta, column, columns", WRONG),
     "mixed: columns of another tile": Mistake("column = static_cast<int64_t>(«bid_x() / m.slots → 0u»)", WRONG),
     "mixed: sums of every slice": Mistake(
-        "if («S::slice() != 0 → false») return;\n    const T* const bias = static_cast<const T*>(p.bias);\n    for_pairs",
+        "if («S::slice() != 0 → false») return;\n    const T* const bias = static_cast<const T*>(p.bias);\n"
+        "    for_pairs",
         WRONG,
     ),
     "mixed: a bias for the first of two": Mistake("if (bias && «c + 1 < columns → false») second", WRONG),

@@ -173,7 +173,7 @@ def wrong(p: Problem, text: str, layout: dict[str, int], chance: np.random.Gener
     batch.set("tile", "i", TILE)
     result = memory.reserve(m * (n if p.kind == "forward" else k) * 2)
     field("result", "Q", result)
-    columns, depth = (n, k) if p.kind == "forward" else (k, n)
+    columns = n if p.kind == "forward" else k
     field("ld_result", "q", columns)
 
     given = bytes(batch.bytes)
