@@ -201,7 +201,7 @@ def mixed(p: Product, tasks: int, opened: float) -> float:
 
 
 def print_mixed(outputs: int, inputs: int, rows: int, tasks: int) -> None:
-    print(f"{outputs} x {inputs}, {rows} rows of {tasks} tasks; in brackets the base's time over the grouped product's\n")
+    print(f"{outputs} x {inputs}, {rows} rows of {tasks} tasks; in brackets the base's over the grouped time\n")
     print("| open | Delta | base | grouped | rebuilt task by task | merged copies |\n|---|---|---|---|---|---|")
     for share in (0.25, 0.6, 1.0):
         for delta in (2, 4):

@@ -127,9 +127,8 @@ std::vector<twin::Finding> launch_mixed(Product kind, MixedBatch& args, std::vec
   args.product.memory = memory.data();
   mixed_parts<S>(args);
   // What is not set may not be used: as numbers of rows these are too large.
-  std::memset(args.tiles, 2,
-              static_cast<size_t>(reinterpret_cast<char*>(memory.data() + memory.size()) -
-                                  reinterpret_cast<char*>(args.tiles)));
+  char* const end = reinterpret_cast<char*>(memory.data() + memory.size());
+  for (char* at = reinterpret_cast<char*>(args.tiles); at && at != end; ++at) *at = 2;
   auto found = twin::launch({1}, kThreads, kOrderShared, [&] { order_samples(args); }, seed);
   const Grid grid = mixed_grid<S>(kind, args);
   if (!found.empty() || grid.tiles == 0 || grid.splits == 0) return found;
