@@ -1,7 +1,7 @@
 """The operators of mixed batches beside every other way to multiply rows of many tasks, and the roads that
 choose_mixing() picks from.
 
-    python benchmarks/mixed_ops.py [--json FILE] [--seconds S] [--only TEXT] [--roads]
+    python benchmarks/mixed_ops.py [--json FILE] [--seconds S] [--only TEXT] [--threads N] [--roads]
 
 CPU; the machine must be quiet. Every line is one run in which all variants take turns; figures are times over the base
 alone on the same rows:
@@ -232,7 +232,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
     parser.add_argument("--only", default="", help="lines whose name has this in it")
     parser.add_argument("--roads", action="store_true", help="the roads by force")
+    parser.add_argument("--threads", type=int, help="of torch; its own number otherwise")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     keep_freed_memory()
     rows = []
     for name, make in (roads() if args.roads else cases()).items():

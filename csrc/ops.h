@@ -41,6 +41,12 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
                     int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows,
                     double row_scale, bool training);
 
+// The same, into `out` where kernels of our own write it and it has their layout; whatever is returned has the result.
+Tensor gated_conv2d_into(const OptionalTensor& out, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& delta, const OptionalTensor& score, const OptionalTensor& bias,
+                         const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                         std::optional<bool> gate, double threshold, const OptionalTensor& rows, bool training);
+
 Grads gated_conv2d_backward(const Tensor& grad_output, const OptionalTensor& input, const Ints& input_size,
                             const Tensor& weight, const OptionalTensor& delta, const OptionalTensor& score,
                             std::optional<bool> gate, double threshold, const Ints& stride, const Ints& padding,

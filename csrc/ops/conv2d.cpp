@@ -234,6 +234,13 @@ bool fusable(const GatedWeight& w, const Described& x, const Geometry& geometry,
   return !training && cpu_fuses(w.weight.dtype, w.delta->dtype, x.dtype) && order && order == channels_inside(*w.delta);
 }
 
+bool same_strides(const Described& tensor, Span strides) {
+  for (size_t dim = 0; dim < strides.size(); ++dim) {
+    if (tensor.sizes[dim] != 1 && tensor.strides[dim] != strides[dim]) return false;
+  }
+  return true;
+}
+
 // The result lies in pixels.
 void run_on_tiles(Convolution& args, const Described& weight, const Described& x, const Geometry& geometry) {
   args.ld_result = args.outputs;
@@ -403,6 +410,14 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
                     const OptionalTensor& bias, const Ints& stride, const Ints& padding, const Ints& dilation,
                     int64_t groups, std::optional<bool> gate, double threshold, const OptionalTensor& rows, double,
                     bool training) {
+  return gated_conv2d_into(std::nullopt, input, weight, delta, score, bias, stride, padding, dilation, groups, gate,
+                           threshold, rows, training);
+}
+
+Tensor gated_conv2d_into(const OptionalTensor& out, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& delta, const OptionalTensor& score, const OptionalTensor& bias,
+                         const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+                         std::optional<bool> gate, double threshold, const OptionalTensor& rows, bool training) {
   const NoGrad no_grad;
   const GatedWeight w = check_weight(weight, delta, score, gate, threshold, 4);
   const Geometry g = check_geometry(stride, padding, dilation, groups, w.weight);
@@ -422,8 +437,10 @@ Tensor gated_conv2d(const Tensor& input, const Tensor& weight, const OptionalTen
   if (path == Path::kFused && depthwise) return depthwise_forward(w, x, b, g, result);
   if (path == Path::kFused) {
     const size_t from = x.ndim() == 3;
-    const Tensor y = empty_strided(Span(result.sizes.data() + from, 4 - from),
-                                   Span(result.strides.data() + from, 4 - from), x.dtype, x.place);
+    const Span strides(result.strides.data() + from, 4 - from);
+    const Tensor y = out && same_strides(describe(*out, "out"), strides)
+                         ? *out
+                         : empty_strided(Span(result.sizes.data() + from, 4 - from), strides, x.dtype, x.place);
     const OptionalTensor dense_bias = dense(b);
     fused_forward(w, x, data_of(dense_bias), g, result, y.data_ptr());
     return y;

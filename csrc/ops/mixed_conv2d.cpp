@@ -39,13 +39,16 @@ Tensor like_group(const Tensor& part, int64_t count) {
   return empty_strided(Span(sizes.data(), 4), Span(strides.data(), 4), one.dtype, one.place);
 }
 
-// What run(group) gives of each, put together.
+// What run(group, out) gives of each, put together; it may give `out`, the group's part of the whole, filled.
 template <class Run>
 Tensor of_groups(const std::vector<Group>& groups, int64_t per, int64_t count, const Run& run) {
   OptionalTensor whole;
   for (const Group& group : groups) {
-    const Tensor part = run(group);
+    OptionalTensor out;
+    if (whole && group.adjacent()) out = Part(*whole, group.at, per, Use::kWrite).tensor();
+    const Tensor part = run(group, out);
     if (groups.size() == 1) return part;
+    if (out && part.data_ptr() == out->data_ptr()) continue;
     if (!whole) whole = like_group(part, count);
     put_samples(part, group.at, per, *whole);
   }
@@ -120,15 +123,15 @@ Tensor mixed_conv2d(const Tensor& input, const Tensor& weight, const std::vector
   check_ids(task_ids, x.place);
   const int64_t per = per_sample(x.sizes[0], task_ids.numel(), "input");
   const auto tasks = static_cast<int64_t>(weights.tasks.size());
-  const auto layer = [&](const Tensor& images, int64_t task) {
+  const auto layer = [&](const Tensor& images, int64_t task, const OptionalTensor& out) {
     const Own own = own_of(weights, task);
-    return gated_conv2d(images, weight, own.delta, own.score, bias, stride, padding, dilation, groups, own.gate,
-                        threshold, std::nullopt, 1.0, training);
+    return gated_conv2d_into(out, images, weight, own.delta, own.score, bias, stride, padding, dilation, groups,
+                             own.gate, threshold, std::nullopt, training);
   };
   if (on_tiles(x.place)) {
     const bool unknown = on_device(task_ids);
     if (unknown && (all_closed(weights) || x.numel() == 0)) {
-      const Tensor y = layer(input, -1);
+      const Tensor y = layer(input, -1, std::nullopt);
       spoil_unknown(y, task_ids, tasks);
       return y;
     }
@@ -153,12 +156,12 @@ Tensor mixed_conv2d(const Tensor& input, const Tensor& weight, const std::vector
   }
   const std::vector<Group> parts =
       grouped(read_ids(task_ids, tasks), tasks, [&](int64_t task) { return weights.of(task).known_closed(); });
-  if (parts.empty()) return layer(input, -1);
-  if (parts.size() == 1) return layer(input, parts[0].task);
+  if (parts.empty()) return layer(input, -1, std::nullopt);
+  if (parts.size() == 1) return layer(input, parts[0].task, std::nullopt);
   const Tensor images = in_samples(input, parts);
   OptionalTensor spare;
-  return of_groups(parts, per, x.sizes[0], [&](const Group& group) {
-    return layer(Part(images, group.at, per, Use::kRead, &spare).tensor(), group.task);
+  return of_groups(parts, per, x.sizes[0], [&](const Group& group, const OptionalTensor& out) {
+    return layer(Part(images, group.at, per, Use::kRead, &spare).tensor(), group.task, out);
   });
 }
 
@@ -258,7 +261,7 @@ MixedGrads mixed_conv2d_backward(const Tensor& grad_output, const OptionalTensor
   const Tensor dys = in_samples(grad_output, parts);
   const OptionalTensor xs = input ? OptionalTensor(in_samples(*input, parts)) : std::nullopt;
   OptionalTensor spare_dy, spare_x;
-  const auto run = [&](const Group& group) {
+  const auto run = [&](const Group& group, const OptionalTensor&) {
     const Part dy_part(dys, group.at, per, Use::kRead, &spare_dy);
     std::optional<Part> x_part;
     if (xs) x_part.emplace(*xs, group.at, per, Use::kRead, &spare_x);
@@ -275,7 +278,7 @@ MixedGrads mixed_conv2d_backward(const Tensor& grad_output, const OptionalTensor
     dinput = of_groups(parts, per, dy.sizes[0], run);
   } else {
     for (const Group& group : parts) {
-      if (wanted.of(group.task)) run(group);
+      if (wanted.of(group.task)) run(group, std::nullopt);
     }
   }
   return pack_mixed(weights, wanted, dy.dtype, dinput, dbias, dweight, grads);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ from taps_ext import mixed_conv2d, mixed_linear, mixed_lowrank, ops
 
 pytestmark = pytest.mark.skipif(not ops.HAS_EXTENSION, reason="the compiled extension is not built")
 IDS = torch.tensor([1, -1, 0, 1, 2])
+# By name: the package's own names are those of the functions.
+linear_module, conv2d_module, lowrank_module = (
+    importlib.import_module(f"taps_ext.ops.{name}") for name in ("mixed", "mixed_conv2d", "mixed_lowrank")
+)
 
 
 def tensors(*shape: int, count: int = 3, grad: bool = True) -> list[Tensor]:
@@ -105,6 +110,29 @@ def test_compiled_equals_eager_and_a_new_mix_does_not_compile_again(kind: str) -
             torch.testing.assert_close(eager, other)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, IDS, parts), run(x, IDS, parts))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_without_the_extension_the_reference_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same values and gradients, and the same refusal of an unknown task."""
+    run, shape, make = CASES[kind]
+    parts, x = make(), torch.randn(shape)
+    found = []
+    for there in (True, False):
+        if not there:
+            for module in (linear_module, conv2d_module, lowrank_module):
+                monkeypatch.setattr(module, "C", None)
+        own = x.clone().requires_grad_()
+        y = run(own, IDS, parts)
+        leaves = [own, *parts[1], *parts[2]]
+        grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+        found.append(
+            [y.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))]
+        )
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+    with pytest.raises(ValueError, match="task_ids: expected -1 for the base, or one of 3 tasks, got 7"):
+        run(x, IDS + 5, parts)
 
 
 @pytest.mark.parametrize("kind", CASES)
