@@ -2,6 +2,7 @@
 
     python benchmarks/predicted.py linear            # 1 to 512 rows of a 4096 x 4096 layer (--outputs, --inputs)
     python benchmarks/predicted.py resnet50          # each convolution at 1, 8 and 64 images; or mobilenet_v2
+    python benchmarks/predicted.py mixed             # 64 rows of 16 tasks, of which some are open (--rows, --tasks)
     python benchmarks/predicted.py depthwise         # the depthwise ones of mobilenet_v2 (--model), and their gradients
 
 Predicted, all of it: nothing here was measured on a GPU. The device is an H200: 132 multiprocessors at 1.98 GHz, 4.3
@@ -15,6 +16,12 @@ four rows have none (csrc/cuda/rows.cuh), but their bytes from memory, those of 
 instructions. A rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of
 its pixels, with the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the
 linear layer's; those whose channels make no pieces of 16 bytes are rebuilt in any case.
+
+A mixed batch (csrc/cuda/mixed.cuh) is a kernel that puts samples in the order of their tasks, given as long as it takes
+to look at each sample twice, one after the other, in six clocks; and one launch for the tiles of all tasks, each of 64
+rows at most, which reads W from memory once, every open Delta once, and both from L2 for every tile. Beside it stand
+the base alone; a rebuild and a stock product for each open task, samples gathered and scattered; and merged copies, one
+after the other.
 
 A depthwise convolution takes the longer of its bytes and its instructions, counted in the machine code for sm_90a of
 the way inside an image. cuDNN's is given its bytes as well, or its multiplications alone at full rate: better than it
@@ -167,6 +174,49 @@ def in_tiles(p: Product, grid: Grid | None = None) -> float:
     return seconds + (SECOND + 8.0 * splits * p.rows * p.outputs / L2 if splits > 1 else 0.0)
 
 
+MIXED = Tile(64, 64, 32, {2: 68, 4: 110}, 300)
+MIXED_CLOSED = 52  # instructions of a step where a tile is the base's
+
+
+def order(samples: int) -> float:
+    """Seconds of the kernel that puts samples in order."""
+    return LAUNCH + 2 * 6 * samples / CLOCK
+
+
+def mixed(p: Product, tasks: int, opened: float) -> float:
+    """Seconds of a mixed batch of `tasks` with as many rows each, of which so many are open; a sample to a row."""
+    each = p.rows / tasks
+    open_tiles = opened * math.ceil(each / MIXED.rows)
+    closed_tiles = math.ceil((tasks - opened) * each / MIXED.rows)
+    across, steps = -(-p.outputs // MIXED.columns), -(-p.inputs // MIXED.depth)
+    blocks = (open_tiles + closed_tiles) * across
+    from_memory = p.weights * 2 + opened * p.weights * p.delta + p.activations
+    x = 2 * p.rows * p.inputs * across  # rows that a tile has not are not read
+    from_l2 = (open_tiles + closed_tiles) * p.weights * 2 + open_tiles * p.weights * p.delta + x
+    issued = (open_tiles * MIXED.instructions[p.delta] + closed_tiles * MIXED_CLOSED) * across * steps * WARPS
+    waves = math.ceil(blocks / MULTIPROCESSORS)
+    latency = steps * MIXED.latency * waves / min(2, waves) / CLOCK
+    seconds = max(from_memory / MEMORY, from_l2 / L2, issued / 4 / MULTIPROCESSORS / CLOCK, latency)
+    return seconds + LAUNCH + order(p.rows)
+
+
+def print_mixed(outputs: int, inputs: int, rows: int, tasks: int) -> None:
+    print(f"{outputs} x {inputs}, {rows} rows of {tasks} tasks; in brackets the base's over the grouped time\n")
+    print("| open | Delta | base | grouped | rebuilt task by task | merged copies |\n|---|---|---|---|---|---|")
+    for share in (0.25, 0.6, 1.0):
+        for delta in (2, 4):
+            p, opened = Product("", rows, outputs, inputs, delta), share * tasks
+            one = Product("", max(1, rows // tasks), outputs, inputs, delta)
+            base, ours = stock(p, 2 * p.weights), mixed(p, tasks, opened)
+            moved = 2 * (LAUNCH + 2 * p.activations / 2 / MEMORY)  # gathered, scattered
+            others = opened * rebuilt(one) + (base if share < 1 else 0.0) + moved
+            copies = tasks * stock(one, 2 * p.weights)
+            cells = (
+                f"{1e6 * base:.1f} | {1e6 * ours:.1f} ({base / ours:.2f}x) | {1e6 * others:.0f} | {1e6 * copies:.0f}"
+            )
+            print(f"| {share:.0%} | {'bf16' if delta == 2 else 'fp32'} | {cells} |")
+
+
 def stock(p: Product, weight_bytes: float) -> float:
     """Seconds of torch's product with a weight of so many bytes that are still to come from memory."""
     return max((weight_bytes + p.activations) / MEMORY, p.operations / STOCK) + LAUNCH
@@ -308,15 +358,20 @@ HEAD = "| {} | limit | fused | in tiles | rebuild | merged | faster |\n|---|---|
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["linear", "resnet50", "mobilenet_v2", "depthwise"])
+    parser.add_argument("what", choices=["linear", "mixed", "resnet50", "mobilenet_v2", "depthwise"])
     parser.add_argument("--outputs", type=int, default=4096)
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--delta", type=int, choices=[2, 4], default=2, help="bytes of a number of Delta")
+    parser.add_argument("--rows", type=int, default=64, help="of mixed")
+    parser.add_argument("--tasks", type=int, default=16, help="of mixed")
     parser.add_argument("--model", default="mobilenet_v2", help="of depthwise: of torchvision")
     args = parser.parse_args()
     print("predicted microseconds, not measured\n")
     if args.what == "depthwise":
         print_depthwise(args.model)
+        return
+    if args.what == "mixed":
+        print_mixed(args.outputs, args.inputs, args.rows, args.tasks)
         return
     if args.what == "linear":
         print(HEAD.format("rows"))

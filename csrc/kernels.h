@@ -201,6 +201,52 @@ struct Depthwise : LinearProduct {
 };
 constexpr int64_t kMostDepthwise = int64_t{1} << 28;  // pixels of x or of y, padding, rows and columns
 
+// A mixed batch: samples of many tasks in any order, of `each` rows (`product.rows` together), each multiplied with the
+// W_t of its own. `ids` [samples] tell the tasks: `first_task` to `first_task + count - 1` are those of this launch, -1
+// is the base, and what is not below `all_tasks` gets NaN. The base and what has no task go with the launch whose
+// first task is 0. A task that joins the base is closed, and no gradient of it is asked for.
+//
+// `product` has all but Delta, gate and score, which are each task's own; of one type all Deltas.
+struct MixedTask {
+  Matrix delta;
+  Gate gate;
+  void* delta_gradient = nullptr;  // both zero where the task has no sample
+  int64_t ld_gradient = 0;
+  void* score_gradient = nullptr;
+  Dtype score_dtype = Dtype::kFloat32;
+  bool joins = false;
+};
+
+// Rows of one group in the order of groups: the base's, those of each task, those of no task.
+struct MixedTile {
+  int32_t group, first, rows, unused;
+};
+
+constexpr int kMostTasks = 256;
+struct MixedBatch {
+  LinearProduct product;
+  const int64_t* ids = nullptr;
+  int64_t ids_step = 1, samples = 0, each = 0;
+  int64_t first_task = 0, all_tasks = 0;
+  int32_t count = 0;
+  // Scratch memory of `mixed_bytes` in `product.memory`; the launch sets these. The samples in the order of groups;
+  // where each group begins, and the last ends; the tiles, and how many there are of `slots`.
+  int32_t *order = nullptr, *starts = nullptr, *used = nullptr;
+  MixedTile* tiles = nullptr;
+  uint32_t slots = 0;
+  int32_t tile = 64;           // rows of a tile
+  double* partials = nullptr;  // of <G, Delta>
+  MixedTask tasks[kMostTasks];
+};
+static_assert(sizeof(MixedBatch) <= 32764, "the arguments of a kernel");
+
+// What the rows of samples whose ids are of no task become, where a product has not looked at ids: NaN, all bits set.
+struct Spoil {
+  void* data = nullptr;  // samples of `words` 16-bit words, one behind the other
+  const int64_t* ids = nullptr;
+  int64_t ids_step = 1, samples = 0, words = 0, all_tasks = 0;
+};
+
 enum class Product : int8_t { kForward, kInputGradient, kWeightGradient };
 
 namespace cpu {
@@ -232,6 +278,11 @@ void dot(const Dot& args, int device, void* stream);
 // 16-bit compute types, with W and Delta in that type or in fp32.
 int64_t linear_bytes(Product product, const LinearProduct& args, int device);
 void linear(Product product, LinearProduct args, int device, void* stream);
+// The same types. Forward and input gradient, and the gradients of Deltas and scores; all in one call share the order.
+int64_t mixed_bytes(const MixedBatch& args);
+void mixed_order(MixedBatch& args, int device, void* stream);  // sets the scratch memory's parts
+void mixed(Product product, const MixedBatch& args, int device, void* stream);
+void spoil(const Spoil& args, int device, void* stream);
 // The same types; pixels of whole pieces of 16 bytes, W and Delta in rows of kH, kW, C, the result [rows, outputs].
 int64_t conv2d_bytes(const Convolution& args, int device);
 void conv2d(Convolution args, int device, void* stream);

@@ -128,16 +128,22 @@ STABLE_TORCH_LIBRARY(taps_ext, m) {
 
 // The same functions serve both devices; the kernels below them differ. Without CUDA kernels the
 // CUDA registrations stay, so that the error says how to get them.
-#define TAPS_REGISTER(device)                                                 \
-  STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                            \
-    m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                     \
-    m.impl("foreach_reconstruct", TORCH_BOX(&taps::foreach_reconstruct));     \
-    m.impl("foreach_settle", TORCH_BOX(&taps::foreach_settle));               \
-    m.impl("unpack", TORCH_BOX(&taps::unpack));                               \
-    m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                   \
-    m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward)); \
-    m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                   \
-    m.impl("gated_conv2d_backward", TORCH_BOX(&taps::gated_conv2d_backward)); \
+#define TAPS_REGISTER(device)                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(taps_ext, device, m) {                              \
+    m.impl("reconstruct", TORCH_BOX(&taps::reconstruct));                       \
+    m.impl("foreach_reconstruct", TORCH_BOX(&taps::foreach_reconstruct));       \
+    m.impl("foreach_settle", TORCH_BOX(&taps::foreach_settle));                 \
+    m.impl("unpack", TORCH_BOX(&taps::unpack));                                 \
+    m.impl("gated_linear", TORCH_BOX(&taps::gated_linear));                     \
+    m.impl("gated_linear_backward", TORCH_BOX(&taps::gated_linear_backward));   \
+    m.impl("gated_conv2d", TORCH_BOX(&taps::gated_conv2d));                     \
+    m.impl("gated_conv2d_backward", TORCH_BOX(&taps::gated_conv2d_backward));   \
+    m.impl("mixed_linear", TORCH_BOX(&taps::mixed_linear));                     \
+    m.impl("mixed_linear_backward", TORCH_BOX(&taps::mixed_linear_backward));   \
+    m.impl("mixed_conv2d", TORCH_BOX(&taps::mixed_conv2d));                     \
+    m.impl("mixed_conv2d_backward", TORCH_BOX(&taps::mixed_conv2d_backward));   \
+    m.impl("mixed_lowrank", TORCH_BOX(&taps::mixed_lowrank));                   \
+    m.impl("mixed_lowrank_backward", TORCH_BOX(&taps::mixed_lowrank_backward)); \
   }
 TAPS_REGISTER(CPU)
 TAPS_REGISTER(CUDA)
@@ -153,12 +159,6 @@ STABLE_TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("patch_write", TORCH_BOX(&taps::patch_write));
   m.impl("patch_swap", TORCH_BOX(&taps::patch_swap));
   m.impl("packed_linear", TORCH_BOX(&taps::packed_linear));
-  m.impl("mixed_linear", TORCH_BOX(&taps::mixed_linear));
-  m.impl("mixed_linear_backward", TORCH_BOX(&taps::mixed_linear_backward));
-  m.impl("mixed_conv2d", TORCH_BOX(&taps::mixed_conv2d));
-  m.impl("mixed_conv2d_backward", TORCH_BOX(&taps::mixed_conv2d_backward));
-  m.impl("mixed_lowrank", TORCH_BOX(&taps::mixed_lowrank));
-  m.impl("mixed_lowrank_backward", TORCH_BOX(&taps::mixed_lowrank_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(taps_ext, CompositeExplicitAutograd, m) {

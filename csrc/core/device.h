@@ -27,6 +27,10 @@ inline void unpack(const Unpack&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
 inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
 inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
+inline int64_t mixed_bytes(const MixedBatch&) { absent(); }
+inline void mixed_order(MixedBatch&, int, void*) { absent(); }
+inline void mixed(Product, const MixedBatch&, int, void*) { absent(); }
+inline void spoil(const Spoil&, int, void*) { absent(); }
 inline int64_t conv2d_bytes(const Convolution&, int) { absent(); }
 inline void conv2d(const Convolution&, int, void*) { absent(); }
 inline int64_t depthwise_bytes(Product, const Depthwise&, int) { absent(); }

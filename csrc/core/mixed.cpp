@@ -47,8 +47,8 @@ void check_ids(const Tensor& task_ids, Place place) {
     fail("task_ids: expected int64 of shape [B], got ", ndim, " dimensions of dtype ", name_of_dtype(dtype));
   }
   const bool cuda = device_type == aoti_torch_device_type_cuda();
-  if ((!cuda && device_type != aoti_torch_device_type_cpu()) || !(Place{cuda, index} == place)) {
-    fail("task_ids: expected a tensor on ", to_string(place), " like weight");
+  if ((!cuda && device_type != aoti_torch_device_type_cpu()) || (cuda && !(Place{cuda, index} == place))) {
+    fail("task_ids: expected a tensor on the CPU, or on ", to_string(place), " like weight");
   }
   const int64_t count = task_ids.numel(), step = task_ids.stride(0);
   if (count > 1 && step == 0) {  // no memory bounds how many there are
@@ -114,6 +114,7 @@ Part::Part(const Tensor& whole, const std::vector<int64_t>& at, int64_t per, Use
     : whole_(whole), at_(at), bytes_(sample_bytes(whole, per)) {
   const int64_t count = static_cast<int64_t>(at.size());
   own_ = at.back() - at.front() + 1 != count;
+  if (own_ && describe(whole, "activation").place.cuda) fail("samples of a task: expected them behind each other");
   if (!own_) {
     tensor_ = narrowed(whole, at.front() * per, count * per);
     return;
@@ -162,6 +163,10 @@ void put_samples(const Tensor& from, const std::vector<int64_t>& at, int64_t per
     const Tensor copy = empty_strided(result.sizes, whole.strides, result.dtype, result.place);
     call("aten::copy_", "", copy, from, false);
     return put_samples(copy, at, per, to);
+  }
+  if (result.place.cuda) {  // behind each other
+    call("aten::copy_", "", narrowed(to, at.front() * per, result.sizes[0]), from, false);
+    return;
   }
   const int64_t bytes = sample_bytes(from, per);
   char* const behind = static_cast<char*>(to.data_ptr());

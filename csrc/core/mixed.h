@@ -22,7 +22,7 @@ struct TaskWeights {
   const GatedWeight& of(int64_t task) const { return task < 0 ? base : tasks[static_cast<size_t>(task)]; }
 };
 
-// task_ids [B] of int64 where the activations are: their type, shape and place alone.
+// task_ids [B] of int64 on the CPU or where the activations are: their type, shape and place alone.
 void check_ids(const Tensor& task_ids, Place place);
 
 // Rows, or images, of a sample of the batch: `total` are B times as many, sample after sample.

@@ -111,7 +111,12 @@ struct WeightGradient {
     const bool open = is_open(p.gate);
     float sum[S::kM][S::kN][4] = {};
     Loop::multiply(sum, A(p.dy, place.row, p.outputs), B(p.x, place.column, p.inputs), 0, p.rows);
+    settle(sum, p, place, open, bid_x());
+  }
 
+  // What leaves of a block's part of G; its sum goes to number `at` of those in `memory`.
+  static TAPS_DEVICE void settle(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place,
+                                 bool open, int64_t at) {
     const bool even = View<D>(p.delta).even() && View<D>({p.result, p.ld_result}).even();
     const bool whole = even && place.row + S::kRows <= p.outputs && place.column + S::kColumns <= p.inputs;
     double dot = whole ? leave<true>(sum, p, place, open) : leave<false>(sum, p, place, open);
@@ -124,7 +129,7 @@ struct WeightGradient {
     if (tid() != 0) return;
     double total = 0.0;
     for (unsigned i = 0; i < S::kThreads / 32; ++i) total += ld(sums, i);
-    static_cast<double*>(p.memory)[bid_x()] = total;
+    static_cast<double*>(p.memory)[at] = total;
   }
 
  private:

@@ -40,10 +40,10 @@ TAPS_DEVICE void load_rows(uint32_t (&a)[S::kM][4], sh<T> tile, unsigned k) {
   }
 }
 
-// A as it lies: [rows, depth].
-template <class S, class T>
-struct Straight : Side<S, T, S::kRows, S::kDepth, false> {
-  using Base = Side<S, T, S::kRows, S::kDepth, false>;
+// A as it lies: [rows, depth]. `Fetched` is what fetches it.
+template <class S, class T, class Fetched = Side<S, T, S::kRows, S::kDepth, false>>
+struct Straight : Fetched {
+  using Base = Fetched;
   using Base::Base;
   using Base::kStride;
 
@@ -53,9 +53,9 @@ struct Straight : Side<S, T, S::kRows, S::kDepth, false> {
 };
 
 // A stored as [depth, rows].
-template <class S, class T>
-struct Turned : Side<S, T, S::kDepth, S::kRows, true> {
-  using Base = Side<S, T, S::kDepth, S::kRows, true>;
+template <class S, class T, class Fetched = Side<S, T, S::kDepth, S::kRows, true>>
+struct Turned : Fetched {
+  using Base = Fetched;
   using Base::Base;
   using Base::kStride;
 
@@ -107,9 +107,9 @@ TAPS_DEVICE void load_columns(uint32_t (&b)[S::kN][2], sh<E> tile, unsigned k) {
 }
 
 // B as it lies: [depth, columns].
-template <class S, class T>
-struct Plain : Side<S, T, S::kDepth, S::kColumns, true> {
-  using Base = Side<S, T, S::kDepth, S::kColumns, true>;
+template <class S, class T, class Fetched = Side<S, T, S::kDepth, S::kColumns, true>>
+struct Plain : Fetched {
+  using Base = Fetched;
   using Base::Base;
   using Base::kStride;
   static_assert(S::kN % 2 == 0, "two tiles of columns to one ldmatrix");

@@ -1,9 +1,10 @@
-// y = x W_t^T + b for rows of many tasks, and its gradients, on the CPU. Rows of the base and of closed tasks are one
+// y = x W_t^T + b for rows of many tasks, and its gradients. Rows of the base and of closed tasks are one
 // product with W. Those of an open task are one with its W_t: few rows of many tasks by one pass over W, more of them
 // task by task; or, where choose_mixing() says so, a part of the base's product, to which the one with Delta is added.
 #include "core/device.h"
 #include "core/linear.h"
 #include "core/mixed.h"
+#include "core/mixed_device.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -15,8 +16,8 @@ using Use = Part::Use;
 // Whether these rows are multiplied with W first, Delta's product added.
 bool apart(const GatedWeight& w, Dtype compute, int64_t rows, bool fused) {
   MixedProblem problem;
-  problem.addable =
-      size_of(compute) > 2 && w.weight.dtype == compute && w.delta->dtype == compute && !w.gate.on_device();
+  problem.addable = !w.weight.place.cuda && size_of(compute) > 2 && w.weight.dtype == compute &&
+                    w.delta->dtype == compute && !w.gate.on_device();
   problem.fused = fused;
   problem.rows = rows;
   problem.outputs = w.weight.sizes[0];
@@ -78,6 +79,89 @@ void add_weight_side(const TaskWeights& weights, const MixedWanted& wanted, cons
   grads.scores[task] = found.score;
 }
 
+Tensor sum_of_rows(const Tensor& matrix) {
+  return call("aten::sum", "dim_IntList", matrix, std::optional<Ints>(Ints{0}), false, std::nullopt);
+}
+
+// Where tile kernels run: all rows by grouped products, or in the order of their tasks; none where they lie in that
+// order already, and the host knows it.
+OptionalTensor forward_on_tiles(const TaskWeights& weights, const Described& x, const LinearSizes& sizes, int64_t per,
+                                const Tensor& weight, const std::vector<OptionalTensor>& deltas,
+                                const std::vector<OptionalTensor>& scores, const Tensor& task_ids,
+                                const OptionalTensor& bias, const Ints& gates, double threshold, bool training) {
+  const bool unknown = on_device(task_ids);
+  if (unknown && (all_closed(weights) || weights.base.weight.numel() == 0)) {
+    const Tensor y = gated_linear(*x.tensor, weight, std::nullopt, std::nullopt, bias, std::nullopt, 0.0, std::nullopt,
+                                  1.0, training);
+    spoil_unknown(y, task_ids, static_cast<int64_t>(weights.tasks.size()));
+    return y;
+  }
+  if (x.numel() == 0 || sizes.outputs == 0)
+    return unknown ? OptionalTensor(activation(x, sizes.outputs)) : std::nullopt;
+  const Tensor x2 = as_matrix(x, sizes.rows, sizes.inputs);
+  if (groups(weights, nullptr, describe(x2, "input"), task_ids)) {
+    const OptionalTensor b = dense(checked_bias(bias, weights.base.weight, x.dtype));
+    const Tensor y = activation(x, sizes.outputs);
+    grouped_forward(weights, x2, task_ids, per, b, y);
+    return y;
+  }
+  const auto order =
+      order_of(weights, task_ids, x.place, [&](int64_t task) { return weights.of(task).known_closed(); });
+  if (!order) return std::nullopt;
+  const Tensor y = mixed_linear(in_order(*x.tensor, order->to), weight, deltas, scores, order->ids, bias, gates,
+                                threshold, training);
+  return in_order(y, order->back);
+}
+
+// The same of the gradients.
+std::optional<MixedGrads> backward_on_tiles(const TaskWeights& weights, const MixedWanted& wanted, const Described& dy,
+                                            const LinearSizes& sizes, int64_t per, const OptionalTensor& input,
+                                            const Tensor& weight, const std::vector<OptionalTensor>& deltas,
+                                            const std::vector<OptionalTensor>& scores, const Tensor& task_ids,
+                                            const Ints& gates, double threshold) {
+  const bool unknown = on_device(task_ids);
+  const auto tasks = static_cast<int64_t>(weights.tasks.size());
+  const bool nothing = dy.numel() == 0 || weights.base.weight.numel() == 0;
+  bool of_tasks = false;
+  for (int64_t task = 0; task < tasks; ++task) of_tasks = of_tasks || wanted.of(task);
+  const bool closed = all_closed(weights);  // dL/dx is the base's
+  const Tensor dy2 = as_matrix(dy, sizes.rows, sizes.outputs);
+  if (!nothing && (closed ? of_tasks : true) && groups(weights, &wanted, describe(dy2, "grad_output"), task_ids)) {
+    Scratch scratch;
+    OptionalTensor x2, dinput, dx2, dbias, dweight;
+    if (wanted.weight_side()) x2 = input_matrix(input, dy, weights.base.weight, std::nullopt);
+    if (wanted.input) {
+      dinput = activation(dy, sizes.inputs);
+      dx2 = matrix_view(*dinput, sizes.rows, sizes.inputs);
+    }
+    const TaskGrads grads = grouped_backward(weights, wanted, dy2, x2, task_ids, per, dx2);
+    if (wanted.bias) dbias = sum_of_rows(dy2);
+    if (wanted.weight) {
+      dweight = weight_gradients({weights.base, false, false, true, 1.0, dy.dtype}, dy2, *x2, scratch).weight;
+    }
+    return pack_mixed(weights, wanted, dy.dtype, dinput, dbias, dweight, grads);
+  }
+  if (unknown) {  // the base's alone
+    const Grads found =
+        gated_linear_backward(*dy.tensor, input, weight, std::nullopt, std::nullopt, std::nullopt, 0.0,
+                              {wanted.input, false, false, wanted.bias, wanted.weight}, std::nullopt, 1.0);
+    if (wanted.input) spoil_unknown(std::get<0>(found), task_ids, tasks);
+    const auto if_wanted = [](bool asked, const Tensor& one) { return asked ? OptionalTensor(one) : std::nullopt; };
+    return pack_mixed(weights, wanted, dy.dtype, if_wanted(wanted.input, std::get<0>(found)),
+                      if_wanted(wanted.bias, std::get<3>(found)), if_wanted(wanted.weight, std::get<4>(found)),
+                      TaskGrads(static_cast<size_t>(tasks)));
+  }
+  const auto order = order_of(weights, task_ids, dy.place,
+                              [&](int64_t task) { return weights.of(task).known_closed() && !wanted.of(task); });
+  if (!order) return std::nullopt;
+  MixedGrads grads = mixed_linear_backward(in_order(*dy.tensor, order->to),
+                                           input ? OptionalTensor(in_order(*input, order->to)) : std::nullopt, weight,
+                                           deltas, scores, order->ids, gates, threshold,
+                                           {wanted.input, wanted.bias, wanted.weight}, wanted.deltas, wanted.scores);
+  if (wanted.input) std::get<0>(grads) = in_order(std::get<0>(grads), order->back);
+  return grads;
+}
+
 }  // namespace
 
 Tensor mixed_linear(const Tensor& input, const Tensor& weight, const std::vector<OptionalTensor>& deltas,
@@ -90,6 +174,11 @@ Tensor mixed_linear(const Tensor& input, const Tensor& weight, const std::vector
   const LinearSizes sizes = check_linear(x, "input", base.weight, base.weight.sizes[1]);
   check_ids(task_ids, x.place);
   const int64_t per = per_sample(sizes.rows, task_ids.numel(), "input");
+  if (on_tiles(x.place)) {
+    const OptionalTensor y =
+        forward_on_tiles(weights, x, sizes, per, weight, deltas, scores, task_ids, bias, gates, threshold, training);
+    if (y) return *y;
+  }
   const auto tasks = static_cast<int64_t>(weights.tasks.size());
   const std::vector<Group> groups =
       grouped(read_ids(task_ids, tasks), tasks, [&](int64_t task) { return weights.of(task).known_closed(); });
@@ -164,6 +253,11 @@ MixedGrads mixed_linear_backward(const Tensor& grad_output, const OptionalTensor
   const LinearSizes sizes = check_linear(dy, "grad_output", base.weight, base.weight.sizes[0]);
   check_ids(task_ids, dy.place);
   const int64_t per = per_sample(sizes.rows, task_ids.numel(), "grad_output");
+  if (on_tiles(dy.place)) {
+    std::optional<MixedGrads> grads =
+        backward_on_tiles(weights, wanted, dy, sizes, per, input, weight, deltas, scores, task_ids, gates, threshold);
+    if (grads) return std::move(*grads);
+  }
   const auto tasks = static_cast<int64_t>(weights.tasks.size());
   const std::vector<Group> groups = grouped(read_ids(task_ids, tasks), tasks, [](int64_t) { return false; });
   const Dtype compute = dy.dtype;
@@ -176,7 +270,7 @@ MixedGrads mixed_linear_backward(const Tensor& grad_output, const OptionalTensor
     dx2 = matrix_view(*dinput, sizes.rows, sizes.inputs);
   }
   if (wanted.bias) {
-    dbias = call("aten::sum", "dim_IntList", dy2, std::optional<Ints>(Ints{0}), false, std::nullopt);
+    dbias = sum_of_rows(dy2);
   }
 
   Scratch scratch;

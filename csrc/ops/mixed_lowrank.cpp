@@ -1,10 +1,14 @@
-// y = scale_t (x A_t^T) B_t^T for rows of many tasks, and its gradients, on the CPU: two small products for each task,
-// from its rows where they lie to its rows of the result.
+// y = scale_t (x A_t^T) B_t^T for rows of many tasks, and its gradients. On the CPU two small products for each task,
+// from its rows where they lie to its rows of the result. On a GPU two batched products for all tasks: every sample
+// with the factors of its own, filled up with zeros to the largest rank. That takes any type and ids that nobody reads,
+// and gathers factors, not rows: with a rank of 8, a hundredth of a weight for each sample.
+#include <algorithm>
 #include <cstring>
 
 #include "core/device.h"
 #include "core/linear.h"
 #include "core/mixed.h"
+#include "core/mixed_device.h"
 #include "ops.h"
 
 namespace taps {
@@ -88,6 +92,172 @@ Tensor scaled_product(const Tensor& x, const Tensor& other, double scale) {
   return result;
 }
 
+// --- batched, where tile kernels run --------------------------------------------------------------
+
+Tensor tensor_of(const Ints& sizes, Dtype dtype, Place place) {
+  const Span shape(sizes.data(), sizes.size());
+  const Ints strides = contiguous_strides(shape);
+  return empty_strided(shape, Span(strides.data(), strides.size()), dtype, place);
+}
+
+Tensor zeros(const Ints& sizes, Dtype dtype, Place place) {
+  const Tensor made = tensor_of(sizes, dtype, place);
+  check_torch(aoti_torch_zero_(made.get()), "zero_");
+  return made;
+}
+
+Tensor viewed(const Tensor& tensor, const Ints& sizes) {
+  const Span shape(sizes.data(), sizes.size());
+  const Ints strides = contiguous_strides(shape);
+  return reshaped(tensor, shape, Span(strides.data(), strides.size()));
+}
+
+// [B, R, C] as [B, C, R].
+Tensor turned(const Tensor& tensor) { return call("aten::transpose", "int", tensor, int64_t{1}, int64_t{2}); }
+
+// All factors as [T + 1, R, C] with zeros below the rank and for the last, which is of samples without a task.
+Tensor stacked(const std::vector<OptionalTensor>& factors, bool ups, int64_t rank, int64_t columns, Dtype dtype,
+               Place place) {
+  const Tensor none = zeros({rank, columns}, dtype, place);
+  std::vector<Tensor> parts;
+  for (const OptionalTensor& factor : factors) {
+    const int64_t own = factor ? factor->size(ups ? 1 : 0) : 0;
+    if (own > 0) parts.push_back(ups ? transposed(*factor) : *factor);
+    if (own < rank) parts.push_back(narrowed(none, 0, rank - own));
+  }
+  parts.push_back(none);
+  const Tensor all = call("aten::cat", "", parts, int64_t{0});
+  return viewed(all, {static_cast<int64_t>(factors.size()) + 1, rank, columns});
+}
+
+struct Batched {
+  int64_t tasks, samples, per, rank, inputs, outputs, together;
+  Dtype dtype;
+  Place place;
+  Tensor slots;       // of each sample, on the device: its task, or T
+  Tensor scales;      // [T + 1, 1, 1] in fp32
+  Tensor downs, ups;  // [T + 1, R, K], [T + 1, R, N]
+
+  Batched(const Factors& factors, const std::vector<double>& given, const Tensor& task_ids, const Described& x,
+          int64_t of_sample, int64_t of_inputs)
+      : tasks(static_cast<int64_t>(factors.a.size())),
+        samples(task_ids.numel()),
+        per(of_sample),
+        rank(std::max<int64_t>(*std::max_element(factors.ranks.begin(), factors.ranks.end()), 1)),
+        inputs(of_inputs),
+        outputs(factors.outputs),
+        dtype(x.dtype),
+        place(x.place),
+        slots(slots_of(task_ids)),
+        scales(scales_of(given)),
+        downs(stacked(factors.a, false, rank, inputs, dtype, place)),
+        ups(stacked(factors.b, true, rank, outputs, dtype, place)) {
+    // The factors of so many samples at once are no more than a weight.
+    together = std::max<int64_t>(1, inputs * outputs / std::max<int64_t>(1, rank * (inputs + outputs)));
+  }
+
+  // Calls each(first, count, their slots) for some samples after the others.
+  template <class Each>
+  void for_parts(const Each& each) const {
+    for (int64_t first = 0; first < samples; first += together) {
+      const int64_t count = std::min(samples - first, together), step = 1;
+      AtenTensorHandle handle = nullptr;
+      check_torch(aoti_torch__reinterpret_tensor(slots.get(), 1, &count, &step, first, &handle), "slots");
+      each(first, count, Tensor(handle));
+    }
+  }
+  static Tensor of(const Tensor& stack, const Tensor& slot) {
+    return call("aten::index_select", "", stack, int64_t{0}, slot);
+  }
+  // Times the scale of each sample, rounded once.
+  Tensor scaled(const Tensor& inner, const Tensor& slot) const {
+    const Tensor product = call("aten::mul", "Tensor", inner, of(scales, slot));
+    const Tensor rounded = tensor_of({inner.size(0), inner.size(1), inner.size(2)}, dtype, place);
+    call("aten::copy_", "", rounded, product, false);
+    return rounded;
+  }
+
+ private:
+  Tensor slots_of(const Tensor& task_ids) const {
+    if (!on_device(task_ids)) {
+      std::vector<int64_t> ids = read_ids(task_ids, tasks);
+      for (int64_t& id : ids) id = id < 0 ? tasks : id;
+      return to_place(on_host(ids), place);
+    }
+    const Tensor zero = scalar(0), most = scalar(tasks);
+    const Tensor valid = call("aten::logical_and", "", call("aten::ge", "Tensor", task_ids, zero),
+                              call("aten::lt", "Tensor", task_ids, most));
+    return call("aten::where", "self", valid, task_ids, most);
+  }
+  static Tensor scalar(int64_t value) {
+    return reshaped(on_host({value}), Span(nullptr, size_t{0}), Span(nullptr, size_t{0}));
+  }
+  Tensor scales_of(const std::vector<double>& given) const {
+    const Tensor host = tensor_of({tasks + 1}, Dtype::kFloat32, Place{});
+    float* const to = static_cast<float*>(host.data_ptr());
+    for (int64_t task = 0; task <= tasks; ++task) {
+      to[task] = task < tasks ? static_cast<float>(given[static_cast<size_t>(task)]) : 0.0f;
+    }
+    return viewed(to_place(host, place), {tasks + 1, 1, 1});
+  }
+};
+
+Tensor part_of(const Tensor& matrix, int64_t first, int64_t count, int64_t per) {
+  return viewed(narrowed(matrix, first * per, count * per), {count, per, matrix.size(1)});
+}
+
+Tensor in_rows_of(const Tensor& matrix) { return call("aten::contiguous", "", matrix, int32_t{0}); }
+
+void batched_forward(const Batched& b, const Tensor& x2, const Tensor& y2) {
+  const Tensor x = in_rows_of(x2);
+  b.for_parts([&](int64_t first, int64_t count, const Tensor& slot) {
+    const Tensor inner = call("aten::bmm", "", part_of(x, first, count, b.per), turned(Batched::of(b.downs, slot)));
+    call("aten::bmm", "out", b.scaled(inner, slot), Batched::of(b.ups, slot), part_of(y2, first, count, b.per));
+  });
+}
+
+// Gradients of stacks, [T + 1, R, C] in fp32, where there are any; each sample's is added in the batch's order.
+struct StackGrads {
+  OptionalTensor downs, ups;
+};
+
+StackGrads batched_backward(const Batched& b, const Tensor& dy2, const Tensor& x2, const OptionalTensor& dx2,
+                            bool of_downs, bool of_ups) {
+  const Tensor dy = in_rows_of(dy2), x = in_rows_of(x2);
+  StackGrads grads;
+  if (of_downs) grads.downs = zeros({b.tasks + 1, b.rank, b.inputs}, Dtype::kFloat32, b.place);
+  if (of_ups) grads.ups = zeros({b.tasks + 1, b.rank, b.outputs}, Dtype::kFloat32, b.place);
+  const auto add = [&](const Tensor& to, const Tensor& slot, const Tensor& each) {
+    const Tensor wide = tensor_of({each.size(0), each.size(1), each.size(2)}, Dtype::kFloat32, b.place);
+    call("aten::copy_", "", wide, each, false);
+    // Not index_add, whose order on a GPU is that of its atomics: this one sorts.
+    call("aten::index_put_", "", to, std::vector<OptionalTensor>{slot}, wide, true);
+  };
+  b.for_parts([&](int64_t first, int64_t count, const Tensor& slot) {
+    const Tensor downs = Batched::of(b.downs, slot), dy3 = part_of(dy, first, count, b.per);
+    const Tensor x3 = part_of(x, first, count, b.per);
+    if (dx2 || of_downs) {
+      const Tensor inner = b.scaled(call("aten::bmm", "", dy3, turned(Batched::of(b.ups, slot))), slot);
+      if (dx2) call("aten::bmm", "out", inner, downs, part_of(*dx2, first, count, b.per));
+      if (of_downs) add(*grads.downs, slot, call("aten::bmm", "", turned(inner), x3));
+    }
+    if (of_ups) {
+      const Tensor inner = b.scaled(call("aten::bmm", "", x3, turned(downs)), slot);
+      add(*grads.ups, slot, call("aten::bmm", "", turned(inner), dy3));
+    }
+  });
+  return grads;
+}
+
+// One task's part of a stack's gradient, like its factor.
+Tensor factor_gradient(const Tensor& stack, int64_t task, const Tensor& like, bool up) {
+  const Tensor grad = empty_like(describe(like, "factor"));
+  const int64_t rank = stack.size(1), columns = stack.size(2), own = like.size(up ? 1 : 0);
+  const Tensor part = narrowed(viewed(stack, {stack.size(0) * rank, columns}), task * rank, own);
+  call("aten::copy_", "", grad, up ? transposed(part) : part, false);
+  return grad;
+}
+
 void zero(const Tensor& matrix) { check_torch(aoti_torch_zero_(matrix.get()), "zero_"); }
 
 }  // namespace
@@ -101,6 +271,14 @@ Tensor mixed_lowrank(const Tensor& input, const std::vector<OptionalTensor>& a, 
   check_ids(task_ids, x.place);
   const int64_t per = per_sample(rows, task_ids.numel(), "input");
   const auto tasks = static_cast<int64_t>(factors.a.size());
+  if (on_tiles(x.place)) {
+    const Tensor y = activation(x, factors.outputs);
+    if (y.numel() == 0) return y;
+    const Batched batched(factors, scales, task_ids, x, per, inputs);
+    batched_forward(batched, as_matrix(x, rows, inputs), matrix_view(y, rows, factors.outputs));
+    if (on_device(task_ids)) spoil_unknown(y, task_ids, tasks);
+    return y;
+  }
   const std::vector<Group> groups = grouped(read_ids(task_ids, tasks), tasks,
                                             [&](int64_t task) { return factors.ranks[static_cast<size_t>(task)] < 0; });
   const Tensor y = activation(x, factors.outputs);
@@ -145,6 +323,33 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> mixed_lowrank_backw
     }
   }
   const auto tasks = static_cast<int64_t>(count);
+  if (on_tiles(x.place)) {
+    const auto any = [](const std::vector<bool>& mask) {
+      return std::find(mask.begin(), mask.end(), true) != mask.end();
+    };
+    const OptionalTensor dx = input_mask ? OptionalTensor(activation(x, inputs)) : std::nullopt;
+    StackGrads stacks;
+    if (x.numel() > 0 && dy.numel() > 0) {
+      const Batched batched(factors, scales, task_ids, x, per, inputs);
+      const OptionalTensor dx2 = dx ? OptionalTensor(matrix_view(*dx, rows, inputs)) : std::nullopt;
+      stacks = batched_backward(batched, as_matrix(dy, rows, factors.outputs), as_matrix(x, rows, inputs), dx2,
+                                any(a_mask), any(b_mask));
+      if (dx && on_device(task_ids)) spoil_unknown(*dx, task_ids, tasks);
+    } else if (dx) {
+      zero(*dx);
+    }
+    std::vector<Tensor> da, db;
+    for (size_t task = 0; task < count; ++task) {
+      const auto one = [&](bool asked, const OptionalTensor& stack, const OptionalTensor& like, bool up) {
+        if (!asked) return no_tensor(x.dtype, x.place);
+        return stack ? factor_gradient(*stack, static_cast<int64_t>(task), *like, up)
+                     : zeros_like(describe(*like, "factor"));
+      };
+      da.push_back(one(a_mask[task], stacks.downs, factors.a[task], false));
+      db.push_back(one(b_mask[task], stacks.ups, factors.b[task], true));
+    }
+    return {dx ? *dx : no_tensor(x.dtype, x.place), da, db};
+  }
   const std::vector<Group> groups = grouped(read_ids(task_ids, tasks), tasks,
                                             [&](int64_t task) { return factors.ranks[static_cast<size_t>(task)] < 0; });
   const Tensor x2 = in_samples(as_matrix(x, rows, inputs), groups);

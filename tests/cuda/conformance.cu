@@ -5,11 +5,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cuda/conformance.cuh"
 #include "cuda/conv2d.cuh"
 #include "cuda/linear.cuh"
+#include "cuda/mixed.cuh"
 
 using namespace taps::dev;  // NOLINT
 using namespace taps;       // NOLINT
@@ -21,6 +23,11 @@ template <class Body, class Args>
 __global__ void __launch_bounds__(Body::Tile::kThreads) product(Args args) {
   Body::run(args);
 }
+template <class Body>
+__global__ void __launch_bounds__(Body::Tile::kThreads) mixed_product(const __grid_constant__ MixedBatch args) {
+  Body::run(args);
+}
+__global__ void ordered(const __grid_constant__ MixedBatch args) { order_samples(args); }
 template <class T>
 __global__ void sum_of_splits(LinearProduct args, int64_t rows, int64_t columns) {
   add_splits<T>(args, rows, columns);
@@ -257,6 +264,94 @@ int failures_of_convolutions(const char* name) {
   return failures;
 }
 
+// A mixed batch of two open tasks, one that the device finds closed, the base, and an id of no task.
+template <class T, class D>
+bool mixes(Product kind, int64_t samples, int64_t each, int64_t n, int64_t k) {
+  constexpr int kTasks = 3;
+  const bool forward = kind == Product::kForward, weight = kind == Product::kWeightGradient;
+  const int64_t m = samples * each, depth = forward ? k : n, columns = forward ? n : k;
+  Both<T> x(m * k), dy(m * n), w(n * k), out(m * columns);
+  Both<D> d(kTasks * n * k), ddelta(kTasks * n * k);
+  Both<float> score(1);
+  Both<int64_t> ids(samples);
+  fill(x, 1), fill(dy, 2), fill(w, 3), fill(d, 4);
+  for (int64_t i = 0; i < samples; ++i) ids.host[i] = i * 7 % 5 - 1;
+  score.host[0] = 0.05f;
+  score.up(), ids.up();
+  MixedBatch args;
+  LinearProduct& p = args.product;
+  p.rows = m, p.outputs = n, p.inputs = k;
+  p.x = {x.device, k}, p.dy = {dy.device, n}, p.weight = {w.device, k};
+  p.result = out.device, p.ld_result = columns;
+  args.ids = ids.device, args.samples = samples, args.each = each, args.all_tasks = args.count = kTasks;
+  for (int task = 0; task < kTasks; ++task) {
+    MixedTask& one = args.tasks[task];
+    one.delta = {d.device + task * n * k, k};
+    one.gate.open = true, one.gate.threshold = 0.1, one.gate.score = task == 1 ? score.device : nullptr;
+    if (weight) one.delta_gradient = ddelta.device + task * n * k, one.ld_gradient = k;
+  }
+  Both<double> memory(mixed_parts(args) / 8);
+  p.memory = memory.device;
+  mixed_parts(args);
+  ordered<<<1, kThreads, kOrderShared>>>(args);
+  const Grid grid = weight ? mixed_grid<WeightTile>(kind, args) : mixed_grid<MoreRows>(kind, args);
+  const auto run = [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    must(cudaFuncSetAttribute(mixed_product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(Body::Loop::kShared)),
+         "shared memory");
+    mixed_product<Body><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+  };
+  if (weight) {
+    run(Instance<MixedWeightGradient<WeightTile, T, D>>());
+  } else {
+    with_mixed_types<T, T, D>(kind, run);
+  }
+  must(cudaDeviceSynchronize(), "mixed batch");
+  out.down(), ddelta.down();
+  const auto task_of = [&](int64_t row) { return ids.host[row / each]; };
+  for (int64_t task = 0; weight && task < kTasks; ++task) {
+    for (int64_t at = 0; at < n * k; ++at) {
+      double want = 0.0;
+      for (int64_t r = 0; r < m && task != 1; ++r) {
+        if (task_of(r) == task) want += number(dy.host[r * n + at / k]) * number(x.host[r * k + at % k]);
+      }
+      if (number(ddelta.host[task * n * k + at]) != number(rounded<D>(want))) return false;
+    }
+  }
+  for (int64_t at = 0; !weight && at < m * columns; ++at) {
+    const int64_t r = at / columns, c = at % columns, task = task_of(r);
+    double want = 0.0;
+    for (int64_t i = 0; i < depth; ++i) {
+      const int64_t of = forward ? c * k + i : i * k + c;
+      const bool open = task == 0 || task == 2;
+      want += number(forward ? x.host[r * k + i] : dy.host[r * n + i]) *
+              (number(w.host[of]) + (open ? number(d.host[task * n * k + of]) : 0.0));
+    }
+    const double got = number(out.host[at]);
+    if (task >= kTasks ? !std::isnan(got) : got != number(rounded<T>(want))) return false;
+  }
+  return true;
+}
+
+template <class T, class D>
+int failures_of_mixed(const char* name) {
+  int failures = 0;
+  for (const Product kind : {Product::kForward, Product::kInputGradient, Product::kWeightGradient}) {
+    for (const int64_t samples : {1, 9, 70}) {
+      for (const int64_t each : {1, 5}) {
+        for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {65, 72}, {64, 257}}) {
+          if (mixes<T, D>(kind, samples, each, n, k)) continue;
+          std::printf("%s: mixed product %d of %lld x %lld rows, %lld x %lld failed\n", name, static_cast<int>(kind),
+                      (long long)samples, (long long)each, (long long)n, (long long)k);
+          ++failures;
+        }
+      }
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -278,6 +373,8 @@ int main() {
   failures += failures_of<float, float>("tf32");
   failures += failures_of_convolutions<bf16, bf16>("bf16");
   failures += failures_of_convolutions<f16, float>("f16, Delta fp32");
+  failures += failures_of_mixed<bf16, float>("bf16, Delta fp32");
+  failures += failures_of_mixed<f16, f16>("f16");
   std::printf("%d failures\n", failures);
   return failures > 90 ? 90 : failures;
 }

@@ -22,6 +22,7 @@ KERNEL_HEADERS = (
     "operands.cuh",
     "tile.cuh",
     "linear.cuh",
+    "mixed.cuh",
     "rows.cuh",
     "pixels.cuh",
     "conv2d.cuh",

@@ -236,6 +236,123 @@ MISTAKES = {
     "more threads than pieces": Mistake("«row() >= S::kRows → false»;", r"(?:race|out of range) at|expected .*, got"),
     "the first tile's pixels for all": Mistake("left(p, «place.row → 0»);", WRONG),
     "the depth of one place": Mistake("p.outputs, «p.inputs → p.channels»);", WRONG),
+    # --- mixed batches
+    "mixed: an id behind the last task's": Mistake("id < -1 || «id >= m.all_tasks → id > m.all_tasks»", WRONG),
+    "mixed: an id before the base's": Mistake("if («id < -1 → id < -2» || id >=", f"{WRONG}|{BEYOND}"),
+    "mixed: tasks counted from the first of all": Mistake(
+        "task = «id - m.first_task → id»;", f"{WRONG}|{BEYOND}|index .* out of bounds"
+    ),
+    "mixed: closed tasks beside the base": Mistake("return «m.tasks[task].joins → false» ? 0", WRONG),
+    "mixed: ids written over those that are looked at": Mistake(
+        "«block_sync(); → ;»  // those before have", r"race at ([\w.]+):(\d+)", ("st(groups", "ld(groups")
+    ),
+    "mixed: ids looked at too early": Mistake(
+        "«block_sync(); → ;»  // these are there",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("st(groups", "ld(groups"),
+    ),
+    "mixed: ids that are not there": Mistake(
+        "count = «left < kIdsAtOnce ? static_cast<unsigned>(left) : kIdsAtOnce → kIdsAtOnce»;", f"{BEYOND}|{WRONG}"
+    ),
+    "mixed: ids next to each other": Mistake("m.ids[(begin + i) * «m.ids_step → 1»]", WRONG),
+    "mixed: samples counted from the chunk's first": Mistake("each(«static_cast<int32_t>(begin) → 0» +", WRONG),
+    "mixed: groups added up too early": Mistake(
+        "«block_sync(); → ;»  // all groups are", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("counts",)
+    ),
+    "mixed: a group begins behind its own": Mistake(
+        "if («before < group → before <= group») start", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: the last tile of a group forgotten": Mistake(
+        "end += («count * each + tile - 1 → count * each») / tile;", WRONG
+    ),
+    "mixed: the base's samples in the order of others": Mistake(
+        "if («other == group → other <= group») m.order", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: tiles before their ends": Mistake(
+        "«block_sync(); → ;»  // the ends of all", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("ends",)
+    ),
+    "mixed: a tile of the group before": Mistake(
+        "if («slot < ld(ends, static_cast<unsigned>(middle)) → slot <= ld(ends, static_cast<unsigned>(middle))») {",
+        WRONG,
+    ),
+    "mixed: every tile of a group is its first": Mistake(
+        "begin = ld(starts, static_cast<unsigned>(group)) * each + «within * tile → 0»;", WRONG
+    ),
+    "mixed: a tile of more rows than there are": Mistake(
+        "begin, «left < tile ? left : tile → tile», 0}", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: one row of a sample for all": Mistake("static_cast<int32_t>(«at % each → at * 0»);", WRONG),
+    "mixed: rows that a tile has not": Mistake(
+        "there_ = «row < count → true»;", "uninitialised|AddressSanitizer|runtime error"
+    ),
+    "mixed: rows of pieces, one too many": Mistake(
+        "there = «row < count_ → row <= count_» && elements", "uninitialised|AddressSanitizer|runtime error"
+    ),
+    "mixed: columns of pieces, one too many": Mistake(
+        "left = «depth - column → depth + 1 - column»;", f"{BEYOND}|{WRONG}"
+    ),
+    "mixed: pieces of the first stage": Mistake("ld_ + «at_ → 0» + column;", WRONG),
+    "mixed: more threads than rows": Mistake(
+        "if («Mine::kPass == S::kRows || Mine::row() < S::kRows → true»)", r"(?:race|out of range) at|expected .*, got"
+    ),
+    "mixed: pieces of 16 bytes of rows off them": Mistake(
+        "«return piece_ == 16; → return true;» }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n"
+        "    using Mine",
+        r"misaligned at ([\w.]+):(\d+)",
+        ("cp_async<",),
+    ),
+    "mixed: rows of another task": Mistake(
+        "there = kWhole || («row < depth → true» && elements > 0);", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: columns at the edge taken for whole ones": Mistake(
+        "piece_ == 16 && «left_ == kAcross → true»; }\n  TAPS_DEVICE void fetch_whole(sh<unsigned char> stage) {\n"
+        "    pieces",
+        f"{WRONG}|{BEYOND}",
+    ),
+    "mixed: columns of G's depth, one too many": Mistake(
+        "left = «left_ - column → left_ + 1 - column»;\n    const int elements = kWhole", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: every task's rows from the first": Mistake("from += row_at(m_, «at_ + row → row») * ld_", WRONG),
+    "mixed: tiles that are not in use": Mistake(
+        "if («slot >= static_cast<unsigned>(*m.used) → false») return;",
+        f"{WRONG}|{BEYOND}|uninitialised|out of range|runtime error",
+    ),
+    "mixed: rows' numbers read too early": Mistake(
+        "«block_sync(); → ;»  // the rows' numbers", r"(?:race|uninitialised) at ([\w.]+):(\d+)", ("ld(rows", "st(rows")
+    ),
+    "mixed: rows of no task with a task's weight": Mistake(
+        "if («tile.group > m.count → tile.group > m.count + 1») {", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: the last task's rows for those of none": Mistake(
+        "if («tile.group > m.count → tile.group >= m.count») {", WRONG
+    ),
+    "mixed: closed, but Delta is read": Mistake(
+        "task >= 0 && «is_open(m.tasks[task].gate) → true»", f"{WRONG}|SEGV|null pointer"
+    ),
+    "mixed: the first task's Delta": Mistake("m.tasks[«task → 0»].delta, column, columns", WRONG),
+    "mixed: columns of another tile": Mistake("column = static_cast<int64_t>(«bid_x() / m.slots → 0u»)", WRONG),
+    "mixed: sums of every slice": Mistake(
+        "if («S::slice() != 0 → false») return;\n    const T* const bias = static_cast<const T*>(p.bias);\n"
+        "    for_pairs",
+        WRONG,
+    ),
+    "mixed: a bias for the first of two": Mistake("if (bias && «c + 1 < columns → false») second", WRONG),
+    "mixed: a bias too many": Mistake("if (bias && «c + 1 < columns → c < columns») second", BEYOND),
+    "mixed: rows of the result, one too many": Mistake(
+        "if («static_cast<int>(i) >= tile.rows → static_cast<int>(i) > tile.rows» ||",
+        "uninitialised|AddressSanitizer|runtime error",
+    ),
+    "mixed: columns of the result, one too many": Mistake(
+        "if («column + j + 1 < columns → column + j < columns») to[1]", f"{BEYOND}|{WRONG}"
+    ),
+    "mixed: the rows of the task before": Mistake(
+        "first = m.starts[«bid_y() + 1 → bid_y()»] * each", f"{WRONG}|{BEYOND}"
+    ),
+    "mixed: another task's gradient asked for": Mistake("task = m.tasks[«bid_y() → 0u»];\n    if", WRONG),
+    "mixed: no sum of a task without rows": Mistake("if («rows == 0 → false» && task.score_gradient", WRONG),
+    "mixed: sums of all tasks in one place": Mistake("at = static_cast<int64_t>(«bid_y() → 0u») * nblocks_x()", WRONG),
+    "mixed: sums of the first task for all": Mistake("m.partials + «bid_x() → 0u» * count", WRONG),
+    "mixed: the gradient of a closed task": Mistake("open = «is_open(task.gate) → true»;", WRONG),
     # --- the gate
     "the threshold not in the score's precision": Mistake(
         "«*static_cast<const float*>(gate.score) >= static_cast<float>(gate.threshold) → "
@@ -457,6 +574,7 @@ def edits(name: str) -> list[Edit]:
 # The cases of planted.cpp that a header's mistakes are likely found by, which run first.
 LIKELY = {
     "pixels.cuh": "convolution",
+    "mixed.cuh": "mixed",
     "conv2d.cuh": "convolution",
     "elements.cuh": "elementwise",
     "reconstruct.cuh": "elementwise",

@@ -65,6 +65,16 @@ MOST_ROWS = {
     (4, "half", "float"): (216, 501),
     (4, "float", "float"): (191, 304),
 }
+# Of a mixed batch's products, whose rows are gathered: W, Delta, of the input gradient.
+MOST_MIXED = {
+    ("half", "half", False): (68, 52),
+    ("half", "float", False): (110, 52),
+    ("float", "float", False): (98, 68),
+    ("half", "half", True): (75, 54),
+    ("half", "float", True): (122, 54),
+    ("float", "float", True): (116, 76),
+}
+MOST_MIXED_WEIGHT = 134  # where each row that is fetched is looked up
 MOST_WEIGHT = 79  # of the weight's gradient, whose sixteen mma are of two steps of the others
 
 
@@ -137,3 +147,16 @@ def test_loops_of_convolutions_do_not_grow(tmp_path: Path) -> None:
         assert len(loops) == 2 and loops[0] <= most[0] and loops[1] <= most[1], (name, loops, most)
         found.add(key_of(name))
     assert found == MOST_CONVOLVED.keys()
+
+
+def test_loops_of_mixed_batches_do_not_grow(tmp_path: Path) -> None:
+    found = set()
+    for name, loops in counted(tmp_path, "mixed").items():
+        if "MixedWeightGradient" in name:
+            assert len(loops) == 1 and loops[0] <= MOST_MIXED_WEIGHT, (name, loops)
+        elif "MixedActivation" in name:
+            key = (*key_of(name)[1:], ", true>, " in name)
+            most = MOST_MIXED[key]
+            assert len(loops) == 2 and loops[0] <= most[0] and loops[1] <= most[1], (name, loops, most)
+            found.add(key)
+    assert found == MOST_MIXED.keys()

@@ -16,6 +16,7 @@ PROGRAMS = {
     "misuse": (None, None),
     "conformance": (None, None),
     "elementwise": (464, 464),
+    "mixed": (180, 348),
     "unpack": (710, 710),
     "linear": (823, 7424),
     "linear_weight": (423, 1944),

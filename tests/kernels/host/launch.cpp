@@ -6,6 +6,7 @@
 #include "cuda/depthwise.cuh"
 #include "cuda/dot.cuh"
 #include "cuda/linear.cuh"
+#include "cuda/mixed.cuh"
 #include "cuda/reconstruct.cuh"
 #include "cuda/settle.cuh"
 #include "cuda/unpack.cuh"
@@ -170,6 +171,36 @@ void linear(Product kind, LinearProduct args, int, void*) {
   if (kind == Product::kWeightGradient && args.score_gradient) {
     add_up(static_cast<const double*>(args.memory), grid.tiles, args.scale, args.score_gradient, args.score_dtype);
   }
+}
+
+int64_t mixed_bytes(const MixedBatch& args) {
+  MixedBatch sized = args;
+  sized.product.memory = nullptr;
+  return dev::mixed_parts(sized);
+}
+
+void mixed_order(MixedBatch& args, int, void*) {
+  dev::mixed_parts(args);
+  run({1}, kThreads, dev::kOrderShared, [&] { dev::order_samples(args); });
+}
+
+void mixed(Product product, const MixedBatch& args, int, void*) {
+  const dev::Grid grid = product == Product::kWeightGradient ? dev::mixed_grid<dev::WeightTile>(product, args)
+                                                             : dev::mixed_grid<dev::MoreRows>(product, args);
+  if (grid.tiles == 0 || grid.splits == 0) return;
+  const auto launch_one = [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); };
+  if (args.product.compute == Dtype::kBFloat16) {
+    dev::with_mixed<bf16>(product, args.product, launch_one);
+  } else {
+    dev::with_mixed<f16>(product, args.product, launch_one);
+  }
+  if (product != Product::kWeightGradient || !args.partials) return;
+  run({static_cast<unsigned>(args.count)}, kThreads, kDotShared,
+      [&] { dev::mixed_scores(args, static_cast<int64_t>(grid.tiles)); });
+}
+
+void spoil(const Spoil& args, int, void*) {
+  run({static_cast<unsigned>(args.samples)}, kThreads, 0, [&] { dev::spoil_sample(args); });
 }
 
 int64_t conv2d_bytes(const Convolution& args, int) {

@@ -23,6 +23,7 @@ _C = sys.modules["taps_ext._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_C)
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
+from mixed_layers import mixed  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 from taps_ext import TapsConfig, TaskModel, gated_conv2d, gated_linear, ops, reference  # noqa: E402
@@ -466,6 +467,7 @@ def main() -> None:
     for (dtype, delta), gate in itertools.product([(BF16, F32), (F32, F32)], GATES):
         depthwise(*IMAGES[0], (dtype, dtype, delta), gate)
         cases += 1
+    cases += mixed()
     print(f"{cases} cases")
 
 

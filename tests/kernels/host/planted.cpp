@@ -4,6 +4,7 @@
 #include "depthwise_case.h"
 #include "elementwise_case.h"
 #include "linear_case.h"
+#include "mixed_case.h"
 #include "rows_case.h"
 #include "unpack_case.h"
 
@@ -212,6 +213,67 @@ TAPS_CASE(depthwise_weight) {
     s.offset = 1, s.gate = Known::kOpen, s.seed = 1;
     if (wrong.empty()) wrong = check_depthwise_weight<f16, float>(s);
     if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+namespace {
+
+Mix mixed_batch() {
+  Mix s;
+  s.tasks = {Stand::kOpen, Stand::kReadDouble, Stand::kJoins, Stand::kRead, Stand::kOpen, Stand::kClosed};
+  s.ids = {3, 0, -1, 6, 3, 1, 5, 0, 2, -2, 4, 0, -1, 3, 0, 5};
+  s.each = 3, s.n = 33, s.k = 136, s.bias = true, s.spoiled = false;
+  return s;
+}
+
+}  // namespace
+
+TAPS_CASE(mixed_order) {
+  for (const int64_t samples : {0, 40, 1030}) {  // more than are looked at at once
+    Mix s;
+    s.tasks = {Stand::kOpen, Stand::kJoins, Stand::kClosed};
+    for (int64_t i = 0; i < samples; ++i) s.ids.push_back(i * 5 % 7 - 2);
+    s.each = 3, s.n = s.k = 1, s.ids_step = 2, s.seed = static_cast<uint64_t>(samples % 4);
+    if (std::string wrong = check_order(s, 16); !wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+TAPS_CASE(mixed_products) {
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    for (const int64_t padding : {0, 1, 2}) {
+      Mix s = mixed_batch();
+      s.seed = seed, s.padding = padding, s.launches = padding == 1 ? 2 : 1;
+      std::string wrong =
+          check_mixed<MixedActivation<Square, bf16, bf16, float, false>, bf16, bf16, float>(Product::kForward, s);
+      s.padded_weights = false;
+      if (wrong.empty())
+        wrong = check_mixed<MixedActivation<Narrow, f16, f16, f16, false>, f16, f16, f16>(Product::kForward, s);
+      s.k = 61, s.padded_weights = true;
+      if (wrong.empty())
+        wrong = check_mixed<MixedActivation<Narrow, f16, f16, f16, false>, f16, f16, f16>(Product::kForward, s);
+      s.n = 130;
+      if (wrong.empty())
+        wrong = check_mixed<MixedActivation<Square, bf16, bf16, float, true>, bf16, bf16, float>(
+            Product::kInputGradient, s);
+      if (!wrong.empty()) return wrong;
+    }
+  }
+  return "";
+}
+
+TAPS_CASE(mixed_weight) {
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    for (const int64_t padding : {0, 1, 2}) {
+      Mix s = mixed_batch();
+      s.seed = seed, s.padding = padding, s.each = 9, s.n = padding == 0 ? 64 : 40, s.k = 33, s.spoiled = true;
+      s.launches = padding == 2 ? 2 : 1;
+      std::string wrong = check_mixed_weight<MixedWeightGradient<Square, bf16, float>, bf16, float>(s);
+      s.ids = {7, 4, 0, 0}, s.k = 40, s.each = 16;  // whole stages, columns that end; tasks without a row
+      if (wrong.empty()) wrong = check_mixed_weight<MixedWeightGradient<Square, f16, f16>, f16, f16>(s);
+      if (!wrong.empty()) return wrong;
+    }
   }
   return "";
 }
