@@ -99,8 +99,7 @@ class Guard:
 
         For every forward in training: versions are compared, and values of those parameters alone whose versions are
         others than they were. Whether one requires gradients is asked in the first of these forwards, and after each
-        `train()`. Buffers, and writes that leave no trace in
-        versions, are found when a task is saved.
+        `train()`. Buffers, and writes that leave no trace in versions, are found when a task is saved.
         """
         watched = self._watch(base) if self.watched is None else self.watched
         versions = list(map(_version, watched.values()))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ConfigError, suggestion
 from ..parts.sampling import batch_size
-from ..routing.mixture import Places
+from ..routing.layout import Places
 
 
 class Share(NamedTuple):
@@ -62,7 +62,7 @@ def check_batch(tasks: Sequence[Any], args: Any, kwargs: Any, dim: int) -> None:
 def _rows_of(tensor: Tensor, dim: int, share: Share) -> Tensor:
     if (run := share.run) is not None:
         return tensor.narrow(dim, *run)
-    picked = tensor.index_select(dim, share.rows.to(tensor.device))
+    picked = tensor.index_select(dim, share.rows.to(tensor.device, non_blocking=True))
     last = torch.channels_last
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
     return picked.contiguous(memory_format=last) if channels_last else picked

@@ -18,7 +18,8 @@ from .. import reference
 from ..errors import UnsupportedModuleError
 from ..parts.sampling import batch_size
 from ..routing.frame import Frame
-from ..routing.mixture import Layouts, Mixture, Places, Probe, Segment, layouts, places, running_in
+from ..routing.layout import Layouts, Places, Probe, layouts, places
+from ..routing.mixture import Mixture, Segment, running_in
 from ..routing.still import Still
 from .mixed import MixedOutput, Share, check_batch, cut, shares
 from .running import check_seen, prepared, run_frame, warn_of_sample, watched
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 # For tests and measurements: None leaves it to what was measured.
 forced: str | None = None
 
-# Of inputs that go through the base at a time on a CPU without gradients: eight images of 224 pixels in fp32, of which
-# ResNet-50 and ViT-S are served best by four to eight (docs/mixed.md). 0: the whole batch.
+# Of inputs that go through the base at a time on a CPU without gradients: eight images of 224 pixels in fp32. What
+# serves ResNet-50 and ViT-S best is printed by benchmarks/mixed.py. 0: the whole batch.
 piece_bytes = 8 * 3 * 224 * 224 * 4
 
 _PLAIN = (Tensor, type(None), bool, int, float, str)

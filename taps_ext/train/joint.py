@@ -33,7 +33,8 @@ from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
 from .stepper import Own, Stepper
-from .task import Task, augmented, mixed_outputs_of, outputs_of, together
+from .task import Task, augmented, outputs_of
+from .together import mixed_outputs_of, together
 from .weighting import weighted, weighting_of
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import taps_ext.model.mixing as mixing
 from taps_ext import FullConfig, TapsConfig, TaskModel, UnsupportedModuleError
-from taps_ext.train.task import together
+from taps_ext.train.together import together
 
 # As in test_mixed.py: 50 times the largest sum of rounding errors of float64 here.
 EXACT = 1e-10
