@@ -7,6 +7,7 @@ open layers, which hold a share of the gated weights. All take turns; each figur
 to (a), the base alone on the same batch in pieces of the size that serves it best.
 
     ours   model(x, tasks=[...])
+    layers the same made to go layer by layer, where a CPU goes task by task
     b      merged copies, one after another (each takes as much memory as a task with every weight open)
     c      a loop over the tasks inside each layer, on its rows picked by a mask, as peft does it
     d      W + Delta made anew for each task in each layer, stock products
@@ -36,6 +37,7 @@ from turns import milliseconds
 
 import taps_ext
 from taps_ext import ops
+from taps_ext.model import mixing
 from taps_ext.parts.host import base_weight
 
 SIZE, CLASSES, PIECES = 224, 100, (4, 8, 16, 64)
@@ -210,9 +212,17 @@ def measure(name: str, batch: int, tasks: int, share: float, rounds: int) -> dic
         for part in x.split(size):
             model(part, task=None)
 
+    def by_layers() -> None:
+        mixing.forced = "layers"
+        try:
+            model(x, tasks=names)
+        finally:
+            mixing.forced = None
+
     bases = {size: (lambda size=size: pieces(size)) for size in PIECES if size <= batch}
     calls: dict[Any, Callable[[], object]] = dict(bases)
     calls["ours"] = lambda: model(x, tasks=names)
+    calls["layers"] = by_layers
     if tasks <= 4:  # else they take more memory by far
         copies = alone.copies()
         calls["b"] = lambda: alone.merged(x, copies)
@@ -243,9 +253,11 @@ def measure(name: str, batch: int, tasks: int, share: float, rounds: int) -> dic
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| model | batch | tasks | open | base's pieces | ours | b | c | d | e | f |", "|---" * 11 + "|"]
+    lines = ["| model | batch | tasks | open | base's pieces | ours | layers | b | c | d | e | f |", "|---" * 12 + "|"]
     for row in rows:
-        cells = [f"{row['throughput'][key]:.2f}" if key in row["throughput"] else "" for key in ("ours", *"bcdef")]
+        cells = [
+            f"{row['throughput'][key]:.2f}" if key in row["throughput"] else "" for key in ("ours", "layers", *"bcdef")
+        ]
         facts = [row["model"], row["batch"], row["tasks"], f"{100 * row['share']:.0f} %", row["pieces"], *cells]
         lines.append("| " + " | ".join(map(str, facts)) + " |")
     return "\n".join(lines)
