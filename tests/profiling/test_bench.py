@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,10 +107,23 @@ def test_variants_take_turns() -> None:
     assert rounds == "abcbcacababcbca"
 
 
-def test_short_runs_are_repeated() -> None:
-    count = []
-    timing.interleaved({"short": count.append}, 0.0, torch.device("cpu"))
-    assert len(count) > 100 * timing.LEAST
+def test_short_runs_are_repeated(monkeypatch) -> None:
+    """As often as fill one sample, by a clock that no other work on the machine moves."""
+    now, calls = [0.0], []
+
+    def lasting(seconds: float) -> Callable[[int], None]:
+        def run(turn: int) -> None:
+            calls.append(seconds)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    lengths = (timing.SAMPLE / 4000, timing.SAMPLE / 40, timing.SAMPLE, 3 * timing.SAMPLE)
+    times = timing.interleaved({str(length): lasting(length) for length in lengths}, 0.0, torch.device("cpu"))
+    for length, repeats in zip(lengths, (1000, 40, 1, 1), strict=True):
+        assert calls.count(length) == 4 + timing.LEAST * repeats
+        assert times[str(length)] == pytest.approx(length, rel=1e-6)
 
 
 def test_results_say_what_was_measured() -> None:
