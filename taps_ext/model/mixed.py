@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +50,33 @@ def shares(tasks: Sequence[str | None], known: Mapping[str, Any]) -> list[Share]
 
 @torch.compiler.disable
 def check_batch(tasks: Sequence[Any], args: Any, kwargs: Any, dim: int) -> None:
-    """Raise ConfigError unless the forward's arguments hold as many samples as there are names."""
+    """Raise ConfigError unless the forward's arguments hold as many samples as there are names, and nothing that one
+    task's run would leave changed for the next."""
+    if len(set(tasks)) > 1:
+        for name, value in (*((f"argument {place}", value) for place, value in enumerate(args)), *kwargs.items()):
+            _check_shareable(name, value)
     batch = batch_size(args, kwargs, dim)
     if batch != len(tasks):
         found = "no tensor with samples" if batch is None else f"{batch} samples"
         raise ConfigError(
             f"tasks: expected a name for each sample, got {len(tasks)} names and {found} in dimension {dim} "
             "(batch_dim) of the forward's tensors"
+        )
+
+
+_SHAREABLE = (Tensor, type(None), bool, int, float, complex, str, Enum, torch.dtype, torch.device)
+
+
+def _check_shareable(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_shareable(name, item)
+    elif not isinstance(value, _SHAREABLE):
+        raise ConfigError(
+            f"tasks: expected tensors, numbers and words as the forward's arguments, got a {type(value).__name__} "
+            f"({name}): each task's run would find in it what another's has left; call the model for each task"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import taps_ext.model.mixing as mixing
-from taps_ext import FullConfig, TapsConfig, TaskModel, UnsupportedModuleError
+from taps_ext import ConfigError, FullConfig, TapsConfig, TaskModel, UnsupportedModuleError
 from taps_ext.train.together import together
 
 # As in test_mixed.py: 50 times the largest sum of rounding errors of float64 here.
@@ -357,12 +357,16 @@ class Caching(Small):
         return super().forward(x)
 
 
-def test_an_object_that_the_base_writes_to_sees_no_trial_runs() -> None:
+def test_an_object_that_the_base_writes_to_is_not_shared_between_tasks() -> None:
     model, cache = two(Caching()), Cache()
     mixing.piece_bytes = 40
+    for call in (lambda: model(x_of(5, 5), cache=cache, tasks=NAMES), lambda: model(x_of(5, 5), [cache], tasks=NAMES)):
+        with torch.no_grad(), pytest.raises(ConfigError, match=r"got a Cache \((cache|argument 1)\): each task's run"):
+            call()
+    assert cache.rows == []
     with torch.no_grad():
-        model(x_of(5, 5), cache=cache, tasks=NAMES)
-    assert cache.rows == [2, 2, 1]
+        model(x_of(5, 5), cache=cache, tasks=["a"] * 5)
+    assert cache.rows == [5]  # one task's, and no trial run's
 
 
 class Attending(nn.Module):
