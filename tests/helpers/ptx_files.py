@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,18 @@ def text_of(factory: pytest.TempPathFactory, name: str, architecture: str) -> st
         subprocess.run([str(NVCC), *options, str(source), "-o", str(folder / "text")], check=True, timeout=600)
 
     return (made_once(factory, f"ptx-{name}-{architecture}", make) / "text").read_text(encoding="utf-8")
+
+
+class Texts(dict[str, T]):
+    """What is made for an architecture, once it is asked for."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, architecture: str) -> T:
+        self[architecture] = self._make(architecture)
+        return self[architecture]
 
 
 def demangled(kernels: Mapping[str, T]) -> dict[str, T]:

@@ -316,7 +316,9 @@ def test_which_devices_an_architecture_serves(architectures, runs, does_not) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-@pytest.mark.parametrize("name", ["linear", "reconstruct", "conv2d", "step"])
+@pytest.mark.parametrize(
+    "name", ["step", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("linear", "reconstruct", "conv2d"))]
+)
 def test_a_measurement_says_at_once_why_it_cannot_be(name, tmp_path) -> None:
     command = [sys.executable, f"benchmarks/gpu_{name}.py", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from host_build import CSRC, HOST, SANITIZERS, compiled, twin_runtime
 from mistakes import CHOICE, MISTAKES, NUMBER, all_planted, first, planted
-from stages import THOROUGH, drawn, made_once
+from stages import made_once
 
-SAMPLE = drawn("planted mistakes", [*MISTAKES], 12)
+pytestmark = pytest.mark.thorough  # the program takes a minute
 
 
 def build(folder: Path, headers: dict[str, str], runtime: list[Path]) -> None:
@@ -56,12 +56,8 @@ def test_nothing_planted(said) -> None:
     assert code == 0 and " 0 failed" in text, text[-3000:]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.thorough) for name in MISTAKES]
-)
-def test_planted(name: str, said, record_property) -> None:
-    if not THOROUGH:
-        record_property("drawn", f"planted: {name}")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_planted(name: str, said) -> None:
     mistake = MISTAKES[name]
     code, text = said(name)
     assert code != 0 and re.search(mistake.said, text), text[-3000:]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import ptx
 import pytest
-from ptx_files import CODES, Arguments, demangled, layout_of, needs_nvcc, number, stored, text_of
-from stages import SEED, THOROUGH
+from ptx_files import CODES, Arguments, Texts, demangled, layout_of, needs_nvcc, number, stored, text_of
+from stages import SEED, THOROUGH, drawn
 
 pytestmark = needs_nvcc
 ARCHITECTURES = ("compute_80", "compute_90a")
@@ -27,9 +27,9 @@ KINDS = ("forward", "input", "weight")
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts[str]:
     """Architecture -> linear.cu as PTX."""
-    return {name: text_of(tmp_path_factory, "linear", name) for name in ARCHITECTURES}
+    return Texts(lambda architecture: text_of(tmp_path_factory, "linear", architecture))
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +226,7 @@ def random_problem(chance: random.Random) -> Problem:
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [pytest.param(ARCHITECTURES[0], marks=pytest.mark.thorough), ARCHITECTURES[1]])
 def test_random_products(architecture, texts, layout, record_property) -> None:
     """Each kernel in turn, so that none is left out."""
     chance, loaded = random.Random(f"{SEED} ptx"), kernels(texts[architecture])
@@ -278,7 +278,12 @@ CHANGES: dict[str, tuple[str, str, Problem]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SAMPLE = drawn(f"changes of {__name__}", [*CHANGES], 2)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.thorough) for name in CHANGES]
+)
 def test_a_changed_text_is_found(name: str, texts, layout) -> None:
     """The product is right with the text as it is, and wrong or a fault with the change."""
     pattern, change, problem = CHANGES[name]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import ptx
 import pytest
-from ptx_files import CODES, Arguments, demangled, layout_of, needs_nvcc, number, stored, text_of
-from stages import SEED, THOROUGH
+from ptx_files import CODES, Arguments, Texts, demangled, layout_of, needs_nvcc, number, stored, text_of
+from stages import SEED, THOROUGH, drawn
 
 pytestmark = needs_nvcc
 ARCHITECTURES = ("compute_80", "compute_90a")
@@ -28,9 +28,9 @@ Pair = tuple[int, int]
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts[dict[str, str]]:
     """Architecture -> file of kernels -> its PTX; the sums over splits are the linear layer's."""
-    return {a: {f: text_of(tmp_path_factory, f, a) for f in ("conv2d", "linear")} for a in ARCHITECTURES}
+    return Texts(lambda architecture: {f: text_of(tmp_path_factory, f, architecture) for f in ("conv2d", "linear")})
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +198,7 @@ def random_problem(chance: random.Random, types: tuple[str, str, str], few: bool
             return problem
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [pytest.param(ARCHITECTURES[0], marks=pytest.mark.thorough), ARCHITECTURES[1]])
 def test_random_convolutions(architecture, texts, layout, record_property) -> None:
     """Each kernel in turn, so that none is left out."""
     chance, text = random.Random(f"{SEED} ptx conv2d"), texts[architecture]
@@ -227,7 +227,12 @@ CHANGES: dict[str, tuple[str, str, Problem]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SAMPLE = drawn(f"changes of {__name__}", [*CHANGES], 2)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.thorough) for name in CHANGES]
+)
 def test_a_changed_text_is_found(name: str, texts, layout) -> None:
     """The convolution is right with the text as it is, and wrong or a fault with the change."""
     pattern, change, problem = CHANGES[name]
