@@ -114,6 +114,10 @@ class Mixture:
         acting = [self._acts(segment, names) for segment in self.segments]
         if not any(acting):
             return base(*args, **kwargs)
+        if module._modules:  # a task that changes something inside runs this by itself too: the rest runs as the base
+            inside = prefix_of(name)
+            changed = [[key for key in one.frame.stacks if key.startswith(inside)] for one in self.segments]
+            acting = [acts or self._acts(*pair) for acts, *pair in zip(acting, self.segments, changed, strict=True)]
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         layout = self.layouts.get((name, signature_of(tensors)))
