@@ -16,7 +16,7 @@ from host_build import CPU, CSRC, HOST, SANITIZERS, compiled, run
 from stages import SEED, made_once
 
 KERNELS = ("bitmask", "int8", "int4", "sign", "encode", "patch", "few_rows")
-INPUTS = int(os.environ.get("TAPS_FUZZ_INPUTS", 300_000))
+INPUTS = int(os.environ.get("TAPS_FUZZ_INPUTS", 50_000))
 SETS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512")

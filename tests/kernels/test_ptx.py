@@ -233,7 +233,7 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
     assert len(loaded) == 48
-    for round_ in range(12 if THOROUGH else 1):
+    for round_ in range(4 if THOROUGH else 1):
         waiting = {key for key in loaded if key[0] != "add"}
         while waiting:
             problem = random_problem(chance)

@@ -205,7 +205,7 @@ def test_random_convolutions(architecture, texts, layout, record_property) -> No
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
     assert kernels(text["conv2d"]).keys() == {(*types, few) for types in TYPES for few in (False, True)}
-    for round_ in range(12 if THOROUGH else 1):
+    for round_ in range(4 if THOROUGH else 1):
         for *types, few in kernels(text["conv2d"]):
             problem = random_problem(chance, tuple(types), few)  # type: ignore[arg-type]
             try:

@@ -110,7 +110,7 @@ def test_reconstruct(reconstruct, layout, record_property) -> None:
     record_property("drawn", f"ptx of reconstruct by seed {SEED}")
     chance, numbers = random.Random(f"{SEED} reconstruct"), np.random.default_rng(int(SEED))
     shapes = [(1, 1), (1, 7), (3, 8), (5, 41), (64, 65), (33, 130)]
-    for rows, columns in shapes * (10 if THOROUGH else 2):
+    for rows, columns in shapes * (4 if THOROUGH else 2):
         count, turned = rows * columns, chance.random() < 0.3
         memory, arguments = ptx.Memory(1 << 20, ptx.GLOBAL_BASE, "global"), Arguments(layout, "Reconstruct")
         kinds = [chance.choice(("f32", "bf16", "f16")) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_unpack(codec: str, unpacks, layout, record_property) -> None:
     record_property("drawn", f"ptx of unpack by seed {SEED}")
     chance, numbers = random.Random(f"{SEED} {codec}"), np.random.default_rng(int(SEED))
     shapes = [(1, 1), (3, 5), (7, 9), (33, 31), (40, 130), (45, 137)]
-    for rows, columns in shapes * (10 if THOROUGH else 1):
+    for rows, columns in shapes * (4 if THOROUGH else 1):
         count = rows * columns
         memory, arguments = ptx.Memory(1 << 20, ptx.GLOBAL_BASE, "global"), Arguments(layout, "Unpack")
         delta = torch.from_numpy(numbers.standard_normal((rows, columns)).astype(np.float32))

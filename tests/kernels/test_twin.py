@@ -24,12 +24,14 @@ PROGRAMS = {
     "conv2d": (375, 2733),
     "depthwise": (615, 7527),
 }
-# `make test` runs one of those that compile quickly, `make kernels` each plainly with every shape and sanitized with
-# some, and `make sanitize` does so with every shape.
+# `make test` runs one of those that compile quickly. `make kernels` runs half of them plainly with every shape and the
+# other half sanitized with some, others every day; `make sanitize` runs each sanitized with every shape.
 (ONE,) = drawn("twin program", ["misuse", "conformance", "elementwise", "unpack"], 1)
+PLAIN = drawn("plain twin programs", [*PROGRAMS], len(PROGRAMS) // 2)
 CASES = [
-    *(pytest.param(name, "plain", THOROUGH, marks=pytest.mark.thorough if name != ONE else ()) for name in PROGRAMS),
-    *(pytest.param(name, "sanitized", False, marks=pytest.mark.thorough) for name in PROGRAMS),
+    *([] if THOROUGH else [pytest.param(ONE, "plain", False)]),
+    *(pytest.param(name, "plain", True, marks=pytest.mark.thorough) for name in PLAIN if THOROUGH),
+    *(pytest.param(name, "sanitized", False, marks=pytest.mark.thorough) for name in PROGRAMS if name not in PLAIN),
     *(
         pytest.param(name, "sanitized", True, marks=pytest.mark.sanitize, id=f"{name}-sanitized-every-shape")
         for name, (some, every) in PROGRAMS.items()
@@ -43,8 +45,7 @@ CASES = [
     "program, kind, every", [pytest.param(*c.values, marks=c.marks, id=c.id or "-".join(c.values[:2])) for c in CASES]
 )
 def test_program(program: str, kind: str, every: bool, tmp_path: Path, tmp_path_factory, record_property) -> None:
-    if not THOROUGH:
-        record_property("drawn", f"twin program {program}")
+    record_property("drawn", f"twin program {program}, {kind}")
     objects = [*twin_runtime(tmp_path_factory, kind), *compile_objects(tmp_path, kind, [program])]
     compiled(*FLAGS[kind], *objects, "-o", tmp_path / program)
     output = run(tmp_path / program, *(["every"] if every else []), timeout=7000)
