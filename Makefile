@@ -2,15 +2,16 @@
 #
 #   make demo          the main job: a real model learns several real tasks (about 3 minutes on 2 cores after installation)
 #   make test          style, types and the tests, in two workers, with one program on the twin of a GPU and a sample of
-#                      planted mistakes (TAPS_SEED=n draws it; by default one that changes every day)
-#   make kernels       the kernels' own tests at length: every program on the twin, every planted mistake, the products
-#                      of one instruction set with sanitizers (drawn by TAPS_SEED), many hostile calls of the operators
-#   make sanitize      what is left of them for a longer wait: the products of the other instruction sets, and every
-#                      shape on the twin, with sanitizers, and proofs that no threads of a kernel race (about 40 minutes)
+#                      the PTX's cases (TAPS_SEED=n draws it; by default one that changes every day)
+#   make kernels       the kernels' own tests at length: the programs on the twin and the PTX of all kernels, and, drawn by
+#                      TAPS_SEED, planted mistakes, the products of one instruction set with sanitizers, hostile calls
+#   make sanitize      what is left of them for a longer wait: the other planted mistakes and instruction sets, every
+#                      shape on the twin with sanitizers, and proofs that no threads of a kernel race (about an hour)
 #   make build         development environment in .venv, extension compiled into taps_ext/
 #   make lint          clang-format, ruff and mypy
 #   make fuzz          the long random tests (an hour): ten million inputs to each loop over packed data, with
-#                      sanitizers, a million files to each reader, a thousand kills of each writer, 500 random models
+#                      sanitizers, a million files to each reader, a thousand kills of each writer, 500 random models,
+#                      10,000 random batches of several tasks
 #   make bench         gated layers against the best alternatives and the committed results, what calls cost against
 #                      bounds, a training step against fine-tuning, docs/benchmarks.md (keep the machine quiet);
 #                      make bench-layers measures the layers anew
@@ -103,7 +104,7 @@ lint: build
 
 # One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
-FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py
+FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py tests/model/test_mixed_random.py
 
 test: lint
 	$(PYTEST) --durations=10
@@ -275,6 +276,6 @@ cuda-compile: $(VENV)/.created
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B $(CUDA_BUILD) -DCMAKE_BUILD_TYPE=Release \
 	  -DTAPS_CUDA=ON -DTAPS_PTXAS_VERBOSE=ON -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
 	  $(if $(TAPS_CUDA_ARCHITECTURES),-DTAPS_CUDA_ARCHITECTURES="$(TAPS_CUDA_ARCHITECTURES)") > /dev/null
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(CUDA_BUILD) --parallel $(JOBS) > $(CUDA_BUILD)/log.txt \
-	  || { tail -40 $(CUDA_BUILD)/log.txt; exit 1; }
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build $(CUDA_BUILD) --parallel $(JOBS) --target taps_cuda \
+	  > $(CUDA_BUILD)/log.txt || { tail -40 $(CUDA_BUILD)/log.txt; exit 1; }
 	$(PY) tools/ptxas_table.py $(CUDA_BUILD)/log.txt
