@@ -42,6 +42,7 @@ class DenseBase(nn.Module):
     and handed with the image's size to the child `decoder`, which is the head of this base: a task's own is called as
     `decoder(maps, (H, W))`. Without a task it is the last map.
 
+    The names and layouts of the taps are in a buffer, so that files of tasks belong to a base with these taps alone.
     What runs behind the last tap (a classifier, the convolution and norm before it) is replaced in the backbone given:
     it is no part of this base, nor of its fingerprint.
 
@@ -93,6 +94,9 @@ class DenseBase(nn.Module):
         self.strides = tuple(tap.stride for tap in self.taps)
         _cut_behind(backbone, names, example, before)
         self._key = hooked(backbone, names)
+        said = ",".join(f"{tap.name}:{tap.layout}" for tap in self.taps)
+        # A buffer, so that the fingerprint of this base, which files of tasks name, is that of its taps too.
+        self.register_buffer("tapped", torch.tensor(list(said.encode()), dtype=torch.uint8))
         self.backbone = backbone
         self.decoder: nn.Module = Undecoded().to(next(backbone.parameters(), torch.zeros(0)).device)
         self.train(backbone.training)
