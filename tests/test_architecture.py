@@ -28,7 +28,7 @@ ROOMS = [
     {"base"},
     {"routing"},
     {"parts"},
-    {"workspace", "patch"},
+    {"workspace", "patch", "streams"},
     {"store", "ops"},
     {"reference"},
     {"extension"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..store.record import Record
 from .bind import Bound
 from .host import original_class
 from .part import Below, Part, register_part, saved
+from .streams import Heads
 
 
 @register_part("instead")
@@ -46,6 +47,13 @@ class Instead(Part):
 
     def _in_place(self, host: nn.Module, input: Tensor, sample: Any) -> Any:
         return self.module(input)
+
+    def joins(self) -> Hashable | None:
+        return (self.kind, self.role) if self.role == "head" else None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        return Heads(parts, batch)
 
     @property
     def replacement(self) -> nn.Module:
