@@ -17,37 +17,29 @@ from .errors import UnsupportedModuleError
 _KEPT = "_taps_streams"
 
 
-def attach(shared: Tensor, wide: Tensor, tasks: int) -> Tensor:
-    """Let `shared` remember its streams, and return it.
-
-    Args:
-        wide: `[(1 + tasks) * B, ...]`: the rows of the shared stream, then those of each task.
-    """
-    setattr(shared, _KEPT, (wide, tasks))
+def attach(shared: Tensor, rows: Tensor) -> Tensor:
+    """Let `shared` `[B, ...]` remember its streams, and return it. `rows`: `[tasks * B, ...]`, task after task."""
+    setattr(shared, _KEPT, rows)
     return shared
 
 
-def wide_of(shared: Any) -> tuple[Tensor, int] | None:
-    """What `attach` was given for a tensor, or None.
+def found(shared: Any) -> Tensor | None:
+    """The rows that `attach` was given for a tensor, or None.
 
     Raises:
-        UnsupportedModuleError: the streams have no gradient where the tensor has one.
+        UnsupportedModuleError: they have no gradient where the tensor has one.
     """
-    found: tuple[Tensor, int] | None = getattr(shared, _KEPT, None)
-    if found is not None and torch.is_grad_enabled() and shared.requires_grad and not found[0].requires_grad:
+    rows: Tensor | None = getattr(shared, _KEPT, None)
+    if rows is not None and torch.is_grad_enabled() and shared.requires_grad and not rows.requires_grad:
         raise UnsupportedModuleError(
             "task streams: reentrant activation checkpointing hands on the shared stream alone, so that tasks would "
             "learn nothing from these features; use use_reentrant=False"
         )
-    return found
+    return rows
 
 
 def of(feature: Tensor) -> Tensor:
-    """The rows that tasks have of a feature, `[tasks * B, ...]`, task after task: of a feature `[B, ...]` with streams
-    those; any other feature is the same for all tasks, and is returned as it is."""
-    found = wide_of(feature)
-    if found is None:
-        return feature
-    wide, tasks = found
-    rows = wide.shape[0] // (1 + tasks)
-    return wide.narrow(0, rows, tasks * rows)
+    """The rows that tasks have of a feature `[B, ...]`, `[tasks * B, ...]`, task after task; a feature without streams
+    is the same for all tasks, and is returned as it is."""
+    rows = found(feature)
+    return feature if rows is None else rows

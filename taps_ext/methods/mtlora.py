@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..base.blocks import LAYERS, PROJECTION, Blocks, blocks_of, child_of, last_blocks
-from ..base.blocks import HIDDEN as HIDDEN
+from ..base.blocks import HIDDEN, LAYERS, PROJECTION, Blocks, blocks_of, child_of, last_blocks
 from ..base.scan import Scan, inside, match
 from ..errors import ConfigError
-from ..parts import DropoutLowRank, Gate, Layer, LowRank, Part, StreamLowRank, Streams
+from ..parts import DropoutLowRank, Gate, Layer, LowRank, Part, StreamLowRank, Streams, Whole
 from .base import MethodConfig, number, register_method, tuple_of_str
-from .full import trained_layers
 
 _TABLE = "relative_position_bias_table"
 
@@ -37,7 +35,7 @@ class MTLoraConfig(MethodConfig):
             before; where the base has such features, both can be taken.
         stages: how many equal groups of blocks are a stage where the base has none (ViT; by default 4), or globs of
             the blocks in which tasks have streams.
-        shared_modules, task_modules: globs of the layers instead; the latter lie in those blocks.
+        shared_modules, task_modules: globs of the layers instead, the latter among those of the blocks with streams.
     """
 
     rank: int = 16
@@ -92,6 +90,11 @@ class MTLoraConfig(MethodConfig):
             )
         return Layer(Gate(learn=False), LowRank(host, rank=self.rank, scale=self.scale))
 
+    @staticmethod
+    def _trained(base: Scan, name: str) -> Part:
+        host = base.gated[name]
+        return Layer(Gate(learn=False), Whole(host), bias=base.bias(name, host))
+
     def shared(self, base: Scan) -> dict[str, Part]:
         """Low-rank changes of every block, and what is trained as it is."""
         blocks = self._blocks(base)
@@ -109,7 +112,7 @@ class MTLoraConfig(MethodConfig):
         whole = [name for name in (*embedding, *([] if self.plus else merging)) if name not in low_rank]
         return {
             **{name: self._low_rank(base.gated[name]) for name in base.gated if name in low_rank},
-            **trained_layers(base, whole),
+            **{name: self._trained(base, name) for name in whole},
             **base.own({name: host for name, host in base.norms.items() if blocks.inner(name)}),
             **base.own(
                 {name: host for name, host in base.others.items() if blocks.inner(name)}, only=lambda key: key == _TABLE
@@ -144,16 +147,15 @@ class MTLoraConfig(MethodConfig):
         if self.task_modules is None:
             wanted = [f"{block}.{layer}" for block in ends for layer in (PROJECTION, *HIDDEN)]
             return {name for name in wanted if name in linear}
-        chosen = match(self.task_modules, list(base.gated), "task_modules")
+        inner = [name for name in base.gated if any(inside(name, block) for block in ends)]
+        try:
+            chosen = match(self.task_modules, inner, "task_modules")
+        except ConfigError as error:
+            raise ConfigError(f"{error} of the blocks that end a stage ({', '.join(ends)})") from None
         for name in chosen:
             if name not in linear:
                 kind = type(base.gated[name]).__name__
                 raise ConfigError(f"task_modules: expected linear layers, {name} is a {kind}")
-            if not any(inside(name, block) for block in ends):
-                raise ConfigError(
-                    f"task_modules: {name} lies in none of the blocks in which tasks have streams ({', '.join(ends)}); "
-                    "name its block in stages"
-                )
         return set(chosen)
 
     def _streams(

@@ -338,7 +338,7 @@ class Layer(Part):
 
     def values(self, below: Below) -> dict[str, Tensor]:
         host = below.host
-        folded = self.fold(below.folded())
+        folded = self.fold(base_weight(host) if self.over_base else below.folded())
         own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
         bias = self.bias_over(below)
         return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}

@@ -84,15 +84,24 @@ class Streams(Part):
             input = shared_rows(input, tasks) if self.role == "same" else input
             return widened(self._tensor(below, below(input, *rest, **kwargs)), tasks)
         if self.role == "merging":
-            found = streams.wide_of(input)
-            if found is None:
+            rows = streams.found(input)
+            if rows is None:
                 raise UnsupportedModuleError(
                     f"task streams: expected a {type(below.host).__name__} that is given what the block before it "
                     "returns, got another tensor; set merging=False to take a stage's features before it"
                 )
-            return self._ended(below, below(found[0], *rest, **kwargs), found[0])
+            # Apart, so that the shared stream is what it is without tasks to the bit.
+            shared = self._tensor(below, below(input, *rest, **kwargs))
+            return streams.attach(shared, self._tensor(below, below(rows, *rest, **kwargs)))
         wide = widened(input, tasks)
-        return self._ended(below, below(wide, *rest, **kwargs), wide)
+        made = self._tensor(below, below(wide, *rest, **kwargs))
+        if made.shape[0] != wide.shape[0]:
+            raise UnsupportedModuleError(
+                f"task streams: expected a {type(below.host).__name__} that returns {wide.shape[0]} rows for as many, "
+                f"got {list(made.shape)}"
+            )
+        rows = made.narrow(0, len(input), tasks * len(input))
+        return streams.attach(rows if self.role == "last" else made.narrow(0, 0, len(input)), rows)
 
     def _tensor(self, below: Below, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -101,18 +110,6 @@ class Streams(Part):
                 f"task streams: expected a {kind} that returns a tensor, got a {type(output).__name__}"
             )
         return output
-
-    def _ended(self, below: Below, output: Any, input: Tensor) -> Tensor:
-        wide, tasks = self._tensor(below, output), self.tasks
-        if wide.shape[0] != input.shape[0]:
-            raise UnsupportedModuleError(
-                f"task streams: expected a {type(below.host).__name__} that returns {input.shape[0]} rows for as many, "
-                f"got {list(wide.shape)}"
-            )
-        rows = wide.shape[0] // (1 + tasks)
-        if self.role == "last":
-            return streams.attach(wide.narrow(0, rows, tasks * rows), wide, tasks)
-        return streams.attach(wide.narrow(0, 0, rows), wide, tasks)
 
     def reads(self, below: Below, key: str, enter: Any, *, fused: bool) -> Any:
         return below.parts[-1].reads(below.under, key, enter, fused=fused) if below.parts else NotImplemented
