@@ -24,7 +24,7 @@ class MTLoraConfig(MethodConfig):
     embedding, the tables of relative positions and the patch merging. A task has `task_scale * B_t A_t` on the output
     projection and both MLP layers of the last block of each stage, and its head. There it has a stream beside the
     shared one, `y_t = W x + b + task_scale * B_t A_t x_t`, which ends with the stage: the base's features as
-    :func:`taps_ext.streams.of` tells them (`DenseBase` asks it) are the task's. Behind the last of these stages all
+    :func:`taps_ext.dense.streams.of` tells them (`DenseBase` asks it) are the task's. Behind the last of these stages all
     that follows runs on the task's stream. `model.forward_tasks(x, tasks=[...])` runs several in one pass.
 
     Attributes:

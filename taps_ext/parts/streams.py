@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .. import streams
+from ..dense import streams
 from ..errors import UnsupportedModuleError
 from ..ops import mixed_lowrank
 from ..store.record import Record

@@ -14,7 +14,8 @@ from models import settle
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_ext import ConfigError, MTLoraConfig, ProbeConfig, TaskModel, TapsConfig, UnsupportedModuleError, streams
+from taps_ext import ConfigError, MTLoraConfig, ProbeConfig, TaskModel, TapsConfig, UnsupportedModuleError
+from taps_ext.dense import streams
 from taps_ext.parts import DropoutLowRank, Gate, Layer, LowRank, StreamLowRank
 from taps_ext.parts.part import Below
 

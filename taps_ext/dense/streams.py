@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedModuleError
+from ..errors import UnsupportedModuleError
 
 _KEPT = "_taps_streams"
 
@@ -38,7 +38,7 @@ def found(shared: Any) -> Tensor | None:
     return rows
 
 
-def of(feature: Tensor) -> Tensor:
+def of(feature: Any) -> Any:
     """The rows that tasks have of a feature `[B, ...]`, `[tasks * B, ...]`, task after task; a feature without streams
     is the same for all tasks, and is returned as it is."""
     rows = found(feature)

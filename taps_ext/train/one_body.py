@@ -1,0 +1,60 @@
+"""Several tasks on the same images whose outputs differ by their decoders alone: one run of the backbone for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..dense import DenseBase
+from ..model import TaskModel
+from ..model.state import TaskState
+
+Whole = tuple[Any, list[int]]
+"""Inputs, and which of their samples are a task's."""
+
+
+def same_samples(wholes: Mapping[str, Whole | None]) -> TypeGuard[Mapping[str, Whole]]:
+    """Whether several tasks' batches are of the same inputs, which were read once for them."""
+    found = list(wholes.values())
+    first = found[0] if found else None
+    return (
+        len(found) > 1
+        and first is not None
+        and isinstance(first[0], Tensor)
+        and all(one is not None and one[0] is first[0] for one in found)
+    )
+
+
+def bodies_alike(model: TaskModel, states: Mapping[str, TaskState]) -> bool:
+    """Whether tasks of a :class:`DenseBase` have nothing below their decoders but what is the base's, or what closed
+    gates that nothing learns leave as it is. Then a sample's features are the same for all, whatever the batch is."""
+    if not isinstance(model.base, DenseBase):
+        return False
+    for state in states.values():
+        below = [part for name, part in state.table.items() if name != state.head_path]
+        if state.family is not None or any(not part.idle() or any(True for _ in part.parameters()) for part in below):
+            return False
+    return True
+
+
+def outputs_over_one_body(model: TaskModel, wholes: Mapping[str, Whole], device: torch.device) -> dict[str, Any]:
+    """What each task makes of its samples, of which the backbone sees each once.
+
+    The features are of the first task, whose are those of all (:func:`bodies_alike`).
+    """
+    names = list(wholes)
+    inputs = wholes[names[0]][0].to(device)
+    size = inputs.shape[2], inputs.shape[3]
+    maps = model.features(inputs, task=names[0])
+    found = {}
+    for name in names:
+        rows = wholes[name][1]
+        own = maps
+        if len(rows) < len(inputs):
+            index = torch.tensor(rows, device=device)
+            own = [one.index_select(0, index) for one in maps]
+        found[name] = model.decode(own, size, task=name)
+    return found
