@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, suggestion
+from . import streams
 from .taps import LAYOUTS, check_names, example_image, example_of, find_taps, hooked, outputs_of, take, tap_of
 
 
@@ -102,7 +103,7 @@ class DenseBase(nn.Module):
         self.train(backbone.training)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The maps `[B, C, h, w]` of images `[B, C, H, W]`, one for each tap.
+        """The maps `[B, C, h, w]` of images `[B, C, H, W]`, one for each tap; of a task with streams (MTLoRA) its own.
 
         Raises:
             ConfigError: not such images; a tap that did not run, or returned something else than when it was wrapped.
@@ -112,7 +113,7 @@ class DenseBase(nn.Module):
             raise ConfigError(f"image: expected images [B, C, H, W], got {got}")
         size = (image.shape[2], image.shape[3])
         outputs = take(self._key, self.backbone, [tap.name for tap in self.taps], image)
-        return [tap.map(output, size) for tap, output in zip(self.taps, outputs, strict=True)]
+        return [tap.map(streams.of(output), size) for tap, output in zip(self.taps, outputs, strict=True)]
 
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Any:
         """What the decoder makes of maps. `size`: (height, width) of the image."""

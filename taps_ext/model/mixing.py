@@ -197,6 +197,8 @@ def _fits(model: TaskModel, share: Share, known: _Known) -> bool:
     if model.gates == "host":
         state.refresh()  # a layer that has opened since the last forward is not idle
     stacks = state.stacks()
+    if any(part.alone for stack in stacks.values() for part in stack):
+        return False
     return all(name in known.fit for name, stack in stacks.items() if not all(part.idle() for part in stack))
 
 

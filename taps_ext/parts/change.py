@@ -7,7 +7,7 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -25,7 +25,7 @@ from .host import Op, base_weight, op_of
 from .sampling import Sample
 
 if TYPE_CHECKING:
-    from .part import Below
+    from .part import Below, Part
 
 _Kind = TypeVar("_Kind", bound="type[Change]")
 _KINDS: dict[str, type[Change]] = {}
@@ -91,6 +91,7 @@ class Change(nn.Module):
         kind: its name in files.
         role: what its parameters are to optimizers: "delta" (weight decay is right) or "weight" (it is not).
         replaces: whether it holds a weight that is multiplied with in the place of the host's.
+        over_base: whether W_t is made of the base's weight, whatever lies between.
         coded: whether its tensors are what a codec made of a Delta, of which no one has a gradient.
         settings: the names of its arguments beside `host` and `held`, which are attributes too: files keep them.
         names: of its tensors.
@@ -100,6 +101,7 @@ class Change(nn.Module):
     kind: ClassVar[str]
     role: ClassVar[str] = "delta"
     replaces: ClassVar[bool] = False
+    over_base: ClassVar[bool] = False
     coded: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
@@ -168,6 +170,15 @@ class Change(nn.Module):
     ) -> Tensor | None:
         """As `Part.mixed` has it, with changes of this kind and their gates, and a bias for all."""
         return None
+
+    def joins(self) -> Hashable | None:
+        """As `Part.joins` has it, of a change with a fixed gate."""
+        return None
+
+    @classmethod
+    def joined(cls, changes: Sequence[tuple[Change, Gate]]) -> Part:
+        """As `Part.joined` has it, of changes of this kind with their gates."""
+        raise NotImplementedError(f"{cls.kind}: serves one task at a time")
 
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..store.record import Record
 from .bind import Bound
 from .host import original_class
 from .part import Below, Part, register_part, saved
+from .streams import Heads
 
 
 @register_part("instead")
@@ -48,6 +49,13 @@ class Instead(Part):
 
     def _in_place(self, host: nn.Module, input: Tensor, sample: Any) -> Any:
         return self.module(input)
+
+    def joins(self) -> Hashable | None:
+        return (self.kind, self.role) if self.role == "head" else None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        return Heads(parts, batch)
 
     @property
     def replacement(self) -> nn.Module:

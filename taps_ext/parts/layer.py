@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -247,6 +247,21 @@ class Layer(Part):
         before, after = (made.dim() - 2, 0) if isinstance(host, nn.Linear) else (0, made.dim() - 2)
         return made + rows.view(len(made), *(1,) * before, -1, *(1,) * after)
 
+    @property
+    def over_base(self) -> bool:
+        return self.change is not None and self.change.over_base
+
+    def joins(self) -> Hashable | None:
+        change, gate = self.change, self.gate
+        if type(self) is not Layer or change is None or self.bias is not None or gate.learn or gate.known is None:
+            return None
+        return None if _hooked(self) or _hooked(change) else change.joins()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        changes = [(part.change, part.gate) for part in parts if isinstance(part, Layer) and part.change is not None]
+        return type(changes[0][0]).joined(changes)
+
     def idle(self) -> bool:
         return self.bias is None and (self.change is None or self.gate.shut)
 
@@ -323,7 +338,7 @@ class Layer(Part):
 
     def values(self, below: Below) -> dict[str, Tensor]:
         host = below.host
-        folded = self.fold(below.folded())
+        folded = self.fold(base_weight(host) if self.over_base else below.folded())
         own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
         bias = self.bias_over(below)
         return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}
