@@ -286,7 +286,7 @@ def open_dense(spec: str, tasks: Mapping[str, MapTask], geometry: Geometry | Map
 
     Args:
         geometry: how images are handed out; or arguments of :class:`Geometry`, without a `size` in that of the first
-            training image, cut down to whole multiples of 32.
+            training image.
 
     Raises:
         SourceError: no such folder or archive; no training images; maps that no image has.
@@ -302,7 +302,7 @@ def open_dense(spec: str, tasks: Mapping[str, MapTask], geometry: Geometry | Map
             if not names:
                 raise SourceError(f"{files.root}: expected images in train/images or images, got none")
             _, height, width = read_image(files, next(iter(names.values())), 1).shape
-            settings["size"] = tuple(max(32, side // 32 * 32) for side in (height, width))
+            settings["size"] = height, width
         geometry = Geometry(**settings)
     ready = [split for split in ("train", "val", "test") if files.folder(split, "images")]
     stems = {split: list(files.folder(split, "images")) for split in ready}
