@@ -145,8 +145,12 @@ def test_class_weights(tmp_path: Path) -> None:
         (lambda d: open_dense("dense:/nowhere", TASKS, {}), "expected a folder or a zip archive"),
         (lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="edges", map="edges")}, {}), "no file in train/edges"),
         (lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="edges", map="normals")}, {}).val[0], "one channel"),
+        (
+            lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="segmentation", classes=3)}, {}).val[0],
+            "val/labels/0.png: expected labels from 0 to 2, or such as are ignored, got 11",
+        ),
     ],
-    ids=["kind", "map", "scale", "ignore", "size", "range", "folder", "maps", "channels"],
+    ids=["kind", "map", "scale", "ignore", "size", "range", "folder", "maps", "channels", "labels"],
 )
 def test_mistakes(make, message: str, tmp_path: Path) -> None:
     write(tmp_path, count=1)
