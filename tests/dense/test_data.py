@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from taps_ext.data.dense import Geometry, MapTask, class_weights, open_dense
+from taps_ext.data.dense import KINDS, Geometry, MapTask, class_weights, open_dense
 from taps_ext.dense import boundaries, distance
 from taps_ext.errors import SourceError
 from taps_ext.train import MultiTask
+from taps_ext.train.dense import KINDS as LEARNED
 
 Image = pytest.importorskip("PIL.Image")
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid.zip"
@@ -76,6 +77,23 @@ def test_items(tmp_path: Path) -> None:
     assert torch.allclose(y["normals"], torch.stack([(depth + 1) / length, depth * 0, 2 / length]), atol=1e-6)
     assert source.val[1][1].keys() == {"seg", "edge", "far", "normals"}  # its depth is not there
     assert source.preprocessing == {"channels": 3, "height": 24, "width": 32, "normalize": None}
+
+
+def test_maps_of_zeros_and_others(tmp_path: Path) -> None:
+    for kind in ("images", "marks"):
+        (tmp_path / kind).mkdir()
+    values = np.array([[0, 255, 7, 3], [0, 0, 1, 3]], np.uint8)
+    for place in range(3):
+        Image.fromarray(values).save(tmp_path / "marks" / f"{place}.png")
+        Image.fromarray(values).save(tmp_path / "images" / f"{place}.png")
+    tasks = {kind: MapTask(kind=kind, map="marks", ignore=(3,)) for kind in ("edges", "saliency")}
+    _, y = open_dense(f"dense:{tmp_path}", tasks, {}).test[0]
+    for kind in tasks:
+        assert y[kind].tolist() == [[0, 1, 1, 255], [0, 0, 1, 255]]  # 255 of such a map is a one
+
+
+def test_every_kind_is_learned() -> None:
+    assert KINDS.keys() == LEARNED.keys()
 
 
 def test_images_and_maps_go_the_same_way(tmp_path: Path) -> None:
