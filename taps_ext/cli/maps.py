@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def predict_maps(args: argparse.Namespace, config: Config, file: TaskFile, base:
             else:
                 whole = F.interpolate(image[None], size, mode="bilinear", antialias=True)
                 outputs = F.interpolate(run(whole), image.shape[1:], mode="bilinear")[0]
+            outputs = outputs - _shift(notes)
             written = folder / name
             _write(written, overlay(image, outputs, notes["kind"]))
             found.append({"image": path, "picture": str(written), **_summary(outputs, notes, file.labels)})
@@ -64,6 +66,14 @@ def predict_maps(args: argparse.Namespace, config: Config, file: TaskFile, base:
         print(table(("image", "picture", f"{task}: {notes['kind']}"), rows))
         say(f"pictures are in {folder}")
     return 0
+
+
+def _shift(notes: Mapping[str, Any]) -> float:
+    """By how much a loss that weighs ones by w and zeros by 1 - w moves logits from those of chances."""
+    weight = notes.get("weight")
+    if not isinstance(weight, float) or not 0 < weight < 1:
+        return 0.0
+    return math.log(weight / (1 - weight))
 
 
 def _names(images: list[str], task: str) -> list[str]:

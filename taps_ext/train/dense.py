@@ -97,11 +97,14 @@ def map_task(
     notes: dict[str, Any] = {"kind": task.kind, "taps": list(taps)}
     if task.kind == "distance":
         notes["limit"] = task.limit
+    loss = kind.loss(weights)
+    if isinstance(loss, BalancedLoss) and loss.weight is not None:
+        notes["weight"] = loss.weight  # by which its logits are too large for chances
     return Task(
         train=data["train"],
         val=data.get("val"),
         test=data.get("test"),
-        loss=kind.loss(weights),
+        loss=loss,
         metrics={kind.metric: kind.measure(count)},
         maximize=kind.maximize,
         labels=None if not classes else list(classes),
