@@ -25,16 +25,18 @@ class MTLoraConfig(MethodConfig):
     All tasks share, and train together, `scale * B A` on the linear layers of every block, the norms, the patch
     embedding, the tables of relative positions and the patch merging. A task has `task_scale * B_t A_t` on the output
     projection and both MLP layers of the last block of each stage, and its head. There it has a stream beside the
-    shared one, `y_t = W x + b + task_scale * B_t A_t x_t`, which ends with the stage: the base's features as
-    :func:`taps_ext.dense.streams.of` tells them (`DenseBase` asks it) are the task's. Behind the last of these stages all
-    that follows runs on the task's stream. `model.forward_tasks(x, tasks=[...])` runs several in one pass.
+    shared one, `y_t = W x + b + task_scale * B_t A_t x_t`, which ends with the stage: the features that a `DenseBase`
+    gives to decoders are the task's. Behind the last of these stages all that follows runs on the task's stream.
+    `model.forward_tasks(x, tasks=[...])` runs several in one pass. At first B_t is zero: nothing is added, A_t has no
+    gradient, and neither has B_t of fc1, whose results enter by that of fc2 alone.
 
     Attributes:
         rank, task_rank: of what tasks share, and of their own. scale, task_scale: as they are, not divided by a rank.
         dropout: of the inputs of A in training; a task layer that is given another one's stream has none.
         plus: True leaves patch merging to the base and gives it low-rank changes (MTLoRA+).
         merging: whether a stage's streams go through the patch merging that follows it, so that features can be taken
-            behind it, as in the paper; None: where a `DenseBase` takes them there, or nothing says where they are taken.
+            behind it, as in the paper; None: where a `DenseBase` takes them there, or nothing says where they are
+            taken.
         stages: how many equal groups of blocks are a stage where the base has none (ViT; by default 4), or globs of
             the blocks in which tasks have streams.
         shared_modules, task_modules: globs of the layers instead, the latter among those of the blocks with streams.
@@ -79,10 +81,11 @@ class MTLoraConfig(MethodConfig):
         """Raises ConfigError where there are none."""
         found = blocks_of(base)
         if not found.stages:
+            names = ", ".join(("attn.qkv", PROJECTION, *HIDDEN))
             raise ConfigError(
-                f"{self.method}: expected a transformer whose blocks hold {', '.join(('attn.qkv', PROJECTION, *HIDDEN))} "
-                "(timm's Swin, Swin v2, PVT v2, ViT), found no such block; torchvision's Swin multiplies with the weights "
-                "of its layers without calling them: take timm's"
+                f"{self.method}: expected a transformer whose blocks hold {names} (timm's Swin, Swin v2, PVT v2, ViT), "
+                "found no such block; torchvision's Swin multiplies with the weights of its layers without calling "
+                "them: take timm's"
             )
         return found
 
@@ -102,7 +105,9 @@ class MTLoraConfig(MethodConfig):
         """Low-rank changes of every block, and what is trained as it is."""
         blocks = self._blocks(base)
         usual = [f"{block}.{layer}" for block in blocks.names for layer in LAYERS if f"{block}.{layer}" in base.gated]
-        chosen = usual if self.shared_modules is None else match(self.shared_modules, list(base.gated), "shared_modules")
+        chosen = (
+            usual if self.shared_modules is None else match(self.shared_modules, list(base.gated), "shared_modules")
+        )
         merging = [
             name
             for name in base.gated

@@ -253,6 +253,8 @@ class Layer(Part):
 
     def joins(self) -> Hashable | None:
         change, gate = self.change, self.gate
+        if type(self) is Layer and change is None and self.bias is None and not _hooked(self):
+            return self.kind, "closed"
         if type(self) is not Layer or change is None or self.bias is not None or gate.learn or gate.known is None:
             return None
         return None if _hooked(self) or _hooked(change) else change.joins()
@@ -260,7 +262,7 @@ class Layer(Part):
     @classmethod
     def joined(cls, parts: Sequence[Part], batch: int) -> Part:
         changes = [(part.change, part.gate) for part in parts if isinstance(part, Layer) and part.change is not None]
-        return type(changes[0][0]).joined(changes)
+        return type(changes[0][0]).joined(changes) if changes else parts[0]
 
     def idle(self) -> bool:
         return self.bias is None and (self.change is None or self.gate.shut)

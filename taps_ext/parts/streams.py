@@ -308,8 +308,8 @@ class StreamLowRank(DropoutLowRank):
         """Raises UnsupportedModuleError: the rows of streams need the layer itself."""
         raise UnsupportedModuleError(
             "task streams: expected layers whose own forward multiplies with their weight, which is read here by other "
-            "code (torchvision's Swin, fused attention); take a model whose blocks call their layers (timm's), or leave "
-            "the layer out of task_modules"
+            "code (torchvision's Swin, fused attention); take a model whose blocks call their layers (timm's), or "
+            "leave the layer out of task_modules"
         )
 
     def fold(self, weight: Tensor) -> Tensor:

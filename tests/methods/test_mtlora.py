@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import settle
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_ext import ConfigError, MTLoraConfig, ProbeConfig, TaskModel, TapsConfig, UnsupportedModuleError
-from taps_ext.dense import ConcatDecoder, DenseBase, streams
-from taps_ext.parts import DropoutLowRank, Gate, Layer, LowRank, StreamLowRank
-from taps_ext.parts.part import Below
+from taps_ext import MTLoraConfig, TaskModel
+from taps_ext.dense import DenseBase
 
 swin = pytest.importorskip("timm.models.swin_transformer")
 
