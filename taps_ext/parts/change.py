@@ -205,6 +205,10 @@ class Change(nn.Module):
         """Floating-point operations of a forward beside those of the host's product."""
         return 0
 
+    def spared(self, output: Tensor) -> int:
+        """Floating-point operations of the host's product with all rows that a forward does without."""
+        return 0
+
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:
         """Bytes that a product of `rows` rows rebuilds or packs beside its results, for `estimate`."""
         return 0

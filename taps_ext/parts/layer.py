@@ -296,7 +296,7 @@ class Layer(Part):
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
         weight, gate, change = base_weight(host), self.gate, self.change
-        product = 2 * multiplications(host, input, output)
+        product = 2 * multiplications(host, input, output) - (0 if change is None else change.spared(output))
         x, y, w = input.nbytes, output.nbytes, weight.nbytes
         opened = gate.known is not False and change is not None
         held = 0 if change is None else change.nbytes

@@ -285,7 +285,7 @@ class StreamLowRank(DropoutLowRank):
             raise ValueError(f"host: expected a linear layer, got {type(host).__name__}")
         if not isinstance(first, bool):
             raise ValueError(f"first: expected True or False, got {first!r}")
-        self.first = first
+        self.first, self.inputs = first, host.in_features
         super().__init__(host, rank=rank, scale=scale, dropout=dropout, held=held)
 
     def product(self, below: Below, input: Tensor, gate: Gate, bias: Tensor | None) -> Tensor:
@@ -321,11 +321,11 @@ class StreamLowRank(DropoutLowRank):
         return super().fold(weight)
 
     def operations(self, input: Tensor, output: Tensor) -> int:
-        """Less what the base's product leaves out on the tasks' rows."""
-        outputs, inputs = self.up.shape[0], self.down.shape[1]
-        rows = output.numel() // max(1, 2 * outputs)  # of one stream: this is the task's own run, of two
-        beside = 0 if self.owed else 2 * rows * self.rank * (inputs + outputs)
-        return beside - 2 * rows * inputs * outputs
+        """Of the task's own rows in its own run, which has two streams."""
+        return super().operations(input, output) // 2
+
+    def spared(self, output: Tensor) -> int:
+        return output.numel() * self.inputs  # half of all rows, two for a multiplication and an addition
 
     def joins(self) -> Hashable:
         return self.kind, self.first, self.dropout
