@@ -69,7 +69,8 @@ def map_task_of(config: Config, name: str) -> MapTask:
     if not isinstance(ignore, list):
         raise ConfigError(f"tasks.{name}.ignore: expected a list of labels, got {ignore!r}")
     try:
-        return MapTask(**settings, ignore=tuple(ignore))
+        classes = classes_of(config, name)
+        return MapTask(**settings, ignore=tuple(ignore), classes=None if classes is None else len(classes))
     except SourceError as error:
         raise ConfigError(f"tasks.{name}.{error}") from None
 

@@ -45,6 +45,7 @@ class MapTask:
 
     Attributes:
         kind: one of :data:`KINDS`. map: the folder of its maps. ignore: labels of pixels that do not count.
+        classes: how many a segmentation has, so that other labels are refused; None: not known.
         limit: of distances, in pixels of the image as it is handed out. scale: depth for one unit of the file.
 
     Raises:
@@ -54,6 +55,7 @@ class MapTask:
     kind: str
     map: str = "labels"
     ignore: tuple[int, ...] = ()
+    classes: int | None = None
     limit: float = 20.0
     scale: float = 1.0
 
@@ -161,7 +163,9 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
                     )
         place = self._place(image)
         targets = {
-            name: self._target(name, task, raw[task.map], place) for name, task in self.tasks.items() if task.map in raw
+            name: self._target(self.maps[task.map][stem], task, raw[task.map], place)
+            for name, task in self.tasks.items()
+            if task.map in raw
         }
         return apply_normalize(self._moved(image, place, 0.0, smooth=True), self.geometry.normalize), targets
 
@@ -195,7 +199,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             values = F.pad(values, (0, missing[1], 0, missing[0]), value=fill)
         return values.flip(-1) if place.flip else values
 
-    def _target(self, name: str, task: MapTask, raw: Tensor, place: _Place) -> Tensor:
+    def _target(self, file: str, task: MapTask, raw: Tensor, place: _Place) -> Tensor:
         if task.kind == "depth":
             values = _one(raw, task).double() * task.scale
             values = torch.where((values == 0) | ~values.isfinite(), math.nan, values).float()
@@ -204,7 +208,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             return self._normals(raw, task, place)
         labels = _one(raw, task)
         if labels.is_floating_point():
-            raise SourceError(f"tasks {name!r}: expected labels of 8 bits in {task.map}, got {labels.dtype}")
+            raise SourceError(f"{file}: expected whole numbers as labels, got {labels.dtype}")
         labels = labels.long()
         void = torch.zeros_like(labels, dtype=torch.bool)
         for label in (*task.ignore, IGNORED):
@@ -213,6 +217,11 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         if task.kind not in DERIVED:
             labels = (labels != 0).long()
         labels = labels.masked_fill(void, IGNORED)
+        if task.classes is not None and bool(((labels >= task.classes) & ~void).any()):
+            got = int(labels[(labels >= task.classes) & ~void].max())
+            raise SourceError(
+                f"{file}: expected labels from 0 to {task.classes - 1}, or such as are ignored, got {got}"
+            )
         moved = self._moved(labels[None].float(), place, IGNORED, smooth=False)[0].long()
         if task.kind == "boundaries":
             return boundaries(moved)
@@ -286,7 +295,7 @@ def open_dense(spec: str, tasks: Mapping[str, MapTask], geometry: Geometry | Map
 
     Args:
         geometry: how images are handed out; or arguments of :class:`Geometry`, without a `size` in that of the first
-            training image, cut down to whole multiples of 32.
+            training image.
 
     Raises:
         SourceError: no such folder or archive; no training images; maps that no image has.
@@ -302,7 +311,7 @@ def open_dense(spec: str, tasks: Mapping[str, MapTask], geometry: Geometry | Map
             if not names:
                 raise SourceError(f"{files.root}: expected images in train/images or images, got none")
             _, height, width = read_image(files, next(iter(names.values())), 1).shape
-            settings["size"] = tuple(max(32, side // 32 * 32) for side in (height, width))
+            settings["size"] = height, width
         geometry = Geometry(**settings)
     ready = [split for split in ("train", "val", "test") if files.folder(split, "images")]
     stems = {split: list(files.folder(split, "images")) for split in ready}

@@ -47,6 +47,12 @@ def run_tasks(model: TaskModel, tasks: Any, args: Any, kwargs: Any) -> dict[str,
     return {name: found[name] for name in names}
 
 
+def share_a_pass(model: TaskModel, names: Sequence[str]) -> bool:
+    """Whether :func:`run_tasks` serves these tasks by one pass of the base."""
+    keys = {_what_joins(model, name) for name in names}
+    return len(names) > 1 and len(keys) == 1 and None not in keys
+
+
 @torch.compiler.disable
 def _what_joins(model: TaskModel, name: str) -> Hashable:
     """Equal for tasks that may share a pass; None for one that needs its own."""

@@ -29,7 +29,7 @@ from .interrupt import Stop
 from .log import Log
 from .metrics import weight_of
 from .mixing import schedule
-from .one_body import bodies_alike, outputs_over_one_body, same_samples
+from .one_body import outputs_of_all
 from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
@@ -265,13 +265,12 @@ class JointRun:
         return found
 
     def _one_body(self, batches: Mapping[str, Drawn]) -> dict[str, Tensor] | None:
-        """The losses of tasks on the same samples whose outputs differ by their decoders alone, by one run of what is
-        below these; None for others."""
+        """The losses of tasks on the same samples, by one run of the backbone; None where it takes several."""
         wholes = {name: batch.whole for name, batch in batches.items()}
-        if not same_samples(wholes) or not bodies_alike(self.model, {name: self.states[name] for name in batches}):
-            return None
         with autocast(self.config.amp, self.device):
-            outputs = outputs_over_one_body(self.model, wholes, self.device)
+            outputs = outputs_of_all(self.model, wholes, {name: self.states[name] for name in batches}, self.device)
+            if outputs is None:
+                return None
             return {name: self._loss_of(name, outputs[name], batch.targets) for name, batch in batches.items()}
 
     def _mixes(self, batches: Mapping[str, Drawn]) -> bool:

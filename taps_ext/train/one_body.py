@@ -1,4 +1,5 @@
-"""Several tasks on the same images whose outputs differ by their decoders alone: one run of the backbone for all."""
+"""Several tasks on the same images: one run of the backbone for all, where their outputs differ by their decoders alone
+or their method serves them together."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..dense import DenseBase
 from ..model import TaskModel
+from ..model.outputs import predictions
+from ..model.passes import share_a_pass
 from ..model.state import TaskState
 
 Whole = tuple[Any, list[int]]
@@ -38,6 +41,26 @@ def bodies_alike(model: TaskModel, states: Mapping[str, TaskState]) -> bool:
         if state.family is not None or any(not part.idle() or any(True for _ in part.parameters()) for part in below):
             return False
     return True
+
+
+def outputs_of_all(
+    model: TaskModel, wholes: Mapping[str, Whole | None], states: Mapping[str, TaskState], device: torch.device
+) -> dict[str, Any] | None:
+    """What each task makes of its samples, of which the backbone sees each once; None where it has to see them more
+    often.
+
+    Tasks with decoders alone share features whichever samples they have. Those of a family that a method serves
+    together (MTLoRA) share a pass where each has all samples: others would be in the batch statistics of its decoder.
+    """
+    if not same_samples(wholes):
+        return None
+    if bodies_alike(model, states):
+        return outputs_over_one_body(model, wholes, device)
+    names = list(wholes)
+    inputs = wholes[names[0]][0]
+    if all(len(rows) == len(inputs) for _, rows in wholes.values()) and share_a_pass(model, names):
+        return {name: predictions(out) for name, out in model.forward_tasks(inputs.to(device), tasks=names).items()}
+    return None
 
 
 def outputs_over_one_body(model: TaskModel, wholes: Mapping[str, Whole], device: torch.device) -> dict[str, Any]:

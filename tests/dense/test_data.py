@@ -64,8 +64,7 @@ def agree(x: Tensor, y: dict[str, Tensor]) -> None:
 def test_items(tmp_path: Path) -> None:
     source = open_dense(f"dense:{write(tmp_path)}", TASKS, {})
     assert {name: len(data) for name, data in source.splits().items()} == {"train": 4, "val": 4, "test": 4}
-    assert source.geometry.size == (32, 32)  # of 24 x 32, in steps of 32 but one at least
-    source = open_dense(f"dense:{tmp_path}", TASKS, Geometry(size=(24, 32)))
+    assert source.geometry.size == (24, 32)  # as the first image has it
     x, y = source.val[0]
     agree(x, y)
     label = y["seg"]
@@ -146,8 +145,12 @@ def test_class_weights(tmp_path: Path) -> None:
         (lambda d: open_dense("dense:/nowhere", TASKS, {}), "expected a folder or a zip archive"),
         (lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="edges", map="edges")}, {}), "no file in train/edges"),
         (lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="edges", map="normals")}, {}).val[0], "one channel"),
+        (
+            lambda d: open_dense(f"dense:{d}", {"t": MapTask(kind="segmentation", classes=3)}, {}).val[0],
+            "val/labels/0.png: expected labels from 0 to 2, or such as are ignored, got 11",
+        ),
     ],
-    ids=["kind", "map", "scale", "ignore", "size", "range", "folder", "maps", "channels"],
+    ids=["kind", "map", "scale", "ignore", "size", "range", "folder", "maps", "channels", "labels"],
 )
 def test_mistakes(make, message: str, tmp_path: Path) -> None:
     write(tmp_path, count=1)
