@@ -91,7 +91,7 @@ class Change(nn.Module):
         kind: its name in files.
         role: what its parameters are to optimizers: "delta" (weight decay is right) or "weight" (it is not).
         replaces: whether it holds a weight that is multiplied with in the place of the host's.
-        over_base: whether W_t is made of the base's weight, whatever lies between.
+        over_base: whether W_t is made of the base's weight, whatever lies between, so that closed it is W.
         coded: whether its tensors are what a codec made of a Delta, of which no one has a gradient.
         settings: the names of its arguments beside `host` and `held`, which are attributes too: files keep them.
         names: of its tensors.
@@ -183,6 +183,10 @@ class Change(nn.Module):
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
+
+    def closed(self, weight: Tensor) -> Tensor:
+        """:meth:`fold` of a closed gate."""
+        return weight
 
     def bias_over(self, bias: Tensor, gate: Gate) -> Tensor:
         """The bias under it, where `bias` is that of the layer, differentiable as :meth:`weight_over`."""

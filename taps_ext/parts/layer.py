@@ -181,7 +181,7 @@ class Layer(Part):
             if product is not None:
                 return product
             below = below._replace(ready=None)  # says what is wrong as it does by itself
-        if change is None or (below.parts and self.gate.shut):
+        if change is None or (below.parts and self.gate.shut and not change.over_base):
             return below.product(input, bias)
         made: Tensor = hooked(change, change.product)(below, input, self.gate, bias)
         return made
@@ -265,14 +265,14 @@ class Layer(Part):
         return type(changes[0][0]).joined(changes) if changes else parts[0]
 
     def idle(self) -> bool:
-        return self.bias is None and (self.change is None or self.gate.shut)
+        return self.bias is None and (self.change is None or (self.gate.shut and not self.over_base))
 
     def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
         return bound(self, host, self._roads) if stock else None
 
     def _roads(self, host: nn.Module, general: Road) -> Bound | None:
         gate, change, bias_of = self.gate, self.change, None if self.bias is None else self
-        if gate.known is None:
+        if gate.known is None or self.over_base:
             return None
         if change is None or (gate.known is False and (gate.score is None or change.owed)):
             return bind.base(host, bias_of, general)
@@ -320,8 +320,10 @@ class Layer(Part):
 
     def fold(self, weight: Tensor) -> Tensor:
         """W_t in the type of `weight`, which a closed layer is itself."""
-        if self.change is None or self.change.owed or not self.gate.open:
+        if self.change is None:
             return weight
+        if self.change.owed or not self.gate.open:
+            return self.change.closed(weight)
         exact = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")) if _autocast() else ()
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for context in exact:

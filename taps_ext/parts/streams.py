@@ -55,10 +55,10 @@ class Streams(Part):
     """What one module has to do with the streams of a stage. It has no tensors.
 
     Args:
-        role: "block" begins them at its input and ends them at its output, which remembers them; "last" does, too, and
-            what follows it goes on with the tasks' rows alone. Within a block "shared" hands the shared rows alone to
-            its module, "widen" gives its result to all streams, and "same" does both. "merging" runs what a block's
-            output remembers along.
+        role: "block" begins them at its input and ends them at its output, which remembers them; "last" begins them,
+            and what follows it goes on with the tasks' rows alone. Within such a block "shared" hands the shared rows
+            alone to its module, "widen" gives its result to all streams, and "same" does both. "merging" runs what a
+            block's output remembers along.
         tasks: how many tasks there are.
     """
 
@@ -101,7 +101,7 @@ class Streams(Part):
                 f"got {list(made.shape)}"
             )
         rows = made.narrow(0, len(input), tasks * len(input))
-        return streams.attach(rows if self.role == "last" else made.narrow(0, 0, len(input)), rows)
+        return rows if self.role == "last" else streams.attach(made.narrow(0, 0, len(input)), rows)
 
     def _tensor(self, below: Below, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -199,7 +199,7 @@ class DropoutLowRank(LowRank):
         ValueError: another share, rank or scale.
     """
 
-    settings = ("rank", "scale", "dropout")
+    settings: ClassVar[tuple[str, ...]] = ("rank", "scale", "dropout")
 
     def __init__(
         self, host: nn.Module, *, rank: int, scale: float = 1.0, dropout: float = 0.0, held: bool = True
@@ -313,12 +313,20 @@ class StreamLowRank(DropoutLowRank):
         )
 
     def fold(self, weight: Tensor) -> Tensor:
+        return super().fold(self.closed(weight))
+
+    def closed(self, weight: Tensor) -> Tensor:
+        """W itself: `y_t = p`.
+
+        Raises:
+            UnsupportedModuleError: p is not of the task's rows.
+        """
         if not self.first:
             raise UnsupportedModuleError(
                 "expected a task layer whose input is the shared stream, got one behind others: its base product is of "
                 "the shared rows and its own of the task's, which no one weight gives"
             )
-        return super().fold(weight)
+        return weight
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         """Of the task's own rows in its own run, which has two streams."""

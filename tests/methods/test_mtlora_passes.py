@@ -6,7 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,63 @@ def test_a_pass_is_as_separate_runs(training: bool) -> None:
             assert (out - model(IMAGES, task=task)).abs().max() <= 64 * 10 * EPS * out.abs().max()
 
 
+def test_ranks_of_tasks_may_differ() -> None:
+    """One call serves them all, and a task whose layers are closed, which has p there: in float64."""
+    base = DenseBase(backbone(), mtlora.TAPS)
+    model = TaskModel(base, mtlora.CONFIG)
+    for place, name in enumerate("abc", 1):
+        config = dataclasses.replace(mtlora.CONFIG, task_rank=place, task_scale=float(place))
+        model.add_task(name, head=Decoder(base.channels, 2), config=config)
+    mtlora.randomise(model)
+    model.set_gates("b", open=["*.layers.1.*"])
+    model.double().eval()
+    x = IMAGES.double()
+    with torch.no_grad():
+        found = model.forward_tasks(x, tasks=["a", "b", "c"])
+        for task, out in found.items():
+            assert (out - model(x, task=task)).abs().max() <= 1e-12 * out.abs().max()
+        for name, part, _ in model.state("b").gated():
+            if ".layers.0." in name:
+                part.change.up.zero_()
+        model.set_gates("b", open=["*"])
+        assert (found["b"] - model(x, task="b")).abs().max() <= 1e-12 * found["b"].abs().max()
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["one-pass", "one-by-one"])
+def test_nothing_outlives_a_pass(together: bool) -> None:
+    """Without the collector of cycles."""
+    model = adapted().train()
+    held: list[weakref.ref[Any]] = []
+
+    def mark(module: nn.Module, args: Any, output: Tensor) -> None:
+        marker = Marker()
+        output.grad_fn.metadata["marker"] = marker  # which lives as long as the graph
+        held.append(weakref.ref(marker))
+
+    for name in ("layers.0", "layers.1.downsample", "layers.1"):
+        model.base.backbone.get_submodule(name).register_forward_hook(mark)
+
+    def run() -> dict[str, Tensor]:
+        return model.forward_tasks(IMAGES, tasks=["a", "b"]) if together else {"a": model(IMAGES, task="a")}
+
+    loss_of(run()).backward()
+    gc.collect()
+    held.clear()
+    gc.disable()
+    try:
+        out = run()
+        assert len(held) == 3 and all(one() is not None for one in held)
+        loss_of(out).backward()
+        del out
+        assert all(one() is None for one in held)
+    finally:
+        gc.enable()
+
+
+class Marker:
+    """An object that can be watched."""
+
+
 # ------------------------------------------------------------------------------------ the house
 
 
@@ -326,11 +385,18 @@ def test_the_shared_stream_folds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modules", "named"),
-    [(None, "layers.0.blocks.1.mlp.fc1"), (("*.proj",), "layers.0.blocks.1: .* the shared stream goes on without it")],
+    ("modules", "closed", "named"),
+    [
+        (None, False, "layers.0.blocks.1.mlp.fc1"),
+        (None, True, "layers.0.blocks.1.mlp.fc1"),
+        (("*.proj",), False, "layers.0.blocks.1: .* the shared stream goes on without it"),
+    ],
+    ids=["all", "closed", "first"],
 )
-def test_refuses_to_fold(modules: tuple[str, ...] | None, named: str) -> None:
+def test_refuses_to_fold(modules: tuple[str, ...] | None, closed: bool, named: str) -> None:
     model = adapted(MTLoraConfig(rank=3, task_modules=modules)).eval()
+    if closed:
+        model.set_gates("a", open=[])
     with torch.no_grad():
         want = model(IMAGES, task="a")
         for make in (model.merge_task, model.task_state_dict, model.merge_and_unload):
