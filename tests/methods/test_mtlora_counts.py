@@ -43,7 +43,14 @@ def test_the_base_is_the_papers(base: DenseBase) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "own", "total"), [(16, 4, 4_953_146), (32, 4, 6_083_642), (64, 4, 8_344_634), (5, 3, None)]
+    ("rank", "own", "total"),
+    [
+        (16, 4, 4_953_146),
+        pytest.param(32, 4, 6_083_642, marks=pytest.mark.thorough),
+        (64, 4, 8_344_634),
+        pytest.param(5, 3, None, marks=pytest.mark.thorough),
+    ],
+    ids=["16", "32", "64", "5"],
 )
 def test_mtlora(base: DenseBase, rank: int, own: int, total: int | None) -> None:
     model = adapted(base, MTLoraConfig(rank=rank, task_rank=own), OUTPUTS)
@@ -57,7 +64,15 @@ def test_mtlora(base: DenseBase, rank: int, own: int, total: int | None) -> None
 
 
 @pytest.mark.parametrize(
-    ("rank", "total"), [(4, 2_573_114), (8, 2_871_866), (16, 3_469_370), (32, 4_664_378), (64, 7_054_394)]
+    ("rank", "total"),
+    [
+        (4, 2_573_114),
+        pytest.param(8, 2_871_866, marks=pytest.mark.thorough),
+        pytest.param(16, 3_469_370, marks=pytest.mark.thorough),
+        pytest.param(32, 4_664_378, marks=pytest.mark.thorough),
+        (64, 7_054_394),
+    ],
+    ids=["4", "8", "16", "32", "64"],
 )
 def test_mtlora_plus(base: DenseBase, rank: int, total: int) -> None:
     model = adapted(base, MTLoraConfig(rank=rank, plus=True), OUTPUTS)
