@@ -55,7 +55,7 @@ class DenseBase(nn.Module):
             for, or 224 pixels.
 
     Attributes:
-        taps: a :class:`Tap` for each. channels, strides: of the maps.
+        taps: a :class:`Tap` for each. tap_names: their modules, by name in this base. channels, strides: of the maps.
 
     Raises:
         ConfigError: a name that the backbone has not, an output that is no map of features, a backbone that needs what
@@ -91,6 +91,7 @@ class DenseBase(nn.Module):
         self.taps = tuple(
             tap_of(backbone, name, output, example, given.get(name)) for name, output in zip(names, before, strict=True)
         )
+        self.tap_names = tuple(f"backbone.{name}" for name in names)
         self.channels = tuple(tap.channels for tap in self.taps)
         self.strides = tuple(tap.stride for tap in self.taps)
         _cut_behind(backbone, names, example, before)

@@ -91,7 +91,7 @@ class Change(nn.Module):
         kind: its name in files.
         role: what its parameters are to optimizers: "delta" (weight decay is right) or "weight" (it is not).
         replaces: whether it holds a weight that is multiplied with in the place of the host's.
-        over_base: whether W_t is made of the base's weight, whatever lies between.
+        over_base: whether W_t is made of the base's weight, whatever lies between, so that closed it is W.
         coded: whether its tensors are what a codec made of a Delta, of which no one has a gradient.
         settings: the names of its arguments beside `host` and `held`, which are attributes too: files keep them.
         names: of its tensors.
@@ -184,6 +184,10 @@ class Change(nn.Module):
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
 
+    def closed(self, weight: Tensor) -> Tensor:
+        """:meth:`fold` of a closed gate."""
+        return weight
+
     def bias_over(self, bias: Tensor, gate: Gate) -> Tensor:
         """The bias under it, where `bias` is that of the layer, differentiable as :meth:`weight_over`."""
         return bias
@@ -203,6 +207,10 @@ class Change(nn.Module):
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         """Floating-point operations of a forward beside those of the host's product."""
+        return 0
+
+    def spared(self, output: Tensor) -> int:
+        """Floating-point operations of the host's product with all rows that a forward does without."""
         return 0
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class LowRank(Change):
         ValueError: another rank or scale.
     """
 
-    settings = ("rank", "scale")
+    settings: ClassVar[tuple[str, ...]] = ("rank", "scale")
 
     down: nn.Parameter
     up: nn.Parameter

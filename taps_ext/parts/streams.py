@@ -55,10 +55,10 @@ class Streams(Part):
     """What one module has to do with the streams of a stage. It has no tensors.
 
     Args:
-        role: "block" begins them at its input and ends them at its output, which remembers them; "last" does, too, and
-            what follows it goes on with the tasks' rows alone. Within a block "shared" hands the shared rows alone to
-            its module, "widen" gives its result to all streams, and "same" does both. "merging" runs what a block's
-            output remembers along.
+        role: "block" begins them at its input and ends them at its output, which remembers them; "last" begins them,
+            and what follows it goes on with the tasks' rows alone. Within such a block "shared" hands the shared rows
+            alone to its module, "widen" gives its result to all streams, and "same" does both. "merging" runs what a
+            block's output remembers along.
         tasks: how many tasks there are.
     """
 
@@ -101,7 +101,7 @@ class Streams(Part):
                 f"got {list(made.shape)}"
             )
         rows = made.narrow(0, len(input), tasks * len(input))
-        return streams.attach(rows if self.role == "last" else made.narrow(0, 0, len(input)), rows)
+        return rows if self.role == "last" else streams.attach(made.narrow(0, 0, len(input)), rows)
 
     def _tensor(self, below: Below, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
@@ -199,7 +199,7 @@ class DropoutLowRank(LowRank):
         ValueError: another share, rank or scale.
     """
 
-    settings = ("rank", "scale", "dropout")
+    settings: ClassVar[tuple[str, ...]] = ("rank", "scale", "dropout")
 
     def __init__(
         self, host: nn.Module, *, rank: int, scale: float = 1.0, dropout: float = 0.0, held: bool = True
@@ -285,7 +285,7 @@ class StreamLowRank(DropoutLowRank):
             raise ValueError(f"host: expected a linear layer, got {type(host).__name__}")
         if not isinstance(first, bool):
             raise ValueError(f"first: expected True or False, got {first!r}")
-        self.first = first
+        self.first, self.inputs = first, host.in_features
         super().__init__(host, rank=rank, scale=scale, dropout=dropout, held=held)
 
     def product(self, below: Below, input: Tensor, gate: Gate, bias: Tensor | None) -> Tensor:
@@ -308,24 +308,32 @@ class StreamLowRank(DropoutLowRank):
         """Raises UnsupportedModuleError: the rows of streams need the layer itself."""
         raise UnsupportedModuleError(
             "task streams: expected layers whose own forward multiplies with their weight, which is read here by other "
-            "code (torchvision's Swin, fused attention); take a model whose blocks call their layers (timm's), or leave "
-            "the layer out of task_modules"
+            "code (torchvision's Swin, fused attention); take a model whose blocks call their layers (timm's), or "
+            "leave the layer out of task_modules"
         )
 
     def fold(self, weight: Tensor) -> Tensor:
+        return super().fold(self.closed(weight))
+
+    def closed(self, weight: Tensor) -> Tensor:
+        """W itself: `y_t = p`.
+
+        Raises:
+            UnsupportedModuleError: p is not of the task's rows.
+        """
         if not self.first:
             raise UnsupportedModuleError(
                 "expected a task layer whose input is the shared stream, got one behind others: its base product is of "
                 "the shared rows and its own of the task's, which no one weight gives"
             )
-        return super().fold(weight)
+        return weight
 
     def operations(self, input: Tensor, output: Tensor) -> int:
-        """Less what the base's product leaves out on the tasks' rows."""
-        outputs, inputs = self.up.shape[0], self.down.shape[1]
-        rows = output.numel() // max(1, 2 * outputs)  # of one stream: this is the task's own run, of two
-        beside = 0 if self.owed else 2 * rows * self.rank * (inputs + outputs)
-        return beside - 2 * rows * inputs * outputs
+        """Of the task's own rows in its own run, which has two streams."""
+        return super().operations(input, output) // 2
+
+    def spared(self, output: Tensor) -> int:
+        return output.numel() * self.inputs  # half of all rows, two for a multiplication and an addition
 
     def joins(self) -> Hashable:
         return self.kind, self.first, self.dropout

@@ -219,7 +219,10 @@ FAMILIES = [
     or getattr(config, "joint", False)
     or getattr(config, "simultaneous", False)
 ]
-UNFOLDABLE = {"curve": {"conv": "hidden", "vit": "block.fc1"}, "mtlora": {"blocks": "blocks.1.mlp.fc1"}}  # the first module that does not fold
+UNFOLDABLE = {
+    "curve": {"conv": "hidden", "vit": "block.fc1"},
+    "mtlora": {"blocks": "blocks.1.mlp.fc1"},
+}  # the first module that does not fold
 # Products that are computed beside the one below: merged they are rounded otherwise.
 BESIDE = {"lora", "lora-selective", "family-lowrank", "mtlora", "mtlora-folds"}
 _NOT_IN_VIT = {"depthwise", "depthwise-frozen", "scale-bias-depthwise", "adapter-parallel"}

@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import settle
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from taps_ext import ConfigError, MTLoraConfig, ProbeConfig, TaskModel, TapsConfig, UnsupportedModuleError
-from taps_ext.dense import streams
-from taps_ext.parts import DropoutLowRank, Gate, Layer, LowRank, StreamLowRank
-from taps_ext.parts.part import Below
+from taps_ext import MTLoraConfig, TaskModel
+from taps_ext.dense import DenseBase
 
 swin = pytest.importorskip("timm.models.swin_transformer")
 
 EPS = torch.finfo(torch.float32).eps
 TAPS = ("layers.1.downsample", "layers.1")
-CHANNELS = (16, 16)
 
 
 class Decoder(nn.Module):
-    """A 1 x 1 convolution for each map, their mean over the image."""
+    """A linear layer for each map, all added up."""
 
     def __init__(self, channels: Sequence[int], outputs: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(count, outputs) for count in channels])
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        return sum(layer(found) for layer, found in zip(self.layers, maps, strict=True))
-
-
-class Features(nn.Module):
-    """A backbone whose features a decoder is given: the outputs of named modules."""
-
-    def __init__(self, backbone: nn.Module, taps: Sequence[str] = TAPS, channels: Sequence[int] = CHANNELS) -> None:
-        super().__init__()
-        self.backbone, self.decoder, self.taps = backbone, Decoder(channels, 2), tuple(taps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: dict[str, Tensor] = {}
-        handles = [
-            self.backbone.get_submodule(name).register_forward_hook(
-                lambda module, args, output, name=name: found.__setitem__(name, streams.of(output))
-            )
-            for name in self.taps
-        ]
-        try:
-            self.backbone.forward_features(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return self.decoder([found[name] for name in self.taps])
+    def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+        return sum(layer(found.permute(0, 2, 3, 1)) for layer, found in zip(self.layers, maps, strict=True))
 
 
 def backbone(**settings: Any) -> nn.Module:
@@ -71,10 +41,11 @@ def adapted(
     config: MTLoraConfig | None = None, tasks: Sequence[str] = ("a", "b", "c"), base: nn.Module | None = None
 ) -> TaskModel:
     """Tasks whose factors are all at work."""
-    model = TaskModel(Features(backbone()) if base is None else base, config or CONFIG, head_module="decoder")
+    base = DenseBase(backbone(), TAPS) if base is None else base
+    model = TaskModel(base, config or CONFIG)
     torch.manual_seed(1)
     for outputs, name in enumerate(tasks, 2):
-        model.add_task(name, head=Decoder(CHANNELS, outputs))
+        model.add_task(name, head=Decoder(base.channels, outputs))
     randomise(model)
     return model
 
