@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def test_train_eval_and_predict(config: Path, call) -> None:
         assert one["shares"].get("bright", 0.0) == pytest.approx(share, abs=1e-6)
         assert Image.open(one["picture"]).size == (32, 24)
     assert metric.compute() == pytest.approx(found["classes"]["test"]["miou"], abs=1e-12)
+
+    # a boundary is a pixel whose chance is above a half, whatever the loss weighed ones by
+    code, out, err = call("predict", files[1], "--config", config, images[0], "--out", folder / "maps", "--json")
+    assert code == 0, err
+    outlines = dense_tasks(settings, model.base, ["outlines"])["outlines"].task
+    model.load_task(files[1])
+    with torch.no_grad():
+        logits = model(outlines.test[0][0][None], task="outlines")[0, 0]
+    share = float((logits > math.log(0.95 / 0.05)).float().mean())
+    assert json.loads(out)["predictions"][0]["share"] == pytest.approx(share, abs=1e-6)
 
     # an image of the size of one tile is the same in tiles
     again = ["predict", files[2], "--config", config, images[0], "--out", folder / "maps", "--json"]
