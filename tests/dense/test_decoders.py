@@ -10,10 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import taps_ext.model.mixing as mixing
-from taps_ext import FullConfig, ProbeConfig, TapsConfig, TaskModel, store
+from taps_ext import (
+    FullConfig,
+    JointTapsConfig,
+    LoraConfig,
+    ProbeConfig,
+    RcmConfig,
+    ScaleBiasConfig,
+    SeparateLayersConfig,
+    TapsConfig,
+    TaskModel,
+    store,
+)
 from taps_ext.dense import ConcatDecoder, DenseBase, LightDecoder, MapHead
 from taps_ext.dense.decoders import build, described
 from taps_ext.errors import ConfigError, TaskFileError
+from taps_ext.methods import MethodConfig
 from taps_ext.zoo import SmallResNet
 
 SWIN_T = (192, 384, 768, 768)  # as MTLoRA's decoders are given them
@@ -137,6 +149,40 @@ def test_a_file_that_lies_about_its_decoder_is_refused(tmp_path) -> None:
         store.save(tmp_path / "bad.taps", file)
         with pytest.raises(TaskFileError, match=message):
             model.load_task(tmp_path / "bad.taps", name="bad")
+
+
+METHODS = {
+    "scale-bias": ScaleBiasConfig(),
+    "bitfit": MethodConfig.from_dict({"method": "bitfit"}),
+    "lora": LoraConfig(rank=2),
+    "rcm": RcmConfig(kernel_sizes="all"),
+    "bottom": SeparateLayersConfig(bottom=2),
+    "joint-taps": JointTapsConfig(),
+}
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_trains_below_a_decoder(name: str, tmp_path) -> None:
+    model = model_of(METHODS[name])
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(5, (4, 32, 32))
+    optimizer = torch.optim.SGD(model.parameter_groups("roads", lr=0.05))
+    losses = []
+    for _ in range(4):
+        loss = F.cross_entropy(model.train()(x, task="roads"), y)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    trained = [p for n, p in model.state("roads").named_parameters() if "decoder" not in n and p.grad is not None]
+    family = [p for held in model.families.values() for p in held.parameters() if p.grad is not None]
+    assert any(p.grad.abs().sum() > 0 for p in (*trained, *family))
+    for held in model.families:
+        model.save_shared(held, tmp_path / "shared.taps")
+    model.save_task("roads", tmp_path / "roads.taps")
+    fresh = TaskModel(DenseBase(_backbone(), image=(3, 32, 32)))
+    fresh.load_task(tmp_path / "roads.taps")
+    assert torch.equal(fresh.eval()(x, task="roads"), model.eval()(x, task="roads"))
 
 
 def test_merged_and_plain(tmp_path) -> None:
