@@ -28,6 +28,7 @@ ROOMS = [
     {"base"},
     {"routing"},
     {"parts"},
+    {"dense"},
     {"workspace", "patch"},
     {"store", "ops"},
     {"reference"},

@@ -17,7 +17,11 @@ _HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear")
 
 
 def find_head(base: nn.Module) -> str | None:
-    """The name of the classifier: timm's `get_classifier()`, a usual name, or a last linear child."""
+    """The name of the classifier: what a base says itself by its attribute `head_module`, timm's `get_classifier()`, a
+    usual name, or a last linear child."""
+    said = getattr(base, "head_module", None)
+    if isinstance(said, str) and said in dict(base.named_modules()):
+        return said
     getter = getattr(base, "get_classifier", None)
     if callable(getter):
         classifier = getter()

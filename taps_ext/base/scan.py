@@ -52,6 +52,7 @@ class Scan:
         head: the head's name, or None.
         frozen: names of parameters that the user froze before the base was adapted. left: those of weights that
             `exclude_modules` names by themselves. any_weight: whether the base has weights that are not of `gated`.
+        taps: the modules whose outputs a dense base gives to decoders; none where the base says nothing of any.
     """
 
     order: dict[str, int] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Scan:
     frozen: frozenset[str] = frozenset()
     left: frozenset[str] = frozenset()
     any_weight: bool = False
+    taps: tuple[str, ...] = ()
 
     @property
     def reach(self) -> Reach:
@@ -270,7 +272,8 @@ def scan(
         UnsupportedModuleError: targeted layers cannot be gated, all of them named with what is in the way.
     """
     places = hosts_by_name(base)
-    result = Scan(head=head, order={name: index for index, name in enumerate(places)}, frozen=reach.frozen)
+    order = {name: index for index, name in enumerate(places)}
+    result = Scan(head=head, order=order, frozen=reach.frozen, taps=tuple(getattr(base, "tap_names", ())))
     named = [
         (name, module)
         for name, (module, key) in places.items()

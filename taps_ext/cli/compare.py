@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from .common import count, emit, say
 from .config import check_input, load_config
+from .dense import dense_tasks
 
 PURPOSE = "Train the tasks of a configuration by several methods, and say which does for which budget."
 EXAMPLE = "taps compare signs.toml --methods probe,scale-bias,lora:8,taps,full --out runs/compare"
@@ -59,8 +60,12 @@ def run(args: argparse.Namespace) -> int:
         check_picture(args.plot)
     methods = parse_methods(args.methods)
     settings, base = config.training(), config.base()
-    tasks = {}
-    for name in config.tasks:
+    tasks, heads = {}, {}
+    if config.dense:
+        for name, made in dense_tasks(config, base).items():
+            check_input(base, made.task.train[0][0], config.tasks[name]["source"])
+            tasks[name], heads[name] = made
+    for name in () if config.dense else config.tasks:
         source = config.source(name)
         check_input(base, source.train[0][0], source.name)
         labels = list(source.classes)
@@ -78,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             out=args.out,
             max_minutes=args.max_minutes,
             tell=grid.tell,
+            heads=heads,
         )
     if args.plot is not None:
         points = found.points()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, suggestion
+from . import dense
 from .images import statistics
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _dotted(key: str) -> str:
 
     methods = {field.name for config in registered().values() for field in fields(config)}
     known = {"train": {field.name for field in fields(TrainConfig)}, "method": {"method", *methods}}
-    known |= {"base": set(BASE_KEYS), "data": set(DATA_KEYS)}
+    known |= {"base": {*BASE_KEYS, *dense.BASE_KEYS}, "data": {*DATA_KEYS, *dense.DATA_KEYS}}
     names = [name for section in known.values() for name in section]
     meant = key if key in names else next(iter(difflib.get_close_matches(key, sorted(set(names)), n=1)), None)
     found = [f"{section}.{meant}" for section in SECTIONS if meant in known.get(section, ())]
@@ -112,7 +113,7 @@ def _anchor(tree: dict[str, Any], folder: Path) -> None:
     for task in tasks.values() if isinstance(tasks, dict) else ():
         spec = task.get("source") if isinstance(task, dict) else None
         scheme, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
-        if scheme in ("npz", "imagefolder"):
+        if scheme in ("npz", "imagefolder", dense.SCHEME):
             task["source"] = f"{scheme}:{absolute(rest)}"
 
 
@@ -134,14 +135,17 @@ class Config:
         self.method = tree.get("method")
         self.train_section = tree.get("train", {})
         self.tasks: dict[str, Any] = tree.get("tasks", {})
-        _keys(self.base_section, BASE_KEYS, "base")
-        _keys(self.data, DATA_KEYS, "data")
+        sections = self.tasks.values() if isinstance(self.tasks, dict) else ()
+        maps = any(isinstance(task, dict) and dense.is_dense(task.get("source")) for task in sections)
+        _keys(self.base_section, (*BASE_KEYS, *(dense.BASE_KEYS if maps else ())), "base")
+        _keys(self.data, (*DATA_KEYS, *(dense.DATA_KEYS if maps else ())), "data")
         for name, section in (("method", self.method), ("train", self.train_section), ("tasks", self.tasks)):
             if section is not None and not isinstance(section, dict):
                 raise ConfigError(f"{name}: expected a section, got {section!r}")
         for name, task in self.tasks.items():
-            _keys(task, TASK_KEYS, f"tasks.{name}")
-            source = task.get("source")
+            source = task.get("source") if isinstance(task, dict) else None
+            keys = ("source", "method", *dense.TASK_KEYS) if dense.is_dense(source) else TASK_KEYS
+            _keys(task, keys, f"tasks.{name}")
             if not isinstance(source, str):
                 raise ConfigError(f"tasks.{name}.source: expected a source such as 'digits:rotated', got {source!r}")
         head_module = self.base_section.get("head_module")
@@ -169,10 +173,12 @@ class Config:
         return statistics(self.data.get("normalize"), self.base_section)
 
     def base(self) -> nn.Module:
-        """The base model, in evaluation mode."""
+        """The base model, in evaluation mode; for tasks that are maps with its taps."""
         from .base import build_base
 
-        return build_base(self.base_section)
+        maps = self.dense
+        built = build_base({key: value for key, value in self.base_section.items() if key not in dense.BASE_KEYS})
+        return dense.wrapped(self, built) if maps else built
 
     def training(self) -> TrainConfig:
         """The training settings; `out` defaults to runs/<name of the file>."""
@@ -201,6 +207,11 @@ class Config:
         if "method" not in settings:
             raise ConfigError("method: expected a [method] section with method = 'taps' or another, got none")
         return MethodConfig.from_dict(settings)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the tasks are maps of images. Raises ConfigError where only some are."""
+        return dense.all_dense(self)
 
     def task(self, name: str) -> dict[str, Any]:
         """A task's section. Raises ConfigError for an unknown name."""

@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_device, check_input, load_config
-from .images import check_geometry, stored_geometry
+from .dense import base_for, dense_tasks, shown
+from .images import check_geometry, map_notes, stored_geometry
 
 PURPOSE = "Measure task files on the test split of their data."
 EXAMPLE = "taps eval runs/signs/*.taps --config signs.toml"
@@ -58,26 +59,41 @@ def run(args: argparse.Namespace) -> int:
 
     config = config_from(args)
     tasks = [(file, store.load(file, kind="task")) for file in args.files]
-    base = config.base()
+    notes = map_notes(tasks[0][1])
+    base = base_for(config, notes)
     model = TaskModel(base, head_module=config.head_module)
     if args.device is not None:
         model.to(args.device)
     results: list[dict[str, Any]] = []
     for file, task in tasks:
         section = args.task or task.name
-        stored = stored_geometry(task)
-        source = config.open(args.source, stored) if args.source else config.source(section, stored)
-        data = source.splits().get(args.split)
-        if data is None:
-            known = list(source.splits())
-            raise ConfigError(f"split: expected one of {known} of {source.name}, got {args.split!r}")
-        labels = task.labels
-        if labels is not None and tuple(labels[: source.num_classes]) != source.classes:
-            raise ConfigError(f"source: {source.name} has other classes than {file} was trained on")
-        check_input(base, data[0][0], source.name)
-        check_geometry(task, source.preprocessing)
+        if (map_notes(task) is None) != (notes is None):
+            raise ConfigError(f"files: expected tasks of one kind of base, got {tasks[0][0]} and {file}")
+        if notes is not None:
+            if args.source:
+                raise ConfigError("source: expected none for tasks of maps, whose section says how they are made")
+            known_task = dense_tasks(config, base, [section])[section].task
+            data, source_name = getattr(known_task, args.split), str(config.task(section)["source"])
+            if data is None:
+                raise ConfigError(f"split: {source_name} has no {args.split!r}")
+            if task.labels is not None and task.labels != known_task.labels:
+                raise ConfigError(f"source: {source_name} has other classes than {file} was trained on")
+            check_geometry(task, known_task.preprocessing or {})
+        else:
+            stored = stored_geometry(task)
+            source = config.open(args.source, stored) if args.source else config.source(section, stored)
+            data, source_name = source.splits().get(args.split), source.name
+            if data is None:
+                known = list(source.splits())
+                raise ConfigError(f"split: expected one of {known} of {source.name}, got {args.split!r}")
+            labels = task.labels
+            if labels is not None and tuple(labels[: source.num_classes]) != source.classes:
+                raise ConfigError(f"source: {source.name} has other classes than {file} was trained on")
+            check_geometry(task, source.preprocessing)
+            known_task = Task(train=data)
+        check_input(base, data[0][0], source_name)
         name = model.load_task(task)
-        trainer = Trainer(model, {name: Task(train=data)}, TrainConfig(), quiet=True)
+        trainer = Trainer(model, {name: known_task}, TrainConfig(), quiet=True)
         metrics = trainer.evaluate(name, data)
         report = model.report(name)
         model.delete_task(name)
@@ -86,10 +102,11 @@ def run(args: argparse.Namespace) -> int:
                 "file": file,
                 "task": name,
                 "method": report.method,
-                "source": source.name,
+                "source": source_name,
                 "split": args.split,
                 "samples": len(data),
                 **metrics,
+                **({} if notes is None else {"metric": shown(known_task, metrics)}),
                 "layers_open": report.layers_open,
                 "layers": len(report.rows),
                 "share": report.share,
@@ -98,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(results)
     else:
-        columns = ("file", "task", "method", "data", "samples", "accuracy", "loss", "layers open")
+        measured = "accuracy" if notes is None else "metric"
+        columns = ("file", "task", "method", "data", "samples", measured, "loss", "layers open")
         rows = [
             (
                 r["file"],
@@ -106,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 r["method"],
                 f"{r['source']} {r['split']}",
                 r["samples"],
-                f"{100 * r['accuracy']:.2f} %",
+                f"{100 * r['accuracy']:.2f} %" if notes is None else r["metric"],
                 f"{r['loss']:.4f}",
                 f"{r['layers_open']} of {r['layers']}",
             )

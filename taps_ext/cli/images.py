@@ -55,6 +55,20 @@ def stored_geometry(file: TaskFile) -> dict[str, Any] | None:
     return stored(file.extra, file.path)
 
 
+def map_notes(file: TaskFile) -> dict[str, Any] | None:
+    """What a task file says of the maps that its task makes of images, or None for a task of classes.
+
+    Raises:
+        ConfigError: something that is not what we write.
+    """
+    found = (stored_geometry(file) or {}).get("map")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
+        raise ConfigError(f"{file.path}: preprocessing: map: expected its kind, got {found!r:.60}")
+    return found
+
+
 def check_geometry(file: TaskFile, now: Mapping[str, Any]) -> None:
     """Raise ConfigError if images would be made otherwise than those that the task was trained on."""
     before = stored_geometry(file)

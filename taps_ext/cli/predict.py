@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from .common import count, emit, table
 from .config import Config, check_input
+from .dense import base_for
 from .evaluate import add_base_arguments, config_from
-from .images import stored_geometry
+from .images import map_notes, stored_geometry
+from .maps import predict_maps
 
 if TYPE_CHECKING:
     from ..store import TaskFile
 
-PURPOSE = "Classify images with a task file; prints label names and probabilities."
+PURPOSE = "Classify images with a task file, or make maps of them; prints labels and shares."
 EXAMPLE = "taps predict runs/signs/signs.taps --config signs.toml photo.jpg --top 5"
 LAST = "images"
 
@@ -25,6 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files that Pillow reads")
     add_base_arguments(parser)
     parser.add_argument("--top", type=count(1), default=3, metavar="N", help="labels to print (default: 3)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="predictions",
+        help="of tasks whose outputs are maps: pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tiles",
+        type=count(0),
+        metavar="N",
+        help="of such tasks: images in tiles of the training's size that share at least N pixels, instead of whole "
+        "ones brought to it",
+    )
 
 
 def _geometry(config: Config, file: TaskFile) -> tuple[int, int, Any]:
@@ -61,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = config_from(args)
     task = store.load(args.file, kind="task")
+    notes = map_notes(task)
+    if notes is not None:
+        return predict_maps(args, config, task, base_for(config, notes), notes)
+    if args.tiles is not None:
+        raise ConfigError("tiles: expected a task whose outputs are maps, got one of classes")
     size, channels, normalize = _geometry(config, task)
     options = Options(size, channels, normalize=normalize)
     images = [apply_normalize(read_image(Path(file), size, channels), options.normalize) for file in args.images]

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from .common import emit, say, size, table
 from .config import check_input, load_config
+from .dense import dense_tasks, shown
 
 PURPOSE = "Train the tasks of a configuration; an interrupted run goes on where it stopped."
 EXAMPLE = "taps train signs.toml train.epochs=10 method.lam=0.5"
@@ -28,7 +29,11 @@ a configuration:
   [train]
   epochs = 30
   [tasks.signs]
-  source = "imagefolder:data/signs"          # or npz:FILE, python:MODULE.FUNCTION, digits:NAME, glyphs:NAME"""
+  source = "imagefolder:data/signs"          # or npz:FILE, python:MODULE.FUNCTION, digits:NAME, glyphs:NAME
+  [tasks.roads]                              # maps of images, all tasks of a configuration or none (docs/dense.md)
+  source = "dense:data/roads"
+  kind = "segmentation"                      # or boundaries, distance, edges, saliency, depth, normals
+  classes = ["sky", "road"]"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +69,14 @@ def run(args: argparse.Namespace) -> int:
         mean, std = config.normalize
         say(f"images are normalised with mean {list(mean)}, std {list(std)}")
     tasks: dict[str, Task] = {}
-    for name, section in config.tasks.items():
+    if config.dense:
+        for name, made in dense_tasks(config, base).items():
+            check_input(base, made.task.train[0][0], config.tasks[name]["source"])
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed)
+                model.add_task(name, head=made.head(base), config=methods[name])
+            tasks[name] = made.task
+    for name, section in () if config.dense else config.tasks.items():
         source = config.source(name)
         check_input(base, source.train[0][0], source.name)
         classes = section.get("num_classes", source.num_classes)
@@ -108,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
             (
                 name,
                 entry["method"],
-                f"{100 * entry['val']['accuracy']:.1f} %",
-                f"{100 * entry['test']['accuracy']:.1f} %",
+                shown(tasks[name], entry["val"]),
+                shown(tasks[name], entry["test"]),
                 entry["epoch"],
                 f"{entry['layers_open']} of {entry['layers']}",
                 f"{100 * entry['share']:.1f} %",

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 
 _KEYS = {"channels", "height", "width", "normalize"}
+_MORE = {"map"}  # of tasks whose outputs are maps: what they are of
 
 
 def stored(extra: Mapping[str, str], path: str) -> dict[str, Any] | None:
@@ -23,7 +24,7 @@ def stored(extra: Mapping[str, str], path: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(text)
-        return dict(found) if set(found) == _KEYS else None
+        return dict(found) if set(found) - _MORE == _KEYS else None
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: preprocessing: expected JSON, got {text[:60]!r}") from error
 

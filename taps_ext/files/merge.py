@@ -31,14 +31,14 @@ def named(module: str) -> Iterator[None]:
         raise UnsupportedModuleError(f"{module}: {error}") from None
 
 
-def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
+def folded(stacks: Stacks, base: nn.Module) -> dict[str, Part]:
     """For every module with a gated part on top, the weight that the stack multiplies with: folded where it is changed,
-    the base's own where not.
+    the base's own where not. For others what their uppermost part says (`Part.merged`).
 
     Raises:
         UnsupportedModuleError: a change that does not fold, naming the module.
     """
-    found = {}
+    found: dict[str, Part] = {}
     for name, stack in stacks.items():
         if any(part.gate is not None for part in stack):
             host = host_of(base, name)
@@ -49,6 +49,11 @@ def folded(stacks: Stacks, base: nn.Module) -> dict[str, Installed]:
             if bias is not None and not isinstance(bias, nn.Parameter):
                 bias = nn.Parameter(bias.detach(), requires_grad=False)
             found[name] = Installed(own, None if bias is base_bias(host) else bias)
+            continue
+        with named(name):
+            instead = stack[-1].merged(Below(host_of(base, name), stack[:-1]))
+        if instead is not None:
+            found[name] = instead
     return found
 
 

@@ -6,6 +6,7 @@ from .depthwise import DepthwiseConfig
 from .full import FullConfig
 from .joint_taps import JointTapsConfig
 from .lora import LoraConfig
+from .mtlora import MTLoraConfig
 from .parse import parse_methods
 from .probe import ProbeConfig
 from .rcm import RcmConfig
@@ -21,6 +22,7 @@ __all__ = [
     "FullConfig",
     "JointTapsConfig",
     "LoraConfig",
+    "MTLoraConfig",
     "MethodConfig",
     "ProbeConfig",
     "RcmConfig",

@@ -197,6 +197,8 @@ def _fits(model: TaskModel, share: Share, known: _Known) -> bool:
     if model.gates == "host":
         state.refresh()  # a layer that has opened since the last forward is not idle
     stacks = state.stacks()
+    if any(part.alone for stack in stacks.values() for part in stack):
+        return False
     return all(name in known.fit for name, stack in stacks.items() if not all(part.idle() for part in stack))
 
 
@@ -344,7 +346,14 @@ def _outputs(mixture: Mixture, known: _Known, output: Any) -> list[Any]:
             if isinstance(leaf, Tensor) and (at := next(where)) is not None:
                 plain, by_segment = sizes.get(id(leaf), (leaf, None))
                 rows = at.cut(plain, mixture.batch, segment.first, segment.size)
-                leaf = rows if by_segment is None else rows[..., : by_segment[place]]
+                leaf = rows if by_segment is None else _unfilled(rows, by_segment[place], at.dim)
             own.append(leaf)
         found.append(tree_unflatten(own, spec))
     return found
+
+
+def _unfilled(rows: Tensor, sizes: Sequence[int], samples: int) -> Tensor:
+    """A task's own outputs of those that were filled up. `sizes`: in all dimensions but that of samples."""
+    for place, size in enumerate(sizes):
+        rows = rows.narrow(place if place < samples else place + 1, 0, size)
+    return rows

@@ -188,7 +188,7 @@ class Parts(nn.Module):
 
 def check_stands(name: str, part: Part, lower: Part, family: str) -> None:
     """Raise UnsupportedModuleError where a part of a module's cannot stand on that of the family."""
-    if part.gate is None or not lower.bears:
+    if not part.rides and (part.gate is None or not lower.bears):
         raise UnsupportedModuleError(
             f"{name}: a part of the kind {part.kind!r} cannot stand on the {lower.kind!r} of the family {family!r}, "
             "which it would leave out"

@@ -38,6 +38,7 @@ from ..routing.route import claim, gated, route, unroute, whole_model
 from . import groups, packing, rest, stream
 from .entry import ACTIVE, EntryPoints
 from .mixing import run_mixed
+from .passes import run_tasks
 from .report import Report, make_report
 from .running import run_base, run_task
 from .state import Family, Parts, TaskState, module_key
@@ -205,6 +206,24 @@ class TaskModel(EntryPoints, Untraced):
         if torch.compiler.is_exporting():
             refuse("torch.export")
         return self._forward(None, task, tasks, args, kwargs)
+
+    def forward_tasks(self, *args: Any, tasks: Sequence[str], **kwargs: Any) -> dict[str, Any]:
+        """Run several tasks on the same samples: what `model(x, task=name)` gives for each, by name.
+
+        Tasks whose parts can be served together share one pass of the base: those of one MTLoRA family, and those that
+        have nothing but a head. All others run one after the other, and so do merged tasks and samples that are not
+        counted in dimension 0. Dropout draws once for what a pass shares.
+
+        Args:
+            tasks: names, each once. args, kwargs: what the base's forward takes.
+
+        Raises:
+            ConfigError: anything else in `tasks`. UnsupportedModuleError: tasks that share a pass, and a base that
+                computes on with what its head gives. Else as :meth:`forward`.
+        """
+        if torch.compiler.is_exporting():
+            refuse("torch.export")
+        return run_tasks(self, tasks, args, kwargs)
 
     @torch.compiler.disable(recursive=False)
     def _forward(self, entry: str | None, task: str | None, tasks: Any, args: Any, kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from .packed import Bitmask, Int4, Int8, Sign
 from .part import Below, Part, part_kinds, register_part
 from .rows import Rows
 from .singular import Singular
+from .streams import DropoutLowRank, StreamLowRank, Streams
 
 __all__ = [
     "Axes",
@@ -20,6 +21,7 @@ __all__ = [
     "Bitmask",
     "Change",
     "Dense",
+    "DropoutLowRank",
     "Gate",
     "Installed",
     "Instead",
@@ -36,6 +38,8 @@ __all__ = [
     "SeriesAdapter",
     "Sign",
     "Singular",
+    "StreamLowRank",
+    "Streams",
     "Whole",
     "change_kinds",
     "part_kinds",

@@ -7,7 +7,7 @@ is right for it, in plain torch. Kinds with kernels of their own override `run`,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -25,7 +25,7 @@ from .host import Op, base_weight, op_of
 from .sampling import Sample
 
 if TYPE_CHECKING:
-    from .part import Below
+    from .part import Below, Part
 
 _Kind = TypeVar("_Kind", bound="type[Change]")
 _KINDS: dict[str, type[Change]] = {}
@@ -91,6 +91,7 @@ class Change(nn.Module):
         kind: its name in files.
         role: what its parameters are to optimizers: "delta" (weight decay is right) or "weight" (it is not).
         replaces: whether it holds a weight that is multiplied with in the place of the host's.
+        over_base: whether W_t is made of the base's weight, whatever lies between, so that closed it is W.
         coded: whether its tensors are what a codec made of a Delta, of which no one has a gradient.
         settings: the names of its arguments beside `host` and `held`, which are attributes too: files keep them.
         names: of its tensors.
@@ -100,6 +101,7 @@ class Change(nn.Module):
     kind: ClassVar[str]
     role: ClassVar[str] = "delta"
     replaces: ClassVar[bool] = False
+    over_base: ClassVar[bool] = False
     coded: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
@@ -169,9 +171,22 @@ class Change(nn.Module):
         """As `Part.mixed` has it, with changes of this kind and their gates, and a bias for all."""
         return None
 
+    def joins(self) -> Hashable | None:
+        """As `Part.joins` has it, of a change with a fixed gate."""
+        return None
+
+    @classmethod
+    def joined(cls, changes: Sequence[tuple[Change, Gate]]) -> Part:
+        """As `Part.joined` has it, of changes of this kind with their gates."""
+        raise NotImplementedError(f"{cls.kind}: serves one task at a time")
+
     def weight_over(self, weight: Tensor, gate: Gate) -> Tensor:
         """W_t where `weight` lies below, differentiable in the parameters and the score."""
         return weight if gate.shut or self.owed else gate.select(self.fold(weight), weight)
+
+    def closed(self, weight: Tensor) -> Tensor:
+        """:meth:`fold` of a closed gate."""
+        return weight
 
     def bias_over(self, bias: Tensor, gate: Gate) -> Tensor:
         """The bias under it, where `bias` is that of the layer, differentiable as :meth:`weight_over`."""
@@ -192,6 +207,10 @@ class Change(nn.Module):
 
     def operations(self, input: Tensor, output: Tensor) -> int:
         """Floating-point operations of a forward beside those of the host's product."""
+        return 0
+
+    def spared(self, output: Tensor) -> int:
+        """Floating-point operations of the host's product with all rows that a forward does without."""
         return 0
 
     def scratch(self, host: nn.Module, gate: Gate, dtype: torch.dtype, rows: int, *, training: bool) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..dense import decoders
 from ..errors import ConfigError, UnsupportedModuleError
 from ..store.errors import DtypeMismatchError, ShapeMismatchError
 from ..store.record import Record
 from .bind import Bound
 from .host import original_class
 from .part import Below, Part, register_part, saved
+from .streams import Heads
 
 
 @register_part("instead")
@@ -47,6 +50,13 @@ class Instead(Part):
     def _in_place(self, host: nn.Module, input: Tensor, sample: Any) -> Any:
         return self.module(input)
 
+    def joins(self) -> Hashable | None:
+        return (self.kind, self.role) if self.role == "head" else None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        return Heads(parts, batch)
+
     @property
     def replacement(self) -> nn.Module:
         return self.module
@@ -75,6 +85,8 @@ class Instead(Part):
         if type(module) is nn.Linear or original_class(module) is nn.Linear:
             kind = {"in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
             spec = {"type": "linear", **kind}
+        elif (described := decoders.described(module)) is not None:
+            spec = {"type": "decoder", **described}
         tensors = saved({name: tensor.detach() for name, tensor in module.state_dict().items()})
         facts: dict[str, Any] = {"kind": self.kind, "module": spec}
         return Record(facts if self.role == "head" else {**facts, "role": self.role}, tensors)
@@ -88,9 +100,12 @@ class Instead(Part):
         spec = record.fact("module", dict)
         kinds = {"in": int, "out": int, "bias": bool}
         linear = spec.get("type") == "linear" and all(type(spec.get(k)) is t for k, t in kinds.items())
+        decoder = cls._decoder(record, spec) if spec.get("type") == "decoder" else None
         known = {"type", *kinds} if linear else {"type", "class"}
-        if (not linear and spec.get("type") != "custom") or spec.keys() != known:
-            raise record.refuse(f"head: expected a linear or custom head, got {spec!r}")
+        if decoder is None and ((not linear and spec.get("type") != "custom") or spec.keys() != known):
+            raise record.refuse(f"head: expected a linear or custom head, or a decoder, got {spec!r}")
+        if decoder is not None:
+            return cls(cls._decoded(record, decoder, host, given), role)
         if given is None and not linear:
             raise ConfigError(
                 f"head: {record.path} holds a {spec.get('class')}; pass a module of that structure as head="
@@ -107,6 +122,34 @@ class Instead(Part):
         own = module.state_dict()
         module.load_state_dict(record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}))
         return cls(module, role)
+
+    @staticmethod
+    def _decoder(record: Record, spec: dict[str, Any]) -> nn.Module:
+        """The decoder that a file describes, without memory for its tensors."""
+        try:
+            return decoders.build({name: fact for name, fact in spec.items() if name != "type"})
+        except ConfigError as error:
+            raise record.refuse(f"head: {error}") from None
+
+    @staticmethod
+    def _decoded(record: Record, decoder: nn.Module, host: nn.Module, given: nn.Module | None) -> nn.Module:
+        """The same with the file's tensors, or `given`, if it is such a one, with them."""
+        if given is not None and decoders.described(given) != decoders.described(decoder):
+            raise ConfigError(
+                f"head: {record.path} holds {decoders.described(decoder)}, got "
+                f"{decoders.described(given) or type(given).__qualname__}"
+            )
+        held = [*host.parameters(), *host.buffers(), *(t for t in record.likes().values() if not t.is_meta)]
+        like = next((tensor for tensor in held if tensor.is_floating_point()), None)
+        stored = next((t.dtype for t in record.likes().values() if t.is_floating_point()), torch.float32)
+        dtype = like.dtype if record.cast and like is not None else stored
+        typed = decoder.to(dtype=dtype) if given is None else given
+        own = typed.state_dict()
+        values = record.take({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
+        if given is None:  # what was claimed is borne out: now there may be memory for it
+            typed = typed.to_empty(device="cpu" if like is None else like.device)
+        typed.load_state_dict(values)
+        return typed
 
     @classmethod
     def typed_as_base(cls, record: Record) -> list[Tensor]:

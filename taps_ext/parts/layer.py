@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -181,7 +181,7 @@ class Layer(Part):
             if product is not None:
                 return product
             below = below._replace(ready=None)  # says what is wrong as it does by itself
-        if change is None or (below.parts and self.gate.shut):
+        if change is None or (below.parts and self.gate.shut and not change.over_base):
             return below.product(input, bias)
         made: Tensor = hooked(change, change.product)(below, input, self.gate, bias)
         return made
@@ -247,15 +247,32 @@ class Layer(Part):
         before, after = (made.dim() - 2, 0) if isinstance(host, nn.Linear) else (0, made.dim() - 2)
         return made + rows.view(len(made), *(1,) * before, -1, *(1,) * after)
 
+    @property
+    def over_base(self) -> bool:
+        return self.change is not None and self.change.over_base
+
+    def joins(self) -> Hashable | None:
+        change, gate = self.change, self.gate
+        if type(self) is Layer and change is None and self.bias is None and not _hooked(self):
+            return self.kind, "closed"
+        if type(self) is not Layer or change is None or self.bias is not None or gate.learn or gate.known is None:
+            return None
+        return None if _hooked(self) or _hooked(change) else change.joins()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        changes = [(part.change, part.gate) for part in parts if isinstance(part, Layer) and part.change is not None]
+        return type(changes[0][0]).joined(changes) if changes else parts[0]
+
     def idle(self) -> bool:
-        return self.bias is None and (self.change is None or self.gate.shut)
+        return self.bias is None and (self.change is None or (self.gate.shut and not self.over_base))
 
     def bind(self, host: nn.Module, *, stock: bool) -> Bound | None:
         return bound(self, host, self._roads) if stock else None
 
     def _roads(self, host: nn.Module, general: Road) -> Bound | None:
         gate, change, bias_of = self.gate, self.change, None if self.bias is None else self
-        if gate.known is None:
+        if gate.known is None or self.over_base:
             return None
         if change is None or (gate.known is False and (gate.score is None or change.owed)):
             return bind.base(host, bias_of, general)
@@ -279,7 +296,7 @@ class Layer(Part):
 
     def cost(self, host: nn.Module, input: Tensor, output: Tensor, fraction: float) -> Cost:
         weight, gate, change = base_weight(host), self.gate, self.change
-        product = 2 * multiplications(host, input, output)
+        product = 2 * multiplications(host, input, output) - (0 if change is None else change.spared(output))
         x, y, w = input.nbytes, output.nbytes, weight.nbytes
         opened = gate.known is not False and change is not None
         held = 0 if change is None else change.nbytes
@@ -303,8 +320,10 @@ class Layer(Part):
 
     def fold(self, weight: Tensor) -> Tensor:
         """W_t in the type of `weight`, which a closed layer is itself."""
-        if self.change is None or self.change.owed or not self.gate.open:
+        if self.change is None:
             return weight
+        if self.change.owed or not self.gate.open:
+            return self.change.closed(weight)
         exact = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")) if _autocast() else ()
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for context in exact:
@@ -323,7 +342,7 @@ class Layer(Part):
 
     def values(self, below: Below) -> dict[str, Tensor]:
         host = below.host
-        folded = self.fold(below.folded())
+        folded = self.fold(base_weight(host) if self.over_base else below.folded())
         own: dict[str, Tensor] = {} if folded is base_weight(host) else {weight_name(host): folded}
         bias = self.bias_over(below)
         return own if bias is None or bias is base_bias(host) else {**own, bias_name(host): bias}

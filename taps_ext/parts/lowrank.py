@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class LowRank(Change):
         ValueError: another rank or scale.
     """
 
-    settings = ("rank", "scale")
+    settings: ClassVar[tuple[str, ...]] = ("rank", "scale")
 
     down: nn.Parameter
     up: nn.Parameter
@@ -70,14 +70,20 @@ class LowRank(Change):
         closed = below.product(input, bias)
         if self.owed or gate.shut:  # where it is owed B is zero: nothing is added, and the score's gradient is zero
             return closed
+        return gate.select(closed + self.beside(host, self.seen(input)), closed)
+
+    def seen(self, input: Tensor) -> Tensor:
+        """What A is given of a layer's input."""
+        return input
+
+    def beside(self, host: nn.Module, input: Tensor) -> Tensor:
+        """`scale * B (A x)`, of a linear layer or a convolution without groups."""
         down, up = (factor.to(input.dtype) for factor in (self.down, self.up))
         if isinstance(host, nn.Conv2d):
             conv: Any = (host.stride, host.padding, host.dilation)
             small = F.conv2d(input, down.view(-1, *base_weight(host).shape[1:]), None, *conv)
-            added = F.conv2d(small, up[:, :, None, None])
-        else:
-            added = F.linear(F.linear(input, down), up)
-        return gate.select(closed + self.scale * added, closed)
+            return self.scale * F.conv2d(small, up[:, :, None, None])
+        return self.scale * F.linear(F.linear(input, down), up)
 
     forward = product
 

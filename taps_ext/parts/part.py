@@ -7,7 +7,7 @@ part's kind.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -98,7 +98,7 @@ class Below(NamedTuple):
         """The same as it is now, for merging: the base's own weight where nothing changes it."""
         weight = base_weight(self.host)
         for part in self.parts:
-            weight = part.fold(weight)
+            weight = part.fold(base_weight(self.host) if part.over_base else weight)
         return weight
 
     def resting(self, input: Tensor) -> Tensor:
@@ -134,10 +134,14 @@ class Part(nn.Module):
         stands_in: whether parts of this kind have a :attr:`replacement`.
         former: names that version 0.1 had for its tensors, and those they have.
         bears: whether a gated part can stand on it, which needs its weight, bias and product.
+        rides: whether it can stand on a part of any kind, all that it does with it being to run it.
+        alone: whether its task's samples go through the base by themselves in a batch of several tasks.
     """
 
     kind: ClassVar[str]
     bears: ClassVar[bool] = False
+    rides: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     stands_in: ClassVar[bool] = False
     former: ClassVar[Mapping[str, str]] = {}
     gate: Gate | None
@@ -150,6 +154,11 @@ class Part(nn.Module):
     def replacement(self) -> nn.Module | None:
         """The module that stands in the host's place, where one does."""
         return None
+
+    @property
+    def over_base(self) -> bool:
+        """Whether its W_t is made of the base's weight, whatever lies between."""
+        return False
 
     @property
     def change_kind(self) -> str:
@@ -204,6 +213,20 @@ class Part(nn.Module):
                 task of each sample.
         """
         return None
+
+    def joins(self) -> Hashable | None:
+        """What is equal in parts of several tasks over one module that one part can serve in one pass over the same
+        samples (:meth:`joined`); None where each task needs a pass of its own."""
+        return None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part], batch: int) -> Part:
+        """A part that serves those of several tasks, all with the same :meth:`joins`, for one forward.
+
+        Args:
+            batch: how many samples there are.
+        """
+        raise NotImplementedError(f"{cls.kind}: serves one task at a time")
 
     def idle(self) -> bool:
         """True where it is what lies below in outputs and gradients, so that its samples may run with the base's."""
@@ -354,6 +377,14 @@ class Part(nn.Module):
 
     def hand_over(self, plain: nn.Module) -> None:
         """Give a plain module that has this part's values what the task made of them and keeps beside them."""
+
+    def merged(self, below: Below) -> Part | None:
+        """What runs in the place of a part without a gate while its task is merged; None for itself.
+
+        Raises:
+            UnsupportedModuleError: merged weights would not be all that the task is.
+        """
+        return None
 
     def installed(self) -> list[Tensor]:
         """Weights that it holds beside its parameters: those of a merged task."""

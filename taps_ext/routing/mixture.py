@@ -57,11 +57,11 @@ class Mixture:
     Args:
         owner: the TaskModel. batch: samples in it. segments: its tasks, one after the other. found: where the base has
             samples for such inputs. within: whose tensors a module's forward reads beside its own.
-        heads: the modules that tasks' heads replace, whose outputs may differ in their last size.
+        heads: the modules that tasks' heads replace, whose outputs may differ in their sizes.
 
     Attributes:
         padded: what a head's module returned for heads of several sizes, each filled up with zeros to the largest, and
-            the sizes by segment. Whoever asks empties it: graphs hold this.
+            the sizes, but that of samples, by segment. Whoever asks empties it: graphs hold this.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Mixture:
         self._owner = weakref.ref(owner)  # graphs hold this
         self.batch, self.segments = batch, tuple(segments)
         self.layouts, self.within, self.heads = found, within, heads
-        self.padded: list[tuple[Padded, tuple[int, ...]]] = []
+        self.padded: list[tuple[Padded, tuple[tuple[int, ...], ...]]] = []
         self._known_ids: dict[torch.device, Tensor] = {}
 
     def _acts(self, segment: Segment, names: Sequence[str]) -> bool:
@@ -239,11 +239,12 @@ class Mixture:
         return output
 
     def _join(self, name: str, values: Sequence[Tensor], counts: Sequence[int], place: Place) -> Tensor:
-        sizes = [value.shape[-1] for value in values]
         around = any(head == name or head.startswith(prefix_of(name)) for head in self.heads)
-        if around and len({*sizes}) > 1 and place.dim != values[0].dim() - 1:
-            largest = max(sizes)
-            values = [nn.functional.pad(value, (0, largest - value.shape[-1])) for value in values]
+        sizes = [(*value.shape[: place.dim], *value.shape[place.dim + 1 :]) for value in values]
+        if around and len({*sizes}) > 1 and len({value.dim() for value in values}) == 1:
+            largest = [max(found) for found in zip(*sizes, strict=True)]
+            largest.insert(place.dim, 0)
+            values = [_filled(value, largest, place.dim) for value in values]
             joined = place.join(values, counts)
             if in_backward():  # recomputed: what it is for was looked at in the forward
                 return joined
@@ -252,14 +253,20 @@ class Mixture:
             return guarded
         return place.join(values, counts)
 
-    def _spread(self, sizes: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
+    def _spread(self, sizes: Sequence[tuple[int, ...]], counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """What runs had, by segment."""
-        found: list[int] = []
+        found: list[tuple[int, ...]] = []
         for size, count in zip(sizes, counts, strict=True):
             while count > 0:
                 count -= self.segments[len(found)].size
                 found.append(size)
         return tuple(found)
+
+
+def _filled(value: Tensor, sizes: Sequence[int], samples: int) -> Tensor:
+    """Zeros behind a tensor's values up to these sizes, but in the dimension of samples."""
+    wanted = [0 if dim == samples else size - value.shape[dim] for dim, size in enumerate(sizes)]
+    return nn.functional.pad(value, [pad for missing in reversed(wanted) for pad in (0, missing)])
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..base.head import head_path
 from ..base.scan import scan
+from ..dense import delta_m
 from ..errors import ConfigError, DivergedError
 from ..methods import MethodConfig, parse_methods
 from ..model import TaskModel
@@ -66,6 +67,7 @@ class Row:
             epochs, by the mean over the seeds, or where a seed's run diverged.
         added: operations of one sample's forward that the task adds to a model that runs other tasks
             (:class:`taps_ext.Operations`), or None where they cannot be counted.
+        metric: the task's first; larger: whether more of it is better.
     """
 
     method: str
@@ -83,11 +85,17 @@ class Row:
     peak: int | None
     converged: bool
     added: int | None = None
+    metric: str = "accuracy"
+    larger: bool = True
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What :func:`compare` found.
+
+    Where the tasks' first metrics differ, or less of one is better, methods are compared by `delta_m`
+    (:func:`taps_ext.dense.delta_m`) over the test splits, against fine-tuning where that is among them, else against
+    the first method.
 
     Attributes:
         rows: one for each method and task. missing: what `max_minutes` cut, or left with fewer seeds, by method and
@@ -100,22 +108,44 @@ class Comparison:
     diverged: list[tuple[str, str]] = field(default_factory=list)
 
     def points(self) -> list[Point]:
-        """Every method that was trained on all tasks: mean file bytes, mean test metric in per cent with the half-width
-        of its 95 % interval over the seeds (nan where tasks have not as many), and whether it converged on every
-        task."""
+        """Every method that was trained on all tasks: mean file bytes, mean test metric (or delta_m) in per cent with
+        the half-width of its 95 % interval over the seeds (nan where tasks have not as many), and whether it converged
+        on every task."""
         tasks = list(dict.fromkeys(row.task for row in self.rows))
+        reference = self.reference
         found = []
         for method in dict.fromkeys(row.method for row in self.rows):
             rows = [row for row in self.rows if row.method == method]
             if len(rows) < len(tasks):
                 continue
             size = sum(row.bytes for row in rows) / len(rows)
-            mean, half = sum(100 * row.test for row in rows) / len(rows), math.nan
+            mean, half = self._value([row.test for row in rows], rows, reference), math.nan
             if len({len(row.tests) for row in rows}) == 1:
                 seeds = zip(*(row.tests for row in rows), strict=True)
-                mean, half = interval(100 * sum(tests) / len(tests) for tests in seeds)
+                mean, half = interval(self._value(tests, rows, reference) for tests in seeds)
             found.append(Point(method, size, mean, half, all(row.converged for row in rows)))
         return found
+
+    @property
+    def reference(self) -> list[Row]:
+        """What delta_m is taken against: the rows of fine-tuning, or of the first method on all tasks; none where means
+        of the metric are compared."""
+        tasks = {row.task for row in self.rows}
+        if self.metric != "delta_m":
+            return []
+        by_method: dict[str, list[Row]] = {}
+        for row in self.rows:
+            by_method.setdefault(row.method, []).append(row)
+        complete = [name for name, rows in by_method.items() if {row.task for row in rows} == tasks]
+        return by_method[min(complete, key=lambda name: name != "full")] if complete else []
+
+    @staticmethod
+    def _value(tests: Sequence[float], rows: Sequence[Row], reference: Sequence[Row]) -> float:
+        """The mean of these tests of a method's rows, or their delta_m, in per cent."""
+        if not reference:
+            return 100 * sum(tests) / len(tests)
+        found = {row.task: test for row, test in zip(rows, tests, strict=True)}
+        return delta_m(found, {row.task: row.test for row in reference}, {row.task: row.larger for row in reference})
 
     def front(self) -> list[Point]:
         """Those of :meth:`points` that converged and that no other one beats with files as small."""
@@ -133,7 +163,8 @@ class Comparison:
         complete = {point.method for point in self.points() if point.converged}
         left = sorted({row.method for row in self.rows} - complete)
         note = f" Not trained or not converged on every task, and left out: {', '.join(left)}." if left else ""
-        return f"By mean {self.metric} on the test splits: {'; '.join(parts)}.{note}"
+        of = f"delta_m against {self.reference[0].method}" if self.metric == "delta_m" else f"mean {self.metric}"
+        return f"By {of} on the test splits: {'; '.join(parts)}.{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: rows, what is missing, the sentence."""
@@ -143,15 +174,15 @@ class Comparison:
 
     def table(self) -> str:
         """A table in markdown, and the sentence."""
-        lines = [
-            f"| task | method | lr | test {self.metric} | parameters | file | weights open | added | step | peak |"
-        ]
+        head = "metric" if self.metric == "delta_m" else self.metric
+        lines = [f"| task | method | lr | test {head} | parameters | file | weights open | added | step | peak |"]
         lines.append("|---|---|---|---|---|---|---|---|---|---|")
         for row in self.rows:
-            half = "" if math.isnan(row.half) else f" ± {100 * row.half:.1f}"
+            scale, unit, digits = (1, f" {row.metric}", 4) if self.metric == "delta_m" else (100, " %", 1)
+            half = "" if math.isnan(row.half) else f" ± {scale * row.half:.{digits}f}"
             peak = "" if row.peak is None else _size(row.peak)
             added = "" if row.added is None else f"{row.added / 1e6:.1f} MFLOP"
-            score = f"{100 * row.test:.1f}{half} %{'' if row.converged else ' (not converged)'}"
+            score = f"{scale * row.test:.{digits}f}{half}{unit}{'' if row.converged else ' (not converged)'}"
             lines.append(
                 f"| {row.task} | {row.method} | {row.lr:.3g} | {score} | {row.parameters:,} | {_size(row.bytes)} | "
                 f"{100 * row.share:.0f} % | {added} | {1e3 * row.step:.0f} ms | {peak} |"
@@ -194,6 +225,7 @@ def compare(
     out: str | Path,
     max_minutes: float | None = None,
     tell: Tell | None = None,
+    heads: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
 ) -> Comparison:
     """Train every task by every method, and say which method does for which budget.
 
@@ -208,11 +240,11 @@ def compare(
         out: a folder for all runs; what is there already is not trained again.
         max_minutes: no run is begun after this time; what is missing is named.
         tell: is told about each run before it begins: how many are done, of how many, and which it is.
+        heads: of tasks whose head is no linear layer (a decoder), what makes one for a copy of the base.
 
     Raises:
-        ConfigError: bad counts; a task without test split, labels or integer targets, or whose training data are no
-            dataset; a method that shares parts between tasks; first metrics that differ, or of which less is better; a
-            run in `out` of other settings.
+        ConfigError: bad counts; a task without test split, metric, labels or integer targets, or whose training data
+            are no dataset; a method that shares parts between tasks; a run in `out` of other settings.
     """
     config = TrainConfig() if config is None else config
     for name, value in (("seeds", seeds), ("trials", trials)):
@@ -225,10 +257,13 @@ def compare(
         raise ConfigError("compare: expected tasks and methods, got none")
     for name, settings in methods.items():
         _trained_alone(base, name, settings)
-    classes = {name: _classes(name, task) for name, task in tasks.items()}
+    heads = dict(heads or {})
+    classes = {name: None if name in heads else _classes(name, task) for name, task in tasks.items()}
+    for name in heads:
+        _checked(name, tasks[name])
     metric = _metric(tasks)
     grid = _Grid(
-        base, tasks, classes, methods, config, Path(out), max_minutes, tell or (lambda done, total, line: None)
+        base, tasks, classes, heads, methods, config, Path(out), max_minutes, tell or (lambda done, total, line: None)
     )
     grid.total = len(tasks) * len(methods) * (trials + seeds - 1)
     found = Comparison([], metric)
@@ -256,9 +291,13 @@ def _trained_alone(base: nn.Module, name: str, method: MethodConfig) -> None:
         )
 
 
-def _classes(name: str, task: Task) -> int:
+def _checked(name: str, task: Task) -> None:
     if not isinstance(task, Task) or task.test is None:
         raise ConfigError(f"tasks[{name!r}]: expected a Task with a test split")
+
+
+def _classes(name: str, task: Task) -> int:
+    _checked(name, task)
     train = as_dataset(task.train, f"tasks[{name!r}].train")  # its samples are counted
     if task.labels is not None:
         return len(task.labels)
@@ -271,18 +310,17 @@ def _classes(name: str, task: Task) -> int:
 
 
 def _metric(tasks: Mapping[str, Task]) -> str:
-    """The first metric of all tasks, whose means and fronts are told."""
-    metrics = {name: next(iter(task.metrics), None) for name, task in tasks.items()}
-    first = next(iter(metrics.values()))
-    for name, metric in metrics.items():
-        if metric is None or metric != first or not tasks[name].maximize:
-            got = (
-                "none" if metric is None else f"{metric!r}{'' if tasks[name].maximize else ', of which less is better'}"
-            )
-            raise ConfigError(
-                f"tasks[{name!r}]: expected a first metric of which more is better, the same for all tasks, got {got}"
-            )
-    return str(first)
+    """What methods are compared by: the first metric of all tasks, or "delta_m" where these differ or less is better.
+
+    Raises:
+        ConfigError: a task without a metric.
+    """
+    for name, task in tasks.items():
+        if not task.metrics:
+            raise ConfigError(f"tasks[{name!r}]: expected a metric to compare methods by, got none")
+    firsts = {next(iter(task.metrics)) for task in tasks.values()}
+    alike = len(firsts) == 1 and all(task.maximize for task in tasks.values())
+    return str(firsts.pop()) if alike else "delta_m"
 
 
 class _Grid:
@@ -290,14 +328,15 @@ class _Grid:
         self,
         base: nn.Module,
         tasks: Mapping[str, Task],
-        classes: Mapping[str, int],
+        classes: Mapping[str, int | None],
+        heads: Mapping[str, Callable[[nn.Module], nn.Module]],
         methods: Mapping[str, MethodConfig],
         config: TrainConfig,
         out: Path,
         max_minutes: float | None,
         tell: Tell,
     ) -> None:
-        self.base, self.tasks, self.classes, self.methods = base, tasks, classes, methods
+        self.base, self.tasks, self.classes, self.heads, self.methods = base, tasks, classes, heads, methods
         self.config, self.out, self.tell = config, out, tell
         self.until = None if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self.facts: dict[_Run, dict[str, Any]] = {}
@@ -338,6 +377,8 @@ class _Grid:
             step=sum(one["step"] for one in facts) / len(facts),
             peak=facts[0]["peak"],
             added=facts[0]["added"],
+            metric=key,
+            larger=known.maximize,
             **sizes,
         )
 
@@ -358,7 +399,10 @@ class _Grid:
         with _model(self.base, self.methods[run.method]) as model:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(run.seed)
-                model.add_task(run.task, num_classes=self.classes[run.task])
+                if run.task in self.heads:
+                    model.add_task(run.task, head=self.heads[run.task](model.base))
+                else:
+                    model.add_task(run.task, num_classes=self.classes[run.task])
             trainer = Trainer(model, {run.task: task if test else replace(task, test=None)}, config, quiet=True)
             settings = trainer._settings(run.task, trainer.tasks[run.task])
             if diverged.exists():
@@ -412,7 +456,8 @@ class _model:
 
 def _rise(task: Task, result: Result) -> float:
     """By how much the first metric's best in the last fifth of the epochs is above its best before."""
-    return rise([entry[f"val_{next(iter(task.metrics))}"] for entry in result.history])
+    sign = 1 if task.maximize else -1
+    return rise([sign * entry[f"val_{next(iter(task.metrics))}"] for entry in result.history])
 
 
 def rise(values: Sequence[float]) -> float:

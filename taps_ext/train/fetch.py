@@ -16,7 +16,14 @@ Key = tuple[int, Any]  # a seed, and what of the dataset it is for
 
 
 class Epochs(ABC):
-    """Batches (inputs, targets) of a split, the same in every run of one seed."""
+    """Batches (inputs, targets) of a split, the same in every run of one seed.
+
+    Attributes:
+        whole: of the batch that was given last, the inputs of all tasks' samples, and which of them are this one's;
+            None where a task's batches are its own.
+    """
+
+    whole: tuple[Any, list[int]] | None = None
 
     @abstractmethod
     def __len__(self) -> int:

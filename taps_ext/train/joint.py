@@ -29,6 +29,7 @@ from .interrupt import Stop
 from .log import Log
 from .metrics import weight_of
 from .mixing import schedule
+from .one_body import outputs_of_all
 from .precision import autocast
 from .run import NONE, Evaluate, groups_of, quality_of
 from .state import load_run, restore, save_run, snapshot
@@ -63,11 +64,13 @@ class JointProgress:
 
 
 class Drawn(NamedTuple):
-    """One batch of a task; `weight`: how much in it counts."""
+    """One batch of a task; `weight`: how much in it counts. `whole`: the inputs of all tasks' samples, and which of
+    them are this task's, where they are the same for all."""
 
     inputs: Any
     targets: Any
     weight: float
+    whole: tuple[Any, list[int]] | None = None
 
 
 class JointRun:
@@ -241,6 +244,9 @@ class JointRun:
         drawn = {name: self._draw(name) for name in names}
         batches = {name: batch for name, batch in drawn.items() if batch is not None}
         found: dict[str, tuple[float, float] | None] = dict.fromkeys(names)
+        if (one := self._one_body(batches)) is not None:
+            self.stepper.backward(torch.stack([weighted(self.weighting, n, loss) for n, loss in one.items()]).sum())
+            return found | {name: (float(loss.detach()), batches[name].weight) for name, loss in one.items()}
         inputs = {name: batch.inputs for name, batch in batches.items()}
         joined = together(inputs, self.model.batch_dim) if self._mixes(batches) else None
         if joined is not None:
@@ -258,6 +264,15 @@ class JointRun:
                     self.stepper.add(penalty)
         return found
 
+    def _one_body(self, batches: Mapping[str, Drawn]) -> dict[str, Tensor] | None:
+        """The losses of tasks on the same samples, by one run of the backbone; None where it takes several."""
+        wholes = {name: batch.whole for name, batch in batches.items()}
+        with autocast(self.config.amp, self.device):
+            outputs = outputs_of_all(self.model, wholes, {name: self.states[name] for name in batches}, self.device)
+            if outputs is None:
+                return None
+            return {name: self._loss_of(name, outputs[name], batch.targets) for name, batch in batches.items()}
+
     def _mixes(self, batches: Mapping[str, Drawn]) -> bool:
         """One pass for all tasks, where that is what a batch of several takes; else one after another takes less
         memory, since each backward frees what its forward kept."""
@@ -271,8 +286,11 @@ class JointRun:
             self.streams[name] = self.batches[name].epoch(lap, skip=batch)
         inputs, targets = next(self.streams[name])
         weight = weight_of(task.loss, targets)
+        if not weight:
+            return None
+        whole = self.batches[name].whole if task.augment is None else None
         seed = hash((self.config.seed, lap, batch)) % 2**63
-        return Drawn(augmented(task.augment, inputs, seed), targets, weight) if weight else None
+        return Drawn(augmented(task.augment, inputs, seed), targets, weight, whole)
 
     def _loss(self, name: str, batch: Drawn) -> Tensor:
         with autocast(self.config.amp, self.device):

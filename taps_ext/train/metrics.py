@@ -87,9 +87,13 @@ def weight_of(loss: Callable[..., Any], targets: Any) -> float:
     """What the mean loss of a batch weighs among others: what it is the mean of.
 
     That of `F.cross_entropy` (or a partial of it, or `nn.CrossEntropyLoss`) and of `token_cross_entropy` is one of the
-    targets that are not ignored, so that means over batches are those over all targets. A batch of other losses
-    weighs its samples. 0: nothing in it counts.
+    targets that are not ignored, so that means over batches are those over all targets. A loss that has a method
+    `counts(targets)` says it itself, as those of maps do. A batch of other losses weighs its samples. 0: nothing in it
+    counts.
     """
+    counts = getattr(loss, "counts", None)
+    if callable(counts) and isinstance(targets, Tensor):
+        return float(counts(targets)) if len(targets) else 0.0
     ignored = _ignored_by(loss)
     if ignored is None or not isinstance(targets, Tensor) or targets.is_floating_point():
         return float(len(targets))

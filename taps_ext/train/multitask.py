@@ -117,7 +117,9 @@ class LabelBatches(Batches):
             if items is None:
                 own = self.together.stream(epoch, index, len(self)) if own is None else own
                 items = next(own)
-            yield items.of(self.name, least=2 if self.train and self.size > 1 else 1)
+            least = 2 if self.train and self.size > 1 else 1
+            self.whole = items.inputs, items.rows(self.name, least)
+            yield items.of(self.name, least)
 
     def close(self) -> None:
         self.together.close()
@@ -131,10 +133,15 @@ class _Items:
         self.inputs = collated([inputs for inputs, _ in pairs])
         self.targets = [targets for _, targets in pairs]
 
+    def rows(self, name: str, least: int) -> list[int]:
+        """Which have a target of a task; none where fewer than `least` have."""
+        found = [row for row, targets in enumerate(self.targets) if targets.get(name) is not None]
+        return found if len(found) >= least else []
+
     def of(self, name: str, least: int) -> Batch:
         """The part that has a target of a task; an empty one where fewer than `least` have."""
-        rows = [row for row, targets in enumerate(self.targets) if targets.get(name) is not None]
-        if len(rows) < least:
+        rows = self.rows(name, least)
+        if not rows:
             return _rows(self.inputs, []), torch.zeros(0)
         inputs = self.inputs if len(rows) == len(self.targets) else _rows(self.inputs, rows)
         return inputs, default_collate([self.targets[row][name] for row in rows])

@@ -36,6 +36,7 @@ from taps_ext import (
     JointTapsConfig,
     LoraConfig,
     MethodConfig,
+    MTLoraConfig,
     ProbeConfig,
     RcmConfig,
     ResidualAdapterConfig,
@@ -198,6 +199,10 @@ SETTINGS: dict[str, dict[str, MethodConfig]] = {
         "adapter-series": ResidualAdapterConfig(mode="series"),
     },
     "singular": {"singular": SingularConfig(), "singular-frozen": SingularConfig(norm="frozen")},
+    "mtlora": {
+        "mtlora": MTLoraConfig(rank=2, task_rank=2, stages=1),
+        "mtlora-folds": MTLoraConfig(rank=2, task_rank=2, dropout=0.0, stages=1, task_modules=("*.proj",)),
+    },
     "mix": {"mix": MixConfig(), "mix-learned": MixConfig(learn=True)},
     "curve": {"curve": CurveConfig()},
     "family": {
@@ -210,13 +215,16 @@ CASES = {name: config for cases in SETTINGS.values() for name, config in cases.i
 FAMILIES = [
     name
     for name, config in CASES.items()
-    if config.method in ("family", "joint-taps", "tied")
+    if config.method in ("family", "joint-taps", "mtlora", "tied")
     or getattr(config, "joint", False)
     or getattr(config, "simultaneous", False)
 ]
-UNFOLDABLE = {"curve": {"conv": "hidden", "vit": "block.fc1"}}  # the first module that does not fold
+UNFOLDABLE = {
+    "curve": {"conv": "hidden", "vit": "block.fc1"},
+    "mtlora": {"blocks": "blocks.1.mlp.fc1"},
+}  # the first module that does not fold
 # Products that are computed beside the one below: merged they are rounded otherwise.
-BESIDE = {"lora", "lora-selective", "family-lowrank"}
+BESIDE = {"lora", "lora-selective", "family-lowrank", "mtlora", "mtlora-folds"}
 _NOT_IN_VIT = {"depthwise", "depthwise-frozen", "scale-bias-depthwise", "adapter-parallel"}
 
 # ------------------------------------------------------------------------------------ bases
@@ -267,6 +275,38 @@ class First(nn.Module):
         return x[:, 0]
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class NamedBlock(nn.Module):
+    """A block whose layers are called as timm's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(8), Attention()
+        self.norm2, self.mlp = nn.LayerNorm(8), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
@@ -284,6 +324,12 @@ def vit() -> nn.Module:
     """A vision transformer of one block."""
     steps = {"embed": Embed(), "block": Block(), "norm": nn.LayerNorm(8), "first": First(), "fc": nn.Linear(8, 5)}
     return Steps(OrderedDict(steps))
+
+
+def blocks() -> nn.Module:
+    """A vision transformer of two blocks that are called as timm's are."""
+    steps: dict[str, nn.Module] = {"patch_embed": Embed(), "blocks": Steps(NamedBlock(), NamedBlock())}
+    return Steps(OrderedDict(steps | {"norm": nn.LayerNorm(8), "first": First(), "fc": nn.Linear(8, 5)}))
 
 
 def small() -> nn.Module:
@@ -334,14 +380,29 @@ def _random(index: int) -> nn.Module:
 BASES: dict[str, Callable[[], nn.Module]] = {
     "conv": conv,
     "vit": vit,
+    "blocks": blocks,
     **{f"random-{index}": functools.partial(_random, index) for index in range(RANDOM)},
     "small": small,
 }
+IN_BLOCKS = {"mtlora", "mtlora-folds"}  # those that are for such bases alone
+
+
+def base_of(case: str, usual: str = "conv") -> str:
+    """A base for a case, where one is enough."""
+    return "blocks" if case in IN_BLOCKS else usual
+
+
+def _fits(base: str, case: str) -> bool:
+    if base == "blocks" or case in IN_BLOCKS:
+        return base == "blocks" and case in IN_BLOCKS
+    return not (base == "vit" and case in _NOT_IN_VIT) and not (base.startswith("random") and case in UNFOLDABLE)
+
+
 RUNS = [
     (base, case)
     for base in list(BASES)[:-1]  # the last is for what takes long
     for case in CASES
-    if not (base == "vit" and case in _NOT_IN_VIT) and not (base.startswith("random") and case in UNFOLDABLE)
+    if _fits(base, case)
 ]
 
 
@@ -470,7 +531,8 @@ def rounding(model: TaskModel, x: Tensor, task: str, dtype: torch.dtype) -> Tens
         reach = torch.autograd.grad(outputs[:, index].sum(), places, retain_graph=True, allow_unused=True)
         for error, one in zip(errors, reach, strict=True):
             if one is not None:
-                squares[:, index] += (error * one.float()).square().flatten(1).sum(dim=1)
+                rows = (error * one.float()).square().flatten(1).sum(dim=1)
+                squares[:, index] += rows.view(-1, len(x)).sum(dim=0)  # of all streams of a sample
     return (2 * squares).sqrt()
 
 

@@ -22,10 +22,12 @@ from method_cases import (
     BESIDE,
     CASES,
     FAMILIES,
+    IN_BLOCKS,
     RUNS,
     SETTINGS,
     UNFOLDABLE,
     adapted,
+    base_of,
     close_some,
     equal,
     images,
@@ -202,7 +204,7 @@ def test_merges_in_other_types(base: str, case: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in UNFOLDABLE])
 def test_folds_alike_under_autocast(case: str) -> None:
-    model = trained("conv", case)
+    model = trained(base_of(case), case)
     want = model.task_state_dict("t")
     with torch.autocast("cpu", torch.bfloat16):
         found = model.task_state_dict("t")
@@ -294,7 +296,8 @@ def test_checkpointing_gives_the_same_gradients(base: str, case: str) -> None:
 @every_method
 def test_compiles(case: str) -> None:
     """Bit for bit: the graph is run as it was traced."""
-    model, x = trained("small", case), images("small")
+    base = base_of(case, "small")
+    model, x = trained(base, case), images(base)
     want = output(model, x, "t")
     torch._dynamo.reset()
     assert torch.equal(output_of_compiled(model, x), want)
@@ -369,8 +372,9 @@ def test_tasks_are_independent(base: str, case: str) -> None:
 # ------------------------------------------------------------------------------------ families
 
 
-def _jointly(case: str, base: str = "conv") -> TaskModel:
+def _jointly(case: str) -> TaskModel:
     """Two tasks and what they share, trained together."""
+    base = base_of(case)
     model, x = adapted(base, case).train(), images(base)
     close_some(model, "t")
     optimizer = torch.optim.SGD(model.parameter_groups(lr=0.05))
@@ -383,7 +387,7 @@ def _jointly(case: str, base: str = "conv") -> TaskModel:
 
 @every_family
 def test_a_family_trains_jointly(case: str) -> None:
-    model, x = adapted("conv", case), images("conv")
+    model, x = adapted(base_of(case), case), images(base_of(case))
     (family,) = model.families.values()
     parameters = dict(family.named_parameters())
     assert parameters and len({p for g in model.parameter_groups(lr=1.0) for p in g["params"]} & {*parameters.values()})
@@ -397,20 +401,23 @@ def test_a_family_trains_jointly(case: str) -> None:
         loss_of(model, x, task).backward()
     for name, parameter in parameters.items():  # one addition, which commutes
         assert torch.equal(parameter.grad, alone[0][name] + alone[1][name]), name
-        assert not torch.equal(alone[0][name], alone[1][name]), name
+        # As long as B is zero A has none, and neither has what adds to a shared stream that ends (MTLoRA).
+        silent = case in IN_BLOCKS and not alone[0][name].any()
+        assert silent or not torch.equal(alone[0][name], alone[1][name]), name
+    assert sum(bool(gradient.any()) for gradient in alone[0].values()) > len(parameters) // 3
 
 
 @every_family
 @pytest.mark.parametrize("found", ["beside", "shared", "loaded"])
 def test_a_family_is_saved_and_found_again(case: str, found: str, tmp_path: Path) -> None:
-    model, x = _jointly(case), images("conv")
+    model, x = _jointly(case), images(base_of(case))
     (name,) = model.families
     (tmp_path / "elsewhere").mkdir()
     parent = tmp_path / ("family.taps" if found == "beside" else "elsewhere/family.taps")
     model.save_shared(name, parent)
     for task in model.tasks:
         model.save_task(task, tmp_path / f"{task}.taps")
-    fresh = TaskModel(make_base("conv")).eval()
+    fresh = TaskModel(make_base(base_of(case))).eval()
     if found == "loaded":
         assert fresh.load_shared(parent) == name
     for task in model.tasks:
@@ -418,10 +425,11 @@ def test_a_family_is_saved_and_found_again(case: str, found: str, tmp_path: Path
         assert torch.equal(output(fresh, x, task), output(model, x, task))
         assert fresh.report(task).to_dict() == model.report(task).to_dict()
     assert list(fresh.families) == [name]
-    for each in (model, fresh):
-        each.merge_task("t")
-    assert torch.equal(output(fresh, x, "t"), output(model, x, "t"))
-    orphan = TaskModel(make_base("conv")).eval()
+    if case not in UNFOLDABLE:
+        for each in (model, fresh):
+            each.merge_task("t")
+        assert torch.equal(output(fresh, x, "t"), output(model, x, "t"))
+    orphan = TaskModel(make_base(base_of(case))).eval()
     parent.unlink()
     with pytest.raises(ParentMismatchError):
         orphan.load_task(tmp_path / "t.taps")

@@ -309,17 +309,25 @@ def test_mistakes_are_told(tmp_path) -> None:
             compare(base(), {"t": task()}, METHODS, CONFIG, out=tmp_path, **settings)
     with pytest.raises(ConfigError, match=r"tasks\['t'\]: expected a Task with a test split"):
         compare(base(), {"t": Task(train=data(8, 0))}, METHODS, CONFIG, out=tmp_path)
-    by_loss, by_error = replace(task(), metrics={}), replace(task(), maximize=False)
-    other = replace(task(), metrics={"f1": lambda outputs, targets: 0.0})
-    for tasks, message in (
-        ({"t": by_loss}, r"tasks\['t'\]: expected a first metric of which more is better.*, got none"),
-        ({"t": by_error}, "got 'accuracy', of which less is better"),
-        ({"t": task(), "u": other}, r"tasks\['u'\]: .* the same for all tasks, got 'f1'"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            compare(base(), tasks, METHODS, CONFIG, out=tmp_path)
+    with pytest.raises(ConfigError, match=r"tasks\['t'\]: expected a metric to compare methods by, got none"):
+        compare(base(), {"t": replace(task(), metrics={})}, METHODS, CONFIG, out=tmp_path)
     with pytest.raises(ConfigError, match="compare: expected tasks and methods, got none"):
         compare(base(), {"t": task()}, {}, CONFIG, out=tmp_path)
+
+
+def test_tasks_of_different_metrics_are_compared_by_delta_m() -> None:
+    facts = {"lr": 0.1, "half": math.nan, "val": 0.0, "trained": 1, "share": 1.0, "step": 0.1, "peak": None}
+    facts |= {"converged": True, "parameters": 1}
+    rows = [
+        Row(method=m, task=t, test=value, tests=(value,), bytes=size, metric=name, larger=larger, **facts)
+        for m, size, values in (("probe", 10, (0.45, 0.2)), ("full", 100, (0.5, 0.1)))
+        for t, name, larger, value in zip("sd", ("miou", "rmse"), (True, False), values, strict=True)
+    ]
+    found = Comparison(rows, "delta_m")
+    # of probe: -10 % of mIoU, and twice the error
+    assert {point.method: round(point.value, 9) for point in found.points()} == {"probe": -55.0, "full": 0.0}
+    assert "delta_m against full" in found.sentence
+    assert "| d | probe | 0.1 | 0.2000 rmse |" in found.table()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
