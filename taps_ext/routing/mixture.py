@@ -117,7 +117,8 @@ class Mixture:
         if module._modules:  # a task that changes something inside runs this by itself too: the rest runs as the base
             inside = prefix_of(name)
             changed = [[key for key in one.frame.stacks if key.startswith(inside)] for one in self.segments]
-            acting = [acts or self._acts(*pair) for acts, *pair in zip(acting, self.segments, changed, strict=True)]
+            every = zip(acting, self.segments, changed, strict=True)
+            acting = [acts or self._acts(one, keys) for acts, one, keys in every]
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         layout = self.layouts.get((name, signature_of(tensors)))
