@@ -61,7 +61,7 @@ from taps_ext.train.dense import map_task, outputs_of
 
 SIZE = (120, 160)
 BATCH = 8
-EPOCHS = {"swin": 20, "mobilenet": 8}
+EPOCHS = {"swin": 15, "mobilenet": 8}
 TRIAL_EPOCHS = 3
 LIMIT_HOURS = 4.0  # on two cores, with the pretraining
 CLASSES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
@@ -149,7 +149,7 @@ def backbone_of(settings: Settings, name: str) -> nn.Module:
 
 def dense_base(settings: Settings, name: str) -> DenseBase:
     taps = SWIN_TAPS if name == "swin" else None
-    return DenseBase(backbone_of(settings, name), taps, image=(3, *SIZE)).eval()
+    return DenseBase(backbone_of(settings, name), taps).eval()
 
 
 def tasks_of(settings: Settings, base: DenseBase, *, test: bool) -> tuple[dict[str, Task], dict[str, int]]:
@@ -258,6 +258,10 @@ def grid(settings: Settings) -> list[tuple[str, str]]:
     return [pair for pair in every if not settings.methods or ":".join(pair) in settings.methods]
 
 
+def epochs_of(settings: Settings, base: str) -> int:
+    return EPOCHS[base] if settings.epochs is None else settings.epochs
+
+
 def tried_for(method: str) -> str:
     return RATE_OF.get(method, method)
 
@@ -291,8 +295,7 @@ def finals(records: list[dict[str, Any]], settings: Settings) -> Iterator[Job]:
         for base, method in grid(settings):
             lr = chosen(records, settings, base, method)
             if lr is not None and (seed < 2 or (base == "swin" and method in THREE_SEEDS)):
-                epochs = EPOCHS[base] if settings.epochs is None else settings.epochs
-                yield Job("final", base, method, lr, seed, epochs, settings.images)
+                yield Job("final", base, method, lr, seed, epochs_of(settings, base), settings.images)
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -336,7 +339,8 @@ def run_all(results: Path, settings: Settings, only: int | None, workers: int) -
 
 
 def plan(results: Path, settings: Settings, workers: int) -> str:
-    """What is missing, and the hours that it takes by the seconds of a step and of a batch of validation."""
+    """What is missing, and the hours that it takes by the processor's seconds of a step and of a batch of validation,
+    on which what else the machine does has little say."""
     torch.set_num_threads(settings.threads)
     lines = ["| base | method | seconds a step | steps a run | runs missing | hours of a core |", "|---" * 6 + "|"]
     total = 0.0
@@ -345,7 +349,7 @@ def plan(results: Path, settings: Settings, workers: int) -> str:
     for base_name, method in grid(settings):
         jobs = [job for job in trials(settings) if (job.base, job.method) == (base_name, method)]
         lr = chosen(records, settings, base_name, method) or rates(method)[0]
-        epochs = EPOCHS[base_name] if settings.epochs is None else settings.epochs
+        epochs = epochs_of(settings, base_name)
         seeds = 3 if base_name == "swin" and method in THREE_SEEDS else 2
         jobs += [Job("final", base_name, method, lr, seed, epochs, settings.images) for seed in range(seeds)]
         missing = [job for job in jobs if job.key not in done]
@@ -369,7 +373,7 @@ def plan(results: Path, settings: Settings, workers: int) -> str:
 
 
 def timed(settings: Settings, job: Job) -> tuple[float, float, int, int]:
-    """Seconds of a step and of a batch that is only looked at, the fastest of three; steps and batches an epoch."""
+    """The processor's seconds of a step and of a batch that is only looked at, the fastest of three; steps and batches an epoch."""
     base = dense_base(settings, job.base) if (settings.bases / "swin.safetensors").exists() else fresh(settings, job)
     tasks, outputs = tasks_of(settings, base, test=False)
     model = model_of(settings, job, base, outputs)
@@ -379,7 +383,7 @@ def timed(settings: Settings, job: Job) -> tuple[float, float, int, int]:
     items = [first.train.whole.data[index] for index in range(min(BATCH, len(first.train)))]  # type: ignore[union-attr]
     steps, looked = [], []
     for _ in range(4):
-        begun = time.perf_counter()
+        begun = time.process_time()
         images = torch.stack([image for image, _ in items])
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(())
@@ -387,14 +391,14 @@ def timed(settings: Settings, job: Job) -> tuple[float, float, int, int]:
             total = total + tasks[name].loss(output, torch.stack([maps[name] for _, maps in items]))
         total.backward()
         optimizer.step()
-        steps.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+        steps.append(time.process_time() - begun)
+        begun = time.process_time()
         with torch.no_grad():
             model.forward_tasks(images, tasks=list(tasks))
-        looked.append(time.perf_counter() - begun)
-    begun = time.perf_counter()
+        looked.append(time.process_time() - begun)
+    begun = time.process_time()
     _ = [first.train.whole.data[index] for index in range(len(items))]  # type: ignore[union-attr]
-    reading = time.perf_counter() - begun
+    reading = time.process_time() - begun
     model.unload()
     counts = [-(-len(data) // BATCH) for data in (first.train, first.val)]
     return min(steps[1:]) + reading, min(looked[1:]) + reading, *counts
@@ -404,7 +408,7 @@ def fresh(settings: Settings, job: Job) -> DenseBase:
     """For times alone, a Swin that nothing has trained."""
     if job.base == "mobilenet":
         return dense_base(settings, job.base)
-    return DenseBase(swin(SIZE, num_classes=10), SWIN_TAPS, image=(3, *SIZE)).eval()
+    return DenseBase(swin(SIZE, num_classes=10), SWIN_TAPS).eval()
 
 
 def pretraining_step() -> float:
@@ -412,9 +416,9 @@ def pretraining_step() -> float:
     net, x = make("swin"), torch.randn(PRETRAIN_BATCH, 3, SWIN_PIXELS, SWIN_PIXELS)
     found = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = time.process_time()
         net(x).square().mean().backward()
-        found.append(time.perf_counter() - begun)
+        found.append(time.process_time() - begun)
     return min(found)
 
 
@@ -427,10 +431,10 @@ def across(results: Path, settings: Settings) -> dict[str, Any]:
 
     Raises RuntimeError where the patched backbone is not the task, or a bit is left behind.
     """
-    records = [r for r in read(results) if (r["part"], r["base"], r["method"]) == ("final", "mobilenet", "scale-bias")]
-    if not records:
+    runs = by_method(results, settings).get("mobilenet", {}).get("scale-bias")
+    if not runs:
         raise SystemExit(f"{results}: expected a run of mobilenet by scale-bias, found none")
-    job = Job(**{name: records[0][name] for name in Job.__dataclass_fields__})
+    job = Job(**{name: runs[min(runs)][name] for name in Job.__dataclass_fields__})
     folder = settings.runs / job.folder
     base = dense_base(settings, "mobilenet")
     tasks, _ = tasks_of(settings, base, test=True)
@@ -450,7 +454,7 @@ def across(results: Path, settings: Settings) -> dict[str, Any]:
     back = patches.diff(new, old, out=folder / "back.tapspatch")
     live = classifier.state_dict()
     patches.apply(live, there)
-    moved = DenseBase(copy.deepcopy(classifier), image=(3, *SIZE)).eval()
+    moved = DenseBase(copy.deepcopy(classifier)).eval()
     moved.decoder = copy.deepcopy(model.state("classes").head).eval()
     model.eval()
     metric, equal = MeanIoU(len(CLASSES)), True
@@ -497,11 +501,13 @@ def batches(items: Iterator[Any]) -> Iterator[list[Any]]:
 Runs = dict[str, dict[str, dict[int, dict[str, Any]]]]
 
 
-def by_method(results: Path) -> Runs:
-    """base -> method -> seed -> record, of final runs that did not diverge."""
+def by_method(results: Path, settings: Settings) -> Runs:
+    """base -> method -> seed -> record, of final runs of this length that did not diverge."""
     found: Runs = {}
     for record in read(results):
-        if record["part"] == "final" and record["test"] is not None:
+        if record["part"] != "final" or record["test"] is None or record["images"] != settings.images:
+            continue
+        if record["epochs"] == epochs_of(settings, record["base"]):
             found.setdefault(record["base"], {}).setdefault(record["method"], {})[record["seed"]] = record
     return found
 
@@ -518,10 +524,10 @@ def deltas(runs: dict[str, dict[int, dict[str, Any]]], base: str) -> dict[str, d
     }
 
 
-def tables(results: Path) -> str:
+def tables(results: Path, settings: Settings) -> str:
     """All of it in Markdown."""
     lines: list[str] = []
-    for base, runs in by_method(results).items():
+    for base, runs in by_method(results, settings).items():
         title = {"swin": "The small Swin", "mobilenet": "MobileNetV2"}[base]
         lines += [f"## {title}", ""]
         lines += ["| method | rate | seeds | mIoU | boundary F | RMSE | delta_m | trained | stored | files | s |"]
@@ -540,7 +546,7 @@ def tables(results: Path) -> str:
             lines.append(f"| {method} | {found[0]['lr']:g} | {len(found)} | {' | '.join(cells)} |")
         lines += ["", *claims(apart), ""]
     for record in read(results):
-        if record["part"] == "patch":
+        if record["part"] == "patch" and record["images"] == settings.images:
             size = ", ".join(f"{name} {count:,} bytes" for name, count in record["bytes"].items())
             lines.append(
                 f"A classifier to segmentation and back: {record['elements']:,} of {record['of']:,} values change "
@@ -564,14 +570,14 @@ def claims(apart: dict[str, dict[int, float]]) -> list[str]:
     return ["| claim | points of delta_m |", "|---|---|", *lines] if lines else []
 
 
-def plot(results: Path, docs: Path) -> None:
+def plot(results: Path, docs: Path, settings: Settings) -> None:
     """delta_m against trained parameters and against the bytes of all files, a panel for each base."""
     for name, key, label in (
         ("dense-trained.png", "trained", "trained parameters of three tasks"),
         ("dense-files.png", "bytes", "bytes of the files of three tasks"),
     ):
         panels = {}
-        for base, runs in by_method(results).items():
+        for base, runs in by_method(results, settings).items():
             apart = deltas(runs, base)
             panels[{"swin": "Swin of CIFAR-10", "mobilenet": "MobileNetV2"}[base]] = [
                 Point(
@@ -613,15 +619,18 @@ def main() -> None:
     actions = {
         "plan": lambda: print(plan(args.results, settings, args.workers)),
         "run": partial(run_all, args.results, settings, args.only, args.workers),
-        "table": lambda: print(tables(args.results)),
-        "plot": partial(plot, args.results, args.docs),
+        "table": lambda: print(tables(args.results, settings)),
+        "plot": partial(plot, args.results, args.docs, settings),
     }
     if args.command in actions:
         actions[args.command]()
         return
+    cut_torn_line(args.results)
     record = across(args.results, settings)
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    others = [one for one in read(args.results) if (one["part"], one["images"]) != ("patch", args.images)]
+    draft = args.results.with_suffix(".tmp")
+    draft.write_text("".join(json.dumps(one) + "\n" for one in [*others, record]), encoding="utf-8")
+    draft.replace(args.results)
     print(json.dumps(record))
 
 
