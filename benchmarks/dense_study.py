@@ -166,9 +166,7 @@ def tasks_of(settings: Settings, base: DenseBase, *, test: bool) -> tuple[dict[s
     shared = {split: MultiTask(data) for split, data in splits.items()}
     named = {name: CLASSES if kind == "segmentation" else None for name, kind in KINDS.items()}
     taps = [tap.name for tap in base.taps]
-    found = {
-        name: map_task(name, maps[name], named[name], source=source, splits=shared, taps=taps) for name in KINDS
-    }
+    found = {name: map_task(name, maps[name], named[name], source=source, splits=shared, taps=taps) for name in KINDS}
     return found, {name: outputs_of(maps[name], named[name], name) for name in KINDS}
 
 
@@ -373,7 +371,8 @@ def plan(results: Path, settings: Settings, workers: int) -> str:
 
 
 def timed(settings: Settings, job: Job) -> tuple[float, float, int, int]:
-    """The processor's seconds of a step and of a batch that is only looked at, the fastest of three; steps and batches an epoch."""
+    """The processor's seconds of a step and of a batch that is only looked at, the fastest of three; how many of them an
+    epoch has."""
     base = dense_base(settings, job.base) if (settings.bases / "swin.safetensors").exists() else fresh(settings, job)
     tasks, outputs = tasks_of(settings, base, test=False)
     model = model_of(settings, job, base, outputs)

@@ -64,9 +64,7 @@ def base_of(name: str, size: tuple[int, int]) -> DenseBase:
 
 def adapted(name: str, size: tuple[int, int], tasks: int) -> taps_ext.TaskModel:
     """Tasks whose low-rank factors are all at work."""
-    model = taps_ext.TaskModel(
-        base_of(name, size), taps_ext.MTLoraConfig(rank=RANK, task_rank=TASK_RANK, dropout=0.0)
-    )
+    model = taps_ext.TaskModel(base_of(name, size), taps_ext.MTLoraConfig(rank=RANK, task_rank=TASK_RANK, dropout=0.0))
     torch.manual_seed(1)
     for index in range(tasks):
         model.add_task(f"t{index}", head=ConcatDecoder(model.base.channels, OUTPUTS[index % len(OUTPUTS)]))

@@ -1,8 +1,9 @@
-"""Pretrain the bases of the transfer study, and "swin" of the study of maps, on CIFAR-10 (50,000 JPEG images; `../shared/data`).
+"""Pretrain the bases of the transfer study, and "swin" of the study of maps, on CIFAR-10 (50,000 JPEG images;
+`../shared/data`).
 
     python benchmarks/pretrain.py resnet --data ../shared/data --out runs/bases
 
-Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the ViT; cosine with a short
+Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the transformers; cosine with a short
 warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
 `cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished
 base is left as it is.
@@ -131,10 +132,8 @@ def main() -> None:
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "seconds": seconds}
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
-        print(
-            f"{args.name} epoch {epoch + 1}: loss {losses / steps:.3f} test {accuracy(args.name, net, *test):.4f} {seconds:.0f} s",
-            flush=True,
-        )
+        found = accuracy(args.name, net, *test)
+        print(f"{args.name} epoch {epoch + 1}: loss {losses / steps:.3f} test {found:.4f} {seconds:.0f} s", flush=True)
     store.write_safetensors(args.out / f"{args.name}.safetensors", net.state_dict(), {"format": "pt"})
     facts = {
         "base": args.name,
