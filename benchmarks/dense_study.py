@@ -371,8 +371,8 @@ def plan(results: Path, settings: Settings, workers: int) -> str:
 
 
 def timed(settings: Settings, job: Job) -> tuple[float, float, int, int]:
-    """The processor's seconds of a step and of a batch that is only looked at, the fastest of three; how many of them an
-    epoch has."""
+    """The processor's seconds of a step and of a batch that is only looked at, the fastest of three; how many of them
+    an epoch has."""
     base = dense_base(settings, job.base) if (settings.bases / "swin.safetensors").exists() else fresh(settings, job)
     tasks, outputs = tasks_of(settings, base, test=False)
     model = model_of(settings, job, base, outputs)

@@ -11,6 +11,8 @@ checked first: outputs, and the gradients of all low-rank factors.
     a      hooks on the plain model: in a task layer the base's product once, then a Python loop over the tasks'
            low-rank products; elsewhere the streams are side by side, as ours are
     b      a pass for each task, and backward before the next one
+    c      as the authors' code has it: the streams are a list, and all that follows the base's product is in a loop
+           over the tasks (norm, activation, residual, patch merging; theirs has the way back from windows in it, too)
 
 Phases: "forward" (evaluation, no gradients), "both" (forward and backward), "step" (AdamW on top). All take turns; a
 ratio is the median over rounds of the ratio in a round, so that what else the machine does falls on all. The peak is
@@ -48,7 +50,7 @@ SIZES = {"swin_tiny": (4, (224, 224)), "swin_small": (8, (120, 160))}  # batch, 
 PAPERS = ("layers.1.downsample", "layers.2.downsample", "layers.3.downsample", "layers.3")
 TASKS = (2, 4, 8)
 PHASES = ("forward", "both", "step")
-VARIANTS = ("ours", "a", "b")
+VARIANTS = ("ours", "a", "b", "c")
 RANK, TASK_RANK = 16, 4
 
 
@@ -90,11 +92,13 @@ def factors(model: taps_ext.TaskModel) -> dict[tuple[str, str], tuple[nn.Paramet
 class Looped(nn.Module):
     """What one would write: a plain copy of the base with hooks, over copies of the tasks' tensors."""
 
+    streams_in_layers = True
+
     def __init__(self, model: taps_ext.TaskModel, base: DenseBase) -> None:
         super().__init__()
         self.names = list(model.tasks)
         self.backbone = base.backbone.requires_grad_(False)
-        self.size_of = base.taps
+        self.taps = base.taps
         self.decoders = nn.ModuleDict({task: copy.deepcopy(model.state(task).head) for task in self.names})
         self.factors: dict[tuple[str, str], tuple[nn.Parameter, nn.Parameter]] = {}
         for place, (key, (down, up)) in enumerate(factors(model).items()):
@@ -106,14 +110,15 @@ class Looped(nn.Module):
             if any(word in name for word in ("norm", "patch_embed", "relative_position_bias_table", "reduction")):
                 parameter.requires_grad_()
         self.streams: dict[str, Tensor] = {}
-        self.rows: dict[str, Tensor] = {}
+        self.rows: dict[str, list[Tensor]] = {}
         self._hook(dict(self.backbone.named_modules()))
 
     def _hook(self, modules: dict[str, nn.Module]) -> None:
         stages = [name for name in modules if name.startswith("layers.") and name.count(".") == 1]
         for layer in dict.fromkeys(layer for _, layer in self.factors):
-            own = [self.factors[task, layer] for task in self.names if (task, layer) in self.factors]
-            shared = self.factors.get(("", layer))
+            own, shared = self._own_pairs(layer), self.factors[("", layer)]
+            if own and not self.streams_in_layers:
+                continue
             if own and ".mlp." in layer:  # whose inputs are all streams; the base sees the shared one's rows
                 modules[layer].register_forward_pre_hook(self._narrowing(layer))
                 modules[layer].register_forward_hook(self._streams_hook(layer, shared, own))
@@ -123,12 +128,18 @@ class Looped(nn.Module):
                 modules[layer].register_forward_hook(self._shared_hook(shared))
         for place, stage in enumerate(stages):
             blocks = [name for name in modules if name.startswith(f"{stage}.blocks.") and name.count(".") == 3]
-            last = blocks[-1]
-            modules[last].register_forward_pre_hook(lambda module, args: (self._widened(args[0]),))
-            modules[f"{last}.norm1"].register_forward_pre_hook(lambda module, args: (self._own(args[0]),))
-            modules[last].register_forward_hook(self._ending(stage))
-            if place and f"{stage}.downsample" in {tap.name for tap in self.size_of}:
+            self._hook_last(modules, blocks[-1], stage)
+            if place and f"{stage}.downsample" in {tap.name for tap in self.taps}:
                 modules[f"{stage}.downsample"].register_forward_hook(self._merging(stages[place - 1], stage))
+
+    def _own_pairs(self, layer: str) -> list[Any]:
+        return [self.factors[task, layer] for task in self.names if (task, layer) in self.factors]
+
+    def _hook_last(self, modules: dict[str, Any], last: str, stage: str) -> None:
+        """The block in which tasks have streams."""
+        modules[last].register_forward_pre_hook(lambda module, args: (self._widened(args[0]),))
+        modules[f"{last}.norm1"].register_forward_pre_hook(lambda module, args: (self._own(args[0]),))
+        modules[last].register_forward_hook(self._ending(stage))
 
     def _widened(self, x: Tensor) -> Tensor:
         return torch.cat([x] * (1 + len(self.names)))
@@ -168,27 +179,58 @@ class Looped(nn.Module):
     def _ending(self, stage: str) -> Callable[..., Tensor]:
         def hook(module: Any, args: Any, output: Tensor) -> Tensor:
             shared = self._own(output)
-            self.rows[stage] = output[len(shared) :]
+            self.rows[stage] = [output[len(shared) :]]
             return shared
 
         return hook
 
     def _merging(self, before: str, stage: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Tensor) -> None:
-            self.rows[f"{stage}.downsample"] = module.forward(self.rows.pop(before))
+            self.rows[f"{stage}.downsample"] = [module.forward(rows) for rows in self.rows.pop(before)]
 
         return hook
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.rows.clear()
         self.backbone(x)
-        maps = [self.rows[tap.name].permute(0, 3, 1, 2).chunk(len(self.names)) for tap in self.size_of]
+        maps = []
+        for tap in self.taps:  # all streams in one, or one for each task
+            rows = self.rows[tap.name]
+            each = rows if len(rows) > 1 else rows[0].chunk(len(self.names))
+            maps.append([one.permute(0, 3, 1, 2) for one in each])
         self.rows.clear()
         size = (x.shape[2], x.shape[3])
         found = {}
         for place, task in enumerate(self.names):
             found[task] = self.decoders[task]([one[place] for one in maps], size)
         return found
+
+
+class Listed(Looped):
+    """The same with the streams in a list, as the authors' code has them."""
+
+    streams_in_layers = False
+
+    def _hook_last(self, modules: dict[str, Any], last: str, stage: str) -> None:
+        block, names = modules[last], ("attn.proj", "mlp.fc1", "mlp.fc2")
+        proj, fc1, fc2 = (modules[f"{last}.{name}"] for name in names)
+        pairs = [(self.factors["", f"{last}.{name}"], *self._own_pairs(f"{last}.{name}")) for name in names]
+        block.attn.proj = nn.Identity()  # which is done per pixel, and may as well be done behind the windows
+        block.projection = proj
+
+        def each(layer: Any, inputs: list[Tensor], pairs: Any) -> list[Tensor]:
+            base = layer(inputs[0])
+            return [base + self._product(x, pair) for x, pair in zip(inputs, pairs, strict=True)]
+
+        def forward(x: Tensor) -> Tensor:
+            core = block._attn(block.norm1(x))
+            streams = [x + made for made in each(proj, [core] * len(pairs[0]), pairs[0])]
+            hidden = [block.mlp.act(one) for one in each(fc1, [block.norm2(one) for one in streams], pairs[1])]
+            ends = [x + made for x, made in zip(streams, each(fc2, hidden, pairs[2]), strict=True)]
+            self.rows[stage] = ends[1:]
+            return ends[0]
+
+        block.forward = forward
 
 
 class Variant:
@@ -209,7 +251,7 @@ class Variant:
     def outputs(self) -> dict[str, Tensor]:
         if self.name == "ours":
             return self.model.forward_tasks(self.x, tasks=self.tasks)  # type: ignore[operator]
-        if self.name == "a":
+        if isinstance(self.model, Looped):
             return self.model(self.x)
         return {task: self.model(self.x, task=task) for task in self.tasks}
 
@@ -240,8 +282,8 @@ class Variant:
 
 def variant(name: str, model: taps_ext.TaskModel, case: str, x: Tensor) -> Variant:
     looped = None
-    if name == "a":
-        looped = Looped(model, base_of(case, (x.shape[2], x.shape[3])).to(x.device))
+    if name in ("a", "c"):
+        looped = (Looped if name == "a" else Listed)(model, base_of(case, (x.shape[2], x.shape[3])).to(x.device))
     return Variant(name, model, looped, x)
 
 
@@ -263,7 +305,11 @@ def check(found: dict[str, Variant], model: taps_ext.TaskModel) -> None:
         one._mode(True)
         one.both()
         pairs = one.model.factors if isinstance(one.model, Looped) else factors(model)
-        gradients[name] = {key: (a.grad.clone(), b.grad.clone()) for key, (a, b) in pairs.items()}  # type: ignore
+        # What the shared stream has in the last block reaches no decoder: zeros, or no gradient.
+        gradients[name] = {
+            key: [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in pair]
+            for key, pair in pairs.items()
+        }
     for name in found:
         for task, want in outputs["ours"].items():
             same(f"{name}, output of {task}", outputs[name][task], want)
@@ -330,15 +376,14 @@ def one(case: str, tasks: int, name: str, device: str) -> int:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| model | tasks | phase | ours, ms | a / ours | b / ours |", "|---" * 6 + "|"]
+    lines = ["| model | tasks | phase | ours, ms | a / ours | b / ours | c / ours |", "|---" * 7 + "|"]
     for row in rows:
         for phase, times in row["ms"].items():
             ratio = row["ratio"][phase]
             where = f"{row['model']}, {row['size'][0]} x {row['size'][1]}, batch {row['batch']}"
-            lines.append(
-                f"| {where} | {row['tasks']} | {phase} | {times['ours']:.1f} | {ratio['a']:.2f} | {ratio['b']:.2f} |"
-            )
-    lines += ["", "| model | tasks | ours, MiB | a | b |", "|---" * 5 + "|"]
+            cells = [f"{times['ours']:.1f}", *(f"{ratio[name]:.2f}" for name in VARIANTS[1:])]
+            lines.append(f"| {where} | {row['tasks']} | {phase} | {' | '.join(cells)} |")
+    lines += ["", "| model | tasks | ours, MiB | a | b | c |", "|---" * 6 + "|"]
     for row in rows:
         cells = [f"{row['peak'][name] / 2**20:.0f}" for name in VARIANTS]
         lines.append("| " + " | ".join([row["model"], str(row["tasks"]), *cells]) + " |")

@@ -3,10 +3,10 @@
 
     python benchmarks/pretrain.py resnet --data ../shared/data --out runs/bases
 
-Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the transformers; cosine with a short
-warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
-`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished
-base is left as it is.
+Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the transformers; cosine with
+a short warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
+`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished base is left
+as it is.
 """
 
 from __future__ import annotations
