@@ -32,6 +32,10 @@
 #                      64 clients (a quarter of an hour)
 #   make data-path     a slow data set in the Trainer against a plain loop with the same workers (a minute)
 #   make mixed         batches of several tasks beside the base alone and six other ways (an hour and a half), resumable
+#   make mtlora        MTLoRA's one pass of 2, 4 and 8 tasks beside a loop over tasks and beside passes of their own (a
+#                      quiet machine), resumable
+#   make dense-study   MTLoRA and others on CamVid's three maps, on a Swin that it pretrains and on MobileNetV2 (four hours;
+#                      make dense-plan says how long what is missing takes), resumable; make dense-table prints it
 #   make models        every promise of TaskModel on 200 small models of timm, torchvision, transformers (half an hour),
 #                      resumable; prints the table of docs/models.md
 #   make memory        what estimate predicts, profile counts and the process takes, on seven models (about six minutes)
@@ -92,7 +96,8 @@ build: $(VENV)/.built
 # --- what users and developers run --------------------------------------------------------------
 
 .PHONY: demo test lint fuzz kernels sanitize bench bench-layers beside study study-table transfer transfer-table fraction \
-  fraction-table serve-soak compare-study compare-table task-files codecs storage data-path mixed models flops memory gpu
+  fraction-table serve-soak compare-study compare-table task-files codecs storage data-path mixed mtlora dense-study dense-plan \
+  dense-table models flops memory gpu
 demo: build
 	$(PY) -m taps_ext demo --out runs/demo
 
@@ -208,6 +213,24 @@ mixed: build
 	mkdir -p $(OF_MACHINE)
 	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl
 	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl --table
+
+mtlora: build
+	mkdir -p $(OF_MACHINE)
+	$(PY) benchmarks/mtlora.py --results $(OF_MACHINE)/mtlora.jsonl
+	$(PY) benchmarks/mtlora.py --results $(OF_MACHINE)/mtlora.jsonl --table
+
+DENSE := --results benchmarks/results/dense.jsonl
+dense-study: build
+	$(PY) benchmarks/pretrain.py swin --data ../shared/data --out runs/bases
+	$(PY) benchmarks/dense_study.py run --data ../shared/data --bases runs/bases $(DENSE)
+	$(PY) benchmarks/dense_study.py patch --data ../shared/data --bases runs/bases $(DENSE)
+	$(PY) benchmarks/dense_study.py plot $(DENSE)
+
+dense-plan: build
+	$(PY) benchmarks/dense_study.py plan --data ../shared/data --bases runs/bases $(DENSE)
+
+dense-table: build
+	$(PY) benchmarks/dense_study.py table $(DENSE)
 
 # One thread: the models are small.
 models: build

@@ -1,11 +1,12 @@
-"""Pretrain the bases of the transfer study on CIFAR-10 (50,000 JPEG images; `../shared/data`).
+"""Pretrain the bases of the transfer study, and "swin" of the study of maps, on CIFAR-10 (50,000 JPEG images;
+`../shared/data`).
 
     python benchmarks/pretrain.py resnet --data ../shared/data --out runs/bases
 
-Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the ViT; cosine with a short
-warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
-`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished
-base is left as it is.
+Random crops and flips; SGD with Nesterov momentum for the convolutional bases, AdamW for the transformers; cosine with
+a short warm-up; float32. Writes NAME.safetensors and NAME.json (settings, and the accuracy on the test images of
+`cifar10.npz`) at the end, and a checkpoint after every epoch, from which a stopped run goes on. A finished base is left
+as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bases import NAMES, make
+from bases import NAMES, SWIN_PIXELS, make
 from PIL import Image
 from resnet20 import normalise
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet": {"epochs": 25, "lr": 0.1, "weight_decay": 5e-4},
     "densenet": {"epochs": 15, "lr": 0.1, "weight_decay": 5e-4},
     "vit": {"epochs": 30, "lr": 1e-3, "weight_decay": 0.05},
+    "swin": {"epochs": 12, "lr": 1e-3, "weight_decay": 0.05},
 }
 BATCH = 128
 
@@ -56,16 +58,23 @@ def augmented(batch: Tensor, generator: torch.Generator) -> Tensor:
     return padded.permute(0, 2, 3, 1)[index, move[0][:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def sized(name: str, batch: Tensor) -> Tensor:
+    """Images at the size that a base takes."""
+    if name != "swin":
+        return batch
+    return F.interpolate(batch, (SWIN_PIXELS, SWIN_PIXELS), mode="bilinear", align_corners=False)
+
+
 @torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+def accuracy(name: str, net: nn.Module, x: Tensor, y: Tensor) -> float:
     net.eval()
-    found = torch.cat([net(part).argmax(1) for part in x.split(500)])
+    found = torch.cat([net(sized(name, part)).argmax(1) for part in x.split(500)])
     return float((found == y).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=(*NAMES, "swin"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/bases"))
     parser.add_argument("--epochs", type=int)
@@ -90,7 +99,7 @@ def main() -> None:
         {"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer: torch.optim.Optimizer
-    if args.name == "vit":
+    if args.name in ("vit", "swin"):
         optimizer = torch.optim.AdamW(groups, lr=settings["lr"])
     else:
         optimizer = torch.optim.SGD(groups, lr=settings["lr"], momentum=0.9, nesterov=True)
@@ -113,7 +122,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * scale
             index = order[step * BATCH : (step + 1) * BATCH]
-            inputs = augmented(x[index], generator).contiguous(memory_format=torch.channels_last)
+            inputs = sized(args.name, augmented(x[index], generator)).contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(net(inputs), y[index], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -123,15 +132,13 @@ def main() -> None:
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "seconds": seconds}
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
-        print(
-            f"{args.name} epoch {epoch + 1}: loss {losses / steps:.3f} test {accuracy(net, *test):.4f} {seconds:.0f} s",
-            flush=True,
-        )
+        found = accuracy(args.name, net, *test)
+        print(f"{args.name} epoch {epoch + 1}: loss {losses / steps:.3f} test {found:.4f} {seconds:.0f} s", flush=True)
     store.write_safetensors(args.out / f"{args.name}.safetensors", net.state_dict(), {"format": "pt"})
     facts = {
         "base": args.name,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "test_accuracy": accuracy(net, *test),
+        "test_accuracy": accuracy(args.name, net, *test),
         "seconds": round(seconds),
         "torch": torch.__version__,
         **settings,
