@@ -160,3 +160,11 @@ def test_mistakes_are_one_line(change: str, message: str, config: Path, call) ->
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert re.search(message, err), err
+
+
+def test_serve_refuses_a_configuration_of_maps(config: Path, call) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    code, _, err = call("serve", config, config.parent)
+    assert code == 2
+    assert "expected tasks of classes" in err
