@@ -99,7 +99,7 @@ def head_of(config: Config, name: str, outputs: int) -> Callable[[Any], nn.Modul
     def make(base: Any) -> nn.Module:
         try:
             return KINDS[kind](base.channels, outputs, **settings)
-        except TypeError as error:
+        except (TypeError, ConfigError) as error:
             raise ConfigError(f"tasks.{name}.decoder: {error}") from None
 
     return make

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .common import check_out, count, emit, size
 from .config import Config, check_input
 from .evaluate import add_base_arguments, config_from
+from .images import map_notes
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,8 @@ def _on_data(args: argparse.Namespace, config: Config) -> tuple[Packing, int, di
     from .. import ConfigError, TaskModel, store
 
     task = store.load(args.file, kind="task")
+    if map_notes(task) is not None:
+        raise ConfigError("config: expected a task of classes to measure on its data, got one of maps; pack without it")
     base = config.base()
     model = TaskModel(base, head_module=config.head_module).eval()
     if args.device is not None:

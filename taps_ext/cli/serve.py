@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
     is_file = args.base.endswith(".toml")
     args.config, args.base = (args.base, None) if is_file else (None, args.base)
     config = config_from(args)
+    if config.dense:
+        raise ConfigError("config: expected tasks of classes, whose labels are served, got one of maps: taps predict")
     folder, geometry = TaskFolder(args.folder), _geometry(config)
     with _listen(args.host, args.port) as listening:
         model = TaskModel(config.base(), head_module=config.head_module, unsupported=config.unsupported).eval()

@@ -201,15 +201,12 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     def _target(self, file: str, task: MapTask, raw: Tensor, place: _Place) -> Tensor:
         if task.kind == "depth":
-            values = _one(raw, task).double() * task.scale
+            values = _one(raw, file, task).double() * task.scale
             values = torch.where((values == 0) | ~values.isfinite(), math.nan, values).float()
             return self._moved(values[None], place, math.nan, smooth=False)[0]
         if task.kind == "normals":
-            return self._normals(raw, task, place)
-        labels = _one(raw, task)
-        if labels.is_floating_point():
-            raise SourceError(f"{file}: expected whole numbers as labels, got {labels.dtype}")
-        labels = labels.long()
+            return self._normals(raw, file, place)
+        labels = _labels(raw, file, task)
         void = torch.zeros_like(labels, dtype=torch.bool)
         for label in (*task.ignore, IGNORED):
             if label != IGNORED or task.kind in DERIVED:
@@ -230,9 +227,9 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             return far.masked_fill(moved == IGNORED, math.nan)
         return moved
 
-    def _normals(self, raw: Tensor, task: MapTask, place: _Place) -> Tensor:
+    def _normals(self, raw: Tensor, file: str, place: _Place) -> Tensor:
         if raw.dim() != 3 or raw.shape[0] != 3:
-            raise SourceError(f"{task.map}: expected normals [3, h, w], got {list(raw.shape)}")
+            raise SourceError(f"{file}: expected normals [3, h, w], got {list(raw.shape)}")
         values = raw.float() if raw.is_floating_point() else raw.float() / 127.5 - 1
         nothing = (raw == 0).all(0) | ~values.isfinite().all(0)
         values = F.normalize(values, dim=0).masked_fill(nothing, math.nan)
@@ -253,10 +250,20 @@ class _Place:
     flip: bool
 
 
-def _one(raw: Tensor, task: MapTask) -> Tensor:
+def _one(raw: Tensor, file: str, task: MapTask) -> Tensor:
     if raw.dim() != 2:
-        raise SourceError(f"{task.map}: expected maps of one channel for {task.kind}, got {list(raw.shape)}")
+        raise SourceError(f"{file}: expected a map of one channel for {task.kind}, got {list(raw.shape)}")
     return raw
+
+
+def _labels(raw: Tensor, file: str, task: MapTask) -> Tensor:
+    """The labels of a map, int64 `[h, w]`."""
+    labels = _one(raw, file, task)
+    if labels.is_floating_point():
+        raise SourceError(f"{file}: expected whole numbers as labels, got {labels.dtype}")
+    if labels.numel() and int(labels.min()) < 0:
+        raise SourceError(f"{file}: expected labels from 0 on (255 does not count), got {int(labels.min())}")
+    return labels.long()
 
 
 @dataclass(frozen=True)
@@ -350,7 +357,8 @@ def class_weights(data: DenseDataset, task: str, classes: int) -> list[float]:
     known = data.tasks[task]
     for stem in data.stems:
         if stem in data.maps[known.map]:
-            labels = _one(read_map(data.files, data.maps[known.map][stem]), known).long().flatten()
+            file = data.maps[known.map][stem]
+            labels = _labels(read_map(data.files, file), file, known).flatten()
             for label in known.ignore:
                 labels = labels[labels != label]
             counts += torch.bincount(labels[labels < classes], minlength=classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +22,7 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.archive: zipfile.ZipFile | None = None
+        self.archive: tuple[int, zipfile.ZipFile] | None = None  # with the process that opened it
         self.sums: dict[str, list[int]] = {}
         if root.is_dir():
             for path in sorted(root.rglob("*")):
@@ -38,9 +39,10 @@ class Files:
     def read(self, name: str) -> bytes:
         if self.root.is_dir():
             return (self.root / name).read_bytes()
-        if self.archive is None:  # each process opens its own
-            self.archive = zipfile.ZipFile(self.root)
-        return self.archive.read(name)
+        # Each process opens its own: a forked one would move the place at which its parent reads.
+        if self.archive is None or self.archive[0] != os.getpid():
+            self.archive = os.getpid(), zipfile.ZipFile(self.root)
+        return self.archive[1].read(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "archive": None}
@@ -61,13 +63,19 @@ class Files:
 
 
 def read_image(files: Files, name: str, channels: int) -> Tensor:
-    """An image in its own size, float32 `[channels, h, w]` in [0, 1]. Raises SourceError for a file that is none."""
+    """An image in its own size, float32 `[channels, h, w]` in [0, 1], turned upright by its EXIF tag.
+
+    Raises:
+        SourceError: a file that is none, or more than 8 bits deep.
+    """
     return decoded(files.read(name), name, channels)
 
 
 def decoded(body: bytes, name: str, channels: int) -> Tensor:
     """The same of a file's bytes; `name` is for messages."""
     with _opened(body, name) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would cut its values off at 255
+            raise SourceError(f"cannot read image {name}: mode {image.mode} is deeper than 8 bits")
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1).float().div_(255)
 
@@ -77,10 +85,14 @@ def read_map(files: Files, name: str) -> Tensor:
     if name.endswith(".npy"):
         try:
             found = np.load(io.BytesIO(files.read(name)), allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise SourceError(f"{name}: expected an array of numbers: {error}") from None
+        if not isinstance(found, np.ndarray):
+            raise SourceError(f"{name}: expected one array of numbers, got an archive of some")
         if found.dtype.kind not in "fiu" or found.ndim not in (2, 3):
             raise SourceError(f"{name}: expected numbers [h, w] or [3, h, w], got {found.dtype} {list(found.shape)}")
+        if found.dtype.kind in "iu" and found.size and (found.min() < -(2**31) or found.max() >= 2**31):
+            raise SourceError(f"{name}: expected whole numbers of 32 bits, got {found.min()} to {found.max()}")
         return torch.from_numpy(found.astype(np.float32 if found.dtype.kind == "f" else np.int32))
     with _opened(files.read(name), name) as image:
         if image.mode == "RGB":
@@ -96,10 +108,10 @@ def read_map(files: Files, name: str) -> Tensor:
 
 
 def _opened(body: bytes, name: str) -> Any:
-    image_module = require("PIL.Image", "pillow")
+    image_module, operations = require("PIL.Image", "pillow"), require("PIL.ImageOps", "pillow")
     try:
         image = image_module.open(io.BytesIO(body))
         image.load()
-        return image
+        return operations.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, image_module.DecompressionBombError) as error:
         raise SourceError(f"cannot read {name}: {type(error).__name__}: {error}") from error

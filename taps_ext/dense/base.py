@@ -84,7 +84,8 @@ class DenseBase(nn.Module):
             if layout not in LAYOUTS:
                 raise ConfigError(f"layouts: expected one of {list(LAYOUTS)}, got {layout!r}")
         example = example_of(backbone, image)
-        before = outputs_of(backbone, names, example)
+        changed: set[str] = set()
+        before = outputs_of(backbone, names, example, changed)
         for name, output in zip(names, before, strict=True):
             if output is None:
                 raise ConfigError(f"taps: expected the backbone's forward to run {name!r}, it did not")
@@ -95,7 +96,7 @@ class DenseBase(nn.Module):
         self.channels = tuple(tap.channels for tap in self.taps)
         self.strides = tuple(tap.stride for tap in self.taps)
         _cut_behind(backbone, names, example, before)
-        self._key = hooked(backbone, names)
+        self._key = hooked(backbone, names, changed)
         said = ",".join(f"{tap.name}:{tap.layout}" for tap in self.taps)
         # A buffer, so that the fingerprint of this base, which files of tasks name, is that of its taps too.
         self.register_buffer("tapped", torch.tensor(list(said.encode()), dtype=torch.uint8))

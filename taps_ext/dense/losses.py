@@ -30,6 +30,11 @@ def _mean(values: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts, values, values.new_zeros(())).sum() / counts.sum().clamp(min=1)
 
 
+def _wide(outputs: Tensor) -> Tensor:
+    """Outputs of 16 bits as float32: a sum over pixels would pass what float16 holds."""
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
 class SegmentationLoss:
     """Cross-entropy of class labels int64 `[B, H, W]`.
 
@@ -57,10 +62,15 @@ class SegmentationLoss:
                 f"segmentation: expected outputs [B, C, H, W] for targets [B, H, W], got {list(outputs.shape)} and "
                 f"{list(targets.shape)}"
             )
+        if self.weights is not None and len(self.weights) != outputs.shape[1]:
+            raise ConfigError(f"weights: expected {outputs.shape[1]}, one for each class, got {len(self.weights)}")
+        outputs = _wide(outputs)
         weights = self._weights(outputs, outputs.dtype)
-        if weights is not None and len(weights) != outputs.shape[1]:
-            raise ConfigError(f"weights: expected {outputs.shape[1]}, one for each class, got {len(weights)}")
-        return F.cross_entropy(outputs, targets, weight=weights, ignore_index=self.ignore)
+        total = F.cross_entropy(outputs, targets, weight=weights, ignore_index=self.ignore, reduction="sum")
+        kept = targets != self.ignore
+        # Weighed by its label, or by one; of labels that are ignored the weight of any class will do.
+        weighed = kept.sum() if weights is None else (weights[targets.masked_fill(~kept, 0)] * kept).sum()
+        return total / torch.where(weighed > 0, weighed, 1)
 
 
 class BalancedLoss:
@@ -82,7 +92,7 @@ class BalancedLoss:
         return float((targets != self.ignore).sum())
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        logits = one_channel(outputs, targets, "balanced loss")
+        logits = _wide(one_channel(outputs, targets, "balanced loss"))
         counts, ones = targets != self.ignore, targets == 1
         if self.weight is None:
             weight = (counts & ~ones).sum() / counts.sum().clamp(min=1)

@@ -38,6 +38,14 @@ def found(shared: Any) -> Tensor | None:
     return rows
 
 
+def copied(shared: Any) -> Any:
+    """A copy of a tensor, with its streams; anything else as it is."""
+    if not isinstance(shared, Tensor):
+        return shared
+    rows: Tensor | None = getattr(shared, _KEPT, None)
+    return shared.clone() if rows is None else attach(shared.clone(), rows)
+
+
 def of(feature: Any) -> Any:
     """The rows that tasks have of a feature `[B, ...]`, `[tasks * B, ...]`, task after task; a feature without streams
     is the same for all tasks, and is returned as it is."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, suggestion
+from . import streams
 
 LAYOUTS = ("nchw", "nhwc", "tokens")
 _STRIDES = (4, 8, 16, 32)  # of the maps that decoders are usually given
@@ -83,10 +84,14 @@ _taking = _Taking()
 
 
 class Hook:
-    """A forward hook that hands a module's output to the wrapper that runs the backbone in this thread, if one does."""
+    """A forward hook that hands a module's output to the wrapper that runs the backbone in this thread, if one does.
 
-    def __init__(self, key: _Key, place: int, name: str) -> None:
-        self.key, self.place, self.name = key, place, name
+    Args:
+        copies: hand a copy, of an output that what runs behind the module changes in place.
+    """
+
+    def __init__(self, key: _Key, place: int, name: str, copies: bool) -> None:
+        self.key, self.place, self.name, self.copies = key, place, name, copies
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not _taking.stack or _taking.stack[-1][0] is not self.key:
@@ -99,14 +104,15 @@ class Hook:
                 f"taps: {self.name!r} runs without gradients, as inside of reentrant checkpointing; checkpoint with "
                 "use_reentrant=False, or tap the module that contains what is checkpointed"
             )
-        taken[self.place] = output
+        taken[self.place] = streams.copied(output) if self.copies else output
 
 
-def hooked(backbone: nn.Module, names: Sequence[str]) -> _Key:
-    """Put hooks on the modules of these names; returns what :func:`take` knows them by."""
+def hooked(backbone: nn.Module, names: Sequence[str], changed: Collection[str] = ()) -> _Key:
+    """Put hooks on the modules of these names; returns what :func:`take` knows them by. `changed`: those whose output
+    is changed in place later in a forward."""
     key = _Key()
     for place, name in enumerate(names):
-        backbone.get_submodule(name).register_forward_hook(Hook(key, place, name))
+        backbone.get_submodule(name).register_forward_hook(Hook(key, place, name, name in changed))
     return key
 
 
@@ -167,14 +173,24 @@ def example_of(backbone: nn.Module, image: Sequence[int] | None) -> tuple[int, i
 
 
 @torch.no_grad()
-def outputs_of(backbone: nn.Module, names: Sequence[str], image: tuple[int, int, int]) -> list[Any]:
-    """What modules return for a grey image, in evaluation mode, which is taken back. A module's last call counts."""
+def outputs_of(
+    backbone: nn.Module, names: Sequence[str], image: tuple[int, int, int], changed: set[str] | None = None
+) -> list[Any]:
+    """What modules return for a grey image, in evaluation mode, which is taken back. A module's last call counts.
+
+    Args:
+        changed: is given the names of those whose output is changed in place later (an activation, a sum).
+    """
     found: dict[str, Any] = {}
+    kept: dict[str, Tensor] = {}
+    versions: dict[str, int | None] = {}
     handles = []
     for name in names:
 
         def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
             found[name] = output
+            if isinstance(output, Tensor):
+                found[name], kept[name], versions[name] = output.clone(), output, _version(output)
 
         handles.append(backbone.get_submodule(name).register_forward_hook(keep))
     modes = [(module, module.training) for module in backbone.modules()]
@@ -187,7 +203,16 @@ def outputs_of(backbone: nn.Module, names: Sequence[str], image: tuple[int, int,
             handle.remove()
         for module, training in modes:
             module.training = training
+    if changed is not None:
+        changed |= {
+            name for name, output in kept.items() if (told := versions[name]) is None or told != output._version
+        }
     return [found.get(name) for name in names]
+
+
+def _version(output: Tensor) -> int | None:
+    """A number that grows with each change in place; None where none is kept."""
+    return None if output.is_inference() else output._version
 
 
 def example_image(backbone: nn.Module, image: tuple[int, int, int]) -> Tensor:

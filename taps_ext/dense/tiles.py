@@ -11,7 +11,10 @@ from ..errors import ConfigError
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles of `size` begin along a side, evenly: neighbours share at least `overlap`, the last ends with it."""
+    """Where tiles of `size` begin along a side, evenly: neighbours share at least `overlap`, the last ends with it. A
+    side that is no longer than a tile has one."""
+    if length <= size:
+        return [0]
     step = size - overlap
     count = max(1, -(-(length - overlap) // step))
     return [round(place * (length - size) / max(1, count - 1)) for place in range(count)]
@@ -33,12 +36,10 @@ def tiled(
         ConfigError: an overlap that leaves nothing of a tile.
     """
     height, width = image.shape[1:]
+    if not 0 <= overlap < min(size):
+        raise ConfigError(f"overlap: expected 0 to {min(size) - 1} pixels for tiles of {list(size)}, got {overlap}")
     down, across = min(size[0], height), min(size[1], width)
-    if not 0 <= overlap < min(down, across):
-        raise ConfigError(
-            f"overlap: expected 0 to {min(down, across) - 1} pixels for tiles of {[down, across]}, got {overlap}"
-        )
-    places = [(top, left) for top in starts(height, down, overlap) for left in starts(width, across, overlap)]
+    places = [(top, left) for top in starts(height, size[0], overlap) for left in starts(width, size[1], overlap)]
     weight = _ramp(down)[:, None] * _ramp(across)[None, :]
     total: Tensor | None = None
     norm = torch.zeros(height, width)

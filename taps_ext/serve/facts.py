@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import store
-from ..files.images import Geometry, geometry_of
+from ..files.images import Geometry, geometry_of, stored
 from .errors import InputError
 
 
@@ -20,6 +20,7 @@ class Facts:
     Attributes:
         task: its name in the folder; None is the base. digest: of its file. method: the method's name.
         labels: class names, or None. geometry: how its images are made, or None where the file says nothing.
+        map: the kind of the maps that it makes of images, or None.
         shape, dtype: of one sample, without a dimension for the batch; None where nothing is known.
     """
 
@@ -28,6 +29,7 @@ class Facts:
     method: str = ""
     labels: tuple[str, ...] | None = None
     geometry: Geometry | None = None
+    map: str | None = None
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     metrics: dict[str, Any] | None = field(default=None, compare=False)
@@ -78,4 +80,6 @@ def facts_of(
         shape, kind = (geometry.channels, geometry.height, geometry.width), dtype
     labels = None if meta.labels is None else tuple(meta.labels)
     method = str(meta.method.get("method", ""))
-    return Facts(name, digest, method, labels, geometry, shape, kind, meta.metrics)
+    notes = (stored(meta.extra, name) or {}).get("map")
+    made = None if notes is None else str(notes.get("kind")) if isinstance(notes, dict) else "maps"
+    return Facts(name, digest, method, labels, geometry, made, shape, kind, meta.metrics)

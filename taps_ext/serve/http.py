@@ -225,6 +225,11 @@ def make_app(
     async def asked(task: str, body: bytes, array: bool) -> Answer:
         for _ in range(_TRIES):
             facts = await asyncio.to_thread(engine.facts, task)
+            if facts.map is not None:  # before its forward, which is a large one
+                raise InputError(
+                    f"task {task!r}: makes a map of an image ({facts.map}), and answers here are labels; "
+                    "taps predict makes pictures"
+                )
             input = await made(body, array, facts)
             try:
                 found: Answer = await asyncio.wrap_future(engine.request(input, task, digest=facts.digest))
@@ -256,6 +261,8 @@ def make_app(
             body, array = await body_of(request)
             found = await asked(task, body, array)
             scores = predictions(found.output)
+            if isinstance(scores, torch.Tensor) and scores.dim() > 2:  # of a file that does not say so
+                raise InputError(f"task {task!r}: makes maps {list(scores.shape)}, and answers here are labels")
             row = scores[0] if isinstance(scores, torch.Tensor) and scores.dim() == 2 and len(scores) == 1 else scores
             if not isinstance(row, torch.Tensor) or row.dim() != 1 or not row.is_floating_point():
                 got = list(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__

@@ -100,6 +100,12 @@ def test_train_eval_and_predict(config: Path, call) -> None:
         assert Image.open(one["picture"]).size == (32, 24)
     assert metric.compute() == pytest.approx(found["classes"]["test"]["miou"], abs=1e-12)
 
+    packed = folder / "packed.taps"
+    assert call("pack", files[0], "--codec", "bitmask", "--out", packed)[0] == 0
+    code, _, err = call("pack", files[0], "--codec", "bitmask", "--out", packed, "--config", config)
+    assert code == 2
+    assert "got one of maps; pack without it" in err
+
     # a boundary is a pixel whose chance is above a half, whatever the loss weighed ones by
     code, out, err = call("predict", files[1], "--config", config, images[0], "--out", folder / "maps", "--json")
     assert code == 0, err
@@ -146,7 +152,7 @@ def test_compare_by_delta_m(config: Path, call) -> None:
         ("tasks.outlines.weights='balanced'", "tasks.outlines.weights: expected a number"),
         ("tasks.classes.weights=[1.0]", "tasks.classes.weights: expected 'balanced' or 2 numbers"),
         ("tasks.far.decoder='heavy'", "tasks.far.decoder: expected one of .*got 'heavy'"),
-        ("tasks.far.decoder={width='3'}", "width: expected an int"),
+        ("tasks.far.decoder={width='3'}", "tasks.far.decoder: width: expected an int"),
         ("tasks.far.num_classes=3", "tasks.far: unknown key 'num_classes'"),
         ("tasks.far.source='digits:plain'", "tasks.far: unknown key 'kind'"),
         ("base.taps=['stages.9']", "taps: the backbone has no module 'stages.9'"),
@@ -160,3 +166,11 @@ def test_mistakes_are_one_line(change: str, message: str, config: Path, call) ->
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert re.search(message, err), err
+
+
+def test_serve_refuses_a_configuration_of_maps(config: Path, call) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    code, _, err = call("serve", config, config.parent)
+    assert code == 2
+    assert "expected tasks of classes" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -193,3 +194,100 @@ def test_camvid() -> None:
     assert set(y["seg"].unique().tolist()) <= {*range(11), 255}
     assert 0.01 < float((y["edge"] == 1).float().mean()) < 0.5
     assert MultiTask(source.test).task("seg")[0][1] is not None
+
+
+def one_image(folder: Path, image, labels) -> Path:
+    """A training set of one image; `labels`: a picture, an array, or bytes of a `.npy`."""
+    for kind in ("images", "labels"):
+        (folder / "train" / kind).mkdir(parents=True)
+        (folder / "val" / kind).mkdir(parents=True)
+    for split in ("train", "val"):
+        image.save(folder / split / "images" / "a.png", exif=image.getexif())
+        file = folder / split / "labels" / "a"
+        if isinstance(labels, bytes):
+            file.with_suffix(".npy").write_bytes(labels)
+        elif isinstance(labels, np.ndarray):
+            np.save(file.with_suffix(".npy"), labels)
+        else:
+            labels.save(file.with_suffix(".png"))
+    return folder
+
+
+def archive_of_arrays() -> bytes:
+    found = io.BytesIO()
+    np.savez(found, a=np.zeros((4, 6)))
+    return found.getvalue()
+
+
+BAD_MAPS = {
+    "below zero": (np.full((4, 6), -1), "segmentation", r"train/labels/a.npy: expected labels from 0 on .* got -1"),
+    "boundaries below zero": (np.full((4, 6), -1), "boundaries", r"labels from 0 on"),
+    "wide": (np.full((4, 6), 2**32), "segmentation", r"whole numbers of 32 bits, got 4294967296"),
+    "wide unsigned": (np.full((4, 6), 2**32 - 1, np.uint32), "segmentation", r"whole numbers of 32 bits"),
+    "empty file": (b"", "segmentation", r"train/labels/a.npy: expected an array of numbers"),
+    "archive": (archive_of_arrays(), "segmentation", r"expected one array of numbers, got an archive"),
+    "colours": (np.zeros((3, 4, 6), np.uint8), "segmentation", r"train/labels/a.npy: expected a map of one channel"),
+    "no vectors": (np.zeros((4, 6), np.uint8), "normals", r"train/labels/a.npy: expected normals \[3, h, w\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MAPS)
+def test_maps_that_are_none(tmp_path: Path, case: str) -> None:
+    labels, kind, message = BAD_MAPS[case]
+    one_image(tmp_path, Image.new("RGB", (6, 4)), labels)
+    data = open_dense(f"dense:{tmp_path}", {"t": MapTask(kind=kind)}, {}).train
+    with pytest.raises(SourceError, match=message):
+        data[0]
+    if kind == "segmentation":
+        with pytest.raises(SourceError, match=message):
+            class_weights(data, "t", 3)
+
+
+def test_images_of_16_bits_are_refused(tmp_path: Path) -> None:
+    one_image(tmp_path, Image.fromarray(np.full((4, 6), 40000, np.uint16)), np.zeros((4, 6), np.uint8))
+    with pytest.raises(SourceError, match=r"train/images/a.png: mode I;16 is deeper than 8 bits"):
+        open_dense(f"dense:{tmp_path}", {"t": MapTask(kind="segmentation")}, {"size": (4, 6)}).train[0]
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0] = 255
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = 6  # shown after a quarter turn to the right: its first row is its last column
+    one_image(tmp_path, image, np.zeros((6, 4), np.uint8))
+    x, _ = open_dense(f"dense:{tmp_path}", {"t": MapTask(kind="segmentation")}, {"flip": False}).train[0]
+    assert x.shape == (3, 6, 4)
+    assert bool((x[:, :, -1] == 1).all())
+    assert not x[:, :, :-1].any()
+
+
+def test_processes_read_an_archive_that_was_open_when_they_were_forked(tmp_path: Path) -> None:
+    generator, file = np.random.default_rng(0), tmp_path / "maps.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for place in range(40):
+            for kind, shape in (("images", (60, 80, 3)), ("labels", (60, 80))):
+                made = io.BytesIO()
+                Image.fromarray(generator.integers(0, 3, shape).astype(np.uint8)).save(made, "PNG")
+                archive.writestr(f"train/{kind}/{place}.png", made.getvalue())
+    data = open_dense(f"dense:{file}", {"t": MapTask(kind="segmentation")}, {}).train
+    mine = data.files.read("train/images/0.png")
+    parent = data.files.archive
+    loader = torch.utils.data.DataLoader(_Archive(data.files), batch_size=None, num_workers=1)
+    assert [bool(one) for one in loader] == [True]  # another one than was open here
+    assert data.files.archive is parent
+    assert data.files.read("train/images/0.png") == mine
+
+
+class _Archive(torch.utils.data.Dataset):
+    """Whether the process that reads this has opened the archive anew."""
+
+    def __init__(self, files) -> None:
+        self.files, self.parent = files, os.getpid()
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> bool:
+        before = self.files.archive
+        self.files.read("train/images/0.png")
+        return os.getpid() != self.parent and self.files.archive is not before

@@ -33,6 +33,31 @@ def test_maps_are_what_the_modules_return() -> None:
     assert torch.equal(base(x), maps[1])  # without a task: the last map
 
 
+def test_an_output_that_is_changed_in_place_later_is_what_its_module_returned() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+            self.second, self.last = nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.act(self.norm(self.conv(x))))
+            x += 1
+            return self.last(x)
+
+    torch.manual_seed(0)
+    net = Changing().eval()
+    base = DenseBase(copy.deepcopy(net), ["norm", "second", "last"], image=(3, 32, 32))
+    x = torch.randn(2, 3, 32, 32)
+    first = net.norm(net.conv(x))
+    second = net.second(first.relu())
+    for model in (base, copy.deepcopy(base)):
+        found = model.features(x)
+        assert torch.equal(found[0], first)
+        assert torch.equal(found[1], second)
+        assert torch.equal(found[2], net.last(second + 1))
+
+
 def test_what_lies_behind_the_last_tap_is_gone() -> None:
     whole = small()
     base = DenseBase(whole, ["stages.0", "stages.1"], image=(3, 32, 32))

@@ -34,6 +34,12 @@ def test_a_model_of_single_pixels_gives_the_same_in_tiles() -> None:
     assert sizes == [(2, 3, 16, 50), (1, 3, 16, 50)]  # an image less wide than a tile is one tile wide
 
 
+@pytest.mark.parametrize("shape", [(20, 20), (20, 200), (1, 1)], ids=["smaller", "lower", "pixel"])
+def test_an_image_that_is_smaller_than_the_overlap_is_one_tile_there(shape: tuple[int, int]) -> None:
+    image = torch.randn(3, *shape)
+    assert torch.allclose(tiled(lambda batch: batch[:, :1], image, (64, 64), 32), image[:1], atol=1e-6)
+
+
 def test_overlapping_tiles_are_weighed() -> None:
     calls = iter((1.0, 3.0))
     found = tiled(lambda batch: torch.full((1, 1, 4, 4), next(calls)), torch.zeros(1, 4, 6), (4, 4), 2, batch=1)

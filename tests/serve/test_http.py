@@ -20,10 +20,12 @@ import pytest
 import torch
 from serving import SIDE, folder_of, model, write
 
-from taps_ext import TaskFolder
+from taps_ext import ProbeConfig, TaskFolder, TaskModel
 from taps_ext.data.folder import read_image
 from taps_ext.data.source import apply_normalize
+from taps_ext.dense import DenseBase, LightDecoder
 from taps_ext.serve import Engine
+from taps_ext.zoo import SmallResNet
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -329,5 +331,27 @@ def test_a_task_that_is_replaced_meanwhile_is_asked_anew(folder: TaskFolder, mon
         asked.clear()
         monkeypatch.setattr(engine, "facts", lambda task: (asked.append(task), old_first(task), asked.clear())[1])
         refused(served.post("t0", png()), 503, "is being replaced")
+    finally:
+        served.close()
+
+
+def test_a_task_that_makes_maps_is_refused_before_its_forward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = DenseBase(SmallResNet(channels=3, widths=(4, 6, 8), blocks=1, stem_stride=2), image=(3, 16, 16))
+    made = TaskModel(base, ProbeConfig()).eval()
+    folder = TaskFolder(tmp_path / "maps", create=True)
+    preprocessing = {"channels": 3, "height": 16, "width": 16, "normalize": None}
+    for name, more in (("told", {"map": {"kind": "depth", "taps": []}}), ("untold", {})):
+        made.add_task(name, head=LightDecoder(base.channels, 1, width=4))
+        made.save_task(name, tmp_path / "made.taps", preprocessing={**preprocessing, **more})
+        folder.add(tmp_path / "made.taps")
+        made.delete_task(name)
+    served = Server(Engine(made, folder, max_delay=0.0))
+    try:
+        refused(served.post("told", png()), 422, "task 'told': makes a map of an image (depth)", "taps predict")
+        refused(served.post("told", npy(np.zeros((3, 16, 16), "f4")), "application/x-npy"), 422, "(depth)")
+        assert served.engine.resident == []
+        refused(served.post("untold", png()), 422, "task 'untold': makes maps [1, 1, 16, 16]", "labels")
+        assert served.ask("GET", "/tasks/told")[1]["preprocessing"]["height"] == 16
     finally:
         served.close()
