@@ -11,7 +11,8 @@ TB/s from memory, 5.5 TB/s from L2 to the multiprocessors, 550 TFLOP/s of stock 
 A fused product takes the longest of: its bytes from memory; its tiles' bytes from L2; its instructions, which
 tools/loop_table.py counts, at four a clock; the latency of its steps one after another, halved where two blocks share a
 multiprocessor (assumed: 50 clocks for the barrier, 40 for what is loaded and added, seven for an mma of a quarter's two
-warps). A split depth adds a kernel and its partial sums. Which tiles a linear layer takes is what `plan` says; up to
+warps). A split depth adds the sums of its parts: up to eight the blocks themselves, as a cluster; a second kernel those
+of more, and on compute capability 8 all ("second kernel"). Which tiles a linear layer takes is what `plan` says; up to
 four rows have none (csrc/cuda/rows.cuh), but their bytes from memory, those of x from L1 at 64 a clock, and the loop's
 instructions. A rebuild moves W, Delta and W_t, then the stock product runs from W_t. A convolution is the product of
 its pixels, with the loop of csrc/cuda/pixels.cuh, or under a kernel of one place that goes from pixel to pixel the
@@ -38,6 +39,9 @@ from dataclasses import dataclass
 CLOCK, MULTIPROCESSORS = 1.98e9, 132
 MEMORY, L2, STOCK = 4.3e12, 5.5e12, 550e12  # bytes, bytes and operations a second
 LAUNCH, SECOND = 2.5e-6, 3e-6  # a kernel; the one that adds splits
+# Splits that a cluster adds instead, up to so many: seconds of two waits for all of its blocks, and the sums' bytes a
+# second between multiprocessors; both assumed.
+MOST_OF_CLUSTER, WAITS, BETWEEN = 8, 0.5e-6, 3.3e12
 WARPS = 8  # of a block
 # Rows up to which no tiles serve -> bytes of Delta -> instructions a warp and step, weights of a step.
 WITHOUT_TILES = {1: {2: (127, 1024), 4: (123, 512)}, 4: {2: (288, 1024), 4: (216, 512)}}
@@ -108,6 +112,7 @@ class Grid:
     steps: int
     splits: int
     cost: float
+    clusters: bool
 
     def bytes_of(self, p: Product) -> float:
         """From L2."""
@@ -115,9 +120,9 @@ class Grid:
         return self.tiles * self.steps * stage
 
 
-def laid_out(p: Product, tile: Tile) -> Grid:
+def laid_out(p: Product, tile: Tile, clusters: bool = True) -> Grid:
     tiles, steps = -(-p.rows // tile.rows) * -(-p.outputs // tile.columns), -(-p.inputs // tile.depth)
-    grid = Grid(tile, tiles, steps, 1, math.inf)
+    grid = Grid(tile, tiles, steps, 1, math.inf, clusters)
     weight_bytes, best = p.weights * (2 + p.delta), math.inf
     moved = max(weight_bytes, 0.8 * grid.bytes_of(p))
     for splits in range(1, 17):
@@ -125,19 +130,21 @@ def laid_out(p: Product, tile: Tile) -> Grid:
             break
         waves = -(-tiles * splits // MULTIPROCESSORS)
         busy = tiles * splits / (waves * MULTIPROCESSORS)
-        partial = 1e7 + 8.0 * splits * p.rows * p.outputs if splits > 1 else 0.0
+        sums = float(splits * p.rows * p.outputs)
+        together = clusters and splits <= MOST_OF_CLUSTER
+        partial = 0.0 if splits == 1 else 2e6 + 4.0 * sums if together else 1e7 + 8.0 * sums
         if weight_bytes / busy + partial < best:
             best = weight_bytes / busy + partial
-            grid = Grid(tile, tiles, steps, splits, moved / busy + partial)
+            grid = Grid(tile, tiles, steps, splits, moved / busy + partial, clusters)
     return grid
 
 
-def planned(p: Product) -> Grid:
+def planned(p: Product, clusters: bool = True) -> Grid:
     """A convolution under several places has no wide tiles."""
     if p.rows <= FEW:
-        return laid_out(p, FEW_ROWS)
+        return laid_out(p, FEW_ROWS, clusters)
     tiles = (MORE_ROWS,) if p.pixels else (MORE_ROWS, *WIDE[p.delta])
-    return min((laid_out(p, tile) for tile in tiles), key=lambda grid: grid.cost)
+    return min((laid_out(p, tile, clusters) for tile in tiles), key=lambda grid: grid.cost)
 
 
 def without_tiles(p: Product) -> float:
@@ -156,9 +163,9 @@ def without_tiles(p: Product) -> float:
     return max(moved / MEMORY, loaded / L1 * busiest, clocks / CLOCK) + LAUNCH
 
 
-def fused(p: Product) -> float:
-    """Seconds of the fused product."""
-    return without_tiles(p) if p.rows <= 4 and not p.pixels else in_tiles(p)
+def fused(p: Product, clusters: bool = True) -> float:
+    """Seconds of the fused product; without clusters a second kernel adds all splits."""
+    return without_tiles(p) if p.rows <= 4 and not p.pixels else in_tiles(p, planned(p, clusters))
 
 
 def in_tiles(p: Product, grid: Grid | None = None) -> float:
@@ -171,7 +178,9 @@ def in_tiles(p: Product, grid: Grid | None = None) -> float:
     clocks = max(each * waves * WARPS * instructions[p.delta] / 4, each * tile.latency * waves / min(2, waves))
     moved = p.weights * (2 + p.delta) + p.activations
     seconds = max(moved / MEMORY, grid.bytes_of(p) * each * splits / grid.steps / L2, clocks / CLOCK) + LAUNCH
-    return seconds + (SECOND + 8.0 * splits * p.rows * p.outputs / L2 if splits > 1 else 0.0)
+    sums = float(splits * p.rows * p.outputs)
+    together = grid.clusters and splits <= MOST_OF_CLUSTER
+    return seconds + (0.0 if splits == 1 else WAITS + 4.0 * sums / BETWEEN if together else SECOND + 8.0 * sums / L2)
 
 
 MIXED = Tile(64, 64, 32, {2: 68, 4: 110}, 300)
@@ -347,13 +356,16 @@ def convolutions(model: str, images: int, delta: int) -> Iterator[Product]:
 
 def row(p: Product, first: str) -> str:
     ours, tiles, other, merged = fused(p), in_tiles(p), rebuilt(p), stock(p, 2 * p.weights)
+    second = fused(p, clusters=False)
     limit = (p.weights * (2 + p.delta) + p.activations) / MEMORY
     faster = "fused" if p.fits and ours <= other else "rebuild"
-    cells = (f"{1e6 * value:.1f}" for value in (limit, ours, tiles, other, merged))
+    cells = (f"{1e6 * value:.1f}" for value in (limit, ours, second, tiles, other, merged))
     return f"| {first} | {' | '.join(cells)} | {faster} |"
 
 
-HEAD = "| {} | limit | fused | in tiles | rebuild | merged | faster |\n|---|---|---|---|---|---|---|"
+HEAD = (
+    "| {} | limit | fused | second kernel | in tiles | rebuild | merged | faster |\n|---|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> None:

@@ -164,6 +164,17 @@ constexpr Mixing choose_mixing(const MixedProblem& problem) {
   return problem.outputs * problem.inputs >= least ? Mixing::kApart : Mixing::kOwn;
 }
 
+// --- splits --------------------------------------------------------------------------------------
+
+// What adds the sums of a product on CUDA whose depth is split over blocks: a second kernel, or, up to eight of them,
+// the blocks themselves, as a cluster, which moves no sums through memory and saves the launch. To the bit the same.
+enum class Adding { kKernel, kCluster };
+
+inline const char* name_of(Adding adding) { return adding == Adding::kCluster ? "cluster" : "kernel"; }
+
+// By the major number of a device's compute capability: from 9 on there are clusters.
+constexpr Adding choose_adding(int capability) { return capability >= 9 ? Adding::kCluster : Adding::kKernel; }
+
 // --- for tests and profilers ---------------------------------------------------------------------
 
 inline std::atomic<int>& forced_path() {
@@ -216,6 +227,29 @@ inline Mixing chosen_mixing(const MixedProblem& problem) {
   const int forced = forced_mixing().load(std::memory_order_relaxed);
   if (forced < 0 || !problem.addable) return choose_mixing(problem);
   return static_cast<Mixing>(forced);
+}
+
+inline std::atomic<int>& forced_adding() {
+  static std::atomic<int> adding{-1};
+  return adding;
+}
+
+inline void force_adding(const std::string& name) {
+  if (name != "" && name != "kernel" && name != "cluster") {
+    throw std::runtime_error("adding: expected kernel, cluster or None, got " + name);
+  }
+  forced_adding() = name.empty() ? -1 : static_cast<int>(name == "kernel" ? Adding::kKernel : Adding::kCluster);
+}
+
+// A cluster that is forced where there are none is refused.
+inline Adding chosen_adding(int capability) {
+  const int forced = forced_adding().load(std::memory_order_relaxed);
+  const Adding chosen = choose_adding(capability);
+  if (forced < 0) return chosen;
+  if (forced == static_cast<int>(Adding::kCluster) && chosen != Adding::kCluster) {
+    throw std::runtime_error("adding: cluster is forced, but the device has none: its compute capability is below 9.0");
+  }
+  return static_cast<Adding>(forced);
 }
 
 // The path that this thread's last product with W_t took, or -1, and whether a predicted threshold had a say in it.

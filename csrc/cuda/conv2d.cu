@@ -13,14 +13,13 @@ void launch_compute(const Convolution& args, const dev::Grid& grid, cudaStream_t
 }  // namespace
 
 int64_t conv2d_bytes(const Convolution& args, int device) {
-  return dev::plan(Product::kForward, args, multiprocessors(device)).bytes;
+  return dev::plan(Product::kForward, args, processors(device)).bytes;
 }
 
 void conv2d(Convolution args, int device, void* stream) {
   const DeviceGuard guard(device);
-  const dev::Grid grid = dev::plan(Product::kForward, args, multiprocessors(device));
-  args.splits = static_cast<int>(grid.splits);
-  args.depth_of_split = grid.depth_of_split;
+  const dev::Grid grid = dev::plan(Product::kForward, args, processors(device));
+  dev::set_grid(args, grid);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (args.compute == Dtype::kBFloat16) {
     launch_compute<dev::bf16>(args, grid, queue);

@@ -12,7 +12,7 @@ struct Convolved : TimesWeight<S, T, W, D, Pixels<S, T>, false> {
   static TAPS_DEVICE void run(const Convolution& p) {
     const Place<S> place(p.rows);
     const Pixels<S, T> left(p, place.row);
-    TimesWeight<S, T, W, D, Pixels<S, T>, false>::run(p, left, place, p.outputs, p.inputs);
+    TimesWeight<S, T, W, D, Pixels<S, T>, false>::template run<false>(p, left, place, p.outputs, p.inputs);
   }
 };
 

@@ -25,6 +25,7 @@ class DeviceGuard {
 };
 
 int multiprocessors(int device);
+int capability(int device);  // the major number of its compute capability
 
 // result = scale * the sum of `count` values, in a fixed order.
 void add_up(const double* values, int64_t count, double scale, void* result, Dtype dtype, cudaStream_t stream);

@@ -1,11 +1,17 @@
 // How a tile kernel is launched, with the shared memory that its loop needs.
 #pragma once
 
+#include "core/choose.h"
 #include "cuda/device.cuh"
 #include "cuda/linear.cuh"
 
 namespace taps::cuda {
 namespace {
+
+// What a tile's grid is planned for.
+dev::Processors processors(int device) {
+  return {multiprocessors(device), chosen_adding(capability(device)) == Adding::kCluster};
+}
 
 // Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills. Where the shared memory
 // of one has no room for two, one may have all registers: in half of them the widest tiles spill on 12.0.
@@ -21,6 +27,18 @@ __global__ void __launch_bounds__(Body::Tile::kThreads, kShared <= kMostOfTwo ? 
   Body::run(args);
 }
 
+// The same, of which the blocks of a tile's splits are a cluster.
+template <class Args, class Body, unsigned kShared>
+__global__ void __launch_bounds__(Body::Tile::kThreads, kShared <= kMostOfTwo ? 2 : 1) clustered_product(Args args) {
+  if constexpr (dev::kClusters) Body::run_in_cluster(args);  // no other device is asked to
+}
+
+template <class Kernel>
+void allow_shared(Kernel* kernel, unsigned bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "shared memory of a gated product");
+}
+
 template <class Body, class Args>
 void launch(const Args& args, const dev::Grid& grid, cudaStream_t stream) {
   constexpr unsigned kShared = Body::Loop::kShared;
@@ -29,12 +47,24 @@ void launch(const Args& args, const dev::Grid& grid, cudaStream_t stream) {
   int device = 0;
   check(cudaGetDevice(&device), "current device");
   if (kShared > 48 * 1024 && prepared != device) {
-    check(cudaFuncSetAttribute(product<Args, Body, kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(kShared)),
-          "shared memory of a gated product");
+    allow_shared(product<Args, Body, kShared>, kShared);
+    if constexpr (dev::kHasCluster<Body>) allow_shared(clustered_product<Args, Body, kShared>, kShared);
     prepared = device;
   }
-  product<Args, Body, kShared><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, kShared, stream>>>(args);
+  const dim3 blocks(grid.tiles, grid.splits), threads(Body::Tile::kThreads);
+  if constexpr (dev::kHasCluster<Body>) {
+    if (grid.clustered) {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {1, grid.splits, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = kShared, config.stream = stream;
+      config.attrs = &cluster, config.numAttrs = 1;
+      check(cudaLaunchKernelEx(&config, clustered_product<Args, Body, kShared>, args), "gated product in clusters");
+      return;
+    }
+  }
+  product<Args, Body, kShared><<<blocks, threads, kShared, stream>>>(args);
   check(cudaGetLastError(), "gated product");
 }
 

@@ -19,7 +19,8 @@ template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid, cudaStream_t stream) {
   dev::with_instance<T>(kind, args, grid.kind,
                         [&](auto instance) { launch<typename decltype(instance)::type>(args, grid, stream); });
-  if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs, stream);
+  if (grid.splits > 1 && !grid.clustered)
+    sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs, stream);
 }
 
 }  // namespace
@@ -35,14 +36,13 @@ void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns, cudaSt
 }
 
 int64_t linear_bytes(Product kind, const LinearProduct& args, int device) {
-  return dev::plan(kind, args, multiprocessors(device)).bytes;
+  return dev::plan(kind, args, processors(device)).bytes;
 }
 
 void linear(Product kind, LinearProduct args, int device, void* stream) {
   const DeviceGuard guard(device);
-  const dev::Grid grid = dev::plan(kind, args, multiprocessors(device));
-  args.splits = static_cast<int>(grid.splits), args.slices = static_cast<int>(grid.slices);
-  args.depth_of_split = grid.depth_of_split;
+  const dev::Grid grid = dev::plan(kind, args, processors(device));
+  dev::set_grid(args, grid);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (grid.tiles > 0) {
     if (args.compute == Dtype::kBFloat16) {

@@ -21,6 +21,55 @@ struct Place {
   }
 };
 
+// Elements between rows of a tile's sums in shared memory: what a warp writes together is in different banks.
+template <class S>
+constexpr unsigned stride_of_sums = S::kColumns + 8;
+
+// The sums of a tile whose splits are the blocks of a cluster: each leaves its own in its shared memory, then adds
+// those of its share of the rows, first split to last, and the bias, as add_splits does.
+template <class S, class T>
+TAPS_DEVICE void add_in_cluster(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place,
+                                int64_t rows, int64_t columns) {
+  constexpr unsigned kStride = stride_of_sums<S>, kFours = S::kColumns / 4, kAtOnce = 4;
+  const sh<float> sums = as<float>(arena(), 0);
+  block_sync();  // the stages are not read any more
+  if (S::slice() == 0) {
+    for_pairs<S>(sum, [&](unsigned i, unsigned j, unsigned, float first, float second) {
+      st(sums, i * kStride + j, first);
+      st(sums, i * kStride + j + 1, second);
+    });
+  }
+  cluster_sync();  // all sums are there
+  const unsigned blocks = cluster_blocks();
+  const int64_t below = rows - place.row;
+  const unsigned last = below < S::kRows ? static_cast<unsigned>(below) : S::kRows;
+  T* const result = static_cast<T*>(p.result);
+  const T* const bias = static_cast<const T*>(p.bias);
+  for (unsigned at = tid();; at += S::kThreads) {
+    const unsigned i = at / kFours * blocks + cluster_rank(), j = at % kFours * 4;
+    if (i >= last) break;
+    float total[4] = {};
+    for (unsigned rank = 0; rank < blocks; rank += kAtOnce) {
+      Vec16 part[kAtOnce];  // all before any is added: they wait together
+#pragma unroll
+      for (unsigned k = 0; k < kAtOnce; ++k) {
+        part[k] = ld16_of(rank + k < blocks ? rank + k : cluster_rank(), sums, i * kStride + j);
+      }
+#pragma unroll
+      for (unsigned k = 0; k < kAtOnce; ++k) {
+        for (int e = 0; e < 4; ++e) {
+          total[e] = rank + k < blocks ? total[e] + float_of(part[k].word[e]) : total[e];
+        }
+      }
+    }
+    for (int e = 0; e < 4; ++e) {
+      const int64_t r = place.row + i, c = place.column + j + e;
+      if (c < columns) result[r * p.ld_result + c] = from_f32<T>(bias ? total[e] + to_f32(bias[c]) : total[e]);
+    }
+  }
+  cluster_sync();  // no block ends while its sums are read
+}
+
 // Sums of a split of the depth go to `memory` as [splits, rows, columns] in fp32; a second kernel adds them.
 template <class S, class T>
 TAPS_DEVICE void write(const float (&sum)[S::kM][S::kN][4], const LinearProduct& p, const Place<S>& place, int64_t rows,
@@ -66,7 +115,9 @@ struct TimesWeight {
   using Loop = Ring<S, T, A, B<true>>;
   using Closed = Ring<S, T, A, B<false>>;
   static_assert(Closed::kShared <= Loop::kShared, "a block has what the open loop needs");
+  static_assert(4 * S::kRows * stride_of_sums<S> <= Loop::kShared, "room for a tile's sums");
 
+  template <bool kInCluster>
   static TAPS_DEVICE void run(const LinearProduct& p, const A& left, const Place<S>& place, int64_t columns,
                               int64_t depth) {
     const int64_t begin = bid_y() * p.depth_of_split, end = begin + p.depth_of_split;
@@ -77,20 +128,38 @@ struct TimesWeight {
     } else {
       Closed::multiply(sum, left, B<false>(p.weight, p.delta, place.column, columns), begin, last);
     }
-    write<S, T>(sum, p, place, p.rows, columns);
+    if constexpr (kInCluster) {
+      add_in_cluster<S, T>(sum, p, place, p.rows, columns);
+    } else {
+      write<S, T>(sum, p, place, p.rows, columns);
+    }
   }
 };
 
-// y = x W_t^T + bias, or with kBackward dx = dy W_t.
+// y = x W_t^T + bias, or with kBackward dx = dy W_t. Where a cluster adds the splits it is another kernel: with both
+// ways out of one, ptxas makes the loop longer for all.
 template <class S, class T, class W, class D, bool kBackward>
 struct Activation : TimesWeight<S, T, W, D, Straight<S, T>, kBackward> {
-  static TAPS_DEVICE void run(const LinearProduct& p) {
+  static TAPS_DEVICE void run(const LinearProduct& p) { start<false>(p); }
+  static TAPS_DEVICE void run_in_cluster(const LinearProduct& p) { start<true>(p); }
+
+ private:
+  template <bool kInCluster>
+  static TAPS_DEVICE void start(const LinearProduct& p) {
     const int64_t columns = kBackward ? p.inputs : p.outputs, depth = kBackward ? p.outputs : p.inputs;
     const Place<S> place(p.rows);
     const Straight<S, T> left(kBackward ? p.dy : p.x, place.row, p.rows);
-    TimesWeight<S, T, W, D, Straight<S, T>, kBackward>::run(p, left, place, columns, depth);
+    TimesWeight<S, T, W, D, Straight<S, T>, kBackward>::template run<kInCluster>(p, left, place, columns, depth);
   }
 };
+
+// Whether a body's splits may be the blocks of a cluster. Those of convolutions may not: what is fused of them is
+// shallow (core/choose.h), and keeps the second kernel.
+template <class Body>
+constexpr bool kHasCluster = false;
+template <class S, class T, class W, class D, bool kBackward>
+constexpr bool kHasCluster<Activation<S, T, W, D, kBackward>> = true;
+
 template <class S, class T, class W, class D>
 using Forward = Activation<S, T, W, D, false>;
 template <class S, class T, class W, class D>
@@ -241,9 +310,16 @@ struct Grid {
   unsigned tiles = 0, splits = 1;  // blocks in x and y
   unsigned slices = 1;             // of the depth in a block, where warps share it (rows.cuh)
   int64_t depth_of_split = 0;
-  int64_t bytes = 0;  // of scratch memory
+  int64_t bytes = 0;       // of scratch memory
+  bool clustered = false;  // the splits of a tile are a cluster
   Tiles kind = Tiles::kMoreRows;
   double cost = 0.0;
+};
+
+// The device that a grid is for. Without clusters a second kernel adds the sums of splits (core/choose.h, Adding).
+struct Processors {
+  int count = 1;
+  bool clusters = false;
 };
 
 // A product's sizes as its grid sees them.
@@ -252,12 +328,24 @@ struct Extent {
   int64_t bytes;  // of a weight and its Delta
 };
 
-// How often to split the depth. A split costs its share of the partial sums, written and read once (mostly in L2), and
-// the second kernel a launch; it pays where the tiles alone leave multiprocessors without work. Time is counted in
-// bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s. What the grid costs beside one of other
-// tiles counts what comes from L2, too, a byte of it for four fifths: x for every column of tiles, W for every row.
+// Whether a cluster adds up so many splits: more than a cluster may have blocks are left to the second kernel.
+inline bool in_cluster(int64_t splits, const Processors& on) {
+  return on.clusters && splits > 1 && splits <= kMostOfCluster;
+}
+
+// What it costs to split the depth, in bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s. The
+// second kernel is one, and its partial sums are written and read once (mostly in L2). A cluster waits for its blocks
+// twice (half a microsecond, assumed), and reads the sums once, from the multiprocessors.
+inline double cost_of_splits(int64_t splits, const Extent& of, const Processors& on) {
+  const auto sums = static_cast<double>(splits * of.rows * of.columns);
+  return splits == 1 ? 0.0 : in_cluster(splits, on) ? 2e6 + 4.0 * sums : 1e7 + 8.0 * sums;
+}
+
+// How often to split the depth: it pays where the tiles alone leave multiprocessors without work. What the grid costs
+// beside one of other tiles counts what comes from L2, too, a byte of it for four fifths: x for every column of tiles,
+// W for every row.
 inline Grid plan(Tiles kind, int64_t tile_rows, int64_t tile_columns, int64_t tile_depth, const Extent& of,
-                 int multiprocessors) {
+                 const Processors& on) {
   Grid grid;
   grid.kind = kind;
   const int64_t down = (of.rows + tile_rows - 1) / tile_rows, across = (of.columns + tile_columns - 1) / tile_columns;
@@ -266,12 +354,11 @@ inline Grid plan(Tiles kind, int64_t tile_rows, int64_t tile_columns, int64_t ti
   const double weight = static_cast<double>(of.columns * of.depth * of.bytes);
   const double passed = 0.8 * static_cast<double>(tiles * steps * tile_depth) *
                         static_cast<double>(2 * tile_rows + of.bytes * tile_columns);
-  constexpr double kLaunch = 1e7;
   double best = 0.0;
   for (int64_t splits = 1; splits == 1 || (splits <= 16 && steps >= 4 * splits); ++splits) {
-    const int64_t waves = (tiles * splits + multiprocessors - 1) / multiprocessors;
-    const double busy = static_cast<double>(tiles * splits) / static_cast<double>(waves * multiprocessors);
-    const double partial = splits > 1 ? kLaunch + 8.0 * static_cast<double>(splits * of.rows * of.columns) : 0.0;
+    const int64_t waves = (tiles * splits + on.count - 1) / on.count;
+    const double busy = static_cast<double>(tiles * splits) / static_cast<double>(waves * on.count);
+    const double partial = cost_of_splits(splits, of, on);
     const double cost = weight / busy + partial;
     if (splits > 1 && cost >= best) continue;
     best = cost;
@@ -280,12 +367,21 @@ inline Grid plan(Tiles kind, int64_t tile_rows, int64_t tile_columns, int64_t ti
   }
   grid.depth_of_split = (steps + grid.splits - 1) / grid.splits * tile_depth;
   grid.splits = static_cast<unsigned>((steps * tile_depth + grid.depth_of_split - 1) / grid.depth_of_split);
-  if (grid.splits > 1) grid.bytes = 4 * static_cast<int64_t>(grid.splits) * of.rows * of.columns;
+  grid.clustered = in_cluster(grid.splits, on);
+  if (grid.splits > 1 && !grid.clustered) {
+    grid.bytes = 4 * static_cast<int64_t>(grid.splits) * of.rows * of.columns;
+  }
   return grid;
 }
 template <class S>
-Grid plan(Tiles kind, const Extent& of, int multiprocessors) {
-  return plan(kind, S::kRows, S::kColumns, S::kDepth, of, multiprocessors);
+Grid plan(Tiles kind, const Extent& of, const Processors& on) {
+  return plan(kind, S::kRows, S::kColumns, S::kDepth, of, on);
+}
+
+// What a grid tells the kernel.
+inline void set_grid(LinearProduct& p, const Grid& grid) {
+  p.splits = static_cast<int>(grid.splits), p.slices = static_cast<int>(grid.slices);
+  p.depth_of_split = grid.depth_of_split;
 }
 
 // The grid of a product of few rows (rows.cuh), whose depth is divided among so many warps of a block.
@@ -301,10 +397,10 @@ inline Grid plan_rows(const LinearProduct& p, unsigned slices) {
 }
 
 // The same, with slices until there are two blocks to a multiprocessor, as long as each is deep enough.
-inline Grid plan_rows(const LinearProduct& p, int multiprocessors) {
+inline Grid plan_rows(const LinearProduct& p, const Processors& on) {
   unsigned slices = 1;
   while (slices < Warps::kWarps && p.inputs >= 2 * slices * Warps::kLeastDepth &&
-         plan_rows(p, slices).tiles < 2 * static_cast<unsigned>(multiprocessors)) {
+         plan_rows(p, slices).tiles < 2 * static_cast<unsigned>(on.count)) {
     slices *= 2;
   }
   return plan_rows(p, slices);
@@ -317,14 +413,14 @@ inline Extent extent(Product product, const LinearProduct& p) {
 }
 
 // The grid of a forward or an input gradient in the tiles that every layer has.
-inline Grid plan_narrow(Product product, const LinearProduct& p, int multiprocessors) {
+inline Grid plan_narrow(Product product, const LinearProduct& p, const Processors& on) {
   const Extent of = extent(product, p);
-  if (product == Product::kForward && p.rows <= kFewRows) return plan<FewRows>(Tiles::kFewRows, of, multiprocessors);
-  return plan<MoreRows>(Tiles::kMoreRows, of, multiprocessors);
+  if (product == Product::kForward && p.rows <= kFewRows) return plan<FewRows>(Tiles::kFewRows, of, on);
+  return plan<MoreRows>(Tiles::kMoreRows, of, on);
 }
 
 // The grid of a linear layer's product. Wide tiles are for layers that fill the device with them.
-inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
+inline Grid plan(Product product, const LinearProduct& p, const Processors& on) {
   if (product == Product::kWeightGradient) {  // the depth is the rows, of which there are few: never split
     using S = WeightTile;
     Grid grid;
@@ -334,22 +430,20 @@ inline Grid plan(Product product, const LinearProduct& p, int multiprocessors) {
     grid.bytes = p.score_gradient ? 8 * static_cast<int64_t>(grid.tiles) : 0;
     return grid;
   }
-  if (product == Product::kForward && p.rows <= Warps::kMostRows) return plan_rows(p, multiprocessors);
-  Grid best = plan_narrow(product, p, multiprocessors);
+  if (product == Product::kForward && p.rows <= Warps::kMostRows) return plan_rows(p, on);
+  Grid best = plan_narrow(product, p, on);
   if (product != Product::kForward || p.rows <= kFewRows) return best;
   const Extent of = extent(product, p);
   const bool deep = p.delta_dtype != Dtype::kFloat32 && p.weight_dtype != Dtype::kFloat32;
   const int64_t depth = deep ? Wide<64, dev::bf16>::kDepth : Wide<64, float>::kDepth;
   for (const int64_t rows : {64, 128}) {
-    const Grid wide = plan(rows == 64 ? Tiles::kWide : Tiles::kWidest, rows, 128, depth, of, multiprocessors);
+    const Grid wide = plan(rows == 64 ? Tiles::kWide : Tiles::kWidest, rows, 128, depth, of, on);
     if (wide.cost < best.cost) best = wide;
   }
   return best;
 }
 
 // The grid of a convolution's forward.
-inline Grid plan(Product product, const Convolution& p, int multiprocessors) {
-  return plan_narrow(product, p, multiprocessors);
-}
+inline Grid plan(Product product, const Convolution& p, const Processors& on) { return plan_narrow(product, p, on); }
 
 }  // namespace taps::dev

@@ -185,6 +185,54 @@ TAPS_DEVICE void bar_arrive(int barrier, int threads, TAPS_LINE) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// --- clusters: blocks of compute capability 9.0 and later that run together and read each other's shared memory. A
+// block that was launched without one is a cluster of its own.
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+#else
+constexpr bool kClusters = false;  // what follows is not to be called
+#endif
+constexpr unsigned kMostOfCluster = 8;  // blocks, on every such device
+
+// This block's number in its cluster.
+TAPS_DEVICE unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+TAPS_DEVICE unsigned cluster_blocks() {
+  unsigned blocks = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+#endif
+  return blocks;
+}
+// Of all threads of all blocks: what each wrote before is there for all, and no block has ended before.
+TAPS_DEVICE void cluster_sync(TAPS_LINE) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// 16 bytes, aligned to that, at the same place of the shared memory of the cluster's block `rank`.
+template <class T>
+TAPS_DEVICE Vec16 ld16_of(unsigned rank, sh<T> p, unsigned i, TAPS_LINE) {
+  Vec16 value{};
+#if __CUDA_ARCH__ >= 900
+  const unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(p + i));
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "r"(there)
+               : "memory");
+#endif
+  return value;
+}
+
 // --- warps: all 32 lanes take part
 
 template <class T>

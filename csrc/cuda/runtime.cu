@@ -30,6 +30,12 @@ int multiprocessors(int device) {
   return count;
 }
 
+int capability(int device) {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
+  return major;
+}
+
 // Every CUDA libtorch exports this function and no CPU-only one does, so it is looked up instead
 // of linked; a tensor on a GPU means that the library is loaded.
 void* current_stream(int device) {

@@ -149,6 +149,37 @@ MISTAKES = {
         "dot += «static_cast<double>(first) * to_f32(change[at].x) → first * to_f32(change[at].x)»;", "expected|FAILED"
     ),
     "splits added from the last": Mistake("partial[«split → (p.splits - 1 - split)» * rows * columns + at]", WRONG),
+    # --- splits that the blocks of a cluster add
+    "clusters: sums written over a stage": Mistake(
+        "«block_sync(); → ;»  // the stages are not", r"race at ([\w.]+):(\d+)", ("st(sums", *READS)
+    ),
+    "clusters: sums read too early": Mistake(
+        "«cluster_sync(); → ;»  // all sums are there",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld16_of(", "st(sums"),
+    ),
+    "clusters: a barrier of the block alone": Mistake(
+        "«cluster_sync(); → block_sync();»  // all sums are there",
+        r"(?:race|uninitialised) at ([\w.]+):(\d+)",
+        ("ld16_of(", "st(sums"),
+    ),
+    "clusters: a block ends while its sums are read": Mistake(
+        "«cluster_sync(); → ;»  // no block ends", r"ended at ([\w.]+):(\d+)", ("ld16_of(",)
+    ),
+    "clusters: splits added from the last": Mistake(
+        "part[k] = ld16_of(rank + k < blocks ? «rank + k → blocks - 1 - rank - k» : cluster_rank(), sums",
+        WRONG,
+    ),
+    "clusters: every block adds the same rows": Mistake("blocks + «cluster_rank() → 0»,", WRONG),
+    "clusters: the first of four columns four times": Mistake("float_of(part[k].word[«e → 0»])", WRONG),
+    "clusters: a block too few": Mistake("const unsigned blocks = «cluster_blocks() → cluster_blocks() - 1»;", WRONG),
+    "clusters: rows of the result, one too many": Mistake(
+        "last = «below < S::kRows → below + 1 < S::kRows» ? static_cast<unsigned>(«below → below + 1»)", BEYOND
+    ),
+    "clusters: columns of the result, one too many": Mistake(
+        "if («c < columns → c <= columns») result", f"{BEYOND}|{WRONG}"
+    ),
+    "clusters: no bias": Mistake("from_f32<T>(«bias → nullptr» ? total[e]", WRONG),
     # --- up to four rows without tensor cores
     "few rows: closed, but Delta is read": Mistake(
         "if («is_open(p.gate) → true») {  // once", f"{WRONG}|SEGV|null pointer"

@@ -1,9 +1,10 @@
 """PTX, the text that nvcc emits for a GPU's own compiler, run on the CPU: one block at a time, its threads as lanes of
-numpy arrays.
+numpy arrays; the blocks of a cluster in turns, from one barrier of all to the next.
 
 The twin runs the kernels' C++; this runs what became of it, inline assembly and operand order included. Every access
 is checked for alignment and against the allocations' exact bounds. Faults are a register or a byte of shared memory
-that is read before it was written, a copy that is read before its group was waited for, and one that is left in flight.
+that is read before it was written, a copy that is read before its group was waited for, and one that is left in flight;
+shared memory of a block that has ended.
 Threads that part ways run one group at a time, those that are furthest behind first, until they meet. What two threads
 do in one instruction has no order here, so that this finds no races: the twin does.
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from ptx_instructions import bf16_to_float, compiled, float_to_bf16, float_to_f16
-from ptx_machine import GLOBAL_BASE, TYPES, Block, Fault, Kernel, Memory
+from ptx_machine import GLOBAL_BASE, TYPES, Block, Fault, Kernel, Memory, run_together
 
 __all__ = [
     "GLOBAL_BASE",
@@ -29,6 +30,7 @@ __all__ = [
     "float_to_bf16",
     "float_to_f16",
     "parse",
+    "run_together",
 ]
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{\n(.*?)\n\}", re.DOTALL)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ptx_machine import STORED, TYPES, WARP, Array, Block, Copy, Fault
+from ptx_machine import CLUSTER_BARRIER, CLUSTER_BASE, STORED, TYPES, WARP, Array, Block, Copy, Fault
 
 Run = Callable[[Block, "Array | None"], None]
 
@@ -14,7 +14,7 @@ Run = Callable[[Block, "Array | None"], None]
 def compiled(where: str, guard: str, opcode: str, operands: list[str]) -> Run:
     """What runs an instruction. Branches and barriers are the block's own."""
     head, *parts = opcode.split(".")
-    if head in ("bra", "ret", "exit", "bar"):
+    if head in ("bra", "ret", "exit", "bar") or opcode in CLUSTER_BARRIER:
         if guard and head != "bra":
             raise Fault(f"{where}: @{guard} {opcode}: not run here")
         return lambda block, mask: None
@@ -273,10 +273,39 @@ def _ld(parts: list[str], operands: list[str]) -> Run:
     names, size = _vector(operands[0]), np.dtype(TYPES[parts[-1]]).itemsize
 
     def run(block: Block, mask: Array | None) -> None:
-        raw = block.memory[parts[0]].load(block.address(operands[1], mask), size * len(names))
+        address = block.address(operands[1], mask)
+        if parts[0] == "shared::cluster":
+            raw = _of_cluster(block, address, size * len(names))
+        else:
+            raw = block.memory[parts[0]].load(address, size * len(names))
         for i, name in enumerate(names):
             values = np.ascontiguousarray(raw[:, i * size : (i + 1) * size]).view(TYPES[parts[-1]])[:, 0]
             block.put(name, _spread(values, mask), mask)
+
+    return run
+
+
+def _of_cluster(block: Block, address: Array, size: int) -> Array:
+    """[lanes, size] bytes of the shared memory of a cluster's blocks: of that which mapa named, or of this one."""
+    rank, found = address // CLUSTER_BASE - 1, np.zeros((len(address), size), np.uint8)
+    for of in np.unique(rank):
+        if of >= len(block.cluster):
+            raise Fault(f"block {of} of a cluster of {len(block.cluster)}")
+        other = block if of < 0 else block.cluster[of]
+        if other.ended:
+            raise Fault(f"the shared memory of block {of}, which has ended")
+        found[rank == of] = other.memory["shared"].load(address[rank == of] % CLUSTER_BASE, size)
+    return found
+
+
+def _mapa(parts: list[str], operands: list[str]) -> Run:
+    """An address of this block's shared memory as that of another block of the cluster."""
+
+    def run(block: Block, mask: Array | None) -> None:
+        own, rank = (block.value(one, "u32") for one in operands[1:])
+        block.put(
+            operands[0], np.broadcast_to(own + (rank + np.uint32(1)) * np.uint32(CLUSTER_BASE), block.threads), mask
+        )
 
     return run
 
@@ -472,9 +501,10 @@ MODIFIERS: dict[str, set[str]] = {
     "fma": {"rn", "f16x2", "bf16x2"},
     "cvt": {"rn", "f16x2", "bf16x2", "bf16"},
     "cvta": {"to", "global"},
-    "ld": {"global", "shared", "param", "cs", "v2", "v4"},
+    "ld": {"global", "shared", "shared::cluster", "param", "cs", "v2", "v4"},
     "st": {"global", "shared", "v2", "v4"},
     "cp": {"async", "cg", "ca", "shared", "global", "commit_group", "wait_group"},
+    "mapa": {"shared::cluster"},
     "setp": {"eq", "ne", "lt", "le", "gt", "ge"},
     "ldmatrix": {"sync", "aligned", "m8n8", "x4", "trans", "shared"},
     "mma": {"sync", "aligned", "m16n8k16", "row", "col", "bf16"},
@@ -488,5 +518,5 @@ INSTRUCTIONS: dict[str, Callable[[list[str], list[str]], Run]] = {
     "max": elementwise(np.fmax), "neg": elementwise(np.negative), "not": elementwise(np.invert),
     "and": elementwise(np.bitwise_and), "or": elementwise(np.bitwise_or), "xor": elementwise(np.bitwise_xor),
     "shl": _shifted(True), "shr": _shifted(False), "setp": _setp, "selp": _selp, "bfi": _bfi, "popc": _popc,
-    "ldmatrix": _ldmatrix, "mma": _mma, "shfl": _shfl, "vote": _vote,
+    "mapa": _mapa, "ldmatrix": _ldmatrix, "mma": _mma, "shfl": _shfl, "vote": _vote,
 }  # fmt: skip

@@ -16,6 +16,7 @@ TYPES: dict[str, Any] = {
 }  # fmt: skip
 STORED = {"pred": np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WARP, PARAM_BASE, GLOBAL_BASE = 32, 1 << 20, 1 << 32
+CLUSTER_BASE = 1 << 24  # what mapa adds for each block of a cluster, the first included: shared memory is smaller
 MOST_STEPS = 1 << 20  # of a block: kernels of these tests take some thousands
 
 
@@ -107,8 +108,11 @@ class Kernel:
     run: list[Callable[[Block, Array | None], None]] = field(default_factory=list)
 
 
+CLUSTER_BARRIER = {"barrier.cluster.arrive.release.aligned": False, "barrier.cluster.wait.acquire.aligned": True}
+
+
 class Block:
-    """One block of a grid: registers and shared memory of its own.
+    """One block of a grid: registers and shared memory of its own. Alone it is a cluster of one.
 
     Args:
         arguments: the parameters' bytes. place, grid: of the block, (x, y). shared: bytes of dynamic shared memory.
@@ -148,16 +152,29 @@ class Block:
             "%ntid.x": threads,
         }
         self.special = {"%tid.x": lanes, **{n: np.full(threads, value, np.uint32) for n, value in same.items()}}
+        self.ended = False
+        self.join([self])
         self.committed = np.zeros(threads, np.int64)
         self.copies: list[Copy] = []
         self.at: Array | None = None  # the next instruction of each thread, where they differ
         self.all_at = 0
         self.waiting = np.zeros(threads, np.bool_)
+        self.arrived, self.paused = np.zeros(threads, np.bool_), False  # at the cluster's barrier
+
+    def join(self, cluster: list[Block]) -> None:
+        """Makes this one of the blocks of a cluster, in the order of their ranks."""
+        self.cluster = cluster
+        for name, value in (("ctarank", cluster.index(self)), ("nctarank", len(cluster))):
+            self.special[f"%cluster_{name}"] = np.full(self.threads, value, np.uint32)
 
     def run(self) -> None:
         """To the end of all threads. Raises Fault."""
-        end = len(self.kernel.code)
-        while True:
+        run_together([self])
+
+    def advance(self) -> None:
+        """To the end of all threads, or to where they wait for the cluster's other blocks."""
+        end, self.paused = len(self.kernel.code), False
+        while not self.paused:
             if self.at is None:
                 if self.all_at >= end:
                     break
@@ -171,6 +188,9 @@ class Block:
                     raise Fault(f"{self.kernel.name}: {int(self.waiting.sum())} threads wait at a barrier for ever")
                 self.all_at = first
                 self._step(ready == first)
+        if self.paused:
+            return
+        self.ended = True
         if self.copies:
             raise Fault(f"{self.kernel.name}: copies were left in flight")
 
@@ -187,6 +207,8 @@ class Block:
                 self._go(np.full(self.threads, len(self.kernel.code)), mask)
             elif opcode.startswith("bar."):
                 self._barrier(operands, mask)
+            elif opcode in CLUSTER_BARRIER:
+                self._cluster_barrier(CLUSTER_BARRIER[opcode], mask)
             else:
                 self.kernel.run[index](self, mask)
                 self._go(np.full(self.threads, index + 1) if mask is not None else index + 1, mask)
@@ -223,9 +245,25 @@ class Block:
     def _barrier(self, operands: list[str], mask: Array | None) -> None:
         if operands != ["0"]:
             raise Fault("a barrier other than the block's")
+        self._meet(mask)
+
+    def _cluster_barrier(self, waits: bool, mask: Array | None) -> None:
+        """Of arrivals and waits the threads of a warp take turns together."""
+        self.whole_warps(mask)
+        among = np.ones(self.threads, np.bool_) if mask is None else mask
+        if (self.arrived[among] != waits).any():
+            raise Fault("an arrival without a wait, or a wait without an arrival")
+        self.arrived = self.arrived ^ among
+        if waits:
+            self.paused = self._meet(mask)
+        else:
+            self._go(np.full(self.threads, self.all_at + 1) if mask is not None else self.all_at + 1, mask)
+
+    def _meet(self, mask: Array | None) -> bool:
+        """Threads wait until all are here that have not ended. Whether they are."""
         if mask is None:
             self.all_at += 1
-            return
+            return True
         assert self.at is not None
         self.waiting |= mask
         alive = self.at < len(self.kernel.code)
@@ -234,6 +272,8 @@ class Block:
                 raise Fault("threads wait at different barriers")
             self.waiting[:] = False
             self._go(np.where(alive, self.at + 1, self.at), np.ones(self.threads, np.bool_))
+            return True
+        return False
 
     # --- operands
 
@@ -326,3 +366,17 @@ class Block:
         found = np.zeros((self.warps, WARP), values.dtype)
         found[warps] = values
         return found.reshape(-1)
+
+
+def run_together(blocks: list[Block]) -> None:
+    """The blocks of a cluster, each in its turn to its end or to the next barrier of all. Raises Fault."""
+    for block in blocks:
+        block.join(blocks)
+    while True:
+        alive = [block for block in blocks if not block.ended]
+        for block in alive:
+            block.advance()
+        if all(block.ended for block in alive):
+            return
+        if not all(block.paused for block in alive):
+            raise Fault(f"{blocks[0].kernel.name}: a block ended where others wait for it")

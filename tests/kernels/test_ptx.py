@@ -40,7 +40,10 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 @cache
 def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
-    """(kind, type, weight's, Delta's, tile) -> kernel and shared memory; ("add", type) -> the one of splits."""
+    """(kind, type, weight's, Delta's, tile) -> kernel and shared memory; ("add", type) -> the one of splits.
+
+    Those whose blocks are clusters have "clustered" before all else.
+    """
     found: dict[tuple[Any, ...], tuple[ptx.Kernel, int]] = {}
     short = {"taps::dev::bf16": "bf16", "taps::dev::f16": "f16", "float": "f32"}
     for name, kernel in demangled(ptx.parse(text)).items():
@@ -51,7 +54,8 @@ def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
         elif "Activation" in name:
             kind = "input" if re.search(r", true>, \d+u>\(", name) else "forward"
             rows, columns = re.findall(r"Shape<(\d+), (\d+),", name)[0]
-            found[(kind, *types, (int(rows), int(columns)))] = kernel, shared
+            clustered = ("clustered",) if "clustered_product<" in name else ()
+            found[(*clustered, kind, *types, (int(rows), int(columns)))] = kernel, shared
         elif without := re.search(r"Rows<(\d),", name):
             found[("forward", *types, (int(without[1]), 2))] = kernel, shared
         else:
@@ -64,7 +68,8 @@ def kernels(text: str) -> dict[tuple[Any, ...], tuple[ptx.Kernel, int]]:
 class Problem:
     """A product. `offset`: elements that a matrix begins behind 16 bytes; `padding`: columns between its rows.
 
-    `wide`: rows of the tiles of 128 columns, of a forward that has them.
+    `wide`: rows of the tiles of 128 columns, of a forward that has them. `clustered`: the blocks of a tile's splits add
+    its sums themselves.
     """
 
     kind: str
@@ -79,6 +84,7 @@ class Problem:
     padding: int = 0
     bias: bool = False
     wide: int = 0
+    clustered: bool = False
 
     @property
     def without_tiles(self) -> bool:
@@ -103,7 +109,13 @@ class Problem:
     @property
     def key(self) -> tuple[Any, ...]:
         compute, _, delta = self.types
-        return ("weight", compute, delta) if self.kind == "weight" else (self.kind, *self.types, self.tile)
+        if self.kind == "weight":
+            return "weight", compute, delta
+        return (*(("clustered",) if self.in_cluster else ()), self.kind, *self.types, self.tile)
+
+    @property
+    def in_cluster(self) -> bool:
+        return self.clustered and self.splits > 1 and self.kind != "weight" and not self.without_tiles
 
 
 class Case:
@@ -168,7 +180,9 @@ class Case:
             tile_columns *= 8 // slices
         tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
         scores = p.kind == "weight" and (p.open or p.on_device)
-        memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * splits * rows * columns)
+        memory = 0
+        if not p.in_cluster:
+            memory = self.memory.reserve(8 * tiles if p.kind == "weight" else 4 * splits * rows * columns)
         self.field("memory", "Q", memory)
         self.field("scale", "d", 2.0)
         if scores:
@@ -179,15 +193,20 @@ class Case:
         self.field("depth_of_split", "q", depth if p.kind == "weight" else per_split)
         kernel, shared = kernels[p.key]
         threads = 128 if p.kind == "weight" else 256
-        for split in range(splits):
-            for tile in range(tiles):
-                place, grid = (tile, split), (tiles, splits)
-                ptx.Block(kernel, self.memory, bytes(self.arguments.bytes), threads, place, grid, shared).run()
-        if splits > 1:
-            adding, blocks = kernels["add", compute][0], -(-rows * columns // 256)
+        for tile in range(tiles):
+            blocks = [
+                ptx.Block(
+                    kernel, self.memory, bytes(self.arguments.bytes), threads, (tile, split), (tiles, splits), shared
+                )
+                for split in range(splits)
+            ]
+            for cluster in [blocks] if p.in_cluster else [[block] for block in blocks]:
+                ptx.run_together(cluster)
+        if splits > 1 and not p.in_cluster:
+            adding, count = kernels["add", compute][0], -(-rows * columns // 256)
             arguments = bytes(self.arguments.bytes) + struct.pack("<2q", rows, columns)
-            for block in range(blocks):
-                ptx.Block(adding, self.memory, arguments, 256, (block, 0), (blocks, 1), 0).run()
+            for block in range(count):
+                ptx.Block(adding, self.memory, arguments, 256, (block, 0), (count, 1), 0).run()
         used = number(stored(weight + (delta if p.open else 0.0), compute), compute)
         gradient = dy.T @ x
         want = {
@@ -207,7 +226,7 @@ class Case:
         return ""
 
 
-def random_problem(chance: random.Random) -> Problem:
+def random_problem(chance: random.Random, clusters: bool) -> Problem:
     kind = chance.choice(KINDS)
     rows = chance.choice((1, 2, 3, 4, 7, 16, 17, 33, 64, 65, 130))
     return Problem(
@@ -219,6 +238,7 @@ def random_problem(chance: random.Random) -> Problem:
         open=chance.random() < 0.75,
         on_device=chance.random() < 0.5,
         splits=1 if kind == "weight" else chance.choice((1, 1, 2, 3)),
+        clustered=clusters and chance.random() < 0.5,
         offset=chance.choice((0, 0, 0, 8, 1, 2, 4)),
         padding=chance.choice((0, 0, 8, 1, 2)),
         bias=chance.random() < 0.5,
@@ -232,11 +252,12 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
     chance, loaded = random.Random(f"{SEED} ptx"), kernels(texts[architecture])
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
-    assert len(loaded) == 48
+    assert len(loaded) == 78
+    clusters = THOROUGH and architecture == "compute_90a"  # compute_80 has none: those kernels are empty
     for round_ in range(4 if THOROUGH else 1):
-        waiting = {key for key in loaded if key[0] != "add"}
+        waiting = {key for key in loaded if key[0] != "add" and (clusters or key[0] != "clustered")}
         while waiting:
-            problem = random_problem(chance)
+            problem = random_problem(chance, clusters=clusters)
             if problem.key not in waiting:
                 continue
             waiting.discard(problem.key)
@@ -250,6 +271,40 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
         assert Case(split, layout, numbers).wrong(loaded) == ""
 
 
+def random_splits(chance: random.Random, rows: int) -> Problem:
+    """A product of a few whole and broken tiles in splits of any number that a cluster may have."""
+    kind = chance.choice(("forward", "input")) if rows > 16 else "forward"
+    return Problem(
+        kind=kind,
+        types=chance.choice(TYPES),
+        rows=rows,
+        outputs=chance.choice((30, 32, 65, 130)),
+        inputs=chance.choice((31, 64, 72, 130)) if kind == "input" else chance.choice((63, 130, 256, 520)),
+        open=chance.random() < 0.75,
+        on_device=chance.random() < 0.5,
+        splits=chance.randint(2, 8),
+        offset=chance.choice((0, 8, 1)),
+        padding=chance.choice((0, 8, 1)),
+        bias=chance.random() < 0.5,
+        wide=chance.choice((0, 64, 128)) if kind == "forward" and rows > 16 else 0,
+        clustered=True,
+    )
+
+
+@pytest.mark.parametrize("index", [pytest.param(n, marks=() if n == 0 else pytest.mark.thorough) for n in range(6)])
+def test_clusters_add_splits(index: int, texts, layout) -> None:
+    """Few rows, and more: splits that have less than their share of the depth, or none."""
+    chance, loaded = random.Random(f"{SEED} clusters {index}"), kernels(texts["compute_90a"])
+    numbers = np.random.default_rng(int(SEED) + index)
+    for rows in (chance.randint(5, 16), chance.choice((17, 33, 64, 65, 130))):
+        problem = random_splits(chance, rows)
+        try:
+            wrong = Case(problem, layout, numbers).wrong(loaded)
+        except ptx.Fault as fault:
+            wrong = str(fault)
+        assert not wrong, f"{problem}: {wrong}"
+
+
 # A piece of the text, its change, and the product that shows it.
 DEEP = Problem("forward", ("bf16", "bf16", "bf16"), 40, 64, 320)
 FEW = Problem("forward", ("bf16", "bf16", "f32"), 9, 64, 520)
@@ -258,7 +313,12 @@ SHORT = Problem("forward", ("bf16", "bf16", "bf16"), 40, 33, 72, padding=8)
 BACK = Problem("input", ("f16", "f16", "f16"), 40, 70, 64)
 THREE = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 1032, splits=2)
 ODD = Problem("forward", ("bf16", "bf16", "bf16"), 3, 5, 65)
+TOGETHER = Problem("forward", ("bf16", "bf16", "f32"), 9, 33, 520, splits=3, bias=True, clustered=True)
 GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
+BARRIERS = r"(?:barrier\.cluster\.(?:arrive|wait)\.\w+\.aligned;\s+(?://[^\n]*\s+)*){2}"
+FIRST_OF_CLUSTER = BARRIERS + r"(mov\.u32 %\w+, %cluster_nctarank;)"
+LAST_OF_CLUSTER = r"(\n\$\w+:\s+(?://[^\n]*\s+)*)" + BARRIERS
+LESS = r"\1\n\tadd.s32 \2, \2, -1;"
 CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),
     "a copy too few is waited for, wide": (r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;", WIDE),
@@ -275,6 +335,12 @@ CHANGES: dict[str, tuple[str, str, Problem]] = {
     "no tiles, lanes add their own": (r"shfl\.sync\.bfly", "shfl.sync.idx", THREE),
     "no tiles, Delta subtracted by halves": (r"add\.rn\.bf16x2 (%\w+), (%\w+), (%\w+);", r"xor.b32 \1, \2, \3;", THREE),
     "no tiles, wider loads": (r"ld\.global\.u16", "ld.global.u32", ODD),
+    "the cluster's sums read before they are there": (FIRST_OF_CLUSTER, r"\1", TOGETHER),
+    "a block ends while its sums are read": (LAST_OF_CLUSTER, r"\1", TOGETHER),
+    "a block waits where it has not arrived": (r"barrier\.cluster\.arrive\S+;", "", TOGETHER),
+    "the first block's sums for all": (r"(mapa\.\S+ %\w+, %\w+, )%\w+;", r"\g<1>0;", TOGETHER),
+    "every block adds the same rows": (r"mov\.u32 (%\w+), %cluster_ctarank;", r"mov.u32 \1, 0;", TOGETHER),
+    "a block of the cluster too few": (r"(mov\.u32 (%\w+), %cluster_nctarank;)", LESS, TOGETHER),
 }
 
 

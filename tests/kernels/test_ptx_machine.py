@@ -124,3 +124,49 @@ def test_pairs_are_added_as_fp32_sums_are_rounded(form: str) -> None:
                 want = ptx.float_to_bf16(x + y) if brain else ptx.float_to_f16(x + y)
                 there = ~np.isnan(x + y)
             assert ((got >> np.uint32(shift)).astype(np.uint16) == want)[there].all()
+
+
+# Each of two blocks leaves its words, turned by its rank, and reads what the other has left.
+EXCHANGED = """mov.u32 %r3, %cluster_ctarank;
+mov.u32 %r4, %cluster_nctarank;
+mad.lo.s32 %r5, %r3, 100, %r1;
+shl.b32 %r6, %r1, 2;
+st.shared.u32 [%r6], %r5;
+{first}
+sub.s32 %r7, 1, %r3;
+mapa.shared::cluster.u32 %r8, %r6, %r7;
+ld.shared::cluster.u32 %r2, [%r8];
+{last}
+shl.b32 %r6, %r3, 7;
+cvt.u64.u32 %rd4, %r6;
+add.s64 %rd3, %rd3, %rd4;"""
+BOTH = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+
+
+def exchanged(first: str = BOTH, last: str = BOTH, blocks: int = 2) -> Any:
+    """What the blocks of a cluster leave in %r2, one behind the other."""
+    body = EXCHANGED.format(first=first, last=last)
+    (kernel,) = ptx.parse(HEAD + "".join(f"\t{line}\n" for line in body.splitlines()) + TAIL).values()
+    memory = ptx.Memory(1 << 12, ptx.GLOBAL_BASE, "global")
+    arguments = struct.pack("<Q", memory.reserve(128 * blocks))
+    cluster = [ptx.Block(kernel, memory, arguments, 32, (0, rank), (1, blocks), 512) for rank in range(blocks)]
+    ptx.run_together(cluster)
+    return memory.get(struct.unpack("<Q", arguments)[0], np.uint32, 32 * blocks)
+
+
+def test_blocks_of_a_cluster() -> None:
+    lanes = np.arange(32)
+    assert (exchanged() == [*(100 + lanes), *lanes]).all()
+    half = "setp.lt.u32 %p1, %r1, 16;\n@%p1 bra $L1;\n{body}\n$L1:"
+    for first, last, blocks, said in (
+        ("", BOTH, 2, "read before it was written"),
+        (BOTH, "", 2, "which has ended"),
+        (BOTH.split("\n")[1], BOTH, 2, "without an arrival"),
+        (BOTH + "\n" + BOTH.split("\n")[0], BOTH, 2, "without a wait"),
+        (BOTH, half.format(body=BOTH), 2, "a part of a warp"),
+        (BOTH, "setp.eq.u32 %p1, %r3, 1;\n@%p1 bra $L1;\n" + BOTH + "\n$L1:", 2, "ended where others wait"),
+        (BOTH, BOTH, 1, "block 1 of a cluster of 1"),
+        (BOTH.replace("acquire", "relaxed"), BOTH, 2, "no such instruction"),
+    ):
+        with pytest.raises(ptx.Fault, match=said):
+            exchanged(first, last, blocks)

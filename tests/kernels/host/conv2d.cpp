@@ -82,7 +82,7 @@ TAPS_CASE(planned_splits) {
     image.splits = 0, image.multiprocessors = multiprocessors;
     LinearProduct product;
     product.rows = image.m, product.outputs = image.n, product.inputs = image.k;
-    split = split || plan(Product::kForward, product, multiprocessors).splits > 1;
+    split = split || plan(Product::kForward, product, {multiprocessors}).splits > 1;
     if (std::string wrong = check_convolution<void, bf16, bf16, bf16>(image); !wrong.empty()) return wrong;
     ++host::problems();
   }

@@ -2,6 +2,7 @@
 // the CPU (TAPS_TWIN). A finding is an error.
 #include <stdexcept>
 
+#include "core/choose.h"
 #include "cuda/conv2d.cuh"
 #include "cuda/depthwise.cuh"
 #include "cuda/dot.cuh"
@@ -19,10 +20,12 @@ using dev::f16;
 using dev::kDotShared;
 using dev::kThreads;
 
-constexpr int kMultiprocessors = 8;
+constexpr int kMultiprocessors = 8, kCapability = 9;
 
-void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<void()>& body) {
-  const auto found = twin::launch(grid, threads, shared, body);
+dev::Processors processors() { return {kMultiprocessors, chosen_adding(kCapability) == Adding::kCluster}; }
+
+void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<void()>& body, twin::Dim cluster = {}) {
+  const auto found = twin::launch(grid, threads, shared, body, 0, cluster);
   if (found.empty()) return;
   throw std::runtime_error(found[0].kind + " at " + found[0].file + ":" + std::to_string(found[0].line) + ": " +
                            found[0].text);
@@ -30,7 +33,14 @@ void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<
 
 template <class Body, class Args>
 void launch(const Args& args, const dev::Grid& grid) {
-  run({grid.tiles, grid.splits}, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
+  const twin::Dim blocks{grid.tiles, grid.splits};
+  if constexpr (dev::kHasCluster<Body>) {
+    if (grid.clustered) {
+      run(blocks, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run_in_cluster(args); }, {1, grid.splits});
+      return;
+    }
+  }
+  run(blocks, Body::Tile::kThreads, Body::Loop::kShared, [&] { Body::run(args); });
 }
 
 void sum_splits(const LinearProduct& args, int64_t rows, int64_t columns) {
@@ -48,7 +58,8 @@ template <class T>
 void launch_compute(Product kind, const LinearProduct& args, const dev::Grid& grid) {
   dev::with_instance<T>(kind, args, grid.kind,
                         [&](auto instance) { launch<typename decltype(instance)::type>(args, grid); });
-  if (grid.splits > 1) sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs);
+  if (grid.splits > 1 && !grid.clustered)
+    sum_splits(args, args.rows, kind == Product::kForward ? args.outputs : args.inputs);
 }
 
 template <class T>
@@ -155,14 +166,11 @@ void dot(const Dot& args, int, void*) {
   add_up(args.partials, chunks, args.scale, args.result, args.result_dtype);
 }
 
-int64_t linear_bytes(Product kind, const LinearProduct& args, int) {
-  return dev::plan(kind, args, kMultiprocessors).bytes;
-}
+int64_t linear_bytes(Product kind, const LinearProduct& args, int) { return dev::plan(kind, args, processors()).bytes; }
 
 void linear(Product kind, LinearProduct args, int, void*) {
-  const dev::Grid grid = dev::plan(kind, args, kMultiprocessors);
-  args.splits = static_cast<int>(grid.splits), args.slices = static_cast<int>(grid.slices);
-  args.depth_of_split = grid.depth_of_split;
+  const dev::Grid grid = dev::plan(kind, args, processors());
+  dev::set_grid(args, grid);
   if (args.compute == Dtype::kBFloat16) {
     launch_compute<bf16>(kind, args, grid);
   } else {
@@ -203,14 +211,11 @@ void spoil(const Spoil& args, int, void*) {
   run({static_cast<unsigned>(args.samples)}, kThreads, 0, [&] { dev::spoil_sample(args); });
 }
 
-int64_t conv2d_bytes(const Convolution& args, int) {
-  return dev::plan(Product::kForward, args, kMultiprocessors).bytes;
-}
+int64_t conv2d_bytes(const Convolution& args, int) { return dev::plan(Product::kForward, args, processors()).bytes; }
 
 void conv2d(Convolution args, int, void*) {
-  const dev::Grid grid = dev::plan(Product::kForward, args, kMultiprocessors);
-  args.splits = static_cast<int>(grid.splits);
-  args.depth_of_split = grid.depth_of_split;
+  const dev::Grid grid = dev::plan(Product::kForward, args, processors());
+  dev::set_grid(args, grid);
   if (args.compute == Dtype::kBFloat16) {
     launch_convolution<bf16>(args, grid);
   } else {

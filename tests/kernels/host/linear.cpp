@@ -153,7 +153,7 @@ TAPS_CASE(planned_splits) {
     // The plan itself: every depth exactly once, and no split without a depth.
     for (const int64_t columns : {64, 1024, 4096, 5000}) {
       for (const int64_t depth : {0, 1, 255, 4096, 4097}) {
-        const Grid grid = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, multiprocessors);
+        const Grid grid = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, {multiprocessors});
         split = split || grid.splits > 1;
         const int64_t covered = grid.splits * grid.depth_of_split, without_last = covered - grid.depth_of_split;
         if (covered < depth || (grid.splits > 1 && without_last >= depth)) return "plan of " + std::to_string(depth);
@@ -175,7 +175,7 @@ TAPS_CASE(planned_tiles) {
     LinearProduct product;
     product.rows = problem.m, product.outputs = problem.n, product.inputs = problem.k;
     product.delta.data = &product, product.delta_dtype = Dtype::kBFloat16;
-    const Tiles planned = plan(Product::kForward, product, 1).kind;
+    const Tiles planned = plan(Product::kForward, product, {1}).kind;
     if (planned != tiles) return problem.name() + ": tiles " + std::to_string(static_cast<int>(planned));
     if (std::string wrong = one<bf16, bf16, bf16>(Product::kForward, problem, tiles); !wrong.empty()) return wrong;
     ++host::problems();
@@ -184,6 +184,43 @@ TAPS_CASE(planned_tiles) {
 }
 
 TAPS_CASE(splits_are_added_in_order) { return check_splits(); }
+
+// Splits summed by the blocks of a cluster, of every number and in every kind of tile, at edges and inside.
+template <class T, class W, class D>
+std::string clusters() {
+  constexpr std::pair<Problem, Tiles> kProblems[] = {
+      {{5, 33, 530}, Tiles::kFewRows},   {{16, 64, 1024}, Tiles::kFewRows}, {{33, 65, 257}, Tiles::kMoreRows},
+      {{70, 64, 300}, Tiles::kMoreRows}, {{70, 129, 270}, Tiles::kWide},    {{130, 127, 130}, Tiles::kWidest}};
+  int i = static_cast<int>(sizeof(W) + 2 * sizeof(D)) + std::is_same_v<T, f16>;
+  for (auto [problem, tiles] : kProblems) {
+    for (int splits = 2; splits <= static_cast<int>(kMostOfCluster); ++splits) {
+      for (const Product kind : {Product::kForward, Product::kInputGradient}) {
+        const bool forward = kind == Product::kForward;
+        ++i;
+        if ((!forward && tiles != Tiles::kMoreRows) || (!every_shape && i % 5 != 0)) continue;
+        problem.splits = splits, problem.seed = static_cast<uint64_t>(i % 5), problem.bias = i % 2 == 0;
+        problem.padding = i % 4 == 0 ? 3 : 0;
+        if (!forward) std::swap(problem.n, problem.k);
+        std::string wrong;
+        with_activation<T, W, D>(kind, tiles, [&](auto instance) {
+          using Body = typename decltype(instance)::type;
+          if constexpr (!kInSlices<Body>) wrong = check_clusters<Body, T, W, D>(kind, problem);
+        });
+        if (!forward) std::swap(problem.n, problem.k);
+        if (!wrong.empty()) return wrong;
+        ++host::problems();
+      }
+    }
+  }
+  return "";
+}
+TAPS_CASE(clusters_bf16_delta_bf16) { return clusters<bf16, bf16, bf16>(); }
+TAPS_CASE(clusters_bf16_delta_fp32) { return clusters<bf16, bf16, float>(); }
+TAPS_CASE(clusters_bf16_autocast) { return clusters<bf16, float, float>(); }
+TAPS_CASE(clusters_f16_delta_f16) { return clusters<f16, f16, f16>(); }
+TAPS_CASE(clusters_f16_delta_fp32) { return clusters<f16, f16, float>(); }
+TAPS_CASE(clusters_f16_autocast) { return clusters<f16, float, float>(); }
+TAPS_CASE(clusters_tf32) { return clusters<float, float, float>(); }
 
 TAPS_CASE(nothing_to_add) {
   Problem problem{3, 5, 0};

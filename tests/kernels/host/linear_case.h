@@ -68,6 +68,7 @@ struct Problem {
   int64_t padding = 0, offset = 0;
   uint64_t seed = 0;
   int multiprocessors = 8;
+  bool clusters = false;  // splits, where there are any, are the blocks of clusters
   double scale = 1.0;
   bool result = true, dot = true;  // of the weight gradient
   bool exact = false;              // x and dy are small whole numbers: G is exact, and its product with Delta fp64's
@@ -150,7 +151,7 @@ constexpr bool kInSlices<Rows<kRows, T, W, D>> = true;
 template <class Body, class Args>
 Grid grid_of(Product kind, const Problem& s, const Args& args, int64_t rows, int64_t columns) {
   using S = typename Body::Tile;
-  Grid grid = plan(kind, args, s.multiprocessors);
+  Grid grid = plan(kind, args, {s.multiprocessors, s.clusters});
   if constexpr (kInSlices<Body>) {
     unsigned slices = 1;
     while (slices < static_cast<unsigned>(s.splits)) slices *= 2;
@@ -160,6 +161,7 @@ Grid grid_of(Product kind, const Problem& s, const Args& args, int64_t rows, int
     grid.tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
     if (s.splits > 0) {
       grid.splits = static_cast<unsigned>(s.splits);
+      grid.clustered = in_cluster(s.splits, {s.multiprocessors, s.clusters});
       grid.depth_of_split = (depth + s.splits * S::kDepth - 1) / (s.splits * S::kDepth) * S::kDepth;
       grid.bytes = std::max<int64_t>(4 * s.splits * rows * columns, 8 * grid.tiles);
     }
@@ -176,10 +178,16 @@ std::vector<twin::Finding> launch(Product kind, const Problem& s, Args& args, st
   const Grid grid = grid_of<Body>(kind, s, args, rows, columns);
   memory.assign(static_cast<std::size_t>(grid.bytes + 3) / 4, std::numeric_limits<float>::quiet_NaN());
   args.memory = memory.data();
-  args.splits = static_cast<int>(grid.splits), args.depth_of_split = grid.depth_of_split;
-  args.slices = static_cast<int>(grid.slices);
-  auto found =
-      twin::launch({grid.tiles, grid.splits, 1}, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
+  set_grid(args, grid);
+  const twin::Dim blocks_of{grid.tiles, grid.splits};
+  if constexpr (kHasCluster<Body>) {
+    if (grid.clustered) {
+      args.memory = nullptr;
+      return twin::launch(blocks_of, S::kThreads, Body::Loop::kShared, [&] { Body::run_in_cluster(args); }, s.seed,
+                          {1, grid.splits});
+    }
+  }
+  auto found = twin::launch(blocks_of, S::kThreads, Body::Loop::kShared, [&] { Body::run(args); }, s.seed);
   if (!weight_gradient && args.splits > 1 && found.empty()) {
     const auto blocks = static_cast<unsigned>((rows * columns + 63) / 64);
     found = twin::launch({blocks, 1, 1}, 64, 0, [&] { add_splits<T>(args, rows, columns); }, s.seed);
@@ -217,6 +225,34 @@ std::string check(Product kind, const Problem& s) {
       }
       if (!(std::fabs(out(r, c) - want) <= bound<T>(depth + t.args.splits, size, want)))
         return differs(s, r, c, want, out(r, c));
+    }
+  }
+  return "";
+}
+
+// A product whose depth is split in clusters and by the second kernel: the same to the bit.
+template <class Body, class T, class W, class D>
+std::string check_clusters(Product kind, Problem s) {
+  const bool forward = kind == Product::kForward;
+  Tensors<T, W, D> t(s);
+  const int64_t columns = forward ? s.n : s.k;
+  Filled<T> out[2] = {{s.m, columns, s.padding, s.offset, t.random, 0.0f},
+                      {s.m, columns, s.padding, s.offset, t.random, 0.0f}};
+  t.args.delta = t.delta.matrix();
+  if (forward && s.bias) t.args.bias = t.bias.data;
+  (forward ? t.args.x : t.args.dy) = forward ? t.x.matrix() : t.dy.matrix();
+  for (const bool clusters : {false, true}) {
+    s.clusters = clusters;
+    t.args.result = out[clusters].data, t.args.ld_result = out[clusters].ld;
+    std::vector<float> memory;
+    const auto found = launch<Body, T>(kind, s, t.args, memory);
+    if (!found.empty()) return s.name() + none(found);
+    if ((t.args.memory == nullptr) != clusters) return s.name() + ": expected clusters";
+  }
+  for (int64_t r = 0; r < s.m; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      if (std::memcmp(out[0].data + r * out[0].ld + c, out[1].data + r * out[1].ld + c, sizeof(T)) != 0)
+        return "clusters: " + differs(s, r, c, out[0](r, c), out[1](r, c));
     }
   }
   return "";

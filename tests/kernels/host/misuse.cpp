@@ -330,4 +330,118 @@ TAPS_CASE(blocks_start_afresh) {
   return none(found);
 }
 
+// --- clusters
+
+namespace {
+
+std::vector<twin::Finding> run_cluster(const std::function<void()>& body, uint64_t seed, unsigned blocks = 3) {
+  return twin::launch({2, 2 * blocks}, kThreads, 4096, body, seed, {1, blocks});
+}
+
+// Each thread writes its words and reads those of the next block. The line of the read is returned.
+int next_block(bool before, bool after) {
+  const auto words = as<uint32_t>(arena(), 0);
+  st16(words, 4 * tid(), Vec16{{tid(), cluster_rank(), bid_x(), bid_y()}});
+  if (before) cluster_sync();
+  const unsigned next = (cluster_rank() + 1) % cluster_blocks();
+  const Vec16 got = ld16_of(next, words, 4 * ((tid() + 5) % kThreads));
+  const int line = __LINE__ - 1;
+  if (after) cluster_sync();
+  if (before && (got.word[0] != (tid() + 5) % kThreads || got.word[1] != next || got.word[2] != bid_x() ||
+                 got.word[3] != bid_y() - cluster_rank() + next)) {
+    twin::report("wrong", "words of another block", {__FILE__, line});
+  }
+  return line;
+}
+
+}  // namespace
+
+TAPS_CASE(blocks_of_a_cluster_read_each_other) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    for (const unsigned blocks : {1, 2, 3, 8}) {
+      if (const auto found = run_cluster([] { next_block(true, true); }, seed, blocks); !found.empty())
+        return none(found);
+    }
+  }
+  return "";
+}
+
+TAPS_CASE(what_a_block_has_not_published) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    int line = 0;
+    // Some threads read before the others wrote: then the write races, and the read finds nothing written.
+    const auto found = run_cluster([&] { line = next_block(false, true); }, seed);
+    bool race = false;
+    for (const auto& finding : found) race = race || finding.kind == "race";
+    if (!race) return "expected a race, got" + host::shown(found);
+    if (seed == 0) {
+      if (const auto problem = some(found, "uninitialised", line); !problem.empty()) return problem;
+    }
+  }
+  return "";
+}
+
+TAPS_CASE(a_block_s_own_barrier_publishes_to_no_other) {
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    const auto found = run_cluster(
+        [&] {
+          const auto words = as<uint32_t>(arena(), 0);
+          if (cluster_rank() == 0) st16(words, 4 * tid(), Vec16{});
+          cluster_sync();
+          if (cluster_rank() == 0) st16(words, 4 * tid(), Vec16{});
+          block_sync();
+          ld16_of(0, words, 4 * (tid() ^ 1));
+          cluster_sync();
+        },
+        seed);
+    bool race = false;
+    for (const auto& finding : found) race = race || finding.kind == "race";
+    if (!race) return "seed " + std::to_string(seed) + ": expected a race, got" + host::shown(found);
+  }
+  return "";
+}
+
+TAPS_CASE(a_block_that_may_have_ended) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {  // whether or not it has
+    int line = 0;
+    const auto found = run_cluster([&] { line = next_block(true, false); }, seed);
+    if (const auto problem = only(found, "ended", line); !problem.empty()) return problem;
+  }
+  return "";
+}
+
+TAPS_CASE(a_cluster_s_barrier_that_a_block_leaves_out) {
+  for (uint64_t seed = 0; seed < 2; ++seed) {
+    int line = 0;
+    const auto found = run_cluster(
+        [&] {
+          if (cluster_rank() != 1) cluster_sync();
+          line = __LINE__ - 1;
+        },
+        seed);
+    if (const auto problem = only(found, "deadlock", line); !problem.empty()) return problem;
+  }
+  return "";
+}
+
+TAPS_CASE(a_block_that_a_cluster_has_not) {
+  int line = 0;
+  const auto found = run_cluster(
+      [&] {
+        const auto words = as<uint32_t>(arena(), 0);
+        st16(words, 4 * tid(), Vec16{});
+        cluster_sync();
+        ld16_of(cluster_blocks(), words, 4 * tid());
+        line = __LINE__ - 1;
+        cluster_sync();
+      },
+      1);
+  if (const auto problem = only(found, "out of range", line); !problem.empty()) return problem;
+  for (const twin::Dim cluster : {twin::Dim{1, 4}, twin::Dim{1, 13}, twin::Dim{0, 1}}) {
+    const auto refused = twin::launch({2, 13}, 32, 64, [] {}, 0, cluster);
+    if (refused.size() != 1 || refused[0].kind != "launch") return "expected a refusal, got" + host::shown(refused);
+  }
+  return "";
+}
+
 int main() { return host::run_all(); }

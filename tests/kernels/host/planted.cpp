@@ -40,6 +40,21 @@ TAPS_CASE(forward) {
 
 TAPS_CASE(splits) { return check_splits(); }
 
+TAPS_CASE(clusters) {
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    Problem problem{33, 37, 130};  // tiles that end in rows and in columns
+    problem.seed = seed, problem.bias = true, problem.padding = 1;
+    problem.splits = seed == 1 ? 5 : 3;
+    std::string wrong =
+        check_clusters<Forward<Small, bf16, bf16, float>, bf16, bf16, float>(Product::kForward, problem);
+    problem.m = 9;
+    if (wrong.empty())
+      wrong = check_clusters<Forward<Narrow, f16, f16, f16>, f16, f16, f16>(Product::kForward, problem);
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
 TAPS_CASE(rows) {
   FewRowsProblem problem;
   problem.seed = 1, problem.bias = true;

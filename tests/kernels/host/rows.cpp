@@ -97,7 +97,7 @@ TAPS_CASE(planned) {
       for (const int64_t k : {0, 1, 64, 1023, 1024, 1090, 2048, 4096, 4100, 11008}) {
         LinearProduct p;
         p.rows = 4, p.outputs = n, p.inputs = k;
-        const Grid grid = plan(Product::kForward, p, multiprocessors);
+        const Grid grid = plan(Product::kForward, p, {multiprocessors});
         const std::string name = std::to_string(n) + " x " + std::to_string(k);
         const int64_t columns = Warps::kWarps / static_cast<int64_t>(grid.slices) * Warps::kOutputs;
         if (grid.tiles * columns < n || (grid.tiles - 1) * columns >= n) return "tiles of " + name;
@@ -110,14 +110,14 @@ TAPS_CASE(planned) {
         most = std::max(most, grid.slices);
         taps::Convolution pixels;  // as many pixels are tiles
         static_cast<LinearProduct&>(pixels) = p;
-        if (plan(Product::kForward, pixels, multiprocessors).tiles != (n + FewRows::kColumns - 1) / FewRows::kColumns)
+        if (plan(Product::kForward, pixels, {multiprocessors}).tiles != (n + FewRows::kColumns - 1) / FewRows::kColumns)
           return "pixels of " + name;
       }
     }
   }
   LinearProduct none;
   none.outputs = 16, none.inputs = 64;
-  if (plan(Product::kForward, none, 8).tiles != 0) return "expected no blocks without rows";
+  if (plan(Product::kForward, none, {8}).tiles != 0) return "expected no blocks without rows";
   if (most != Warps::kWarps) return "expected a plan with " + std::to_string(Warps::kWarps) + " slices";
   for (const int multiprocessors : {1, 8, 132}) {
     for (int64_t m = 1; m <= Warps::kMostRows; ++m) {

@@ -45,7 +45,7 @@ std::string check_rows(const FewRowsProblem& s) {
   if (s.bias) t.args.bias = t.bias.data;
   t.args.result = out.data, t.args.ld_result = out.ld;
   const Grid grid = s.slices > 0 ? plan_rows(t.args, static_cast<unsigned>(s.slices))
-                                 : plan(Product::kForward, t.args, s.multiprocessors);
+                                 : plan(Product::kForward, t.args, {s.multiprocessors});
   if (grid.splits != 1 || grid.bytes != 0) return s.name() + ": expected a grid without splits";
   t.args.slices = static_cast<int>(grid.slices), t.args.depth_of_split = grid.depth_of_split;
   const auto found =

@@ -4,8 +4,9 @@
 //
 // What it finds, each with the line of the primitive's caller: data races in shared memory, reads of memory never
 // written, reads of asynchronous copies that were not waited for, exit with copies in flight, barriers that never
-// complete, lanes of a warp in different collectives, misaligned and out-of-range accesses. What it cannot: races
-// in global memory, operand constraints of inline assembly, rounding inside mma, speed.
+// complete, lanes of a warp in different collectives, misaligned and out-of-range accesses, and in clusters reads of a
+// block that may have ended. What it cannot: races in global memory, operand constraints of inline assembly, rounding
+// inside mma, speed.
 #pragma once
 
 #include <cstdint>
@@ -40,9 +41,9 @@ struct Dim {
 
 // Runs `body` once for every thread of every block; returns what was found, one finding for each kind and line.
 // `seed` 0 runs the threads in order, any other in an order drawn from it at every switch. A block that cannot go on
-// is given up.
+// is given up, and so is its cluster: as many blocks each way as `cluster` says, which run together.
 std::vector<Finding> launch(Dim grid, unsigned threads, std::size_t shared_bytes, const std::function<void()>& body,
-                            uint64_t seed = 0);
+                            uint64_t seed = 0, Dim cluster = {});
 
 // --- what the primitives below are made of; valid inside a launch
 
@@ -51,13 +52,17 @@ unsigned thread();
 unsigned threads();
 Dim block();
 Dim grid();
+unsigned rank();    // of the block in its cluster
+unsigned blocks();  // of the cluster
 void read(uint32_t at, void* out, uint32_t bytes, Where where);
+void read_of(unsigned rank, uint32_t at, void* out, uint32_t bytes, Where where);
 void write(uint32_t at, const void* in, uint32_t bytes, Where where);
 void copy_async(uint32_t at, const void* source, uint32_t size, uint32_t bytes, Where where);
 void copy_commit(Where where);
 void copy_wait(unsigned in_flight, Where where);
 void barrier(int id, unsigned threads, bool waits, Where where);
 void warp_barrier(Where where);
+void cluster_barrier(Where where);
 // Every lane of the warp gives `bytes`; returns those of all 32, in order, until the lane's next exchange.
 const unsigned char* exchange(const char* what, const void* mine, uint32_t bytes, Where where);
 
@@ -209,6 +214,20 @@ inline void bar_sync(int id, int threads, TAPS_LINE) {
 }
 inline void bar_arrive(int id, int threads, TAPS_LINE) {
   twin::barrier(id, static_cast<unsigned>(threads), false, {file, line});
+}
+
+// --- clusters
+
+constexpr bool kClusters = true;
+constexpr unsigned kMostOfCluster = 8;
+inline unsigned cluster_rank() { return twin::rank(); }
+inline unsigned cluster_blocks() { return twin::blocks(); }
+inline void cluster_sync(TAPS_LINE) { twin::cluster_barrier({file, line}); }
+template <class T>
+Vec16 ld16_of(unsigned rank, sh<T> p, unsigned i, TAPS_LINE) {
+  Vec16 value;
+  twin::read_of(rank, (p + i).at, &value, 16, {file, line});
+  return value;
 }
 
 // --- warps
