@@ -81,7 +81,7 @@ BAD = {
     ),
     "part kind": (
         edit(lambda r: r.parts["ln"].facts.update({"kind": "owned"})),
-        r"part 'ln': kind: expected one of \[.*'own'\], got 'owned'",
+        r"part 'ln': kind: expected one of \[.*'own'.*\], got 'owned'",
     ),
     "change kind": (
         edit(lambda r: r.parts["conv1"].facts["change"].update({"kind": "wide"})),
