@@ -236,21 +236,25 @@ def tap_of(backbone: nn.Module, name: str, output: Any, image: tuple[int, int, i
         return _token_tap(backbone, name, output, image)
     _, a, b, c = output.shape
     height, width = image[1:]
-    possible = [one for one, (h, w) in (("nchw", (b, c)), ("nhwc", (a, b))) if _like(h, w, height, width)]
+    possible = [one for one, (h, w) in (("nchw", (b, c)), ("nhwc", (a, b))) if _stride(h, w, height, width)]
     if layout is None and len(possible) != 1:
         raise ConfigError(
             f"layouts: expected 'nchw' or 'nhwc' for {name!r}, whose output {list(output.shape)} for an image of "
             f"{[height, width]} says nothing; or another image"
         )
     layout = possible[0] if layout is None else layout
-    channels, rows = (a, b) if layout == "nchw" else (c, a)
-    return Tap(name, layout, channels, max(1, round(height / rows)))
+    channels, rows, columns = (a, b, c) if layout == "nchw" else (c, a, b)
+    return Tap(name, layout, channels, _stride(rows, columns, height, width) or max(1, round(height / rows)))
 
 
-def _like(h: int, w: int, height: int, width: int) -> bool:
-    """Whether a map of h x w is an image of height x width made smaller, each side rounded up or down."""
-    stride = max(1, round(height / h))
-    return abs(height / stride - h) <= 1 and abs(width / stride - w) <= 1
+def _stride(rows: int, columns: int, height: int, width: int) -> int | None:
+    """By how much an image of height x width is made smaller in a map of rows x columns, each side rounded up or down:
+    by a power of two where one gives that (of 120 pixels 8 rows are 16 each, not 15). None where nothing does."""
+    for stride in (2**power for power in range(8)):
+        if abs(height / stride - rows) < 1 and abs(width / stride - columns) < 1:
+            return stride
+    stride = max(1, round(height / rows))
+    return stride if abs(height / stride - rows) <= 1 and abs(width / stride - columns) <= 1 else None
 
 
 def _token_tap(backbone: nn.Module, name: str, output: Tensor, image: tuple[int, int, int]) -> Tap:

@@ -131,6 +131,14 @@ def test_swin_is_channels_last() -> None:
     assert (base.channels, base.strides) == ((48, 96, 192, 192), (8, 16, 32, 32))
 
 
+@pytest.mark.parametrize("size", [(120, 160), (100, 36), (33, 65)])
+def test_sides_that_no_stride_divides(size: tuple[int, int]) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    base = DenseBase(torchvision.models.mobilenet_v2().eval(), image=(3, *size))
+    assert base.tap_names == tuple(f"backbone.features.{index}" for index in (3, 6, 13, 18))
+    assert base.strides == (4, 8, 16, 32)
+
+
 def test_torchvision_mobilenet() -> None:
     torchvision = pytest.importorskip("torchvision")
     names = find_taps(torchvision.models.mobilenet_v2().eval())
