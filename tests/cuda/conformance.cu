@@ -24,6 +24,10 @@ __global__ void __launch_bounds__(Body::Tile::kThreads) product(Args args) {
   Body::run(args);
 }
 template <class Body>
+__global__ void __launch_bounds__(Body::Tile::kThreads) clustered_product(LinearProduct args) {
+  if constexpr (kClusters) Body::run_in_cluster(args);
+}
+template <class Body>
 __global__ void __launch_bounds__(Body::Tile::kThreads) mixed_product(const __grid_constant__ MixedBatch args) {
   Body::run(args);
 }
@@ -100,6 +104,30 @@ void launch(const Args& args, int64_t rows, int64_t columns) {
   must(cudaGetLastError(), "launch");
 }
 
+bool has_clusters() {
+  int major = 0;
+  must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+  return major >= 9;
+}
+
+// The same product, whose splits are the blocks of clusters.
+template <class Body>
+void launch_clusters(const LinearProduct& args, int64_t rows, int64_t columns) {
+  using S = typename Body::Tile;
+  constexpr int kShared = static_cast<int>(Body::Loop::kShared);
+  must(cudaFuncSetAttribute(clustered_product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+       "shared memory");
+  const auto tiles =
+      static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, static_cast<unsigned>(args.splits), 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(tiles, static_cast<unsigned>(args.splits)), config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = kShared, config.attrs = &cluster, config.numAttrs = 1;
+  must(cudaLaunchKernelEx(&config, clustered_product<Body>, args), "launch in clusters");
+}
+
 // The forward of up to four rows without tensor cores (rows.cuh), with as many slices of the depth.
 template <class T, class D>
 void launch_rows(LinearProduct args, unsigned slices) {
@@ -115,7 +143,8 @@ void launch_rows(LinearProduct args, unsigned slices) {
 
 // One product with W of T and Delta of D against whole numbers; T is float for tf32.
 template <class T, class D>
-bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits, Tiles tiles) {
+bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read, int splits, Tiles tiles,
+            bool clusters) {
   const bool forward = kind == Product::kForward, weight = kind == Product::kWeightGradient;
   const int64_t depth = forward ? k : weight ? m : n, rows = weight ? n : m, columns = forward ? n : k;
   const int64_t blocks = (n + 63) / 64 * ((k + 63) / 64);
@@ -141,9 +170,16 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   } else {
     with_activation<T, T, D>(kind, tiles, [&](auto instance) {
       using Body = typename decltype(instance)::type;
-      if constexpr (!std::is_same_v<typename Body::Tile, Warps>) launch<Body>(args, rows, columns);
+      if constexpr (kHasCluster<Body>) {
+        if (clusters) {
+          launch_clusters<Body>(args, rows, columns);
+        } else {
+          launch<Body>(args, rows, columns);
+        }
+      }
     });
-    if (splits > 1) sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
+    if (splits > 1 && !clusters)
+      sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
   }
   must(cudaDeviceSynchronize(), "product");
   out.down(), ddelta.down(), memory.down();
@@ -181,8 +217,14 @@ int failures_of(const char* name) {
             for (const Tiles tiles : {Tiles::kFewRows, Tiles::kMoreRows, Tiles::kWide, Tiles::kWidest}) {
               const bool forward = kind == Product::kForward;
               if ((tiles == Tiles::kFewRows) != (m <= kFewRows) || (!forward && tiles > Tiles::kMoreRows)) continue;
-              if (agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits, tiles))
-                continue;
+              const bool splitting = splits > 1 && !(forward && m <= Warps::kMostRows && sizeof(T) == 2);
+              bool good = true;
+              for (const bool clusters : {false, true}) {
+                if (clusters && !(splitting && has_clusters())) continue;
+                good = good && agrees<T, D>(kind, m, n, k, variant % 3 != 0, variant % 3 == 2 || variant == 0, splits,
+                                            tiles, clusters);
+              }
+              if (good) continue;
               std::printf("%s: product %d of %lld x %lld x %lld, variant %d, tiles %d failed\n", name,
                           static_cast<int>(kind), (long long)m, (long long)n, (long long)k, variant,
                           static_cast<int>(tiles));

@@ -1,5 +1,6 @@
 // The gated linear layer's forward and input gradient on the twin: shapes off every grid, all types, gates known and
 // read, split sums, odd leading dimensions and offsets, against float64.
+#include "core/choose.h"
 #include "linear_case.h"
 
 using namespace host;  // NOLINT
@@ -137,7 +138,7 @@ TAPS_CASE(leading_dimensions_and_offsets) {
 
 // Grids as they are planned for devices of one and of many multiprocessors.
 TAPS_CASE(planned_splits) {
-  bool split = false;
+  bool split = false, clustered = false;
   for (const int multiprocessors : {1, 8, 132}) {
     for (const int64_t depth : {40, 700, 2100}) {
       for (const Product kind : {Product::kForward, Product::kInputGradient}) {
@@ -158,10 +159,14 @@ TAPS_CASE(planned_splits) {
         const int64_t covered = grid.splits * grid.depth_of_split, without_last = covered - grid.depth_of_split;
         if (covered < depth || (grid.splits > 1 && without_last >= depth)) return "plan of " + std::to_string(depth);
         if (grid.bytes != (grid.splits > 1 ? 4 * 16 * columns * static_cast<int64_t>(grid.splits) : 0)) return "bytes";
+        const Grid other = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, {multiprocessors, true});
+        if (other.clustered != (other.splits > 1 && other.splits <= 8)) return "clusters";
+        if (other.clustered && other.bytes != 0) return "bytes of clusters";
+        clustered = clustered || other.clustered;
       }
     }
   }
-  return split ? "" : "expected a plan that splits";
+  return split && clustered ? "" : "expected a plan that splits, and one in clusters";
 }
 
 // Tiles as they are planned, of every kind, and the kernels without any.
@@ -221,6 +226,31 @@ TAPS_CASE(clusters_f16_delta_f16) { return clusters<f16, f16, f16>(); }
 TAPS_CASE(clusters_f16_delta_fp32) { return clusters<f16, f16, float>(); }
 TAPS_CASE(clusters_f16_autocast) { return clusters<f16, float, float>(); }
 TAPS_CASE(clusters_tf32) { return clusters<float, float, float>(); }
+
+TAPS_CASE(what_adds_splits_is_chosen_by_the_device) {
+  using taps::Adding, taps::chosen_adding, taps::force_adding;
+  if (chosen_adding(8) != Adding::kKernel || chosen_adding(9) != Adding::kCluster ||
+      chosen_adding(12) != Adding::kCluster)
+    return "chosen";
+  force_adding("kernel");
+  const bool kernel = chosen_adding(9) == Adding::kKernel;
+  force_adding("cluster");
+  const bool cluster = chosen_adding(9) == Adding::kCluster;
+  std::string said[2];
+  try {
+    chosen_adding(8);
+  } catch (const std::runtime_error& error) {
+    said[0] = error.what();
+  }
+  force_adding("");
+  try {
+    force_adding("both");
+  } catch (const std::runtime_error& error) {
+    said[1] = error.what();
+  }
+  const bool refused = said[0].find("below 9.0") != std::string::npos && said[1].find("got both") != std::string::npos;
+  return kernel && cluster && refused ? "" : "forced: " + said[0] + ", " + said[1];
+}
 
 TAPS_CASE(nothing_to_add) {
   Problem problem{3, 5, 0};
