@@ -163,3 +163,9 @@ def test_nobody_asks_what_kind_a_part_is(file: Path) -> None:
             named = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & imported
             named |= {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)} & KINDS
             assert not named, f"{where}: asks for {', '.join(named)}"
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by it: of two it collects one, and ends with an error of the other."""
+    found = sorted(file.name for file in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, following in zip(found, found[1:], strict=False) if name == following] == []
