@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -168,4 +169,4 @@ def test_nobody_asks_what_kind_a_part_is(file: Path) -> None:
 def test_no_two_files_of_tests_have_one_name() -> None:
     """pytest imports them by it: of two it collects one, and ends with an error of the other."""
     found = sorted(file.name for file in Path(__file__).parent.rglob("test_*.py"))
-    assert [name for name, following in zip(found, found[1:], strict=False) if name == following] == []
+    assert [name for name, following in itertools.pairwise(found) if name == following] == []
