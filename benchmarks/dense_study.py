@@ -7,7 +7,7 @@
     python benchmarks/dense_study.py table --results FILE
     python benchmarks/dense_study.py plot  --results FILE --docs docs
 
-Two bases: a small Swin pretrained on CIFAR-10 (bases.py), and ImageNet's MobileNetV2. Every run: three tasks on the
+Two bases: a small Swin pretrained on CIFAR-10 and ImageNet's MobileNetV2. Every run: three tasks on the
 same images of 160 x 120 in one joint run, a light decoder for each, AdamW with a cosine to zero, batches of 8, images
 enlarged by up to 1.5 and mirrored, the last epoch; the test split is read once, at its end. So all methods of a base
 take the same number of steps, over the same images in the same order. A method's rate is the better one of two, by
@@ -40,11 +40,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import SWIN_PIXELS, SWIN_TAPS, make, swin
 from compare_study import forget_peak, resident, verdict
 from pretrain import BATCH as PRETRAIN_BATCH
 from pretrain import SETTINGS as PRETRAIN
 from real import MEAN, STD, base_of
+from small_bases import SWIN_PIXELS, SWIN_TAPS, make, swin
 from study import cut_torn_line, number, read
 from torch import Tensor, nn
 

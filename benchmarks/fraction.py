@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import load
 from scipy.stats import t as student
+from small_bases import load
 from study import TASKS, cut_torn_line, interval, number, read, train
 from study import load as load_task
 from transfer import EPOCHS, SEEDS, check_digest, digest

@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bases import SWIN_TAPS, swin
 from memory import resident
+from small_bases import SWIN_TAPS, swin
 from torch import Tensor, nn
 from turns import milliseconds
 

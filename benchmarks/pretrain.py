@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bases import NAMES, SWIN_PIXELS, make
 from PIL import Image
 from resnet20 import normalise
+from small_bases import NAMES, SWIN_PIXELS, make
 from torch import Tensor, nn
 
 from taps_ext import store

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bases import NAMES, load
+from small_bases import NAMES, load
 from study import LAMBDAS, TASKS, cut_torn_line, interval, number, read, train
 from study import load as load_task
 from torch import nn

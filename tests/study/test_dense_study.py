@@ -46,7 +46,7 @@ def untrained(folder: Path) -> None:
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from bases import make
+        from small_bases import make
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
     torch.manual_seed(0)
