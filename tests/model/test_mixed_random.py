@@ -15,6 +15,7 @@ import pytest
 import torch
 from method_cases import CASES, FAMILIES, images, make_base, without_fast_path
 from stages import SEED, THOROUGH
+from test_mixed import separate
 from torch import Tensor
 
 import taps_ext.model.mixing as mixing
@@ -59,15 +60,6 @@ def set_some_gates(model: TaskModel, chance: random.Random) -> None:
         for name in model.tasks:
             for _, _, gate in model.state(name).learned():
                 gate.score.fill_(chance.choice((0.05, 0.15)))
-
-
-def separate(model: TaskModel, x: Tensor, names: list[str | None]) -> list[Tensor]:
-    found: list[Tensor] = [torch.empty(0)] * len(names)
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        for row, output in zip(rows, model(x[rows], task=name), strict=True):
-            found[row] = output
-    return found
 
 
 def close(got: Tensor, want: Tensor, bound: float) -> bool:
