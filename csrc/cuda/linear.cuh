@@ -443,7 +443,9 @@ inline Grid plan(Product product, const LinearProduct& p, const Processors& on) 
   return best;
 }
 
-// The grid of a convolution's forward.
-inline Grid plan(Product product, const Convolution& p, const Processors& on) { return plan_narrow(product, p, on); }
+// The grid of a convolution's forward, whose splits a second kernel adds, on every device.
+inline Grid plan(Product product, const Convolution& p, const Processors& on) {
+  return plan_narrow(product, p, {on.count, false});
+}
 
 }  // namespace taps::dev

@@ -82,7 +82,9 @@ TAPS_CASE(planned_splits) {
     image.splits = 0, image.multiprocessors = multiprocessors;
     LinearProduct product;
     product.rows = image.m, product.outputs = image.n, product.inputs = image.k;
-    split = split || plan(Product::kForward, product, {multiprocessors}).splits > 1;
+    const Grid planned = plan(Product::kForward, product, {multiprocessors, true});
+    if (planned.clustered || (planned.splits > 1 && planned.bytes == 0)) return "a convolution is planned in clusters";
+    split = split || planned.splits > 1;
     if (std::string wrong = check_convolution<void, bf16, bf16, bf16>(image); !wrong.empty()) return wrong;
     ++host::problems();
   }
