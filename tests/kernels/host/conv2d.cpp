@@ -80,7 +80,7 @@ TAPS_CASE(planned_splits) {
   for (const int multiprocessors : {1, 8, 132}) {
     Image image(1, 256, 3, 3, 64, kGeometries[0]);
     image.splits = 0, image.multiprocessors = multiprocessors;
-    LinearProduct product;
+    Convolution product;
     product.rows = image.m, product.outputs = image.n, product.inputs = image.k;
     const Grid planned = plan(Product::kForward, product, {multiprocessors, true});
     if (planned.clustered || (planned.splits > 1 && planned.bytes == 0)) return "a convolution is planned in clusters";
