@@ -101,9 +101,12 @@ def small(rounds: int) -> dict[str, Any]:
     for model in (closed, op):
         model.train()
 
-    def step(model: Any) -> Run:
+    def step(model: nn.Module) -> Run:
+        parameters = list(model.parameters())  # as an optimizer has them
+
         def run() -> None:
-            model.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             model(x).sum().backward()
 
         return run
