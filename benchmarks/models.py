@@ -226,8 +226,6 @@ class Remedy:
                 exclude += ast.literal_eval(found[1])
             elif found := re.search(r"never called forward on (.*?), so their", message):
                 exclude += found[1].split(", ")
-            elif found := re.match(r"\w+: (\S+): .*name the layer in exclude_modules", message):
-                exclude.append(found[1])
         return Remedy(tuple(dict.fromkeys(exclude)), unsupported, heads, first)
 
 

@@ -7,6 +7,7 @@ layer's `weight` is a property that gives such readers the task's weight: :class
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -95,9 +96,12 @@ class TaskWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if _writes(func, args, kwargs):
+            name = cls._name_of(args, kwargs)
+            alike = re.sub(r"(?<=[^\d.]\.)\d+(?=\.)", "*", name)  # who writes to one block's weight writes to all
             raise UnsupportedModuleError(
-                f"{cls._name_of(args, kwargs)}: its weight is written to in the model's forward ({func.__name__}), "
-                "which would change the base, not the task; write to it outside, or name the layer in exclude_modules"
+                f"{name}: its weight is written to in the model's forward ({func.__name__}), which would change the "
+                "base, not the task; write to it outside, or, to leave it and what has its name in other blocks "
+                f"frozen, name them in exclude_modules ({[alike]})"
             )
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS or (func in _LIKES and _asks(func, args)):

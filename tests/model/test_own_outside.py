@@ -164,6 +164,24 @@ def test_writing_to_a_gated_weight_in_forward_is_refused(name, tmp_path) -> None
     assert not (tmp_path / "t.taps").exists()
 
 
+class Constrained(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_refused_write_names_the_layers_that_are_alike() -> None:
+    """Thirty blocks that write to their weights are excluded at once."""
+    blocks = nn.Sequential(*[nn.Sequential(Constrained(8, 8), nn.Linear(8, 8)) for _ in range(3)])
+    base = nn.Sequential(OrderedDict(blocks=blocks, head=nn.Linear(8, 3)))
+    model, x = task_on(copy.deepcopy(base), TAPS), torch.randn(5, 8)
+    with pytest.raises(UnsupportedModuleError, match=r"^blocks\.0\.0: .* exclude_modules \(\['blocks\.\*\.0'\]\)"):
+        model.train()(x, task="t")
+    model = task_on(base, TapsConfig(lam=0.5, exclude_modules=["blocks.*.0"]))
+    assert {layer for layer, _, _ in model.state("t").gated()} == {f"blocks.{block}.1" for block in range(3)}
+
+
 class Grows(nn.Module):
     """Makes a buffer when it first runs."""
 
