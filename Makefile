@@ -213,6 +213,8 @@ mixed: build
 	mkdir -p $(OF_MACHINE)
 	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl
 	$(PY) benchmarks/mixed.py --results $(OF_MACHINE)/mixed.jsonl --table
+	$(PY) benchmarks/mixed_kinds.py --json $(OF_MACHINE)/mixed-kinds.json
+	$(PY) benchmarks/mixed_training.py --json $(OF_MACHINE)/mixed-training.json
 
 mtlora: build
 	mkdir -p $(OF_MACHINE)
