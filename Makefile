@@ -109,7 +109,7 @@ lint: build
 
 # One thread a worker: tests are small, and two workers fill two cores. Each takes from the other what is left.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal
-FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py tests/model/test_mixed_random.py
+FUZZ := tests/kernels/test_codecs.py tests/fuzz tests/files/test_kills.py tests/patch tests/store/test_store_fuzz.py tests/store/test_store_refusals.py tests/model/test_random_models.py tests/model/test_mixed.py tests/model/test_mixed_random.py
 
 test: lint
 	$(PYTEST) --durations=10

@@ -404,7 +404,7 @@ def test_threads_do_not_meet() -> None:
 
         def serve(index: int) -> None:
             with torch.no_grad():
-                for turn in range(2_500 if THOROUGH else 25):
+                for turn in range(10_000 if THOROUGH else 25):
                     which = (index + turn) % len(batches)
                     out = list(model(x, tasks=batches[which]))
                     if not all(torch.equal(got, one) for got, one in zip(out, want[which], strict=True)):
