@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <vector>
 
 #include "check.h"
 #include "cuda/primitives.cuh"
@@ -37,14 +39,35 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return "the twin found what is above"; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
+// Gives back what was freed last of that size, with what is in it, as a device does.
+struct Freed {
+  std::map<void*, std::size_t> sizes;
+  std::map<std::size_t, std::vector<void*>> places;
+  ~Freed() {
+    for (const auto& [place, bytes] : sizes) std::free(place);
+  }
+};
+inline Freed& freed() {
+  static Freed all;
+  return all;
+}
 template <class E>
 cudaError_t cudaMalloc(E** place, std::size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, bytes) != 0) std::abort();
-  *place = static_cast<E*>(memory);
+  std::vector<void*>& there = freed().places[bytes];
+  if (there.empty()) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, bytes) != 0) std::abort();
+    freed().sizes[memory] = bytes;
+    there.push_back(memory);
+  }
+  *place = static_cast<E*>(there.back());
+  there.pop_back();
   return cudaSuccess;
 }
-inline cudaError_t cudaFree(void* place) { return std::free(place), cudaSuccess; }
+inline cudaError_t cudaFree(void* place) {
+  freed().places[freed().sizes.at(place)].push_back(place);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
   return std::memcpy(to, from, bytes), cudaSuccess;
 }
