@@ -21,8 +21,8 @@ struct Place {
   }
 };
 
-// Elements between rows of a tile's sums in shared memory. A warp writes eight rows of four pairs together; eight more
-// than a multiple of 32 keeps a pair stored as one word of 8 bytes off the others' banks (nvcc joins the two stores).
+// Elements between rows of a tile's sums in shared memory. A warp writes pairs of eight rows together. Where nvcc stores
+// a pair as one word of 8 bytes no two are in the same banks; where it stores two of 4 bytes, two rows share each bank.
 template <class S>
 constexpr unsigned stride_of_sums = S::kColumns + 8;
 
