@@ -21,8 +21,9 @@ struct Place {
   }
 };
 
-// Elements between rows of a tile's sums in shared memory. A warp writes pairs of eight rows together. Where nvcc stores
-// a pair as one word of 8 bytes no two are in the same banks; where it stores two of 4 bytes, two rows share each bank.
+// Elements between rows of a tile's sums in shared memory. A warp writes pairs of eight rows together. Where nvcc
+// stores a pair as one word of 8 bytes no two are in the same banks; where it stores two of 4 bytes, two rows share
+// each bank.
 template <class S>
 constexpr unsigned stride_of_sums = S::kColumns + 8;
 
