@@ -327,7 +327,7 @@ TOGETHER = Problem("forward", ("bf16", "bf16", "f32"), 9, 33, 520, splits=3, bia
 GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
 BARRIERS = r"(?:barrier\.cluster\.(?:arrive|wait)\.\w+\.aligned;\s+(?://[^\n]*\s+)*){2}"
 FIRST_OF_CLUSTER = BARRIERS + r"(mov\.u32 %\w+, %cluster_nctarank;)"
-LAST_OF_CLUSTER = r"(\n\$\w+:\s+(?://[^\n]*\s+)*bar\.warp\.sync -1;\s+(?://[^\n]*\s+)*)" + BARRIERS
+LAST_OF_CLUSTER = r"(\n\$\w+:\s+(?://[^\n]*\s+)*bar\.warp\.sync\s+-1;\s+(?://[^\n]*\s+)*)" + BARRIERS
 LESS = r"\1\n\tadd.s32 \2, \2, -1;"
 CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),
