@@ -159,7 +159,8 @@ struct Matrix {
 //     weight gradient   G [N, K] = dy^T x                   reads dy, x, delta; writes g * scale * G to result (in
 //                                                           Delta's type) and scale * <G, Delta> to score_gradient
 //
-// Either output of the weight gradient may be null. `memory` is scratch of `linear_bytes`.
+// Either output of the weight gradient may be null. `memory` is scratch of `linear_bytes`, on the device of its plan's
+// `bytes`.
 struct LinearProduct {
   int64_t rows = 0, outputs = 0, inputs = 0;
   Matrix x, dy, weight, delta;
@@ -178,6 +179,13 @@ struct LinearProduct {
   int splits = 1;  // of the depth over blocks, and over a block's warps (few rows on CUDA); the launch sets these three
   int slices = 1;
   int64_t depth_of_split = 0;
+};
+
+// How a product is planned on the device: once, because what adds its splits may be forced otherwise, by another
+// thread, between the question for its memory and the launch.
+struct LinearPlan {
+  int64_t bytes = 0;        // of `memory`
+  int most_of_cluster = 0;  // blocks; 0: a second kernel adds all splits
 };
 
 // The forward of a convolution, fused with W_t: a linear layer whose rows are the pixels of its result (`rows` =
@@ -275,9 +283,9 @@ void foreach_reconstruct(ForeachReconstruct args, int device, void* stream);
 void foreach_settle(ForeachSettle args, int device, void* stream);
 void unpack(const Unpack& args, int device, void* stream);
 void dot(const Dot& args, int device, void* stream);
-// 16-bit compute types, with W and Delta in that type or in fp32.
-int64_t linear_bytes(Product product, const LinearProduct& args, int device);
-void linear(Product product, LinearProduct args, int device, void* stream);
+// 16-bit compute types, with W and Delta in that type or in fp32. A product is launched as it was planned.
+LinearPlan plan_linear(Product product, const LinearProduct& args, int device);
+void linear(Product product, LinearProduct args, const LinearPlan& planned, int device, void* stream);
 // The same types. Forward and input gradient, and the gradients of Deltas and scores; all in one call share the order.
 int64_t mixed_bytes(const MixedBatch& args);
 void mixed_order(MixedBatch& args, int device, void* stream);  // sets the scratch memory's parts

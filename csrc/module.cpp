@@ -183,8 +183,8 @@ PYBIND11_MODULE(_C, m) {
       "How an open task's rows of a mixed batch are multiplied: 'own' or 'apart'.");
   m.def(
       "force_adding", [](std::optional<std::string> name) { taps::force_adding(name.value_or("")); }, py::arg("adding"),
-      "What adds the sums of a product whose depth is split over blocks on CUDA: kernel, cluster, or None for what the "
-      "device has.");
+      "What adds the sums of a linear layer's product whose depth is split over blocks on CUDA: kernel, cluster (up to "
+      "eight splits, fewer on a slice of a device), or None for what the device has.");
   m.def(
       "force_mixing", [](std::optional<std::string> name) { taps::force_mixing(name.value_or("")); }, py::arg("mixing"),
       "Make every open task of a mixed batch that may take this road; None lets choose_mixing() decide. For tests.");

@@ -89,7 +89,7 @@ def stages(out: Path, capability: str | None = None, *, prebuilt: bool = False) 
     ]
     # Allocations of exact sizes and nothing of torch's around them. What torch's own kernels write initcheck does not
     # see through the filter, so that it is for this program alone.
-    for tool in ("memcheck", "racecheck", "initcheck"):
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         command = [*checked, "--tool", tool, f"{out}/conformance"]
         found.append(Stage(f"{tool}-conformance", command, 120, sanitized=True, nvcc=True))
     found.append(Stage("tests-models", [*pytest, MODELS, f"--junitxml={out}/tests-models.xml"], 240))

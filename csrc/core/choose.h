@@ -166,14 +166,19 @@ constexpr Mixing choose_mixing(const MixedProblem& problem) {
 
 // --- splits --------------------------------------------------------------------------------------
 
-// What adds the sums of a product on CUDA whose depth is split over blocks: a second kernel, or, up to eight of them,
-// the blocks themselves, as a cluster, which moves no sums through memory and saves the launch. To the bit the same.
+// What adds the sums of a linear layer's product on CUDA whose depth is split over blocks: a second kernel, or, up to
+// eight of them, the blocks themselves, as a cluster, which moves no sums through memory and saves the launch. The same
+// splits have the same bits; but a cluster's cost less, so that a device that has clusters may split more.
 enum class Adding { kKernel, kCluster };
 
 inline const char* name_of(Adding adding) { return adding == Adding::kCluster ? "cluster" : "kernel"; }
 
-// By the major number of a device's compute capability: from 9 on there are clusters.
-constexpr Adding choose_adding(int capability) { return capability >= 9 ? Adding::kCluster : Adding::kKernel; }
+// Whether kernels have clusters: from major number 9 of a device's compute capability on, if their code is of that,
+// too. A device runs code of an earlier one (`code`: 80 for PTX of 8.0), which has no clusters in it.
+constexpr bool has_clusters(int capability, int code) { return capability >= 9 && code >= 90; }
+
+// By the most blocks that a cluster may have there; 0 where there are no clusters.
+constexpr Adding choose_adding(int most_of_cluster) { return most_of_cluster > 1 ? Adding::kCluster : Adding::kKernel; }
 
 // --- for tests and profilers ---------------------------------------------------------------------
 
@@ -242,12 +247,15 @@ inline void force_adding(const std::string& name) {
 }
 
 // A cluster that is forced where there are none is refused.
-inline Adding chosen_adding(int capability) {
+inline Adding chosen_adding(int most_of_cluster) {
   const int forced = forced_adding().load(std::memory_order_relaxed);
-  const Adding chosen = choose_adding(capability);
+  const Adding chosen = choose_adding(most_of_cluster);
   if (forced < 0) return chosen;
   if (forced == static_cast<int>(Adding::kCluster) && chosen != Adding::kCluster) {
-    throw std::runtime_error("adding: cluster is forced, but the device has none: its compute capability is below 9.0");
+    throw std::runtime_error(
+        "adding: cluster is forced, but the device has none: its compute capability, or that of the extension's "
+        "kernels, "
+        "is below 9.0, or it is a slice without room for two blocks");
   }
   return static_cast<Adding>(forced);
 }

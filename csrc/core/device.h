@@ -25,8 +25,8 @@ inline void foreach_reconstruct(const ForeachReconstruct&, int, void*) { absent(
 inline void foreach_settle(const ForeachSettle&, int, void*) { absent(); }
 inline void unpack(const Unpack&, int, void*) { absent(); }
 inline void dot(const Dot&, int, void*) { absent(); }
-inline int64_t linear_bytes(Product, const LinearProduct&, int) { absent(); }
-inline void linear(Product, const LinearProduct&, int, void*) { absent(); }
+inline LinearPlan plan_linear(Product, const LinearProduct&, int) { absent(); }
+inline void linear(Product, const LinearProduct&, const LinearPlan&, int, void*) { absent(); }
 inline int64_t mixed_bytes(const MixedBatch&) { absent(); }
 inline void mixed_order(MixedBatch&, int, void*) { absent(); }
 inline void mixed(Product, const MixedBatch&, int, void*) { absent(); }

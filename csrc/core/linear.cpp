@@ -116,10 +116,10 @@ void run(Product product, LinearProduct& args, Place place) {
     return cpu::linear(args);
   }
   void* const stream = stream_of(place);
-  const auto bytes = static_cast<size_t>(cuda::linear_bytes(product, args, place.index));
-  const Lease memory(place.cuda, place.index, bytes);
+  const LinearPlan planned = cuda::plan_linear(product, args, place.index);
+  const Lease memory(place.cuda, place.index, static_cast<size_t>(planned.bytes));
   args.memory = memory.data();
-  cuda::linear(product, args, place.index, stream);
+  cuda::linear(product, args, planned, place.index, stream);
 }
 
 // dy [M, N] to dx [M, K].

@@ -13,12 +13,12 @@ void launch_compute(const Convolution& args, const dev::Grid& grid, cudaStream_t
 }  // namespace
 
 int64_t conv2d_bytes(const Convolution& args, int device) {
-  return dev::plan(Product::kForward, args, processors(device)).bytes;
+  return dev::plan(Product::kForward, args, {multiprocessors(device)}).bytes;
 }
 
 void conv2d(Convolution args, int device, void* stream) {
   const DeviceGuard guard(device);
-  const dev::Grid grid = dev::plan(Product::kForward, args, processors(device));
+  const dev::Grid grid = dev::plan(Product::kForward, args, {multiprocessors(device)});
   dev::set_grid(args, grid);
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
   if (args.compute == Dtype::kBFloat16) {

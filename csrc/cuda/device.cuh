@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 
 #include "kernels.h"
@@ -22,6 +24,22 @@ class DeviceGuard {
  private:
   int before_;
   int device_;
+};
+
+// A number that each device is asked for once, because asking may take longer than a launch: threads that ask together
+// hear the same. It is at least 0.
+class Answers {
+ public:
+  template <class Ask>
+  int of(int device, const Ask& ask) {
+    std::atomic<int>& known = plus_one_.at(static_cast<size_t>(device));
+    int answer = known.load(std::memory_order_relaxed) - 1;
+    if (answer < 0) known.store((answer = ask()) + 1, std::memory_order_relaxed);
+    return answer;
+  }
+
+ private:
+  std::array<std::atomic<int>, 128> plus_one_{};  // torch knows no more devices
 };
 
 int multiprocessors(int device);

@@ -1,17 +1,11 @@
 // How a tile kernel is launched, with the shared memory that its loop needs.
 #pragma once
 
-#include "core/choose.h"
 #include "cuda/device.cuh"
 #include "cuda/linear.cuh"
 
 namespace taps::cuda {
 namespace {
-
-// What a tile's grid is planned for.
-dev::Processors processors(int device) {
-  return {multiprocessors(device), chosen_adding(capability(device)) == Adding::kCluster};
-}
 
 // Two blocks to a multiprocessor are enough; without saying so, ptxas aims for more and spills. Where the shared memory
 // of one has no room for two, one may have all registers: in half of them the widest tiles spill on 12.0.
@@ -27,10 +21,15 @@ __global__ void __launch_bounds__(Body::Tile::kThreads, kShared <= kMostOfTwo ? 
   Body::run(args);
 }
 
-// The same, of which the blocks of a tile's splits are a cluster.
+// The same, of which the blocks of a tile's splits are a cluster. Code for less than 9.0 has none and is not to be
+// asked (linear.cu): it stops, because without a result nobody would know.
 template <class Args, class Body, unsigned kShared>
 __global__ void __launch_bounds__(Body::Tile::kThreads, kShared <= kMostOfTwo ? 2 : 1) clustered_product(Args args) {
-  if constexpr (dev::kClusters) Body::run_in_cluster(args);  // no other device is asked to
+  if constexpr (dev::kClusters) {
+    Body::run_in_cluster(args);
+  } else {
+    dev::trap();
+  }
 }
 
 template <class Kernel>

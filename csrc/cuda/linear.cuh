@@ -21,7 +21,9 @@ struct Place {
   }
 };
 
-// Elements between rows of a tile's sums in shared memory: what a warp writes together is in different banks.
+// Elements between rows of a tile's sums in shared memory. A warp writes pairs of eight rows together. Where nvcc
+// stores a pair as one word of 8 bytes no two are in the same banks; where it stores two of 4 bytes, two rows share
+// each bank.
 template <class S>
 constexpr unsigned stride_of_sums = S::kColumns + 8;
 
@@ -67,6 +69,7 @@ TAPS_DEVICE void add_in_cluster(const float (&sum)[S::kM][S::kN][4], const Linea
       if (c < columns) result[r * p.ld_result + c] = from_f32<T>(bias ? total[e] + to_f32(bias[c]) : total[e]);
     }
   }
+  warp_sync();     // the barrier is for whole warps, whose threads have left the loop at different times
   cluster_sync();  // no block ends while its sums are read
 }
 
@@ -154,7 +157,8 @@ struct Activation : TimesWeight<S, T, W, D, Straight<S, T>, kBackward> {
 };
 
 // Whether a body's splits may be the blocks of a cluster. Those of convolutions may not: what is fused of them is
-// shallow (core/choose.h), and keeps the second kernel.
+// shallow (core/choose.h), and keeps the second kernel. One whose pixels are the rows of a linear layer (1 x 1, stride
+// 1) is that layer's product, here and in clusters.
 template <class Body>
 constexpr bool kHasCluster = false;
 template <class S, class T, class W, class D, bool kBackward>
@@ -319,7 +323,7 @@ struct Grid {
 // The device that a grid is for. Without clusters a second kernel adds the sums of splits (core/choose.h, Adding).
 struct Processors {
   int count = 1;
-  bool clusters = false;
+  int most_of_cluster = 0;  // blocks; 0 without clusters
 };
 
 // A product's sizes as its grid sees them.
@@ -329,9 +333,7 @@ struct Extent {
 };
 
 // Whether a cluster adds up so many splits: more than a cluster may have blocks are left to the second kernel.
-inline bool in_cluster(int64_t splits, const Processors& on) {
-  return on.clusters && splits > 1 && splits <= kMostOfCluster;
-}
+inline bool in_cluster(int64_t splits, const Processors& on) { return splits > 1 && splits <= on.most_of_cluster; }
 
 // What it costs to split the depth, in bytes of memory traffic: a launch is about 2.5 us, which is 10 MB at 4 TB/s. The
 // second kernel is one, and its partial sums are written and read once (mostly in L2). A cluster waits for its blocks
@@ -445,7 +447,7 @@ inline Grid plan(Product product, const LinearProduct& p, const Processors& on) 
 
 // The grid of a convolution's forward, whose splits a second kernel adds, on every device.
 inline Grid plan(Product product, const Convolution& p, const Processors& on) {
-  return plan_narrow(product, p, {on.count, false});
+  return plan_narrow(product, p, {on.count});
 }
 
 }  // namespace taps::dev

@@ -193,7 +193,10 @@ constexpr bool kClusters = true;
 #else
 constexpr bool kClusters = false;  // what follows is not to be called
 #endif
-constexpr unsigned kMostOfCluster = 8;  // blocks, on every such device
+constexpr unsigned kMostOfCluster = 8;  // blocks, where a whole device of any kind is there; a slice may have fewer
+
+// Ends the launch, as an error.
+TAPS_DEVICE void trap(TAPS_LINE) { __trap(); }
 
 // This block's number in its cluster.
 TAPS_DEVICE unsigned cluster_rank() {

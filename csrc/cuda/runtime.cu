@@ -24,16 +24,26 @@ DeviceGuard::~DeviceGuard() {
   if (before_ != device_) cudaSetDevice(before_);
 }
 
+namespace {
+
+int attribute(Answers& answers, cudaDeviceAttr which, int device) {
+  return answers.of(device, [&] {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "device attribute");
+    return value;
+  });
+}
+
+}  // namespace
+
 int multiprocessors(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device attribute");
-  return count;
+  static Answers answers;
+  return attribute(answers, cudaDevAttrMultiProcessorCount, device);
 }
 
 int capability(int device) {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
-  return major;
+  static Answers answers;
+  return attribute(answers, cudaDevAttrComputeCapabilityMajor, device);
 }
 
 // Every CUDA libtorch exports this function and no CPU-only one does, so it is looked up instead

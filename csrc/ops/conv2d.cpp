@@ -252,11 +252,12 @@ void run_on_tiles(Convolution& args, const Described& weight, const Described& x
   }
   void* const stream = stream_of(x.place);
   const int32_t device = x.place.index;
-  const int64_t bytes = linear ? cuda::linear_bytes(Product::kForward, args, device) : cuda::conv2d_bytes(args, device);
+  const LinearPlan planned = linear ? cuda::plan_linear(Product::kForward, args, device) : LinearPlan();
+  const int64_t bytes = linear ? planned.bytes : cuda::conv2d_bytes(args, device);
   const Lease memory(x.place.cuda, device, static_cast<size_t>(bytes));
   args.memory = memory.data();
   if (linear) {
-    cuda::linear(Product::kForward, args, device, stream);
+    cuda::linear(Product::kForward, args, planned, device, stream);
   } else {
     cuda::conv2d(args, device, stream);
   }

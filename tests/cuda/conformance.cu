@@ -1,9 +1,12 @@
 // The first program to run on a GPU: the conformance checks that the twin passes on the CPU, then the three products of
-// the tile loop and convolutions on shapes off its grid, in numbers whose sums are exact. Prints what failed; the exit
-// code is the number of failures.
+// the tile loop and convolutions on shapes off its grid, in numbers whose sums are exact, and what adds splits in
+// numbers whose sums are not. Prints what failed; the exit code is the number of failures. With an argument only what
+// the twin has time for (tests/kernels/host/device_program.cpp): whether a kernel that stores nothing is seen, and the
+// splits.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -25,7 +28,11 @@ __global__ void __launch_bounds__(Body::Tile::kThreads) product(Args args) {
 }
 template <class Body>
 __global__ void __launch_bounds__(Body::Tile::kThreads) clustered_product(LinearProduct args) {
-  if constexpr (kClusters) Body::run_in_cluster(args);
+  if constexpr (kClusters) {
+    Body::run_in_cluster(args);
+  } else {
+    trap();
+  }
 }
 template <class Body>
 __global__ void __launch_bounds__(Body::Tile::kThreads) mixed_product(const __grid_constant__ MixedBatch args) {
@@ -52,6 +59,8 @@ struct Both {
   ~Both() { cudaFree(device); }
   Both(const Both&) = delete;
   size_t bytes() const { return host.size() * sizeof(E); }
+  // What nobody has stored is no number, or with another byte no number that is expected: not the launch's before.
+  void blank(int byte = 0xff) { must(cudaMemset(device, byte, bytes()), "fill"); }
   void up() { must(cudaMemcpy(device, host.data(), bytes(), cudaMemcpyHostToDevice), "copy"); }
   void down() { must(cudaMemcpy(host.data(), device, bytes(), cudaMemcpyDeviceToHost), "copy"); }
 };
@@ -92,16 +101,43 @@ void fill(Both<T>& both, unsigned salt) {
   both.up();
 }
 
+// In the planted run no kernel runs, as if each stored nothing.
+bool planted = false;
+int in_clusters = 0;  // products so far
+
+// `clusters`: all blocks in y are one.
+template <class... Of>
+void start(void (*kernel)(Of...), dim3 blocks, unsigned threads, unsigned shared, bool clusters, const Of&... args) {
+  if (planted) return;
+  must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+       "shared memory");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, blocks.y, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.attrs = &cluster, config.numAttrs = clusters ? 1 : 0;
+  must(cudaLaunchKernelEx(&config, kernel, args...), "launch");
+  in_clusters += clusters;
+}
+
+template <class S>
+dim3 blocks_of(int64_t rows, int64_t columns, int splits) {
+  const int64_t tiles = (rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns);
+  return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+}
+
 template <class Body, class Args>
 void launch(const Args& args, int64_t rows, int64_t columns) {
   using S = typename Body::Tile;
-  constexpr int kShared = static_cast<int>(Body::Loop::kShared);
-  must(cudaFuncSetAttribute(product<Body, Args>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
-       "shared memory");
-  const auto tiles =
-      static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
-  product<Body, Args><<<dim3(tiles, static_cast<unsigned>(args.splits)), S::kThreads, kShared>>>(args);
-  must(cudaGetLastError(), "launch");
+  start(product<Body, Args>, blocks_of<S>(rows, columns, args.splits), S::kThreads, Body::Loop::kShared, false, args);
+}
+
+// The second kernel.
+template <class T>
+void add(const LinearProduct& args, int64_t rows, int64_t columns) {
+  start(sum_of_splits<T>, dim3(static_cast<unsigned>((rows * columns + 255) / 256)), 256, 0, false, args, rows,
+        columns);
 }
 
 bool has_clusters() {
@@ -110,22 +146,38 @@ bool has_clusters() {
   return major >= 9;
 }
 
-// The same product, whose splits are the blocks of clusters.
+// Blocks of a product that a cluster may have on this device.
 template <class Body>
-void launch_clusters(const LinearProduct& args, int64_t rows, int64_t columns) {
-  using S = typename Body::Tile;
-  constexpr int kShared = static_cast<int>(Body::Loop::kShared);
-  must(cudaFuncSetAttribute(clustered_product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+int most_of_cluster() {
+  constexpr unsigned kShared = Body::Loop::kShared;
+  must(cudaFuncSetAttribute(clustered_product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                            static_cast<int>(kShared)),
        "shared memory");
-  const auto tiles =
-      static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {1, static_cast<unsigned>(args.splits), 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(tiles, static_cast<unsigned>(args.splits)), config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = kShared, config.attrs = &cluster, config.numAttrs = 1;
-  must(cudaLaunchKernelEx(&config, clustered_product<Body>, args), "launch in clusters");
+  config.gridDim = dim3(1, kMostOfCluster), config.blockDim = dim3(Body::Tile::kThreads);
+  config.dynamicSmemBytes = kShared;
+  int most = 0;
+  must(cudaOccupancyMaxPotentialClusterSize(&most, clustered_product<Body>, &config), "blocks of a cluster");
+  return most;
+}
+
+// A product in tiles: its splits added by clusters, where the device has them of so many blocks, or by the second
+// kernel.
+template <class T, class D>
+void launch_tiles(Product kind, Tiles tiles, const LinearProduct& args, int64_t rows, int64_t columns, bool clusters) {
+  with_activation<T, T, D>(kind, tiles, [&](auto instance) {
+    using Body = typename decltype(instance)::type;
+    using S = typename Body::Tile;
+    if constexpr (kHasCluster<Body>) {
+      if (clusters && args.splits <= most_of_cluster<Body>()) {
+        start(clustered_product<Body>, blocks_of<S>(rows, columns, args.splits), S::kThreads, Body::Loop::kShared, true,
+              args);
+        return;
+      }
+      launch<Body>(args, rows, columns);
+      if (args.splits > 1) add<T>(args, rows, columns);
+    }
+  });
 }
 
 // The forward of up to four rows without tensor cores (rows.cuh), with as many slices of the depth.
@@ -136,9 +188,8 @@ void launch_rows(LinearProduct args, unsigned slices) {
   with_activation<T, T, D>(Product::kForward, grid.kind, [&](auto instance) {
     using Body = typename decltype(instance)::type;
     if constexpr (std::is_same_v<typename Body::Tile, Warps>)
-      product<Body, LinearProduct><<<grid.tiles, Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+      start(product<Body, LinearProduct>, dim3(grid.tiles), Body::Tile::kThreads, Body::Loop::kShared, false, args);
   });
-  must(cudaGetLastError(), "launch");
 }
 
 // One product with W of T and Delta of D against whole numbers; T is float for tf32.
@@ -153,6 +204,7 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   Both<float> score(1);
   Both<double> memory(weight ? blocks : (splits * rows * columns + 1) / 2);
   fill(x, 1), fill(dy, 2), fill(w, 3), fill(d, 4);
+  out.blank(), ddelta.blank(), memory.blank();
   score.host[0] = open ? 0.2f : 0.05f;
   score.up();
   LinearProduct args;
@@ -168,18 +220,7 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
   } else if (without_tiles) {
     if constexpr (sizeof(T) == 2) launch_rows<T, D>(args, splits > 1 ? 4 : 1);
   } else {
-    with_activation<T, T, D>(kind, tiles, [&](auto instance) {
-      using Body = typename decltype(instance)::type;
-      if constexpr (kHasCluster<Body>) {
-        if (clusters) {
-          launch_clusters<Body>(args, rows, columns);
-        } else {
-          launch<Body>(args, rows, columns);
-        }
-      }
-    });
-    if (splits > 1 && !clusters)
-      sum_of_splits<T><<<static_cast<unsigned>((rows * columns + 255) / 256), 256>>>(args, rows, columns);
+    launch_tiles<T, D>(kind, tiles, args, rows, columns, clusters);
   }
   must(cudaDeviceSynchronize(), "product");
   out.down(), ddelta.down(), memory.down();
@@ -198,7 +239,8 @@ bool agrees(Product kind, int64_t m, int64_t n, int64_t k, bool open, bool read,
       const double got = weight ? number(ddelta.host[r * k + c]) : number(out.host[r * columns + c]);
       want = weight ? number(rounded<D>(want)) : number(rounded<T>(want));
       good = got == want;
-      if (!good) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, got);
+      if (!good && !planted)
+        std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)r, (long long)c, want, got);
     }
   }
   for (int64_t i = 0; weight && i < blocks; ++i) got_dot += memory.host[i];
@@ -255,6 +297,7 @@ bool convolves(int64_t images, int64_t side, int64_t channels, int64_t outputs, 
   Both<D> d(outputs * args.inputs);
   Both<float> memory(splits * args.rows * outputs);
   fill(x, 1), fill(w, 3), fill(d, 4);
+  out.blank(), memory.blank();
   args.x.data = x.device, args.x_strides[0] = height * width * channels, args.x_strides[1] = 1;
   args.x_strides[2] = width * channels, args.x_strides[3] = channels;
   args.weight = {w.device, args.inputs}, args.delta = {d.device, args.inputs}, args.gate.open = true;
@@ -265,8 +308,7 @@ bool convolves(int64_t images, int64_t side, int64_t channels, int64_t outputs, 
   } else {
     launch<Convolved<MoreRows, T, T, D>>(args, args.rows, outputs);
   }
-  const auto blocks = static_cast<unsigned>((args.rows * outputs + 255) / 256);
-  if (splits > 1) sum_of_splits<T><<<blocks, 256>>>(args, args.rows, outputs);
+  if (splits > 1) add<T>(args, args.rows, outputs);
   must(cudaDeviceSynchronize(), "convolution");
   out.down();
   for (int64_t row = 0; row < args.rows; ++row) {
@@ -282,7 +324,7 @@ bool convolves(int64_t images, int64_t side, int64_t channels, int64_t outputs, 
       }
       const double got = number(out.host[row * outputs + o]);
       if (got == number(rounded<T>(want))) continue;
-      std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)row, (long long)o, want, got);
+      if (!planted) std::printf("at (%lld, %lld): expected %g, got %g\n", (long long)row, (long long)o, want, got);
       return false;
     }
   }
@@ -317,6 +359,7 @@ bool mixes(Product kind, int64_t samples, int64_t each, int64_t n, int64_t k) {
   Both<float> score(1);
   Both<int64_t> ids(samples);
   fill(x, 1), fill(dy, 2), fill(w, 3), fill(d, 4);
+  out.blank(0x7b), ddelta.blank();  // rows of no task become NaN
   for (int64_t i = 0; i < samples; ++i) ids.host[i] = i * 7 % 5 - 1;
   score.host[0] = 0.05f;
   score.up(), ids.up();
@@ -335,14 +378,11 @@ bool mixes(Product kind, int64_t samples, int64_t each, int64_t n, int64_t k) {
   Both<double> memory(mixed_parts(args) / 8);
   p.memory = memory.device;
   mixed_parts(args);
-  ordered<<<1, kThreads, kOrderShared>>>(args);
+  start(ordered, dim3(1), kThreads, kOrderShared, false, args);
   const Grid grid = weight ? mixed_grid<WeightTile>(kind, args) : mixed_grid<MoreRows>(kind, args);
   const auto run = [&](auto instance) {
     using Body = typename decltype(instance)::type;
-    must(cudaFuncSetAttribute(mixed_product<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(Body::Loop::kShared)),
-         "shared memory");
-    mixed_product<Body><<<dim3(grid.tiles, grid.splits), Body::Tile::kThreads, Body::Loop::kShared>>>(args);
+    start(mixed_product<Body>, dim3(grid.tiles, grid.splits), Body::Tile::kThreads, Body::Loop::kShared, false, args);
   };
   if (weight) {
     run(Instance<MixedWeightGradient<WeightTile, T, D>>());
@@ -394,17 +434,111 @@ int failures_of_mixed(const char* name) {
   return failures;
 }
 
+// Each way to a result, and then with no kernel behind it: what the launch before left must not pass.
+int failures_of_planted() {
+  int failures = 0;
+  const auto both = [&](const char* name, const auto& right) {
+    for (const bool nothing : {false, true}) {
+      planted = nothing;
+      if (right() == !nothing) continue;
+      std::printf("%s: %s\n", name, nothing ? "right without a kernel" : "wrong");
+      ++failures;
+    }
+    planted = false;
+  };
+  for (const bool clusters : {false, true}) {
+    if (clusters && !has_clusters()) continue;
+    both("forward",
+         [&] { return agrees<bf16, float>(Product::kForward, 9, 33, 72, true, true, 2, Tiles::kFewRows, clusters); });
+    both("input gradient", [&] {
+      return agrees<bf16, float>(Product::kInputGradient, 9, 72, 33, true, true, 2, Tiles::kMoreRows, clusters);
+    });
+  }
+  both("few rows", [] { return agrees<f16, f16>(Product::kForward, 3, 9, 72, true, true, 1, Tiles::kFewRows, false); });
+  both("weight gradient",
+       [] { return agrees<f16, f16>(Product::kWeightGradient, 9, 33, 72, true, true, 1, Tiles::kMoreRows, false); });
+  both("convolution", [] { return convolves<f16, f16>(1, 4, 8, 9, 3, 1, 1, 1, 3); });
+  for (const Product kind : {Product::kForward, Product::kWeightGradient})
+    both("mixed batch", [&] { return mixes<f16, f16>(kind, 9, 1, 33, 40); });
+  return failures;
+}
+
+// Numbers whose sums show their order: from -1 to 1, in steps of 2^-23.
+template <class T>
+void scatter(Both<T>& both, uint32_t state) {
+  for (T& one : both.host) {
+    state = state * 1664525u + 1013904223u;
+    one = rounded<T>(static_cast<double>(state >> 8) * 0x1p-23 - 1.0);
+  }
+  both.up();
+}
+
+// Whether clusters add splits to the bits of the second kernel, with a bias, in a result with columns between its rows.
+template <class T, class D>
+bool adds_alike(Product kind, int64_t m, int64_t n, int64_t k, int splits, Tiles tiles) {
+  const bool forward = kind == Product::kForward;
+  const int64_t columns = forward ? n : k, depth = forward ? k : n, ld = columns + 3;
+  Both<T> x(m * k), dy(m * n), w(n * k), bias(n), second(m * ld), together(m * ld);
+  Both<D> d(n * k);
+  Both<float> memory(splits * m * columns);
+  scatter(x, 1), scatter(dy, 2), scatter(w, 3), scatter(d, 4), scatter(bias, 5);
+  LinearProduct args;
+  args.rows = m, args.outputs = n, args.inputs = k, args.gate.open = true;
+  args.x = {x.device, k}, args.dy = {dy.device, n}, args.weight = {w.device, k}, args.delta = {d.device, k};
+  args.bias = forward ? bias.device : nullptr, args.ld_result = ld, args.splits = splits;
+  args.depth_of_split = (depth + 64 * splits - 1) / (64 * splits) * 64;
+  for (Both<T>* out : {&second, &together}) {
+    out->blank(), memory.blank();
+    args.result = out->device, args.memory = out == &second ? memory.device : nullptr;
+    launch_tiles<T, D>(kind, tiles, args, m, columns, out == &together);
+    must(cudaDeviceSynchronize(), "splits");
+    out->down();
+  }
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t c = 0; c < ld; ++c) {
+      if (std::isnan(number(second.host[r * ld + c])) != (c >= columns)) return false;
+    }
+  }
+  return std::memcmp(second.host.data(), together.host.data(), second.bytes()) == 0;
+}
+
+template <class T, class D>
+int failures_of_adding(const char* name) {
+  int failures = 0;
+  const auto one = [&](Product kind, int64_t m, int64_t n, int64_t k, int splits, Tiles tiles) {
+    if (adds_alike<T, D>(kind, m, n, k, splits, tiles)) return;
+    std::printf("%s: %d splits of product %d in tiles %d are added otherwise in clusters\n", name, splits,
+                static_cast<int>(kind), static_cast<int>(tiles));
+    ++failures;
+  };
+  for (const int splits : {2, 3, 5, 8}) {
+    one(Product::kForward, 9, 33, 505, splits, Tiles::kFewRows);
+    one(Product::kForward, 33, 65, 505, splits, Tiles::kMoreRows);
+    one(Product::kInputGradient, 33, 505, 65, splits, Tiles::kMoreRows);
+    one(Product::kForward, 33, 129, 505, splits, Tiles::kWide);
+    one(Product::kForward, 70, 129, 505, splits, Tiles::kWidest);
+  }
+  return failures;
+}
+
 }  // namespace
 
-int main() {
-  int failures = 0;
+int main(int argc, char**) {
+  int failures = failures_of_planted();
+  if (has_clusters()) {
+    failures += failures_of_adding<float, float>("tf32");
+    failures += failures_of_adding<bf16, float>("bf16, Delta fp32");
+  }
+  if (argc > 1) {
+    std::printf("%d products in clusters, %d failures\n", in_clusters, failures);
+    return failures > 90 ? 90 : failures;
+  }
   Both<float> source(256);
   Both<unsigned> good(kConformanceChecks);
   for (int i = 0; i < 256; ++i) source.host[i] = static_cast<float>(i);
   for (unsigned& one : good.host) one = 1;
   source.up(), good.up();
-  conform<<<1, 64, kConformanceShared>>>(source.device, good.device);
-  must(cudaGetLastError(), "launch");
+  start(conform, dim3(1), 64, kConformanceShared, false, static_cast<const float*>(source.device), good.device);
   must(cudaDeviceSynchronize(), "conformance");
   good.down();
   for (unsigned i = 0; i < kConformanceChecks; ++i) {
@@ -417,6 +551,6 @@ int main() {
   failures += failures_of_convolutions<f16, float>("f16, Delta fp32");
   failures += failures_of_mixed<bf16, float>("bf16, Delta fp32");
   failures += failures_of_mixed<f16, f16>("f16");
-  std::printf("%d failures\n", failures);
+  std::printf("%d products in clusters, %d failures\n", in_clusters, failures);
   return failures > 90 ? 90 : failures;
 }

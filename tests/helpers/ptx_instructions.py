@@ -14,7 +14,7 @@ Run = Callable[[Block, "Array | None"], None]
 def compiled(where: str, guard: str, opcode: str, operands: list[str]) -> Run:
     """What runs an instruction. Branches and barriers are the block's own."""
     head, *parts = opcode.split(".")
-    if head in ("bra", "ret", "exit", "bar") or opcode in CLUSTER_BARRIER:
+    if head in ("bra", "ret", "exit", "trap", "bar") or opcode in CLUSTER_BARRIER:
         if guard and head != "bra":
             raise Fault(f"{where}: @{guard} {opcode}: not run here")
         return lambda block, mask: None

@@ -205,6 +205,11 @@ class Block:
                 self._branch(guard, operands[0], mask)
             elif opcode in ("ret", "exit"):
                 self._go(np.full(self.threads, len(self.kernel.code)), mask)
+            elif opcode == "trap":
+                raise Fault("the launch is ended")
+            elif opcode == "bar.warp.sync":
+                self.whole_warps(mask)
+                self._go(np.full(self.threads, index + 1) if mask is not None else index + 1, mask)
             elif opcode.startswith("bar."):
                 self._barrier(operands, mask)
             elif opcode in CLUSTER_BARRIER:

@@ -196,6 +196,8 @@ def test_the_real_stages(job, tmp_path) -> None:
     halves = [stage.half for stage in stages]
     assert halves == sorted(halves) and {"tests", "bench-linear-short"} <= {s.name for s in stages if s.half == "A"}
     assert all("initcheck" not in stage.command or "conformance" in stage.name for stage in stages)
+    checks = {stage.name.partition("-")[0] for stage in stages if stage.name.endswith("check-conformance")}
+    assert checks == {"memcheck", "racecheck", "initcheck", "synccheck"}
     assert job.stages(tmp_path, "90", prebuilt=True)[0].command[1:] == ["tools/prebuilt.py", "90"]
     compiled = [s.name for s in stages if any(w.startswith(str(tmp_path)) and Path(w).suffix == "" for w in s.command)]
     assert compiled == [s.name for s in stages if s.nvcc]  # whoever runs or makes a program of the job's own

@@ -253,7 +253,7 @@ def test_random_products(architecture, texts, layout, record_property) -> None:
     numbers = np.random.default_rng(int(SEED))
     record_property("drawn", f"ptx by seed {SEED}")
     assert len(loaded) == 78
-    clusters = THOROUGH and architecture == "compute_90a"  # compute_80 has none: those kernels are empty
+    clusters = THOROUGH and architecture == "compute_90a"  # compute_80 has none: those kernels end in an error
     for round_ in range(4 if THOROUGH else 1):
         waiting = {key for key in loaded if key[0] != "add" and (clusters or key[0] != "clustered")}
         if not THOROUGH:
@@ -307,6 +307,14 @@ def test_clusters_add_splits(index: int, texts, layout) -> None:
         assert not wrong, f"{problem}: {wrong}"
 
 
+def test_code_without_clusters_stops(texts, layout) -> None:
+    """PTX of 8.0 runs on 9.0, too: there a cluster's kernel may not end without a result and without a word."""
+    loaded = {key: one for key, one in kernels(texts["compute_80"]).items() if key[0] == "clustered"}
+    assert len(loaded) == 30 and {key for key, (kernel, _) in loaded.items() if "trap" in str(kernel.code)} == {*loaded}
+    with pytest.raises(ptx.Fault, match="the launch is ended"):
+        Case(TOGETHER, layout, np.random.default_rng(1)).wrong(loaded)
+
+
 # A piece of the text, its change, and the product that shows it.
 DEEP = Problem("forward", ("bf16", "bf16", "bf16"), 40, 64, 320)
 FEW = Problem("forward", ("bf16", "bf16", "f32"), 9, 64, 520)
@@ -319,7 +327,7 @@ TOGETHER = Problem("forward", ("bf16", "bf16", "f32"), 9, 33, 520, splits=3, bia
 GRADIENT = Problem("weight", ("bf16", "bf16", "bf16"), 40, 64, 64)
 BARRIERS = r"(?:barrier\.cluster\.(?:arrive|wait)\.\w+\.aligned;\s+(?://[^\n]*\s+)*){2}"
 FIRST_OF_CLUSTER = BARRIERS + r"(mov\.u32 %\w+, %cluster_nctarank;)"
-LAST_OF_CLUSTER = r"(\n\$\w+:\s+(?://[^\n]*\s+)*)" + BARRIERS
+LAST_OF_CLUSTER = r"(\n\$\w+:\s+(?://[^\n]*\s+)*bar\.warp\.sync\s+-1;\s+(?://[^\n]*\s+)*)" + BARRIERS
 LESS = r"\1\n\tadd.s32 \2, \2, -1;"
 CHANGES: dict[str, tuple[str, str, Problem]] = {
     "a copy too few is waited for": (r"cp\.async\.wait_group 2;", "cp.async.wait_group 3;", DEEP),

@@ -20,9 +20,7 @@ using dev::f16;
 using dev::kDotShared;
 using dev::kThreads;
 
-constexpr int kMultiprocessors = 8, kCapability = 9;
-
-dev::Processors processors() { return {kMultiprocessors, chosen_adding(kCapability) == Adding::kCluster}; }
+constexpr int kMultiprocessors = 8, kMostOfCluster = dev::kMostOfCluster;
 
 void run(twin::Dim grid, unsigned threads, unsigned shared, const std::function<void()>& body, twin::Dim cluster = {}) {
   const auto found = twin::launch(grid, threads, shared, body, 0, cluster);
@@ -166,10 +164,13 @@ void dot(const Dot& args, int, void*) {
   add_up(args.partials, chunks, args.scale, args.result, args.result_dtype);
 }
 
-int64_t linear_bytes(Product kind, const LinearProduct& args, int) { return dev::plan(kind, args, processors()).bytes; }
+LinearPlan plan_linear(Product kind, const LinearProduct& args, int) {
+  const int chosen = chosen_adding(kMostOfCluster) == Adding::kCluster ? kMostOfCluster : 0;
+  return {dev::plan(kind, args, {kMultiprocessors, chosen}).bytes, chosen};
+}
 
-void linear(Product kind, LinearProduct args, int, void*) {
-  const dev::Grid grid = dev::plan(kind, args, processors());
+void linear(Product kind, LinearProduct args, const LinearPlan& planned, int, void*) {
+  const dev::Grid grid = dev::plan(kind, args, {kMultiprocessors, planned.most_of_cluster});
   dev::set_grid(args, grid);
   if (args.compute == Dtype::kBFloat16) {
     launch_compute<bf16>(kind, args, grid);
@@ -211,10 +212,12 @@ void spoil(const Spoil& args, int, void*) {
   run({static_cast<unsigned>(args.samples)}, kThreads, 0, [&] { dev::spoil_sample(args); });
 }
 
-int64_t conv2d_bytes(const Convolution& args, int) { return dev::plan(Product::kForward, args, processors()).bytes; }
+int64_t conv2d_bytes(const Convolution& args, int) {
+  return dev::plan(Product::kForward, args, {kMultiprocessors}).bytes;
+}
 
 void conv2d(Convolution args, int, void*) {
-  const dev::Grid grid = dev::plan(Product::kForward, args, processors());
+  const dev::Grid grid = dev::plan(Product::kForward, args, {kMultiprocessors});
   dev::set_grid(args, grid);
   if (args.compute == Dtype::kBFloat16) {
     launch_convolution<bf16>(args, grid);

@@ -304,6 +304,43 @@ def depthwise_refused() -> int:
     return len(cases)
 
 
+def sums_in_memory(run: Any) -> tuple[Any, bool]:
+    """What it gives, and whether it took memory: a second kernel that adds splits does, a cluster does not."""
+    _C.workspace_clear()
+    return run(), _C.workspace_bytes() > 0
+
+
+def splits() -> int:
+    """Products so deep that they are split, added as on devices without clusters and as on those with them."""
+    score = torch.tensor(0.2)
+    rows, wide, deep = draw(7, 8192, dtype=BF16), draw(32, 8192, dtype=F32), draw(32, 8192, dtype=F32)
+    grad, tall, other = draw(20, 4096, dtype=F16), draw(4096, 64, dtype=F32), draw(4096, 64, dtype=F32)
+    bias, none = draw(32, dtype=BF16), [False] * 4
+    kinds = (BF16, F32, F32)
+    expected = rows.double() @ (wide.double() + deep.double()).t() + bias.double()
+    found = []
+    for adding in ("kernel", "cluster"):
+        _C.force_adding(adding)
+        y, held = sums_in_memory(lambda: OPS.gated_linear(rows, wide, deep, score, bias, None, 0.1))
+        assert held == (adding == "kernel")
+        assert_close(y, expected, BF16, 8193, rows, wide.double() + deep.double())
+        operands = (grad, None, tall, other, score, None, 0.1, [True, *none], None, 1.0)
+        dx, held = sums_in_memory(lambda operands=operands: OPS.gated_linear_backward(*operands)[0])
+        assert held == (adding == "kernel")
+        wt = tall.double() + other.double()
+        assert_close(dx, grad.double() @ wt, F16, 4096, grad, wt)
+        # A convolution under one place is a linear layer; one under several keeps the second kernel.
+        _, held = sums_in_memory(lambda: convolution(kinds, (1, 8192, 3, 3), (32, 8192, 1, 1), True))
+        assert held == (adding == "kernel")
+        _, held = sums_in_memory(lambda: convolution(kinds, (1, 1024, 3, 3), (32, 1024, 3, 3), True, padding=1))
+        assert held
+        found.append((y, dx))
+    _C.force_adding(None)
+    y, held = sums_in_memory(lambda: OPS.gated_linear(rows, wide, deep, score, bias, None, 0.1))
+    assert not held and torch.equal(y, found[1][0])  # as on 9.0
+    return 9
+
+
 def rebuilt() -> int:
     """W_t and many of them, in every type, by the device's kernels: to the bit torch's sum, rounded once."""
     kinds = [F32, torch.float64, BF16, F16]
@@ -468,7 +505,7 @@ def main() -> None:
     refused(draw(4, 7, dtype=BF16), draw(6, 7, dtype=BF16), draw(6, 7, dtype=BF16))  # rows at odd elements
     refused(half, draw(8, 6, dtype=BF16).t(), draw(6, 8, dtype=BF16))  # columns of W far apart
     refused(draw(4, 8, dtype=F32), draw(6, 8, dtype=F32), draw(6, 8, dtype=F32))
-    cases += depthwise_layers()
+    cases += depthwise_layers() + splits()
     # Left to itself: few rows are fused, many are not, and neither are layers that do not fit.
     _C.force_path(None)
     for rows, k in ((128, 16), (129, 16), (0, 16), (5, 15)):

@@ -138,7 +138,7 @@ TAPS_CASE(leading_dimensions_and_offsets) {
 
 // Grids as they are planned for devices of one and of many multiprocessors.
 TAPS_CASE(planned_splits) {
-  bool split = false, clustered = false;
+  bool split = false, clustered = false, beyond = false;
   for (const int multiprocessors : {1, 8, 132}) {
     for (const int64_t depth : {40, 700, 2100}) {
       for (const Product kind : {Product::kForward, Product::kInputGradient}) {
@@ -159,14 +159,18 @@ TAPS_CASE(planned_splits) {
         const int64_t covered = grid.splits * grid.depth_of_split, without_last = covered - grid.depth_of_split;
         if (covered < depth || (grid.splits > 1 && without_last >= depth)) return "plan of " + std::to_string(depth);
         if (grid.bytes != (grid.splits > 1 ? 4 * 16 * columns * static_cast<int64_t>(grid.splits) : 0)) return "bytes";
-        const Grid other = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, {multiprocessors, true});
-        if (other.clustered != (other.splits > 1 && other.splits <= 8)) return "clusters";
-        if (other.clustered && other.bytes != 0) return "bytes of clusters";
-        clustered = clustered || other.clustered;
+        for (const int most : {8, 4, 1}) {  // a slice of a device has room for fewer
+          const Grid other = plan<FewRows>(Tiles::kFewRows, {16, columns, depth, 6}, {multiprocessors, most});
+          const bool fits = other.splits > 1 && static_cast<int>(other.splits) <= most;
+          if (other.clustered != fits) return "clusters of " + std::to_string(most);
+          if ((other.bytes != 0) != (other.splits > 1 && !fits)) return "bytes of clusters";
+          clustered = clustered || other.clustered;
+          beyond = beyond || (most == 4 && other.splits > 4);
+        }
       }
     }
   }
-  return split && clustered ? "" : "expected a plan that splits, and one in clusters";
+  return split && clustered && beyond ? "" : "expected a plan that splits, one in clusters, one of more than fit";
 }
 
 // Tiles as they are planned, of every kind, and the kernels without any.
@@ -229,16 +233,19 @@ TAPS_CASE(clusters_tf32) { return clusters<float, float, float>(); }
 
 TAPS_CASE(what_adds_splits_is_chosen_by_the_device) {
   using taps::Adding, taps::chosen_adding, taps::force_adding;
-  if (chosen_adding(8) != Adding::kKernel || chosen_adding(9) != Adding::kCluster ||
-      chosen_adding(12) != Adding::kCluster)
+  using taps::has_clusters;
+  // Of the device, and of the code in it: PTX of 8.0 runs on 9.0.
+  if (!has_clusters(9, 90) || !has_clusters(12, 120) || has_clusters(8, 80) || has_clusters(9, 80)) return "clusters";
+  if (chosen_adding(0) != Adding::kKernel || chosen_adding(1) != Adding::kKernel ||
+      chosen_adding(2) != Adding::kCluster || chosen_adding(8) != Adding::kCluster)
     return "chosen";
   force_adding("kernel");
-  const bool kernel = chosen_adding(9) == Adding::kKernel;
+  const bool kernel = chosen_adding(8) == Adding::kKernel;
   force_adding("cluster");
-  const bool cluster = chosen_adding(9) == Adding::kCluster;
+  const bool cluster = chosen_adding(8) == Adding::kCluster;
   std::string said[2];
   try {
-    chosen_adding(8);
+    chosen_adding(0);
   } catch (const std::runtime_error& error) {
     said[0] = error.what();
   }

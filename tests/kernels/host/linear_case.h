@@ -69,6 +69,7 @@ struct Problem {
   uint64_t seed = 0;
   int multiprocessors = 8;
   bool clusters = false;  // splits, where there are any, are the blocks of clusters
+  int most_of_cluster() const { return clusters ? static_cast<int>(kMostOfCluster) : 0; }
   double scale = 1.0;
   bool result = true, dot = true;  // of the weight gradient
   bool exact = false;              // x and dy are small whole numbers: G is exact, and its product with Delta fp64's
@@ -151,7 +152,7 @@ constexpr bool kInSlices<Rows<kRows, T, W, D>> = true;
 template <class Body, class Args>
 Grid grid_of(Product kind, const Problem& s, const Args& args, int64_t rows, int64_t columns) {
   using S = typename Body::Tile;
-  Grid grid = plan(kind, args, {s.multiprocessors, s.clusters});
+  Grid grid = plan(kind, args, {s.multiprocessors, s.most_of_cluster()});
   if constexpr (kInSlices<Body>) {
     unsigned slices = 1;
     while (slices < static_cast<unsigned>(s.splits)) slices *= 2;
@@ -161,7 +162,7 @@ Grid grid_of(Product kind, const Problem& s, const Args& args, int64_t rows, int
     grid.tiles = static_cast<unsigned>((rows + S::kRows - 1) / S::kRows * ((columns + S::kColumns - 1) / S::kColumns));
     if (s.splits > 0) {
       grid.splits = static_cast<unsigned>(s.splits);
-      grid.clustered = in_cluster(s.splits, {s.multiprocessors, s.clusters});
+      grid.clustered = in_cluster(s.splits, {s.multiprocessors, s.most_of_cluster()});
       grid.depth_of_split = (depth + s.splits * S::kDepth - 1) / (s.splits * S::kDepth) * S::kDepth;
       grid.bytes = std::max<int64_t>(4 * s.splits * rows * columns, 8 * grid.tiles);
     }
