@@ -394,6 +394,7 @@ def test_packed_merged_and_loaded_tasks_are_in_a_batch(tmp_path) -> None:
         assert all((got - one).abs().max() < 8 * 72 * 2**-24 for got, one in zip(out, want, strict=True))
 
 
+@pytest.mark.timeout(7200)
 def test_threads_do_not_meet() -> None:
     model, x = several("small", "taps").float(), torch.randn(4, 3, 8, 8)
     batches = [["a", "b", None, "a"], ["b", "b", "a", None], [None, "a", "b", "b"], ["a", "a", "b", "b"]]
