@@ -518,7 +518,8 @@ class Trainer:
         found = measured.compute()
         if not math.isfinite(found["loss"]):
             warnings.warn(
-                f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them",
+                f"task {name!r}: the loss on {seen} samples to evaluate is not finite; look for Inf or NaN in them, "
+                "or for targets that are all ignored",
                 stacklevel=2,
             )
         elif math.isnan(found[first := next(iter(task.metrics), "loss")]):
