@@ -144,6 +144,14 @@ class MixedOutput:
     def __contains__(self, task: object) -> bool:
         return task in self._parts
 
+    def keys(self) -> list[str | None]:
+        """:attr:`tasks`, so that `dict(out)` is a dictionary by task."""
+        return self.tasks
+
+    def get(self, task: str | None, default: Any = None) -> Any:
+        """`out[task]`, or `default` for a task that has no sample here."""
+        return self._parts.get(task, default)
+
     def items(self) -> Iterator[tuple[str | None, tuple[Tensor, Any]]]:
         """(task, (indices, output)) of each task."""
         return iter(self._parts.items())

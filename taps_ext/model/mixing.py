@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import reference
-from ..errors import UnsupportedModuleError
+from ..errors import ConfigError, UnsupportedModuleError
 from ..parts.sampling import batch_size
 from ..routing.frame import Frame
 from ..routing.layout import Layouts, Places, Probe, layouts, places
@@ -63,7 +63,15 @@ def _whole(
     for share in found:
         if share.task not in outputs:
             rows = cut((args, kwargs), share, batch, dim)
-            outputs[share.task] = model._forward(entry, share.task, None, *rows)
+            try:
+                outputs[share.task] = model._forward(entry, share.task, None, *rows)
+            except ValueError as error:
+                if not model.training or not str(error).startswith("Expected more than 1 value per channel"):
+                    raise
+                raise ConfigError(
+                    f"task {share.task!r} has {len(share.rows)} samples in this batch, too few for statistics of its "
+                    f"own ({error}); those of the batch's other tasks may have moved"
+                ) from error
     places = None
     if dim and _plain(entry, args, kwargs):  # else outputs have theirs where the inputs do
         places = (known or _known(model, args, kwargs)).outputs

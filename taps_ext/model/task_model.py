@@ -335,6 +335,10 @@ class TaskModel(EntryPoints, Untraced):
         self._loaded()
         state = self._names.get(name) if isinstance(name, str) else None
         if state is None:
+            if not self._names:
+                raise ConfigError(
+                    f"task: the model has no task yet (add_task makes one, load_task reads one), got {name!r}"
+                )
             hint = suggestion(str(name), self._names)
             raise ConfigError(f"task: expected one of {self.tasks}, got {name!r}{hint}")
         return state

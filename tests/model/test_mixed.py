@@ -270,6 +270,31 @@ def test_dropout_and_statistics_are_the_tasks_own() -> None:
             assert torch.allclose(got.double(), want.double(), rtol=1e-5), key  # of 192 float32 terms: 192 * 2**-24
 
 
+def test_what_a_mixed_batch_gave_reads_like_a_dictionary() -> None:
+    model, x = several("small", "taps").float(), torch.randn(3, 3, 8, 8)
+    out = model(x, tasks=["b", None, "b"])
+    assert out.keys() == ["b", None] and out.get("a") is None and out.get("a", 1) == 1
+    made = dict(out)
+    assert made["b"][0].tolist() == [0, 2] and torch.equal(made["b"][1], out.get("b")[1])
+
+
+def test_a_model_without_tasks_says_so() -> None:
+    model = TaskModel(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), TapsConfig(lam=0.5))
+    with pytest.raises(ConfigError, match=r"^task: the model has no task yet \(add_task .*got 'a'"):
+        model(torch.randn(2, 4), task="a")
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_too_few_samples_for_statistics_are_the_tasks(road: str) -> None:
+    """On both roads the message names the task; the base, which has statistics, may have one sample."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    model = TaskModel(base, TapsConfig(lam=0.5)).train()
+    model.add_task("a", num_classes=2), model.add_task("b", num_classes=2)
+    mixing.forced = road
+    with pytest.raises(ConfigError, match=r"task 'b' has 1 samples in this batch, too few for statistics"):
+        model(torch.randn(4, 4), tasks=["a", "b", "a", None])
+
+
 def test_too_few_samples_for_statistics_of_its_own() -> None:
     base = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
     model = TaskModel(base, TapsConfig(lam=0.5)).train()
