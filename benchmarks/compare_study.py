@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import forget_peak, resident
 from real import base_of, task_of
 from study import cut_torn_line, number, read
 
@@ -111,18 +112,6 @@ def tasks_of(job: Job) -> list[str]:
     if job.part == "joint":
         return list(TASKS["resnet"])
     return [f"group-{i}" for i in range(10)] if job.part == "prior" else [job.task]
-
-
-def resident(key: str) -> int:
-    """Bytes that the kernel counts for this process: "VmRSS" now, "VmHWM" at most."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def forget_peak() -> int:
-    """Let "VmHWM" start from here; returns "VmRSS"."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return resident("VmRSS")
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_study import forget_peak, resident, verdict
+from compare_study import verdict
+from memory import forget_peak, resident
 from pretrain import BATCH as PRETRAIN_BATCH
 from pretrain import SETTINGS as PRETRAIN
 from real import MEAN, STD, base_of

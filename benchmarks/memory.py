@@ -36,6 +36,12 @@ def resident(which: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {which}")
 
 
+def forget_peak() -> int:
+    """Let "VmHWM" start from here: weights were drawn with temporaries; returns "VmRSS"."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
+
+
 def one(name: str, phase: str, batch: int) -> None:
     import torch
     import torch.nn.functional as F  # noqa: F401
@@ -54,7 +60,7 @@ def one(name: str, phase: str, batch: int) -> None:
     inputs = (torch.randn(batch, 3, 224, 224),)
     step = Step(model, inputs, "t", phase, "sgd", None)
     model.train(phase == "train")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest point starts anew: weights were drawn with temporaries
+    forget_peak()
     for _ in range(3):
         step.run()
     process = resident("VmHWM") - before

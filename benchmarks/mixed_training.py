@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import resident
+from memory import forget_peak, resident
 from mixed import CLASSES, SIZE, adapted
 from step_variants import base
 from torch import Tensor
@@ -94,7 +94,7 @@ def step_of(name: str, variant: str) -> Callable[[], None]:
 def peak(name: str, variant: str) -> int:
     """Bytes, in this process."""
     run = step_of(name, variant)
-    before = resident("VmRSS")
+    before = forget_peak()
     run()
     run()
     return resident("VmHWM") - before

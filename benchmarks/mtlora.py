@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import resident
+from memory import forget_peak, resident
 from small_bases import SWIN_TAPS, swin
 from torch import Tensor, nn
 from turns import milliseconds
@@ -368,8 +368,7 @@ def one(case: str, tasks: int, name: str, device: str) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest point starts anew
+        before = forget_peak()
     for _ in range(3):
         made.step()
     return (torch.cuda.max_memory_allocated() if device != "cpu" else resident("VmHWM")) - before

@@ -254,8 +254,7 @@ inline Adding chosen_adding(int most_of_cluster) {
   if (forced == static_cast<int>(Adding::kCluster) && chosen != Adding::kCluster) {
     throw std::runtime_error(
         "adding: cluster is forced, but the device has none: its compute capability, or that of the extension's "
-        "kernels, "
-        "is below 9.0, or it is a slice without room for two blocks");
+        "kernels, is below 9.0, or it is a slice without room for two blocks");
   }
   return static_cast<Adding>(forced);
 }

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import reference
-from ..errors import ConfigError, UnsupportedModuleError
+from ..errors import UnsupportedModuleError
 from ..parts.sampling import batch_size
 from ..routing.frame import Frame
 from ..routing.layout import Layouts, Places, Probe, layouts, places
-from ..routing.mixture import Mixture, Segment, running_in
+from ..routing.mixture import Mixture, Segment, running_in, too_few
 from ..routing.still import Still
 from .mixed import MixedOutput, Share, check_batch, cut, shares
 from .running import check_seen, prepared, run_frame, warn_of_sample, watched
@@ -68,10 +68,7 @@ def _whole(
             except ValueError as error:
                 if not model.training or not str(error).startswith("Expected more than 1 value per channel"):
                     raise
-                raise ConfigError(
-                    f"task {share.task!r} has {len(share.rows)} samples in this batch, too few for statistics of its "
-                    f"own ({error}); those of the batch's other tasks may have moved"
-                ) from error
+                raise too_few("", share.task, len(share.rows), error) from error
     places = None
     if dim and _plain(entry, args, kwargs):  # else outputs have theirs where the inputs do
         places = (known or _known(model, args, kwargs)).outputs

@@ -97,7 +97,9 @@ class TaskWeight(Tensor):
         kwargs = kwargs or {}
         if _writes(func, args, kwargs):
             name = cls._name_of(args, kwargs)
-            alike = re.sub(r"(?<=[^\d.]\.)\d+(?=\.)", "*", name)  # who writes to one block's weight writes to all
+            # Who writes to one block's weight writes to all. `base.weights.globs` must know the other layers; here
+            # only a number behind a name is taken for a block's.
+            alike = re.sub(r"([^.]*[^.\d][^.]*\.)\d+(?=\.)", r"\1*", name)
             raise UnsupportedModuleError(
                 f"{name}: its weight is written to in the model's forward ({func.__name__}), which would change the "
                 "base, not the task; write to it outside, or, to leave it and what has its name in other blocks "

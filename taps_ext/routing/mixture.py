@@ -42,6 +42,14 @@ class Padded(Tensor):
             return self.as_subclass(Tensor)
 
 
+def too_few(where: str, task: str | None, size: int, error: ValueError) -> ConfigError:
+    """For a task whose samples in a batch of several tasks make no statistic. `where`: what the message begins with."""
+    return ConfigError(
+        f"{where}task {task!r} has {size} samples in this batch, too few for statistics of its own ({error}); those of "
+        "the batch's other tasks may have moved"
+    )
+
+
 class Segment(NamedTuple):
     """The samples of one task in a sorted batch: its frame, and which they are. Of the base the frame has no stacks."""
 
@@ -230,10 +238,7 @@ class Mixture:
             except ValueError as error:
                 if one is None or not is_norm(module):
                     raise
-                raise ConfigError(
-                    f"{name}: task {one.task!r} has {one.size} samples in this batch, too few for statistics of its "
-                    f"own ({error})"
-                ) from error
+                raise too_few(f"{name}: ", one.task, one.size, error) from error
         if remember:
             assert owner is not None
             Call(owner, None if one is None else one.task, frame, first, output, within=name)

@@ -291,17 +291,9 @@ def test_too_few_samples_for_statistics_are_the_tasks(road: str) -> None:
     model = TaskModel(base, TapsConfig(lam=0.5)).train()
     model.add_task("a", num_classes=2), model.add_task("b", num_classes=2)
     mixing.forced = road
-    with pytest.raises(ConfigError, match=r"task 'b' has 1 samples in this batch, too few for statistics"):
+    where = "1: " if road == "layers" else ""
+    with pytest.raises(ConfigError, match=rf"^{where}task 'b' has 1 samples in this batch, too few for statistics"):
         model(torch.randn(4, 4), tasks=["a", "b", "a", None])
-
-
-def test_too_few_samples_for_statistics_of_its_own() -> None:
-    base = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
-    model = TaskModel(base, TapsConfig(lam=0.5)).train()
-    model.add_task("a", num_classes=2), model.add_task("b", num_classes=2)
-    mixing.forced = "layers"
-    with pytest.raises(ConfigError, match=r"1: task 'b' has 1 samples in this batch, too few for statistics"):
-        model(torch.randn(4, 4), tasks=["a", "a", "b", "a"])
 
 
 class Softmax(nn.Module):

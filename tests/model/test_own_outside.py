@@ -174,12 +174,12 @@ class Constrained(nn.Linear):
 def test_a_refused_write_names_the_layers_that_are_alike() -> None:
     """Thirty blocks that write to their weights are excluded at once."""
     blocks = nn.Sequential(*[nn.Sequential(Constrained(8, 8), nn.Linear(8, 8)) for _ in range(3)])
-    base = nn.Sequential(OrderedDict(blocks=blocks, head=nn.Linear(8, 3)))
+    base = nn.Sequential(OrderedDict(layer1=blocks, head=nn.Linear(8, 3)))
     model, x = task_on(copy.deepcopy(base), TAPS), torch.randn(5, 8)
-    with pytest.raises(UnsupportedModuleError, match=r"^blocks\.0\.0: .* exclude_modules \(\['blocks\.\*\.0'\]\)"):
+    with pytest.raises(UnsupportedModuleError, match=r"^layer1\.0\.0: .* exclude_modules \(\['layer1\.\*\.0'\]\)"):
         model.train()(x, task="t")
-    model = task_on(base, TapsConfig(lam=0.5, exclude_modules=["blocks.*.0"]))
-    assert {layer for layer, _, _ in model.state("t").gated()} == {f"blocks.{block}.1" for block in range(3)}
+    model = task_on(base, TapsConfig(lam=0.5, exclude_modules=["layer1.*.0"]))
+    assert {layer for layer, _, _ in model.state("t").gated()} == {f"layer1.{block}.1" for block in range(3)}
 
 
 class Grows(nn.Module):
